@@ -1,0 +1,137 @@
+"""Every error the package raises, and the decision each one carries.
+
+    RForkError
+    ├── ConfigError            a bad or unknown setting; fails the start and names the field
+    └── ForkError              this fork did not happen; the loader falls back to storage
+        ├── NoSeedAvailable    nobody has the weights yet; normal on a cold start
+        ├── PlannerError       the planner is unreachable, refused, or took the lease back
+        ├── SeedError          the seed's fault: gone, another epoch, a manifest that cannot be read
+        ├── ManifestMismatch   nobody's fault: the keys are equal, the bytes are not
+        ├── EngineError        native code failed: engine, operation, code and text
+        │   └── EngineUnavailable   the engine's package or a library it needs is not there
+        └── VerificationError  bytes arrived and they are wrong
+
+Only ``loader.py`` and the guards of background tasks catch :class:`ForkError`. Nothing in the package
+returns ``None`` or ``False`` to mean failure. Must not import anything of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RForkError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(RForkError):
+    """A setting is wrong; the start fails.
+
+    Args:
+        field: the option's published name, such as ``rfork_seed_timeout_sec``.
+        problem: what is wrong with the value, without the value where it may be a secret.
+        accepts: what the field does accept, in a user's words.
+    """
+
+    def __init__(self, field: str, problem: str, accepts: str) -> None:
+        self.field = field
+        self.problem = problem
+        self.accepts = accepts
+        super().__init__(f"{field}: {problem}; it accepts {accepts}")
+
+
+class ForkError(RForkError):
+    """This fork did not happen; the loader falls back.
+
+    Attributes:
+        mutated: the receiver's tensors may have been written to: rebuild the model before loading it.
+        retry_elsewhere: another seed may well succeed where this one failed.
+    """
+
+    def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.mutated = mutated
+        self.retry_elsewhere = retry_elsewhere
+
+
+class NoSeedAvailable(ForkError):
+    """The planner knows no free seed for the key (HTTP 404): a cold start."""
+
+
+class PlannerError(ForkError):
+    """The planner is unreachable, too slow, answered something unusable, or took the lease back."""
+
+
+class SeedError(ForkError):
+    """The seed's fault: gone, hanging, another key or epoch, a manifest that is malformed or too large."""
+
+    def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = True) -> None:
+        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere)
+
+
+class ManifestMismatch(ForkError):
+    """Seed and receiver hold different tensors under one key; carries every difference at once.
+
+    Args:
+        differences: one line per difference, in the receiver's order; never empty.
+    """
+
+    SHOWN = 20
+
+    def __init__(self, differences: Sequence[str]) -> None:
+        self.differences = list(differences)
+        shown = "; ".join(self.differences[: self.SHOWN])
+        more = len(self.differences) - self.SHOWN
+        tail = f"; and {more} more" if more > 0 else ""
+        super().__init__(
+            f"seed and receiver do not hold the same tensors ({len(self.differences)} differences): {shown}{tail}"
+        )
+
+
+class EngineError(ForkError):
+    """Native transfer code failed.
+
+    Args:
+        engine: the engine's name in ``rfork_engine``.
+        operation: ``open``, ``register``, ``connect``, ``read``, ``unregister`` or ``close``.
+        text: what the engine said, or what was seen.
+        code: the engine's own code, by name where it has one.
+        in_flight: a read was abandoned and the engine cannot say that it will write no more. The buffers
+            belong to the wire until the engine is closed, or for good where closing it fails too.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        operation: str,
+        text: str,
+        *,
+        code: str = "",
+        mutated: bool = False,
+        retry_elsewhere: bool = False,
+        in_flight: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.operation = operation
+        self.text = text
+        self.code = code
+        self.in_flight = in_flight
+        coded = f" [{code}]" if code else ""
+        super().__init__(
+            f"engine {engine}: {operation} failed{coded}: {text}", mutated=mutated, retry_elsewhere=retry_elsewhere
+        )
+
+
+class EngineUnavailable(EngineError):
+    """The engine's package, or a library that it needs, is not on this machine."""
+
+    def __init__(self, engine: str, text: str, *, hint: str) -> None:
+        self.hint = hint
+        super().__init__(engine, "open", f"{text}; {hint}")
+
+
+class VerificationError(ForkError):
+    """Bytes arrived and they are wrong: the digest over a receiver's tensor is not the seed's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, mutated=True, retry_elsewhere=True)

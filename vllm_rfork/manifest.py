@@ -1,0 +1,159 @@
+"""The manifest: a seed's list of tensors, as plain data.
+
+A manifest is what the seed service hands to a receiver and what a receiver makes of its own model to pair
+the two. Three levels, each of which has a job of its own:
+
+- a **region** is contiguous memory that the engine registers; regions never overlap;
+- a **span** is the unit of copying and of digests: the bytes from the first to the last that one tensor, or
+  several overlapping tensors (tied weights, views), occupy. A span lies inside one region;
+- a **tensor** is a name, a type and a strided view into a span. Two names in one span are aliases, and alias
+  structure is part of the identity.
+
+Addresses are valid within one epoch only. Must not import torch: the seed service and the planner side read
+manifests on machines without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import msgspec
+
+from vllm_rfork.errors import SeedError
+
+MANIFEST_VERSION = 1
+#: Upper bound of a manifest on the wire, in bytes; a larger one is refused before it is read. 64 MiB holds
+#: more than 200,000 tensors at about 300 bytes each; the largest models published have about 100,000.
+MAX_MANIFEST_NBYTES = 64 * 1024 * 1024
+
+
+class Region(msgspec.Struct, frozen=True):
+    """Contiguous registered memory: ``address`` is an integer pointer, ``nbytes`` its length (> 0)."""
+
+    address: int
+    nbytes: int
+
+
+class Span(msgspec.Struct, frozen=True):
+    """One contiguous piece of weights inside region number ``region``.
+
+    ``digest`` is the hexadecimal digest over its bytes (``verify.py``), empty where none was taken.
+    """
+
+    region: int
+    address: int
+    nbytes: int
+    digest: str = ""
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """One named tensor: a strided view at ``offset`` bytes into span number ``span``.
+
+    ``dtype`` is torch's name without the prefix (``bfloat16``); ``shape`` and ``stride`` count elements;
+    ``format`` is a private layout such as an NPU's NZ (0: none). A tensor without elements has ``span`` -1.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    span: int
+    offset: int = 0
+    format: int = 0
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a receiver needs to read one seed.
+
+    ``endpoint`` is how ``engine`` reaches the seed (opaque text); ``state`` is the Python-side state that
+    loading set (``path.attribute`` → plain value); ``epoch`` names one life of the seed with unchanged weights.
+    """
+
+    version: int = MANIFEST_VERSION
+    seed_key: str
+    fingerprint: str
+    epoch: str
+    layout: str
+    engine: str
+    endpoint: str
+    regions: tuple[Region, ...]
+    spans: tuple[Span, ...]
+    tensors: tuple[TensorEntry, ...]
+    state: dict[str, Any] = {}
+    digest_algorithm: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a fork of this manifest copies."""
+        return sum(span.nbytes for span in self.spans)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON bytes of ``manifest``."""
+    return msgspec.json.encode(manifest)
+
+
+def decode_manifest(body: bytes) -> Manifest:
+    """Parse and check a manifest from the wire.
+
+    Raises:
+        SeedError: not JSON, a field missing or of the wrong type, a version this code does not read, or
+            contents that contradict themselves (a span outside its region, a tensor outside its span).
+    """
+    try:
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise SeedError(f"the seed's manifest cannot be read: {error}") from error
+    check_manifest(manifest)
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise :class:`SeedError` where ``manifest`` contradicts itself.
+
+    Every address a receiver will hand to native code passes through here first.
+    """
+    if not 1 <= manifest.version <= MANIFEST_VERSION:
+        raise SeedError(
+            f"the seed's manifest has version {manifest.version}, this receiver reads 1 to {MANIFEST_VERSION}"
+        )
+    _check_regions(manifest.regions)
+    _check_spans(manifest)
+    _check_tensors(manifest)
+
+
+def _check_regions(regions: tuple[Region, ...]) -> None:
+    ordered = sorted(regions, key=lambda region: region.address)
+    for region in ordered:
+        if region.address <= 0 or region.nbytes <= 0 or region.address + region.nbytes > 1 << 63:
+            raise SeedError(f"the seed's manifest has an impossible region {region}")
+    for before, after in itertools.pairwise(ordered):
+        if before.address + before.nbytes > after.address:
+            raise SeedError(f"the seed's manifest has overlapping regions {before} and {after}")
+
+
+def _check_spans(manifest: Manifest) -> None:
+    for number, span in enumerate(manifest.spans):
+        if not 0 <= span.region < len(manifest.regions):
+            raise SeedError(f"span {number} of the seed's manifest names region {span.region}, which is not there")
+        region = manifest.regions[span.region]
+        inside = region.address <= span.address and span.address + span.nbytes <= region.address + region.nbytes
+        if span.nbytes <= 0 or not inside:
+            raise SeedError(f"span {number} of the seed's manifest leaves its region: {span} in {region}")
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    seen: set[str] = set()
+    for tensor in manifest.tensors:
+        if tensor.name in seen:
+            raise SeedError(f"the seed's manifest names tensor {tensor.name!r} twice")
+        seen.add(tensor.name)
+        if len(tensor.shape) != len(tensor.stride) or any(size < 0 for size in tensor.shape):
+            raise SeedError(f"tensor {tensor.name!r} of the seed's manifest has an impossible shape or stride")
+        if tensor.span == -1:
+            continue
+        if not 0 <= tensor.span < len(manifest.spans):
+            raise SeedError(f"tensor {tensor.name!r} names span {tensor.span}, which is not there")
+        if not 0 <= tensor.offset < manifest.spans[tensor.span].nbytes:
+            raise SeedError(f"tensor {tensor.name!r} starts outside its span")

@@ -1,0 +1,249 @@
+"""Every header, path and small body on the wire, and nothing about how they are sent.
+
+The names in the first block are the installed base's and must not change; those that begin with ``RFORK-`` are
+this project's, optional for the other side (``docs/protocol.md``). Both planner and clients read this file, and
+it is the only module in which they meet. Must not import aiohttp, torch or anything above ``errors``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# --- the installed base ------------------------------------------------------------------------------------------
+ADD_SEED = "/add_seed"
+GET_SEED = "/get_seed"
+PUT_SEED = "/put_seed"
+RENEW_SEED_LEASE = "/renew_seed_lease"
+REMOVE_SEED = "/remove_seed"
+HEALTHZ = "/healthz"
+DEBUG_SNAPSHOT = "/debug/snapshot"
+
+SEED_KEY = "SEED_KEY"
+SEED_IP = "SEED_IP"
+SEED_PORT = "SEED_PORT"
+SEED_RANK = "SEED_RANK"
+SEED_REFCNT = "SEED_REFCNT"
+USER_ID = "USER_ID"
+LEASE_TTL_SEC = "LEASE_TTL_SEC"
+
+SEED_HEALTH = "/health_check_with_key"
+SEED_INFO = "/get_rfork_transfer_engine_info"
+SEED_SHAPE_INFO = "/get_rfork_transfer_engine_shape_info"
+SEED_FETCH = "/rfork_fetch_seed"
+SEED_KEY_PARAM = "seed_key"
+
+# --- ours --------------------------------------------------------------------------------------------------------
+#: Announces or renews an intent: "I am loading this key from storage and will be a seed soon".
+ADD_INTENT = "/rfork_intent"
+#: The versioned manifest on the seed service.
+SEED_MANIFEST = "/rfork_manifest"
+
+#: Both ways: the digest that must be equal before two workers are paired.
+FINGERPRINT = "RFORK-FINGERPRINT"
+#: ``get_seed``: hold the request for up to this many seconds until a seed is free.
+WAIT_SEC = "RFORK-WAIT-SEC"
+#: ``get_seed``: comma-separated ``ip:port:rank`` of seeds that just failed this receiver.
+EXCLUDE = "RFORK-EXCLUDE"
+#: An opaque id of one loading worker: on ``get_seed`` ("remember that I load if you have none"), on
+#: ``rfork_intent``, and on ``add_seed`` (the intent is fulfilled). In an answer: ``granted``.
+INTENT = "RFORK-INTENT"
+INTENT_GRANTED = "granted"
+#: ``rfork_intent``: seconds until the intent is forgotten unless renewed; 0 takes it back.
+INTENT_TTL_SEC = "RFORK-INTENT-TTL-SEC"
+#: ``add_seed``: leases this seed carries at once.
+SLOTS = "RFORK-SLOTS"
+#: ``add_seed`` and ``get_seed``: topology, ``host=a,rack=b,zone=c``.
+LABELS = "RFORK-LABELS"
+#: ``add_seed``: the seed's epoch.
+EPOCH = "RFORK-EPOCH"
+#: ``put_seed``: how the fork went: ``ok`` or ``failed``, with the three below.
+RESULT = "RFORK-RESULT"
+RESULT_OK = "ok"
+RESULT_FAILED = "failed"
+NBYTES = "RFORK-NBYTES"
+SECONDS = "RFORK-SECONDS"
+#: The error class that ended the fork, such as ``VerificationError``.
+CAUSE = "RFORK-CAUSE"
+
+MAX_KEY_LENGTH = 2048  #: characters of a seed key before encoding; header lines stay under aiohttp's 8190 bytes
+MAX_HEADER_LENGTH = 8000
+
+_CHARSET_PREFIX = "UTF-8''"
+_PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?\Z")
+
+
+class BadMessage(ValueError):
+    """A header is missing or unusable; ``str()`` says which one and why. A planner answers it with 400."""
+
+
+def encode_text(text: str) -> str:
+    """``text`` as a header value: unchanged where it is printable ASCII, else RFC 8187 (``UTF-8''caf%C3%A9``).
+
+    Injective, and the result never holds a line break, so no key can inject a header. Plain keys look on the
+    wire as the installed base sends them.
+    """
+    if _PLAIN.match(text) and not text.startswith(_CHARSET_PREFIX):
+        return text
+    return _CHARSET_PREFIX + urllib.parse.quote(text, safe="", encoding="utf-8", errors="surrogatepass")
+
+
+def decode_text(value: str) -> str:
+    """The inverse of :func:`encode_text`.
+
+    Raises:
+        BadMessage: the escaped form is not UTF-8.
+    """
+    if not value.startswith(_CHARSET_PREFIX):
+        return value
+    try:
+        return urllib.parse.unquote(value[len(_CHARSET_PREFIX) :], encoding="utf-8", errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        raise BadMessage(f"not valid UTF-8 in an RFC 8187 value: {value[:80]!r}") from error
+
+
+def header(headers: Mapping[str, str], name: str) -> str | None:
+    """Header ``name`` in either spelling (``SEED_KEY``, ``SEED-KEY``), stripped; None where it is not there.
+
+    nginx drops names with underscores unless told otherwise, so hyphens count as well. ``headers`` must be a
+    case-insensitive mapping.
+    """
+    value = headers.get(name)
+    if value is None:
+        value = headers.get(name.replace("_", "-"))
+    return None if value is None else value.strip()
+
+
+def required(headers: Mapping[str, str], name: str) -> str:
+    """As :func:`header`, for one that must be there and not be empty.
+
+    Raises:
+        BadMessage: missing, empty or longer than ``MAX_HEADER_LENGTH``.
+    """
+    value = header(headers, name)
+    if not value:
+        raise BadMessage(f"missing header {name}")
+    if len(value) > MAX_HEADER_LENGTH:
+        raise BadMessage(f"header {name} is longer than {MAX_HEADER_LENGTH} characters")
+    return value
+
+
+def integer(value: str, name: str, *, minimum: int, maximum: int = 2**31 - 1) -> int:
+    """``value`` as a decimal integer within bounds.
+
+    Raises:
+        BadMessage: anything else; the message names ``name`` and the bounds.
+    """
+    if not re.fullmatch(r"[0-9]{1,12}", value) or not minimum <= int(value) <= maximum:
+        raise BadMessage(f"header {name} must be an integer from {minimum} to {maximum}, got {value[:40]!r}")
+    return int(value)
+
+
+def seconds(value: str, name: str, *, maximum: float) -> float:
+    """``value`` as finite seconds from 0 to ``maximum``.
+
+    Raises:
+        BadMessage: anything else.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= maximum:
+        raise BadMessage(f"header {name} must be a number of seconds from 0 to {maximum:g}, got {value[:40]!r}")
+    return number
+
+
+@dataclass(frozen=True)
+class SeedAddress:
+    """How planners identify a seed: the address of its HTTP service and its tp rank."""
+
+    host: str
+    port: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}:{self.rank}"
+
+    @property
+    def base_url(self) -> str:
+        """``http://host:port``, with brackets around an IPv6 literal."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def headers(self) -> dict[str, str]:
+        """The three headers that name the seed."""
+        return {SEED_IP: encode_text(self.host), SEED_PORT: str(self.port), SEED_RANK: str(self.rank)}
+
+
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}\Z")
+
+
+def seed_address(headers: Mapping[str, str]) -> SeedAddress:
+    """The seed that the headers name.
+
+    Raises:
+        BadMessage: a header is missing, the port is not 1 to 65535, the rank is negative, or the host is not a
+            host name or an address literal.
+    """
+    host = required(headers, SEED_IP).strip("[]")
+    if not _HOST.match(host):
+        raise BadMessage(f"header {SEED_IP} must be a host name or an address, got {host[:80]!r}")
+    port = integer(required(headers, SEED_PORT), SEED_PORT, minimum=1, maximum=65535)
+    return SeedAddress(host, port, integer(required(headers, SEED_RANK), SEED_RANK, minimum=0))
+
+
+def parse_seed_address(text: str) -> SeedAddress:
+    """The inverse of ``str(SeedAddress)``; the host may hold colons.
+
+    Raises:
+        BadMessage: not of the form ``ip:port:rank``.
+    """
+    host, _, tail = text.strip().rpartition(":")
+    host, _, port = host.rpartition(":")
+    return seed_address({SEED_IP: host, SEED_PORT: port, SEED_RANK: tail})
+
+
+def seed_key(headers: Mapping[str, str]) -> str:
+    """The decoded seed key.
+
+    Raises:
+        BadMessage: missing, not decodable, or longer than ``MAX_KEY_LENGTH`` characters.
+    """
+    key = decode_text(required(headers, SEED_KEY))
+    if len(key) > MAX_KEY_LENGTH:
+        raise BadMessage(f"header {SEED_KEY} holds a key longer than {MAX_KEY_LENGTH} characters")
+    return key
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The planner's permission for one receiver to read one seed.
+
+    ``ttl_s`` is None where the planner's leases never expire (older planners): nothing to renew.
+    """
+
+    seed: SeedAddress
+    user_id: str
+    ttl_s: float | None
+
+    def headers(self) -> dict[str, str]:
+        """What ``put_seed`` and ``renew_seed_lease`` carry."""
+        return {**self.seed.headers(), USER_ID: encode_text(self.user_id)}
+
+
+def lease_from_answer(headers: Mapping[str, str]) -> Lease:
+    """The lease in the headers of a ``get_seed`` answer.
+
+    Raises:
+        BadMessage: a header is missing or unusable.
+    """
+    ttl = header(headers, LEASE_TTL_SEC)
+    return Lease(
+        seed=seed_address(headers),
+        user_id=decode_text(required(headers, USER_ID)),
+        ttl_s=None if ttl is None else seconds(ttl, LEASE_TTL_SEC, maximum=86400.0) or None,
+    )
