@@ -51,7 +51,8 @@ class TensorEntry(msgspec.Struct, frozen=True):
     """One named tensor: a strided view at ``offset`` bytes into span number ``span``.
 
     ``dtype`` is torch's name without the prefix (``bfloat16``); ``shape`` and ``stride`` count elements;
-    ``format`` is a private layout such as an NPU's NZ (0: none). A tensor without elements has ``span`` -1.
+    ``format`` is a private layout such as an NPU's NZ (0: none). A tensor without elements has ``span`` -1, and
+    so has a small tensor that does not live on the engine's device: its bytes travel in ``inline``.
     """
 
     name: str
@@ -61,6 +62,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
     span: int
     offset: int = 0
     format: int = 0
+    inline: bytes | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

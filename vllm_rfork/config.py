@@ -1,0 +1,185 @@
+"""The settings: read from ``--model-loader-extra-config`` first, from the environment second.
+
+Option names are the user's guide's. Each field says its unit, its default and the reason for it. Keys that begin
+with ``rfork_`` and are not listed here fail the start, since a misspelt option that is silently ignored is found
+out in an outage; all other unknown keys belong to the fallback loader. Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from vllm_rfork.errors import ConfigError
+
+#: Option → environment variable that is asked when the extra config does not have it. The first five are the
+#: guide's; the token has one because a secret does not belong on a command line.
+ENVIRONMENT: dict[str, str] = {
+    "model_url": "MODEL_URL",
+    "model_deploy_strategy_name": "MODEL_DEPLOY_STRATEGY_NAME",
+    "rfork_scheduler_url": "RFORK_SCHEDULER_URL",
+    "rfork_seed_timeout_sec": "RFORK_SEED_TIMEOUT_SEC",
+    "rfork_seed_key_separator": "RFORK_SEED_KEY_SEPARATOR",
+    "rfork_token": "RFORK_TOKEN",
+}
+
+#: Without these nothing can be matched: one WARNING, the default loader, no seed.
+NEEDED = ("model_url", "model_deploy_strategy_name", "rfork_scheduler_url")
+
+_PREFIX = "rfork_"
+
+
+def _http_url(value: str) -> str:
+    if value and not value.lower().startswith(("http://", "https://")):
+        raise ValueError("not an http:// or https:// URL")
+    return value.rstrip("/")
+
+
+def _one_line(value: str) -> str:
+    if any(ord(character) < 32 for character in value):
+        raise ValueError("control characters are not allowed")
+    return value
+
+
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Line = Annotated[str, AfterValidator(_one_line)]
+
+#: What each kind of field accepts, in a user's words, for the error that fails the start.
+_ACCEPTS: dict[Any, str] = {
+    PositiveSeconds: "a finite number of seconds greater than 0",
+    Seconds: "a finite number of seconds, 0 or more",
+    PositiveInt: "an integer greater than 0",
+    Line: "one line of text",
+    bool: "true or false",
+}
+
+
+class Settings(BaseModel):
+    """Everything a worker can be told; see ``docs`` for the same table in prose."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    #: Logical model identifier; part of the seed key.
+    model_url: Line = ""
+    #: Deployment strategy identifier; part of the seed key.
+    model_deploy_strategy_name: Line = ""
+    #: Base URL of the planner.
+    rfork_scheduler_url: Annotated[str, AfterValidator(_http_url)] = ""
+    #: How long the own seed service may take to become healthy.
+    rfork_seed_timeout_sec: PositiveSeconds = 30.0
+    #: Between the parts of the seed key; equal across compatible instances.
+    rfork_seed_key_separator: Annotated[Line, Field(min_length=1, max_length=16)] = "$"
+    #: Bound on one request, and on all that an unreachable planner may cost a start.
+    rfork_request_timeout_sec: PositiveSeconds = 10.0
+    #: Planners drop a seed unseen for 60 s; half of that survives one lost beat.
+    rfork_heartbeat_interval_sec: PositiveSeconds = 30.0
+    #: Where the seed service listens.
+    rfork_seed_bind_host: Line = "0.0.0.0"  # noqa: S104 - receivers are on other hosts; the guide's behaviour
+    #: The address that is announced; empty: found out from the route to the planner.
+    rfork_seed_advertise_host: Line = ""
+    #: 0: a random port; else base + 2 * local rank + (1 for a draft).
+    rfork_seed_port_base: Annotated[int, Field(ge=0, le=65000)] = 0
+    #: auto: by device (``engines/table.py``).
+    rfork_engine: Line = "auto"
+    #: auto: checkpoint on CPU, runtime on accelerators.
+    rfork_layout: Literal["auto", "checkpoint", "runtime"] = "auto"
+    #: full: every byte that arrived is checked against the seed's digests; sample: one span in eight; off: none.
+    rfork_verify: Literal["full", "sample", "off"] = "full"
+    #: The load format that is used when there is nobody to fork from.
+    rfork_fallback_load_format: Line = "auto"
+    #: false: fork, but offer nothing to others.
+    rfork_become_seed: bool = True
+    #: Bytes per native call; None: the engine's own bound.
+    rfork_max_batch_bytes: PositiveInt | None = None
+    #: How long one fork may take in all; a fork that takes longer gives up and loads from storage.
+    rfork_fork_timeout_sec: PositiveSeconds = 600.0
+    #: How long the planner may hold ``get_seed`` until a seed is free; 0: do not wait.
+    rfork_seed_wait_sec: Seconds = 0.0
+    #: Bearer token for planner and seed services; better given in the environment.
+    rfork_token: Annotated[Line, Field(repr=False)] = ""
+
+    @property
+    def missing(self) -> list[str]:
+        """The options without which nothing can be matched and which are not set."""
+        return [name for name in NEEDED if not getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class ParsedConfig:
+    """``settings``, and ``passed_through``: the keys that are the fallback loader's."""
+
+    settings: Settings
+    passed_through: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> ParsedConfig:
+    """Settings from the extra config, with the environment for what it leaves out.
+
+    Args:
+        extra_config: ``model_loader_extra_config`` as vLLM parsed it.
+        environment: defaults to ``os.environ``.
+
+    Raises:
+        ConfigError: names the first field that is wrong, or an ``rfork_`` key that does not exist.
+    """
+    if extra_config is not None and not isinstance(extra_config, Mapping):
+        raise ConfigError("model_loader_extra_config", f"is a {type(extra_config).__name__}", "a JSON object")
+    environment = os.environ if environment is None else environment
+    ours: dict[str, Any] = {}
+    passed_through: dict[str, Any] = {}
+    for key, value in (extra_config or {}).items():
+        if key in Settings.model_fields:
+            ours[key] = value
+        elif str(key).lower().startswith(_PREFIX):
+            known = ", ".join(name for name in Settings.model_fields if name.startswith(_PREFIX))
+            raise ConfigError(str(key), "there is no such option", f"one of {known}")
+        else:
+            passed_through[key] = value
+    for name, variable in ENVIRONMENT.items():
+        if name not in ours and environment.get(variable):
+            ours[name] = _from_text(name, variable, environment[variable])
+    try:
+        return ParsedConfig(Settings(**{name: _numeric(value) for name, value in ours.items()}), passed_through)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = str(first["loc"][0])
+        raise ConfigError(name, first["msg"].lower(), _accepts(name)) from error
+
+
+def _numeric(value: Any) -> Any:
+    # Strict mode takes an int for a float, and must not take a bool for either; JSON has no other numbers.
+    return value
+
+
+def _from_text(name: str, variable: str, text: str) -> Any:
+    """An environment variable's text as the type of its option."""
+    if Settings.model_fields[name].annotation is not float:
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} (from {variable})", "not a number", _accepts(name)) from error
+
+
+def _accepts(name: str) -> str:
+    hints = typing.get_type_hints(Settings, include_extras=True)
+    hint = hints.get(name)
+    if hint in _ACCEPTS:
+        return _ACCEPTS[hint]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    return {
+        "rfork_scheduler_url": "a URL that begins with http:// or https://",
+        "rfork_seed_key_separator": "1 to 16 characters",
+        "rfork_seed_port_base": "an integer from 0 to 65000",
+        "rfork_max_batch_bytes": "an integer greater than 0",
+        "rfork_token": "one line of text",
+    }[name]

@@ -1,0 +1,88 @@
+"""Identity of a worker's weights: the seed key, which users declare, and the fingerprint, which they cannot.
+
+Equal seed keys mean "may be paired"; equal fingerprints mean "the bytes are interchangeable". The key is the
+installed base's and pinned by tests. Plain data only: what vLLM's configuration objects say is read in
+``vllm_compat`` and arrives here as text and numbers. Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Raised whenever what the digest covers changes its meaning, so that old and new never agree by accident.
+FINGERPRINT_VERSION = 1
+
+#: ``kv_mode`` without a KV-transfer configuration.
+KV_BOTH = "kv_both"
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """Where a worker stands in its instance; ranks count from 0.
+
+    Attributes:
+        kv_mode: ``kv_transfer_config.kv_role``, or ``kv_both``.
+        node_rank: ``parallel_config.node_rank``.
+        pp_rank: None without pipeline parallelism.
+        ep_rank: None without expert parallelism, or for a model without experts.
+        is_draft: the worker loads the draft model of speculative decoding.
+        local_rank: the worker's number on its node; not part of the key, it chooses the seed service's port.
+    """
+
+    kv_mode: str
+    node_rank: int
+    tp_rank: int
+    pp_rank: int | None = None
+    ep_rank: int | None = None
+    is_draft: bool = False
+    local_rank: int = 0
+
+
+def build_seed_key(model_url: str, strategy: str, identity: WorkerIdentity, *, separator: str = "$") -> str:
+    """The documented form: ``model_url$strategy$kv_mode$node_rank$[ppN$]tp_rank[$epN][$draft]``.
+
+    ``model_url`` and ``strategy`` are taken as they are, whatever text they hold: the installed base does the
+    same. ``messages.encode_text`` makes the key safe for a header.
+    """
+    parts = [model_url, strategy, identity.kv_mode, str(identity.node_rank)]
+    if identity.pp_rank is not None:
+        parts.append(f"pp{identity.pp_rank}")
+    parts.append(str(identity.tp_rank))
+    if identity.ep_rank is not None:
+        parts.append(f"ep{identity.ep_rank}")
+    if identity.is_draft:
+        parts.append("draft")
+    return separator.join(parts)
+
+
+def build_fingerprint(facts: Mapping[str, Any]) -> str:
+    """Hexadecimal BLAKE2b-128 over the canonical JSON of ``facts``.
+
+    Args:
+        facts: everything that shapes the bytes in memory; nested mappings, lists, text, numbers, booleans, None.
+            Key order does not matter.
+
+    Raises:
+        TypeError: a value that JSON cannot hold: it would not be canonical.
+    """
+    canonical = json.dumps(
+        {"fingerprint_version": FINGERPRINT_VERSION, "facts": facts},
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+        allow_nan=False,
+    )
+    return hashlib.blake2b(canonical.encode("ascii"), digest_size=16).hexdigest()
+
+
+def differing_facts(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One line per fact that differs, for the log: a refusal says why, not only that."""
+    return [
+        f"{name}: {theirs.get(name)!r} on the seed, {ours.get(name)!r} on the receiver"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]

@@ -1,0 +1,250 @@
+"""A model's tensors as regions, spans and entries: what a seed offers and what a receiver fills.
+
+:func:`collect` looks at a model at one moment and keeps the memory it saw alive, by reference, so that the spans
+stay valid when vLLM replaces parameters later. It decides what can be vouched for: whatever it cannot account for
+is an error, never left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
+from vllm_rfork.walk import Leaf, Plain, assign, walk
+
+#: A tensor off the engine's device travels inside the manifest up to this size, in bytes: scales and index tables.
+MAX_INLINE_NBYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class LocalSpan:
+    """One span of this process: ``data`` is a 1-D uint8 tensor over exactly its bytes and keeps them alive."""
+
+    address: int
+    nbytes: int
+    data: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What :func:`collect` found.
+
+    ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
+    maps the names of inline tensors to the tensors.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    spans: tuple[LocalSpan, ...]
+    regions: tuple[Region, ...]
+    span_regions: tuple[int, ...]
+    inline: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all spans."""
+        return sum(span.nbytes for span in self.spans)
+
+    def manifest(self, *, digests: Iterable[str] | None = None, **identity: Any) -> Manifest:
+        """The collection as plain data; ``identity`` gives the manifest's other fields."""
+        given = [""] * len(self.spans) if digests is None else list(digests)
+        return Manifest(
+            regions=self.regions,
+            spans=tuple(
+                Span(region, span.address, span.nbytes, digest)
+                for span, region, digest in zip(self.spans, self.span_regions, given, strict=True)
+            ),
+            tensors=self.entries,
+            **identity,
+        )
+
+
+def collect(model: nn.Module, device: torch.device) -> Collection:
+    """Account for every tensor of ``model`` as it stands.
+
+    Args:
+        model: a vLLM model, before or after post-processing.
+        device: where the engine reads and writes; small tensors elsewhere become inline entries.
+
+    Raises:
+        ForkError: a tensor has no memory yet, no plain strided memory, or a lot of memory on another device.
+    """
+    found = [leaf for leaf in walk(model) if isinstance(leaf.value, torch.Tensor)]
+    on_device: list[tuple[str, torch.Tensor]] = []
+    inline: dict[str, torch.Tensor] = {}
+    empty: set[str] = set()
+    for leaf in found:
+        tensor = _plain(leaf)
+        if tensor.numel() == 0:
+            empty.add(leaf.name)
+        elif tensor.device.type == device.type:
+            on_device.append((leaf.name, tensor))
+        elif tensor.numel() * tensor.element_size() <= MAX_INLINE_NBYTES:
+            inline[leaf.name] = tensor
+        else:
+            raise ForkError(
+                f"tensor {leaf.name} has {tensor.numel() * tensor.element_size()} bytes on {tensor.device}, where the "
+                f"engine for {device} cannot reach them (offloaded weights cannot be forked)"
+            )
+    spans, span_of = _spans(on_device)
+    regions, span_regions = _regions(spans)
+    entries = tuple(_entry(leaf, spans, span_of, inline, empty) for leaf in found)
+    return Collection(entries, spans, regions, span_regions, inline)
+
+
+def state_of(model: nn.Module) -> dict[str, Plain]:
+    """Every plain value reachable from ``model``, by name."""
+    return {leaf.name: leaf.value for leaf in walk(model) if not isinstance(leaf.value, torch.Tensor)}
+
+
+def changed_state(before: dict[str, Plain], after: dict[str, Plain]) -> dict[str, Plain]:
+    """What loading set: values that are new or differ. NaN counts as equal to itself."""
+    return {name: value for name, value in after.items() if name not in before or not _same(before[name], value)}
+
+
+def apply_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Make ``model`` hold ``state`` as the seed's does.
+
+    Raises:
+        ForkError: a place does not exist here or cannot be written, or a value is not plain.
+    """
+    if not state:
+        return
+    leaves = {leaf.name: leaf for leaf in walk(model) if not isinstance(leaf.value, torch.Tensor)}
+    modules = dict(model.named_modules())
+    for name, value in state.items():
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise ForkError(f"state {name} of the seed is not a plain value", mutated=True)
+        leaf = leaves.get(name)
+        if leaf is None:
+            # Loading may add an attribute that construction does not make.
+            owner_name, _, key = name.rpartition(".")
+            owner = modules.get(owner_name)
+            if owner is None:
+                raise ForkError(f"state {name} of the seed has no place here", mutated=True)
+            leaf = Leaf(name, owner, key, None)
+        elif _same(leaf.value, value):
+            continue
+        assign(leaf, value)
+
+
+def apply_inline(collection: Collection, manifest: Manifest) -> None:
+    """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes.
+
+    Raises:
+        ForkError: bytes are missing or of the wrong length.
+    """
+    for entry in manifest.tensors:
+        target = collection.inline.get(entry.name)
+        if target is None:
+            continue
+        nbytes = target.numel() * target.element_size()
+        if entry.inline is None or len(entry.inline) != nbytes:
+            raise ForkError(f"the seed sent no usable bytes for tensor {entry.name}", mutated=True)
+        source = torch.frombuffer(bytearray(entry.inline), dtype=torch.uint8).view(target.dtype).view(target.shape)
+        target.copy_(source)
+
+
+def _same(one: Plain, other: Any) -> bool:
+    return type(one) is type(other) and (one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
+
+
+def _plain(leaf: Leaf) -> torch.Tensor:
+    """The leaf's tensor without its subclass, sharing memory.
+
+    A parameter's ``data`` is bound now: when vLLM later points the parameter elsewhere, this still holds what was
+    there before.
+    """
+    tensor: torch.Tensor = leaf.value
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ForkError(f"tensor {leaf.name} has no shape yet (its format decides while loading)")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ForkError(f"tensor {leaf.name} is {tensor.layout}, not plain strided memory")
+    if tensor.is_meta:
+        raise ForkError(f"tensor {leaf.name} has no memory yet (meta device: online quantization or deferred loading)")
+    plain = tensor.detach().as_subclass(torch.Tensor)
+    if plain.is_conj() or plain.is_neg():
+        raise ForkError(f"tensor {leaf.name} is a lazy conjugate or negative view")
+    return plain
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and one-past-last byte address that the elements of a non-empty tensor occupy."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _spans(tensors: list[tuple[str, torch.Tensor]]) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
+    """Merge overlapping tensors into spans, numbered in the order in which the walk first meets them."""
+    extents = sorted((*_extent(tensor), number) for number, (_, tensor) in enumerate(tensors))
+    groups: list[tuple[int, int, list[int]]] = []
+    for start, end, number in extents:
+        if groups and start < groups[-1][1]:
+            before, until, members = groups[-1]
+            groups[-1] = (before, max(until, end), [*members, number])
+        else:
+            groups.append((start, end, [number]))
+    groups.sort(key=lambda group: min(group[2]))
+    spans: list[LocalSpan] = []
+    span_of: dict[str, int] = {}
+    for index, (start, end, members) in enumerate(groups):
+        spans.append(LocalSpan(start, end - start, _bytes_of([tensors[number] for number in members], start, end)))
+        span_of.update({tensors[number][0]: index for number in members})
+    return tuple(spans), span_of
+
+
+def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int) -> torch.Tensor:
+    for _, tensor in members:
+        storage = tensor.untyped_storage()
+        base = storage.data_ptr()
+        if base <= start and end <= base + storage.nbytes():
+            data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            return data.set_(storage, start - base, (end - start,), (1,))
+    raise ForkError("tensors " + ", ".join(name for name, _ in members) + " overlap without sharing one storage")
+
+
+def _regions(spans: tuple[LocalSpan, ...]) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+    """One region per storage, from its first to its last span: registering is paid per region."""
+    bounds: dict[int, tuple[int, int]] = {}
+    for span in spans:
+        base = span.data.untyped_storage().data_ptr()
+        low, high = bounds.get(base, (span.address, span.address + span.nbytes))
+        bounds[base] = min(low, span.address), max(high, span.address + span.nbytes)
+    order = {base: number for number, base in enumerate(bounds)}
+    regions = tuple(Region(low, high - low) for low, high in bounds.values())
+    for before, after in itertools.pairwise(sorted(regions, key=lambda region: region.address)):
+        if before.address + before.nbytes > after.address:
+            raise ForkError("two storages of the model overlap in memory")
+    return regions, tuple(order[span.data.untyped_storage().data_ptr()] for span in spans)
+
+
+def _entry(
+    leaf: Leaf,
+    spans: tuple[LocalSpan, ...],
+    span_of: dict[str, int],
+    inline: dict[str, torch.Tensor],
+    empty: set[str],
+) -> TensorEntry:
+    tensor: torch.Tensor = leaf.value
+    name = leaf.name
+    number = -1 if name in empty or name in inline else span_of[name]
+    return TensorEntry(
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        span=number,
+        offset=tensor.data_ptr() - spans[number].address if number != -1 else 0,
+        inline=_raw(inline[name]) if name in inline else None,
+    )
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
