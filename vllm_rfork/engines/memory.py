@@ -1,0 +1,333 @@
+"""The fake engine that ships: host memory of one machine, no native package, and faults on request.
+
+Good for tests and demos: it works inside one process and between processes of one user (``process_vm_readv``), holds
+to the port's contract, and misbehaves exactly as told. It is no engine for production: nothing but the two processes'
+equal uid protects the memory.
+
+Faults come from the constructor, or from ``RFORK_MEMORY_FAULT`` where the engine is made by name, as a comma-separated
+list read at ``open``: ``register_fails``, ``flip_byte=17,fail_read=2``. The names are the fields of :class:`Faults`.
+
+The endpoint names the process and where in it the engine keeps its table of registrations; the reader fetches that
+table anew for each read, so a peer that unregistered, closed or died is noticed, and what a peer has not registered is
+refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.regions import RegionTable
+from vllm_rfork.errors import ConfigError, EngineError
+from vllm_rfork.manifest import Region
+from vllm_rfork.segments import Segment
+
+FAULT_VARIABLE = "RFORK_MEMORY_FAULT"
+_NAME = "memory"
+_HEADER = struct.Struct("=16sQQ")  # the engine's id, the table's address, the number of regions in it
+_ROW = struct.Struct("=QQ")
+_MAX_REGIONS = 1 << 20
+_open: weakref.WeakSet[MemoryEngine] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong, counted per engine object.
+
+    Attributes:
+        open_fails, register_fails, connect_fails, unregister_fails: the call raises ``EngineError``.
+        close_fails: ``close`` raises with ``in_flight=True``, each time.
+        fail_read: the read of this number (from 1) raises, having copied half of its bytes.
+        flip_byte: the byte of this number (from 0, over all reads) arrives with its lowest bit flipped.
+        truncate_read: the read of this number (from 1) copies all but its last byte and reports success.
+        stall_read: the read of this number (from 1) copies nothing, waits until its deadline and raises.
+        late_read: the read of this number (from 1) raises at its deadline with ``in_flight=True``; its bytes land
+            ``late_s`` seconds later unless ``close`` comes first.
+    """
+
+    open_fails: bool = False
+    register_fails: bool = False
+    connect_fails: bool = False
+    unregister_fails: bool = False
+    close_fails: bool = False
+    fail_read: int = 0
+    flip_byte: int = -1
+    truncate_read: int = 0
+    stall_read: int = 0
+    late_read: int = 0
+    late_s: float = 0.2
+
+
+def parse_faults(text: str) -> Faults:
+    """``Faults`` from the variable's text.
+
+    Raises:
+        ConfigError: a fault of that name does not exist, or its value is not a number.
+    """
+    types = {field.name: type(getattr(Faults(), field.name)) for field in fields(Faults)}
+    given: dict[str, bool | int | float] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        if name not in types:
+            raise ConfigError(FAULT_VARIABLE, f"there is no fault {name!r}", ", ".join(types))
+        try:
+            given[name] = types[name](float(value or "1"))
+        except ValueError as error:
+            raise ConfigError(FAULT_VARIABLE, f"{name} has no number {value!r}", "name=number") from error
+    return Faults(**given)  # type: ignore[arg-type]
+
+
+def open_engines() -> list[MemoryEngine]:
+    """The engines of this process that are open now, in no order: what a test looks at for leaks."""
+    return list(_open)
+
+
+class _Peer:
+    """Where another engine lives, and how to read its memory."""
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            scheme, pid, started, header, identity = endpoint.split(":")
+            self.pid, self.started, self.header = int(pid), int(started), int(header)
+            self.identity = bytes.fromhex(identity)
+        except ValueError as error:
+            raise EngineError(_NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine") from error
+        if scheme != _NAME or len(self.identity) != 16 or self.pid <= 0 or self.header <= 0:
+            raise EngineError(_NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine")
+
+    def regions(self, operation: str) -> RegionTable:
+        """What the peer has registered now."""
+        if _started(self.pid) != self.started:
+            raise EngineError(_NAME, operation, f"process {self.pid} is gone", retry_elsewhere=True)
+        header = ctypes.create_string_buffer(_HEADER.size)
+        self.copy(operation, ctypes.addressof(header), self.header, _HEADER.size)
+        identity, address, count = _HEADER.unpack(header.raw)
+        if identity != self.identity or count > _MAX_REGIONS:
+            raise EngineError(_NAME, operation, f"the engine in process {self.pid} is closed", retry_elsewhere=True)
+        table = RegionTable(_NAME)
+        if count:
+            rows = ctypes.create_string_buffer(_ROW.size * count)
+            self.copy(operation, ctypes.addressof(rows), address, _ROW.size * count)
+            table.add(Region(*row) for row in _ROW.iter_unpack(rows.raw))
+        return table
+
+    def copy(self, operation: str, local: int, remote: int, nbytes: int) -> None:
+        """Copy from the peer's memory; partial reads go on until all is there."""
+        if self.pid == os.getpid():
+            ctypes.memmove(local, remote, nbytes)
+            return
+        done = 0
+        while done < nbytes:
+            done += _readv(operation, self.pid, local + done, remote + done, nbytes - done)
+
+
+class _Late:
+    """A read whose bytes arrive after it was given up."""
+
+    def __init__(self, delay_s: float, peer: _Peer, segments: Sequence[Segment]) -> None:
+        self._cancelled = threading.Event()
+        self._delay_s, self._peer, self._segments = delay_s, peer, list(segments)
+        self._thread = threading.Thread(target=self._run, name="rfork-memory-late", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        if not self._cancelled.wait(self._delay_s):
+            for local, remote, nbytes in self._segments:
+                self._peer.copy("read", local, remote, nbytes)
+
+    def stop(self) -> None:
+        """Return when nothing more will be written."""
+        self._cancelled.set()
+        self._thread.join()
+
+
+class MemoryEngine(TransferEngine):
+    """See the module's docstring; ``faults`` None means: read them from the environment at ``open``."""
+
+    name: ClassVar[str] = _NAME
+    device_types: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    limits: ClassVar[Limits] = Limits(max_batch_nbytes=64 * 1024 * 1024, max_batch_items=4096)
+
+    def __init__(self, faults: Faults | None = None) -> None:
+        self._given_faults = faults
+        self.faults = faults or Faults()
+        self._table = RegionTable(_NAME)
+        self._identity = b""
+        self._header = ctypes.create_string_buffer(_HEADER.size)
+        self._rows = ctypes.create_string_buffer(_ROW.size)
+        self._peers: dict[str, _Peer] = {}
+        self._late: list[_Late] = []
+        self._reads = 0
+        self._bytes_read = 0
+
+    def open(self, config: EngineConfig) -> None:
+        """Take the faults from the environment where none were given, and start."""
+        if self._identity:
+            raise EngineError(_NAME, "open", "it is open already")
+        if config.device != "cpu":
+            raise EngineError(_NAME, "open", f"it reads host memory only, not {config.device}")
+        self.faults = self._given_faults or parse_faults(os.environ.get(FAULT_VARIABLE, ""))
+        self._fault("open", self.faults.open_fails)
+        self._identity = uuid.uuid4().bytes
+        self._reads = self._bytes_read = 0
+        self._publish()
+        _open.add(self)
+
+    @property
+    def endpoint(self) -> str:
+        """``memory:pid:start time:address of the table's header:id``."""
+        self._require_open("open")
+        return f"{_NAME}:{os.getpid()}:{_started(os.getpid())}:{ctypes.addressof(self._header)}:{self._identity.hex()}"
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Let peers read ``regions``."""
+        self._require_open("register")
+        self._fault("register", self.faults.register_fails)
+        self._table.check_new(regions)
+        self._table.add(regions)
+        self._publish()
+
+    def connect(self, endpoint: str, timeout_s: float) -> None:
+        """Find the peer's table; costs one read of its memory, so ``timeout_s`` is never reached."""
+        self._require_open("connect")
+        self._fault("connect", self.faults.connect_fails)
+        peer = _Peer(endpoint)
+        peer.regions("connect")
+        self._peers[endpoint] = peer
+
+    def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
+        """Copy the segments one after another; see :class:`Faults` for what else may happen."""
+        self._require_open("read")
+        peer = self._peers.get(endpoint)
+        if peer is None:
+            raise EngineError(_NAME, "read", "the peer is not connected")
+        deadline = time.monotonic() + timeout_s
+        self._table.check_local(segments)
+        remote = peer.regions("read")
+        for segment in segments:
+            if not remote.holds(segment.remote, segment.nbytes):
+                raise EngineError(
+                    _NAME,
+                    "read",
+                    f"{segment.nbytes} bytes at remote address {segment.remote:#x} do not lie in one registered region",
+                )
+        self._reads += 1
+        if self._reads == self.faults.stall_read:
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            raise EngineError(_NAME, "read", f"no answer within {timeout_s} s (a fault asked for)")
+        if self._reads == self.faults.late_read:
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            self._late.append(_Late(self.faults.late_s, peer, segments))
+            raise EngineError(
+                _NAME, "read", f"not done within {timeout_s} s (a fault asked for)", mutated=True, in_flight=True
+            )
+        self._copy(peer, segments, deadline)
+
+    def _copy(self, peer: _Peer, segments: Sequence[Segment], deadline: float) -> None:
+        total = sum(segment.nbytes for segment in segments)
+        stop_at = {self.faults.fail_read: total // 2, self.faults.truncate_read: total - 1}.get(self._reads, total)
+        done = 0
+        for local, remote, nbytes in segments:
+            take = min(nbytes, stop_at - done)
+            if take > 0:
+                if time.monotonic() > deadline:
+                    raise EngineError(_NAME, "read", "not done in time", mutated=done > 0, retry_elsewhere=True)
+                try:
+                    peer.copy("read", local, remote, take)
+                except EngineError as error:
+                    error.mutated = True  # process_vm_readv may have written part of it
+                    raise
+                self._flip(local, take)
+                done += take
+                self._bytes_read += take
+        self._fault("read", self._reads == self.faults.fail_read, mutated=True)
+
+    def _flip(self, local: int, nbytes: int) -> None:
+        where = self.faults.flip_byte - self._bytes_read
+        if 0 <= where < nbytes:
+            ctypes.c_ubyte.from_address(local + where).value ^= 1
+
+    def disconnect(self, endpoint: str) -> None:
+        """Forget the peer."""
+        self._peers.pop(endpoint, None)
+
+    def unregister(self, regions: Sequence[Region]) -> None:
+        """Stop peers from reading ``regions``."""
+        self._require_open("unregister")
+        self._fault("unregister", self.faults.unregister_fails)
+        self._table.check_known(regions)
+        self._table.remove(regions)
+        self._publish()
+
+    @property
+    def registered_nbytes(self) -> int:
+        """Bytes that peers may read now."""
+        return self._table.nbytes
+
+    def close(self) -> None:
+        """Stop late deliveries, then forget everything."""
+        for late in self._late:
+            late.stop()
+        self._late = []
+        if self._identity:
+            self._fault("close", self.faults.close_fails, in_flight=True)
+        self._identity = b""
+        self._peers = {}
+        self._table.clear()
+        self._publish()
+        _open.discard(self)
+
+    def _publish(self) -> None:
+        """Put the table where peers look; the rows are in place before the header names them."""
+        rows = b"".join(_ROW.pack(region.address, region.nbytes) for region in self._table.regions)
+        previous, self._rows = self._rows, ctypes.create_string_buffer(rows, max(len(rows), 1))
+        packed = _HEADER.pack(self._identity, ctypes.addressof(self._rows), len(rows) // _ROW.size)
+        ctypes.memmove(self._header, packed, len(packed))
+        del previous
+
+    def _require_open(self, operation: str) -> None:
+        if not self._identity:
+            raise EngineError(_NAME, operation, "it is not open")
+
+    def _fault(self, operation: str, wanted: bool, *, mutated: bool = False, in_flight: bool = False) -> None:
+        if wanted:
+            raise EngineError(_NAME, operation, "a fault was asked for", mutated=mutated, in_flight=in_flight)
+
+
+class _Iovec(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
+
+
+def _readv(operation: str, pid: int, local: int, remote: int, nbytes: int) -> int:
+    """One ``process_vm_readv``; returns the bytes copied (> 0)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.process_vm_readv.restype = ctypes.c_ssize_t
+    mine, theirs = _Iovec(local, nbytes), _Iovec(remote, nbytes)
+    flags = ctypes.c_ulong(0)
+    got: int = libc.process_vm_readv(
+        pid, ctypes.byref(mine), ctypes.c_ulong(1), ctypes.byref(theirs), ctypes.c_ulong(1), flags
+    )
+    if got <= 0:
+        code = ctypes.get_errno()
+        raise EngineError(_NAME, operation, f"process {pid}: {os.strerror(code)}", code=str(code), retry_elsewhere=True)
+    return got
+
+
+def _started(pid: int) -> int:
+    """When process ``pid`` started, in clock ticks since boot; 0 where there is none. Tells a reused pid apart."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    state, *rest = stat.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(rest[18])
