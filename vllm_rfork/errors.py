@@ -55,7 +55,15 @@ class ForkError(RForkError):
 
 
 class NoSeedAvailable(ForkError):
-    """The planner knows no free seed for the key (HTTP 404): a cold start."""
+    """The planner knows no free seed for the key (HTTP 404): a cold start.
+
+    Attributes:
+        intent_granted: the planner remembers that this worker loads from storage and others may wait for it.
+    """
+
+    def __init__(self, message: str, *, intent_granted: bool = False) -> None:
+        super().__init__(message)
+        self.intent_granted = intent_granted
 
 
 class PlannerError(ForkError):

@@ -41,6 +41,8 @@ SEED_KEY_PARAM = "seed_key"
 ADD_INTENT = "/rfork_intent"
 #: The versioned manifest on the seed service.
 SEED_MANIFEST = "/rfork_manifest"
+#: The seed's current epoch: ``{"status": "ok", "epoch": "..."}``. Asked again right before reading.
+SEED_EPOCH = "/rfork_epoch"
 
 #: Both ways: the digest that must be equal before two workers are paired.
 FINGERPRINT = "RFORK-FINGERPRINT"

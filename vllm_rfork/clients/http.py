@@ -1,0 +1,163 @@
+"""One HTTP exchange, bounded in time and in bytes, with every foreign error translated.
+
+The other side may be anything: a planner behind a proxy, a half-open socket, a process that is no planner at all.
+So nothing is followed (redirects), unpacked (content encodings) or kept (connections, cookies), and only
+:class:`~vllm_rfork.errors.ForkError` leaves this module. Connections are not reused: calls are minutes apart, and
+a beat lost to a connection that the other side had just closed would cost more than a handshake.
+
+Must not know any path or header of the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl as ssl_module
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp.http import HttpProcessingError
+from multidict import CIMultiDictProxy
+
+from vllm_rfork.errors import ForkError
+
+#: What a message quotes of the other side's text, in characters.
+MAX_QUOTED_LENGTH = 200
+#: The text of a refusal explains, the status decides: wait no longer than this for the text.
+_TEXT_TIMEOUT_S = 1.0
+_MAX_TEXT_NBYTES = 4096
+
+#: All that aiohttp and the socket below it raise; ValueError for addresses and header values it cannot send.
+_FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. ``body`` is whole for a 200 whose body was asked for, else the beginning of a text."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as one printable line, shortened, for use in a message."""
+        words = "".join(c if c.isprintable() else " " for c in self.body.decode("utf-8", "replace")).split()
+        line = " ".join(words)
+        return line if len(line) <= MAX_QUOTED_LENGTH else line[: MAX_QUOTED_LENGTH - 1] + "…"
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}" + (f" ({self.text})" if self.body else "")
+
+
+@dataclass(frozen=True)
+class BoundedHttp:
+    """Makes exchanges with one kind of service.
+
+    Args:
+        service: what messages call the other side, such as ``planner``.
+        error: makes the error that a failed exchange raises.
+        token: sent as ``Authorization: Bearer``; never part of a message.
+        ssl: context for ``https`` addresses, None for the system's trust.
+    """
+
+    service: str
+    error: Callable[[str], ForkError]
+    token: str | None = None
+    ssl: ssl_module.SSLContext | None = None
+
+    async def exchange(
+        self,
+        method: str,
+        url: str,
+        *,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+        max_body_nbytes: int = 0,
+    ) -> Answer:
+        """Send one request and return its answer, whatever the status.
+
+        The body of a 200 is read only up to ``max_body_nbytes``, and not at all where that is 0: such an answer
+        lies in its status and headers. Of any other answer the beginning of the text is taken along.
+
+        Raises:
+            ForkError: made by ``error``; no answer within ``timeout_s`` seconds, no connection, an answer that is
+                not HTTP, a body larger than ``max_body_nbytes`` or one that broke off.
+        """
+        what = f"{self.service} {without_credentials(url)}: {method}"
+        sent = {"Accept-Encoding": "identity", **(headers or {})}
+        if self.token is not None:
+            sent["Authorization"] = f"Bearer {self.token}"
+        deadline = time.monotonic() + timeout_s
+        exchange = self._exchange(
+            method, url, sent, params, what=what, max_body_nbytes=max_body_nbytes, deadline=deadline
+        )
+        try:
+            # One clock for name resolution, connecting, headers and body; aiohttp's own timeouts are off.
+            return await asyncio.wait_for(exchange, timeout_s)
+        except asyncio.TimeoutError as error:
+            raise self.error(f"{what} got no answer within {timeout_s:.3g} s") from error
+        except _FOREIGN as error:
+            raise self.error(f"{what} failed: {_reason(error)}") from error
+
+    async def _exchange(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        params: Mapping[str, str] | None,
+        *,
+        what: str,
+        max_body_nbytes: int,
+        deadline: float,
+    ) -> Answer:
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        tls = True if self.ssl is None else self.ssl
+        async with (
+            session,
+            session.request(method, url, headers=headers, params=params, allow_redirects=False, ssl=tls) as response,
+        ):
+            body = bytearray()
+            if response.status != 200:
+                # A refusal's text that stalls or breaks off must not hide the refusal.
+                left_s = deadline - time.monotonic()
+                with contextlib.suppress(asyncio.TimeoutError, *_FOREIGN):
+                    await asyncio.wait_for(_read(response, body, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
+                del body[_MAX_TEXT_NBYTES:]
+            elif max_body_nbytes:
+                await _read(response, body, max_body_nbytes)
+                if len(body) > max_body_nbytes:
+                    raise self.error(f"{what} answered with more than {max_body_nbytes} bytes")
+            response.close()  # drops an unread rest together with the connection
+            return Answer(response.status, response.headers, bytes(body))
+
+
+async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: int) -> None:
+    """Append to ``body`` until it is complete or has passed ``max_nbytes``."""
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > max_nbytes:
+            return
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, with its class where it says nothing itself."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:MAX_QUOTED_LENGTH]}" if text else name
+
+
+def without_credentials(url: str) -> str:
+    """``url`` without user, password and query."""
+    scheme, separator, rest = url.partition("://")
+    rest = rest.partition("?")[0]
+    authority, slash, path = rest.partition("/")
+    return scheme + separator + authority.rpartition("@")[2] + slash + path

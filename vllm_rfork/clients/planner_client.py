@@ -1,0 +1,346 @@
+"""The planner's calls, as a receiver and a seed make them.
+
+Works against every planner of the installed base: what an older one does not know is ignored by it, or answered
+with 404 or 405, and reported here as an :class:`Outcome`, never as an error. Must not decide what a failure means
+for the fork; must not hold a thread or a loop of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import ssl as ssl_module
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from vllm_rfork import messages
+from vllm_rfork.clients.http import Answer, BoundedHttp, without_credentials
+from vllm_rfork.errors import NoSeedAvailable, PlannerError
+from vllm_rfork.messages import BadMessage, Lease, SeedAddress
+
+logger = logging.getLogger(__name__)
+
+#: Bound of a JSON answer (``/healthz``, ``/debug/snapshot``) in bytes; 50,000 seeds take about 20 MB.
+MAX_JSON_NBYTES = 64 * 1024 * 1024
+#: Pauses in seconds before each further attempt to release a lease: a planner's restart fits in between.
+RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+#: The same for a withdrawal, which somebody waits for.
+WITHDRAW_PAUSES_S = (0.1, 0.3)
+
+_RETRIED = frozenset({408, 429})
+
+
+class Outcome(enum.Enum):
+    """What the planner made of a call that it may decline without anything being wrong."""
+
+    DONE = "done"
+    #: The planner knows no such seed or lease, or, in the installed base, no such call.
+    UNKNOWN = "unknown"
+    #: ``remove_seed`` while leased: no new leases, the seed goes when the last one ends.
+    DRAINING = "draining"
+
+
+class PlannerClient:
+    """Client of one planner; safe to use for several calls at once, on any event loop.
+
+    Args:
+        base_url: such as ``http://planner:1223``; may have a path.
+        request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
+        token: sent as ``Authorization: Bearer``.
+        ssl: for an ``https`` planner with a private certificate.
+        sleep: waits between retries; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        request_timeout_s: float = 10.0,
+        token: str | None = None,
+        ssl: ssl_module.SSLContext | None = None,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._name = f"planner {without_credentials(self.base_url)}"
+        self.request_timeout_s = request_timeout_s
+        self._http = BoundedHttp("planner", PlannerError, token, ssl)
+        self._sleep = sleep
+        self._hyphens = False
+
+    async def acquire(
+        self,
+        seed_key: str,
+        *,
+        fingerprint: str = "",
+        wait_s: float = 0.0,
+        exclude: Sequence[SeedAddress] = (),
+        intent: str = "",
+        labels: str = "",
+    ) -> Lease:
+        """Ask for a lease on a seed of ``seed_key``.
+
+        Args:
+            fingerprint: pairs only with a seed that announced the same one, or none.
+            wait_s: let the planner hold the call for up to so many seconds until a seed is free.
+            exclude: seeds that just failed this receiver, the latest last; the earliest are left out where they
+                do not fit into a header.
+            intent: id of this loading worker: "remember that I load if you have no seed for me".
+            labels: this receiver's topology, ``host=a,rack=b``.
+
+        Raises:
+            NoSeedAvailable: the planner has none (404).
+            PlannerError: no usable answer within ``request_timeout_s + wait_s`` seconds.
+        """
+        headers = {
+            **self._key(seed_key, fingerprint),
+            **_given(messages.WAIT_SEC, f"{wait_s:g}" if wait_s > 0 else ""),
+            **_given(messages.EXCLUDE, _joined(exclude)),
+            **_given(messages.INTENT, intent),
+            **_given(messages.LABELS, labels),
+        }
+        deadline = time.monotonic() + self.request_timeout_s + max(wait_s, 0.0)
+        answer = await self._call("GET", messages.GET_SEED, headers, deadline)
+        if answer.status == 404:
+            granted = messages.header(answer.headers, messages.INTENT) == messages.INTENT_GRANTED
+            raise NoSeedAvailable(f"the planner has no free seed for key {seed_key!r}", intent_granted=granted)
+        if answer.status != 200:
+            raise self._refused(messages.GET_SEED, answer)
+        try:
+            return messages.lease_from_answer(answer.headers)
+        except BadMessage as error:
+            await self._give_back(answer.headers, deadline)
+            raise PlannerError(f"{self._name}: {messages.GET_SEED} answered nonsense: {error}") from error
+
+    async def renew(self, lease: Lease) -> Outcome:
+        """Renew ``lease`` for another TTL. ``UNKNOWN`` (400, 404, 405): it is gone, or the planner renews none.
+
+        Raises:
+            PlannerError: no answer in time, or another refusal.
+        """
+        answer = await self._call("POST", messages.RENEW_SEED_LEASE, lease.headers(), self._deadline())
+        return self._outcome(messages.RENEW_SEED_LEASE, answer, unknown=(400, 404, 405))
+
+    async def renews_leases(self) -> bool:
+        """Whether the planner has a call for renewal at all, asked with a harmless GET on it.
+
+        Raises:
+            PlannerError: no answer in time.
+        """
+        return (await self._call("GET", messages.RENEW_SEED_LEASE, {}, self._deadline())).status != 404
+
+    async def release(
+        self, lease: Lease, *, result: str = "", nbytes: int = 0, seconds: float = 0.0, cause: str = ""
+    ) -> Outcome:
+        """Release ``lease``; ``UNKNOWN`` where it was gone already (404, and 400 from one production planner).
+
+        Retries 408, 429, 5xx and network errors, so it may take ``len(RELEASE_PAUSES_S) + 1`` times
+        ``request_timeout_s`` and the pauses: run it in the background.
+
+        Args:
+            result: ``messages.RESULT_OK`` or ``RESULT_FAILED``, with the bytes read, the seconds it took and the
+                name of the error class that ended the fork.
+
+        Raises:
+            PlannerError: all attempts failed; a lease with a TTL ends by itself then.
+        """
+        headers = lease.headers()
+        if result:
+            headers |= {
+                messages.RESULT: result,
+                messages.NBYTES: str(nbytes),
+                messages.SECONDS: f"{seconds:.3f}",
+                **_given(messages.CAUSE, cause),
+            }
+        answer = await self._retried(messages.PUT_SEED, headers, RELEASE_PAUSES_S, deadline=None)
+        return self._outcome(messages.PUT_SEED, answer, unknown=(400, 404))
+
+    async def announce(
+        self,
+        seed_key: str,
+        seed: SeedAddress,
+        *,
+        fingerprint: str = "",
+        slots: int | None = None,
+        labels: str = "",
+        epoch: str = "",
+        intent: str = "",
+    ) -> None:
+        """Announce ``seed`` under ``seed_key``; the same call is the heartbeat.
+
+        Args:
+            slots: leases that the seed carries at once; None leaves it to the planner.
+            intent: the id under which this worker said that it loads; fulfilled with this.
+
+        Raises:
+            PlannerError: refused, or no answer in time.
+        """
+        headers = {
+            **self._key(seed_key, fingerprint),
+            **seed.headers(),
+            messages.SEED_REFCNT: "0",
+            **_given(messages.SLOTS, "" if slots is None else str(slots)),
+            **_given(messages.LABELS, labels),
+            **_given(messages.EPOCH, epoch),
+            **_given(messages.INTENT, intent),
+        }
+        answer = await self._call("POST", messages.ADD_SEED, headers, self._deadline())
+        self._outcome(messages.ADD_SEED, answer)
+
+    async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
+        """Take ``seed`` back. ``UNKNOWN``: not there, or an older planner, which forgets it a minute after its
+        last heartbeat. ``DRAINING``: a receiver is still reading from it.
+
+        Raises:
+            PlannerError: refused, or no answer within ``request_timeout_s``, retries included.
+        """
+        headers = {**self._key(seed_key, ""), **seed.headers()}
+        answer = await self._retried(messages.REMOVE_SEED, headers, WITHDRAW_PAUSES_S, deadline=self._deadline())
+        if answer.status == 409:
+            return Outcome.DRAINING
+        return self._outcome(messages.REMOVE_SEED, answer, unknown=(404, 405))
+
+    async def intend(self, seed_key: str, intent: str, *, ttl_s: float, fingerprint: str = "") -> Outcome:
+        """Say that worker ``intent`` loads ``seed_key`` from storage, for up to ``ttl_s`` seconds; 0 takes it back.
+
+        ``UNKNOWN``: the planner keeps no intents.
+
+        Raises:
+            PlannerError: refused, or no answer in time.
+        """
+        headers = {
+            **self._key(seed_key, fingerprint),
+            messages.INTENT: messages.encode_text(intent),
+            messages.INTENT_TTL_SEC: f"{ttl_s:g}",
+        }
+        answer = await self._call("POST", messages.ADD_INTENT, headers, self._deadline())
+        return self._outcome(messages.ADD_INTENT, answer, unknown=(404, 405))
+
+    async def healthz(self) -> dict[str, Any]:
+        """The planner's health as it states it.
+
+        Raises:
+            PlannerError: not healthy, or no usable answer in time.
+        """
+        return await self._json(messages.HEALTHZ)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The planner's whole state as JSON; its form is the planner's own.
+
+        Raises:
+            PlannerError: no usable answer in time.
+        """
+        return await self._json(messages.DEBUG_SNAPSHOT)
+
+    async def close(self) -> None:
+        """Nothing is kept open between calls; this is the end that a client with connections of its own needs."""
+
+    # --- how a call is made -----------------------------------------------------------------------------------
+
+    async def _call(self, method: str, path: str, headers: Mapping[str, str], deadline: float) -> Answer:
+        """One call, and once more with the other spelling of the names where the planner answers 400.
+
+        A proxy such as nginx drops names with underscores, and the planner then misses a header. The spelling
+        that worked is kept for later calls.
+        """
+        hyphens = self._hyphens
+        answer = await self._exchange(method, path, _spelled(headers, hyphens=hyphens), deadline)
+        if answer.status != 400 or not any("_" in name for name in headers):
+            return answer
+        other = await self._exchange(method, path, _spelled(headers, hyphens=not hyphens), deadline)
+        if other.status == 400:
+            return answer
+        logger.info("The %s wants header names with %s", self._name, "underscores" if hyphens else "hyphens")
+        self._hyphens = not hyphens
+        return other
+
+    async def _exchange(
+        self, method: str, path: str, headers: Mapping[str, str], deadline: float, max_body_nbytes: int = 0
+    ) -> Answer:
+        for name, value in headers.items():
+            if len(value) > messages.MAX_HEADER_LENGTH:
+                raise PlannerError(
+                    f"header {name} would be {len(value)} characters long, more than {messages.MAX_HEADER_LENGTH}"
+                )
+        left_s = deadline - time.monotonic()
+        return await self._http.exchange(
+            method, self.base_url + path, headers=headers, timeout_s=left_s, max_body_nbytes=max_body_nbytes
+        )
+
+    async def _retried(
+        self, path: str, headers: Mapping[str, str], pauses_s: Sequence[float], *, deadline: float | None
+    ) -> Answer:
+        """POST, again after each pause while the planner is away or overloaded; at the end the last outcome."""
+        for pause_s in pauses_s:
+            try:
+                answer = await self._call("POST", path, headers, deadline or self._deadline())
+            except PlannerError as error:
+                logger.debug("%s; trying again in %g s", error, pause_s)
+            else:
+                if answer.status not in _RETRIED and answer.status < 500:
+                    return answer
+            if deadline is not None and time.monotonic() + pause_s >= deadline:
+                break
+            await self._sleep(pause_s)
+        return await self._call("POST", path, headers, deadline or self._deadline())
+
+    async def _json(self, path: str) -> dict[str, Any]:
+        answer = await self._exchange("GET", path, {}, self._deadline(), MAX_JSON_NBYTES)
+        if answer.status != 200:
+            raise self._refused(path, answer)
+        try:
+            return msgspec.json.decode(answer.body, type=dict[str, Any])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise PlannerError(f"{self._name}: {path} did not answer with a JSON object: {error}") from error
+
+    async def _give_back(self, headers: Mapping[str, str], deadline: float) -> None:
+        """Release the lease of an answer that is unusable in some other header, so that it does not block a seed."""
+        try:
+            seed, user_id = messages.seed_address(headers), messages.required(headers, messages.USER_ID)
+            await self._call("POST", messages.PUT_SEED, {**seed.headers(), messages.USER_ID: user_id}, deadline)
+        except (BadMessage, PlannerError) as error:
+            logger.debug("The lease in an unusable answer could not be given back: %s", error)
+
+    def _outcome(self, path: str, answer: Answer, *, unknown: tuple[int, ...] = ()) -> Outcome:
+        if answer.status == 200:
+            return Outcome.DONE
+        if answer.status in unknown:
+            return Outcome.UNKNOWN
+        raise self._refused(path, answer)
+
+    def _refused(self, path: str, answer: Answer) -> PlannerError:
+        return PlannerError(f"{self._name}: {path} answered {answer}")
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.request_timeout_s
+
+    @staticmethod
+    def _key(seed_key: str, fingerprint: str) -> dict[str, str]:
+        return {
+            messages.SEED_KEY: messages.encode_text(seed_key),
+            **_given(messages.FINGERPRINT, fingerprint),
+        }
+
+
+def _given(name: str, value: str) -> dict[str, str]:
+    """The header, or nothing where there is no value: an absent header is what older planners expect."""
+    return {name: messages.encode_text(value)} if value else {}
+
+
+def _joined(seeds: Sequence[SeedAddress]) -> str:
+    """The latest of ``seeds`` that fit into one header, comma-separated."""
+    kept: list[str] = []
+    length = 0
+    for seed in reversed(seeds):
+        length += len(str(seed)) + 1
+        if length > messages.MAX_HEADER_LENGTH:
+            break
+        kept.append(str(seed))
+    return ",".join(reversed(kept))
+
+
+def _spelled(headers: Mapping[str, str], *, hyphens: bool) -> dict[str, str]:
+    return {name.replace("_", "-") if hyphens else name: value for name, value in headers.items()}

@@ -1,0 +1,104 @@
+"""The calls that a receiver makes to a seed's HTTP service. Must not decide what a failure means for the fork."""
+
+from __future__ import annotations
+
+import ssl as ssl_module
+
+import msgspec
+
+from vllm_rfork import messages
+from vllm_rfork.clients.http import Answer, BoundedHttp
+from vllm_rfork.errors import SeedError
+from vllm_rfork.manifest import MAX_MANIFEST_NBYTES, Manifest, decode_manifest
+from vllm_rfork.messages import SeedAddress
+
+_MAX_SMALL_NBYTES = 64 * 1024
+
+
+class _Epoch(msgspec.Struct):
+    epoch: str
+
+
+class SeedClient:
+    """Client of seeds' HTTP services, whichever they are.
+
+    Args:
+        request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
+        token: sent as ``Authorization: Bearer``.
+        ssl: for seeds that serve https with a private certificate; None means plain http.
+    """
+
+    def __init__(
+        self, *, request_timeout_s: float = 10.0, token: str | None = None, ssl: ssl_module.SSLContext | None = None
+    ) -> None:
+        self.request_timeout_s = request_timeout_s
+        self._scheme = "http" if ssl is None else "https"
+        self._http = BoundedHttp("seed", SeedError, token, ssl)
+
+    async def manifest(self, address: SeedAddress, seed_key: str, fingerprint: str) -> Manifest:
+        """The seed's manifest, checked to be of ``seed_key`` and ``fingerprint`` and not to contradict itself.
+
+        Raises:
+            SeedError: gone, hanging, of another key or fingerprint, a manifest that is malformed or larger than
+                ``MAX_MANIFEST_NBYTES``, or a seed of the installed base, which has none.
+        """
+        answer = await self._get(
+            address, messages.SEED_MANIFEST, seed_key, fingerprint=fingerprint, max_body_nbytes=MAX_MANIFEST_NBYTES
+        )
+        if answer.status == 404:
+            raise SeedError(
+                f"seed {address} has no {messages.SEED_MANIFEST}: it is a seed of the installed base, whose metadata "
+                f"does not say enough to check the weights; it answered {answer}"
+            )
+        if answer.status != 200:
+            raise SeedError(f"seed {address} refused its manifest: {answer}")
+        manifest = decode_manifest(answer.body)
+        if manifest.seed_key != seed_key:
+            raise SeedError(f"seed {address} holds key {manifest.seed_key[:200]!r}, not {seed_key!r}")
+        if manifest.fingerprint != fingerprint:
+            raise SeedError(
+                f"seed {address} has fingerprint {manifest.fingerprint[:80]!r}, this receiver {fingerprint!r}: "
+                "versions, dtype, quantization, sizes or layout differ"
+            )
+        return manifest
+
+    async def confirm_epoch(self, address: SeedAddress, epoch: str, *, seed_key: str) -> None:
+        """Make sure that the seed still vouches for ``epoch``: before the first byte is read, and after the last.
+
+        Raises:
+            SeedError: unreachable, withdrawn, or in another epoch.
+        """
+        answer = await self._get(address, messages.SEED_EPOCH, seed_key, max_body_nbytes=_MAX_SMALL_NBYTES)
+        if answer.status != 200:
+            raise SeedError(f"seed {address} no longer vouches for its weights: {answer}")
+        try:
+            current = msgspec.json.decode(answer.body, type=_Epoch).epoch
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise SeedError(f"seed {address} answered nonsense to {messages.SEED_EPOCH}: {error}") from error
+        if current != epoch:
+            raise SeedError(f"seed {address} is in epoch {current[:80]!r}, the manifest was of epoch {epoch!r}")
+
+    async def healthy(self, address: SeedAddress, seed_key: str) -> bool:
+        """Whether the service at ``address`` is the seed of ``seed_key``; False where it is another's.
+
+        Raises:
+            SeedError: nobody answers in time, or neither yes (200) nor no (400).
+        """
+        answer = await self._get(address, messages.SEED_HEALTH, seed_key)
+        if answer.status not in (200, 400):
+            raise SeedError(f"seed {address}: {messages.SEED_HEALTH} answered {answer}")
+        return answer.status == 200
+
+    async def _get(
+        self, address: SeedAddress, path: str, seed_key: str, *, fingerprint: str = "", max_body_nbytes: int = 0
+    ) -> Answer:
+        url = self._scheme + address.base_url.removeprefix("http") + path
+        headers = {messages.FINGERPRINT: messages.encode_text(fingerprint)} if fingerprint else {}
+        return await self._http.exchange(
+            "GET",
+            url,
+            headers=headers,
+            params={messages.SEED_KEY_PARAM: seed_key},
+            timeout_s=self.request_timeout_s,
+            max_body_nbytes=max_body_nbytes,
+        )

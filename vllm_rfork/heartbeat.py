@@ -1,0 +1,166 @@
+"""Announces a seed, keeps it announced, and takes it back.
+
+One coroutine that owns its cleanup: however :meth:`Heartbeat.run` ends, the seed is withdrawn. A planner that is
+away or refuses costs one line in the log when it starts and one when it is over; a planner that lost its state
+hears of the seed again with the next beat. Must not know what makes a seed trustworthy: it asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+from vllm_rfork.clients import Outcome, PlannerClient
+from vllm_rfork.errors import PlannerError
+from vllm_rfork.messages import SeedAddress
+
+logger = logging.getLogger(__name__)
+
+#: A beat comes after this share of the interval to all of it, so that a fleet's beats spread out.
+_EARLIEST = 0.8
+#: After a failed beat the next one comes after this share of the interval: planners forget a seed after two.
+_AFTER_FAILURE = 1 / 3
+
+
+class Heartbeat:
+    """The announcement of one seed under one epoch; make a new one for a new epoch.
+
+    Args:
+        client: of the planner to announce to.
+        interval_s: longest time between two beats in seconds.
+        fingerprint, epoch, slots, labels, intent: see :meth:`PlannerClient.announce`.
+        still_vouching: asked before every beat; when it says no the seed is withdrawn and :meth:`run` ends.
+        clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        client: PlannerClient,
+        seed_key: str,
+        seed: SeedAddress,
+        *,
+        interval_s: float,
+        fingerprint: str,
+        epoch: str,
+        slots: int | None = None,
+        labels: str = "",
+        intent: str = "",
+        still_vouching: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.seed_key = seed_key
+        self.seed = seed
+        self._client = client
+        self._interval_s = interval_s
+        self._fingerprint = fingerprint
+        self._epoch = epoch
+        self._slots = slots
+        self._labels = labels
+        self._intent = intent
+        self._still_vouching = still_vouching
+        self._clock = clock
+        self._sleep = sleep
+        self._jitter = jitter
+        self._calls = asyncio.Lock()  # a beat under way when the seed is withdrawn must not arrive after it
+        self._over = asyncio.Event()
+        self._attempted = False
+        self._withdrawn: Outcome | None = None
+        self._announced = False
+        self._missed = 0
+
+    @property
+    def announced(self) -> bool:
+        """Whether the planner took the latest beat."""
+        return self._announced
+
+    async def run(self) -> None:
+        """Announce at once, then beat until cancelled, withdrawn or no longer vouched for; withdraw at the end.
+
+        An orderly end is :meth:`withdraw`, which waits for a beat that is under way; a cancelled beat may have
+        reached the planner and be handled there after the withdrawal.
+        """
+        try:
+            while not self._over.is_set():
+                started_at = self._clock()
+                if not self._still_vouching():
+                    logger.info("Seed %s can no longer vouch for its weights", self.seed)
+                    break
+                await self._beat()
+                await self._pause(self._delay_s() - (self._clock() - started_at))
+        finally:
+            try:
+                await self.withdraw()
+            except PlannerError as error:
+                logger.warning("Seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error)
+
+    async def withdraw(self) -> Outcome:
+        """Take the seed back and end :meth:`run`; no beat follows. Repeating it returns the first outcome.
+
+        Returns:
+            ``DRAINING`` where a receiver is still reading from the seed.
+
+        Raises:
+            PlannerError: the planner could not be told. No beat follows all the same, so that the planner forgets
+                the seed in its own time; a later call tries again.
+        """
+        self._over.set()
+        async with self._calls:
+            if self._withdrawn is None:
+                self._withdrawn = await self._withdraw_once()
+                self._announced = False
+            return self._withdrawn
+
+    async def _withdraw_once(self) -> Outcome:
+        if not self._attempted:
+            return Outcome.UNKNOWN
+        outcome = await self._client.withdraw(self.seed_key, self.seed)
+        logger.info("Seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
+        return outcome
+
+    async def _beat(self) -> None:
+        async with self._calls:
+            if self._over.is_set():
+                return
+            first = not self._attempted
+            self._attempted = True
+            try:
+                await self._client.announce(
+                    self.seed_key,
+                    self.seed,
+                    fingerprint=self._fingerprint,
+                    slots=self._slots,
+                    labels=self._labels,
+                    epoch=self._epoch,
+                    intent=self._intent,
+                )
+            except PlannerError as error:
+                self._announced = False
+                self._missed += 1
+                if self._missed == 1:
+                    logger.warning("Seed %s is not announced, trying again in the background: %s", self.seed, error)
+                return
+            if self._missed:
+                logger.info("Seed %s is announced again after %d missed beats", self.seed, self._missed)
+            elif first:
+                logger.info("Seed %s announced under key %s", self.seed, self.seed_key)
+            self._announced = True
+            self._missed = 0
+
+    def _delay_s(self) -> float:
+        longest_s = self._interval_s if self._announced else self._interval_s * _AFTER_FAILURE
+        return longest_s * (_EARLIEST + (1 - _EARLIEST) * self._jitter())
+
+    async def _pause(self, delay_s: float) -> None:
+        """Sleep, or less where the seed is withdrawn meanwhile."""
+        sleeping = asyncio.ensure_future(self._sleep(max(0.0, delay_s)))
+        over = asyncio.ensure_future(self._over.wait())
+        try:
+            await asyncio.wait({sleeping, over}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleeping.cancel()
+            over.cancel()
