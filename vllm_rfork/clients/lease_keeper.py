@@ -1,7 +1,7 @@
 """Keeps a lease alive while its receiver reads, and knows when it is lost.
 
 Renewal runs in the event loop, the read in another thread: the reader asks :meth:`LeaseKeeper.check` between
-batches. Must not release the lease; whoever acquired it does, after the keeper was cancelled.
+batches. Must not release the lease; whoever acquired it does, after the keeper was stopped.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class LeaseKeeper:
         self._expires_at = self._expiry(clock())
         self._problem = ""
         self._lost: PlannerError | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     def check(self) -> None:
         """Raise where the lease is gone; callable from any thread, never blocks.
@@ -59,6 +60,16 @@ class LeaseKeeper:
             raise PlannerError(str(self._lost)) from self._lost
         if self._clock() >= self._expires_at:
             raise self._expired()
+
+    async def start(self) -> None:
+        """Begin to renew, on the loop that this runs on."""
+        self._renewing = asyncio.create_task(self.run(), name=f"renewal of the lease on {self.lease.seed}")
+
+    async def stop(self) -> None:
+        """End renewal, also one that is under way, so that none follows the release. Stopping twice does nothing."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait({self._renewing})
 
     async def run(self) -> None:
         """Renew until cancelled or lost; returns at once where nothing expires. Raises nothing: see :meth:`check`."""

@@ -62,7 +62,7 @@ class SeedClient:
             )
         return manifest
 
-    async def confirm_epoch(self, address: SeedAddress, epoch: str, *, seed_key: str) -> None:
+    async def confirm_epoch(self, address: SeedAddress, seed_key: str, epoch: str) -> None:
         """Make sure that the seed still vouches for ``epoch``: before the first byte is read, and after the last.
 
         Raises:
