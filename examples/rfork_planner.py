@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""A mock planner in one file: the RFork planner protocol, written to be read.
+
+    pip install aiohttp
+    python rfork_planner.py --host 0.0.0.0 --port 1223
+
+The planner pairs starting workers (receivers) with running ones that offer their weights (seeds). It moves no
+weights. All arguments travel in request headers; a request has no body, and headers this planner does not know
+are ignored. A name may be spelled SEED_KEY or SEED-KEY (nginx drops underscores unless told otherwise).
+
+    POST /add_seed           a seed announces itself; repeated every 30 s it is the heartbeat
+    GET  /get_seed           a receiver asks for a lease on a seed of its key: 200 with the lease, 404 none free
+    POST /renew_seed_lease   the receiver is still reading
+    POST /put_seed           the receiver is done
+    POST /remove_seed        a seed withdraws: 200 gone, 409 still being read (draining, gets no new lease)
+    GET  /healthz            {"status": "ok"}
+    GET  /debug/snapshot     everything this planner knows, as JSON
+
+State is in memory: after a restart the seeds' next heartbeats bring it back. For a fleet, use `vllm-rfork planner`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from aiohttp import web
+
+log = logging.getLogger("rfork_planner")
+
+Address = tuple[str, int, int]  # ip, port, rank: what a seed is known by
+
+
+@dataclasses.dataclass
+class Seed:
+    """One worker that offers its weights. Known by ip:port:rank; announcing another key re-keys it."""
+
+    ip: str
+    port: int
+    rank: int
+    key: str
+    seen_at: float
+    granted_at: float = 0.0
+    draining: bool = False
+    leases: dict[str, float] = dataclasses.field(default_factory=dict)  # user id -> expires at
+
+
+class Planner:
+    """Seeds and their leases. Every call first drops what time has taken away."""
+
+    def __init__(
+        self,
+        lease_ttl_s: float = 60.0,
+        slots: int = 1,
+        stale_after_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lease_ttl_s = lease_ttl_s  # 0: leases never expire, as with the oldest planners
+        self.slots = slots
+        self.stale_after_s = stale_after_s
+        self.clock = clock
+        self.seeds: dict[Address, Seed] = {}
+
+    def sweep(self) -> None:
+        """Drop expired leases, seeds unseen for too long (with their leases), and drained seeds."""
+        now = self.clock()
+        for address, seed in list(self.seeds.items()):
+            seed.leases = {user: expires for user, expires in seed.leases.items() if expires > now}
+            if now - seed.seen_at > self.stale_after_s:
+                log.info("seed %s:%d:%d is stale, dropped with %d leases", *address, len(seed.leases))
+                del self.seeds[address]
+            elif seed.draining and not seed.leases:
+                del self.seeds[address]
+
+    def add(self, address: Address, key: str) -> None:
+        """Announce or renew; one that was draining is back."""
+        self.sweep()
+        seed = self.seeds.get(address)
+        if seed is None:
+            log.info("seed %s:%d:%d announced under key %r", *address, key)
+            seed = self.seeds[address] = Seed(*address, key=key, seen_at=0.0)
+        seed.key, seed.seen_at, seed.draining = key, self.clock(), False
+
+    def get(self, key: str) -> tuple[Seed, str] | None:
+        """The seed of ``key`` with a free slot that waited longest for a receiver, and a new lease; or None."""
+        self.sweep()
+        free = [s for s in self.seeds.values() if s.key == key and not s.draining and len(s.leases) < self.slots]
+        if not free:
+            return None
+        seed = min(free, key=lambda s: (len(s.leases), s.granted_at))
+        user_id = uuid.uuid4().hex
+        seed.granted_at = self.clock()
+        seed.leases[user_id] = self._expiry()
+        return seed, user_id
+
+    def renew(self, address: Address, user_id: str) -> bool:
+        """False where the lease is unknown: expired, released, or its seed gone."""
+        self.sweep()
+        seed = self.seeds.get(address)
+        if seed is None or user_id not in seed.leases:
+            return False
+        seed.leases[user_id] = self._expiry()
+        return True
+
+    def put(self, address: Address, user_id: str) -> bool:
+        """False where the lease is unknown; for the client both mean that it is gone."""
+        self.sweep()
+        seed = self.seeds.get(address)
+        known = seed is not None and seed.leases.pop(user_id, None) is not None
+        self.sweep()
+        return known
+
+    def remove(self, address: Address, key: str) -> int:
+        """The status: 200 removed, 404 unknown or announced under another key, 409 draining."""
+        self.sweep()
+        seed = self.seeds.get(address)
+        if seed is None or seed.key != key:
+            return 404
+        if seed.leases:
+            seed.draining = True
+            return 409
+        del self.seeds[address]
+        return 200
+
+    def _expiry(self) -> float:
+        return self.clock() + self.lease_ttl_s if self.lease_ttl_s else float("inf")
+
+
+# --- headers ---------------------------------------------------------------------------------------------------------
+
+
+def bad(text: str) -> web.HTTPBadRequest:
+    """The answer to a header that is missing or wrong; its text says which."""
+    return web.HTTPBadRequest(text=text + "\n")
+
+
+def header(request: web.Request, name: str) -> str:
+    """The header in either spelling; 400 where it is missing or empty."""
+    value = request.headers.get(name, request.headers.get(name.replace("_", "-"), "")).strip()
+    if not value:
+        raise bad(f"missing header {name}")
+    return value
+
+
+def number(request: web.Request, name: str, low: int, high: int = 2**31 - 1) -> int:
+    """The header as an integer within bounds; 400 otherwise."""
+    value = header(request, name)
+    if not re.fullmatch("[0-9]{1,10}", value) or not low <= int(value) <= high:
+        raise bad(f"header {name} must be an integer from {low} to {high}")
+    return int(value)
+
+
+def seed_address(request: web.Request) -> Address:
+    """The three headers that name a seed."""
+    ip = header(request, "SEED_IP")
+    if not re.fullmatch(r"[A-Za-z0-9._:%\[\]-]{1,253}", ip):
+        raise bad("header SEED_IP must be a host name or an address")
+    return ip, number(request, "SEED_PORT", 1, 65535), number(request, "SEED_RANK", 0)
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+def make_app(planner: Planner, sweep_every_s: float = 5.0) -> web.Application:
+    """The aiohttp application around ``planner``."""
+    routes = web.RouteTableDef()
+
+    @routes.post("/add_seed")
+    async def add_seed(request: web.Request) -> web.Response:
+        key = header(request, "SEED_KEY")  # opaque here: a key with other than printable ASCII comes escaped (RFC 8187)
+        address = seed_address(request)
+        number(request, "SEED_REFCNT", 0)  # must be there, means nothing
+        planner.add(address, key)
+        return web.Response(text="ok\n")
+
+    @routes.get("/get_seed", allow_head=False)
+    async def get_seed(request: web.Request) -> web.Response:
+        key = header(request, "SEED_KEY")
+        granted = planner.get(key)
+        if granted is None:
+            raise web.HTTPNotFound(text="no free seed for this key\n")
+        seed, user_id = granted
+        log.info("lease %s on seed %s:%d:%d for %s", user_id, seed.ip, seed.port, seed.rank, request.remote)
+        answer = {"SEED_IP": seed.ip, "SEED_PORT": str(seed.port), "SEED_RANK": str(seed.rank), "USER_ID": user_id}
+        if planner.lease_ttl_s:
+            answer["LEASE_TTL_SEC"] = f"{planner.lease_ttl_s:g}"
+        return web.Response(headers=answer)
+
+    @routes.post("/renew_seed_lease")
+    async def renew_seed_lease(request: web.Request) -> web.Response:
+        if not planner.renew(seed_address(request), header(request, "USER_ID")):
+            raise web.HTTPNotFound(text="no such lease\n")
+        return web.Response(text="ok\n")
+
+    @routes.post("/put_seed")
+    async def put_seed(request: web.Request) -> web.Response:
+        if not planner.put(seed_address(request), header(request, "USER_ID")):
+            raise web.HTTPNotFound(text="no such lease\n")
+        return web.Response(text="ok\n")
+
+    @routes.post("/remove_seed")
+    async def remove_seed(request: web.Request) -> web.Response:
+        key = header(request, "SEED_KEY")
+        status = planner.remove(seed_address(request), key)
+        return web.Response(status=status, text={200: "removed", 404: "no such seed", 409: "draining"}[status] + "\n")
+
+    @routes.get("/healthz")
+    async def healthz(request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    @routes.get("/debug/snapshot")
+    async def snapshot(request: web.Request) -> web.Response:
+        planner.sweep()
+        now = planner.clock()
+        return web.json_response({"seeds": [describe(seed, now) for seed in planner.seeds.values()]})
+
+    async def sweeping(app: web.Application) -> AsyncIterator[None]:
+        async def forever() -> None:
+            while True:
+                planner.sweep()
+                await asyncio.sleep(sweep_every_s)
+
+        task = asyncio.create_task(forever())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    app = web.Application()
+    app.add_routes(routes)
+    app.cleanup_ctx.append(sweeping)
+    return app
+
+
+def describe(seed: Seed, now: float) -> dict[str, Any]:
+    """One seed for the snapshot; times in seconds, a lease that never expires as null."""
+    leases = {
+        user: None if expires == float("inf") else round(expires - now, 3) for user, expires in seed.leases.items()
+    }
+    fields = {"key": seed.key, "ip": seed.ip, "port": seed.port, "rank": seed.rank, "draining": seed.draining}
+    return {**fields, "seen_sec_ago": round(now - seed.seen_at, 3), "leases": leases}
+
+
+def main() -> None:
+    """Read the options and serve until interrupted."""
+    parser = argparse.ArgumentParser(
+        description="mock RFork planner", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=1223, help="0 takes a free one")
+    parser.add_argument("--lease-ttl-sec", type=float, default=60.0, help="0: leases never expire")
+    parser.add_argument("--slots", type=int, default=1, help="leases per seed at once")
+    parser.add_argument("--stale-after-sec", type=float, default=60.0, help="drop a seed unseen for so long")
+    parser.add_argument("--sweep-every-sec", type=float, default=5.0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    planner = Planner(args.lease_ttl_sec, args.slots, args.stale_after_sec)
+    web.run_app(make_app(planner, args.sweep_every_sec), host=args.host, port=args.port, access_log=None)
+
+
+if __name__ == "__main__":
+    main()
