@@ -1,0 +1,69 @@
+# Every target sets up what it needs: .venv in this folder, from requirements/lock.txt. `make help` lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ENGINE ?= nixl
+# More arguments for pytest: make unit PYTEST_ARGS="-k key"
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STANDIN := build/standin
+TYPED := vllm_rfork demo scripts examples
+
+# Nothing here talks to a model hub or reports usage, and nothing of the caller's Python leaks in.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export PYTHONUNBUFFERED := 1
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+
+.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench demo format clean distclean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: ## bring .venv to requirements/lock.txt; every other target does it by itself
+	@$(PYTHON) scripts/set_up.py
+
+test: lint types contracts standin wheel ## everything CI runs: lint, types, import contracts, wheel, all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup ## mypy, strict
+	$(BIN)/mypy $(wildcard $(TYPED))
+
+contracts: setup ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+standin: setup ## build the host stand-in for the Ascend data plane
+	@if [ -f tests/standin/Makefile ]; then $(MAKE) --no-print-directory -C tests/standin OUT=../../$(STANDIN); fi
+
+wheel: setup ## build the wheel that tests/package looks into
+	rm -rf build/wheel
+	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel . > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+
+unit: setup standin wheel ## the tests that start no vLLM
+	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/gpu $(PYTEST_ARGS)
+
+vllm-tests: setup standin ## the tests that load models in real vLLM
+	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+bench: setup standin ## weights phase: default loader, forks and memcpy side by side
+	$(BIN)/python -m bench
+
+demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
+	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi
+	@$(BIN)/python -m demo --engine $(ENGINE)
+
+clean: ## remove what was built
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv .venv-*

