@@ -1,0 +1,120 @@
+"""Headers survive any text, and nothing that is not a message passes for one."""
+
+from __future__ import annotations
+
+import pytest
+from multidict import CIMultiDict
+
+from vllm_rfork import messages
+from vllm_rfork.messages import BadMessage, Lease, SeedAddress
+
+AWKWARD = [
+    "café$prod",
+    "模型$部署",
+    "two\r\nX-Injected: yes",
+    "tab\there",
+    " leading and trailing ",
+    "",
+    "UTF-8''already%20escaped",
+    "percent %41 stays",
+    "null\x00byte",
+    "lone surrogate \udcff",
+    "😀" * 50,
+    'quotes " and \\ and ,;=',
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_any_text_survives_the_header(text: str) -> None:
+    assert messages.decode_text(messages.encode_text(text)) == text
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_an_encoded_text_is_one_printable_ascii_line(text: str) -> None:
+    value = messages.encode_text(text)
+    assert value.isascii()
+    assert value.isprintable()
+    assert value == value.strip()
+
+
+def test_two_texts_never_share_an_encoding() -> None:
+    assert len({messages.encode_text(text) for text in AWKWARD}) == len(AWKWARD)
+
+
+@pytest.mark.parametrize(
+    "key", ["/models/q$prod$kv_both$0$0", "/models/dsv4$decode$kv_consumer$0$pp1$3$ep5$draft", "a b"]
+)
+def test_a_plain_key_looks_as_the_installed_base_sends_it(key: str) -> None:
+    assert messages.encode_text(key) == key
+
+
+def test_an_escape_that_is_not_utf_8_is_refused() -> None:
+    with pytest.raises(BadMessage, match="UTF-8"):
+        messages.decode_text("UTF-8''%FF%FE%80x")
+
+
+@pytest.mark.parametrize("spelling", ["SEED_KEY", "seed_key", "SEED-KEY", "seed-key", "Seed-Key"])
+def test_both_spellings_of_a_name_are_read(spelling: str) -> None:
+    assert messages.seed_key(CIMultiDict({spelling: " k$0 "})) == "k$0"
+
+
+@pytest.mark.parametrize(
+    ("headers", "names"),
+    [
+        ({}, "SEED_IP"),
+        ({"SEED_IP": "10.0.0.1"}, "SEED_PORT"),
+        ({"SEED_IP": "10.0.0.1", "SEED_PORT": "0", "SEED_RANK": "0"}, "SEED_PORT"),
+        ({"SEED_IP": "10.0.0.1", "SEED_PORT": "65536", "SEED_RANK": "0"}, "SEED_PORT"),
+        ({"SEED_IP": "10.0.0.1", "SEED_PORT": "8e3", "SEED_RANK": "0"}, "SEED_PORT"),
+        ({"SEED_IP": "10.0.0.1", "SEED_PORT": "٣", "SEED_RANK": "0"}, "SEED_PORT"),
+        ({"SEED_IP": "10.0.0.1", "SEED_PORT": "9" * 5000, "SEED_RANK": "0"}, "SEED_PORT"),
+        ({"SEED_IP": "10.0.0.1", "SEED_PORT": "80", "SEED_RANK": "-1"}, "SEED_RANK"),
+        ({"SEED_IP": "10.0.0.1/evil?x=", "SEED_PORT": "80", "SEED_RANK": "0"}, "SEED_IP"),
+        ({"SEED_IP": "user@host", "SEED_PORT": "80", "SEED_RANK": "0"}, "SEED_IP"),
+        ({"SEED_IP": "x" * 9000, "SEED_PORT": "80", "SEED_RANK": "0"}, "SEED_IP"),
+    ],
+)
+def test_a_bad_seed_address_is_refused_and_the_header_named(headers: dict[str, str], names: str) -> None:
+    with pytest.raises(BadMessage, match=names):
+        messages.seed_address(CIMultiDict(headers))
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "node-7.example", "fe80::1%eth0", "::1"])
+def test_an_address_survives_headers_and_text(host: str) -> None:
+    seed = SeedAddress(host, 8080, 3)
+    assert messages.seed_address(CIMultiDict(seed.headers())) == seed
+    assert messages.parse_seed_address(str(seed)) == seed
+
+
+def test_an_ipv6_literal_gets_brackets_in_a_url() -> None:
+    assert SeedAddress("::1", 80, 0).base_url == "http://[::1]:80"
+
+
+def test_a_key_that_is_too_long_is_refused() -> None:
+    with pytest.raises(BadMessage, match="longer"):
+        messages.seed_key(CIMultiDict({"SEED_KEY": "k" * (messages.MAX_KEY_LENGTH + 1)}))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon", "", "1e9"])
+def test_seconds_are_finite_and_bounded(value: str) -> None:
+    with pytest.raises(BadMessage, match="X-SEC"):
+        messages.seconds(value, "X-SEC", maximum=100)
+
+
+ANSWER = {"SEED_IP": "10.0.0.1", "SEED_PORT": "80", "SEED_RANK": "2", "USER_ID": "u1"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "ttl_s"), [({}, None), ({"LEASE_TTL_SEC": "60"}, 60.0), ({"LEASE-TTL-SEC": "0"}, None)]
+)
+def test_a_lease_is_read_from_an_answer(extra: dict[str, str], ttl_s: float | None) -> None:
+    lease = messages.lease_from_answer(CIMultiDict({**ANSWER, **extra}))
+    assert lease == Lease(SeedAddress("10.0.0.1", 80, 2), "u1", ttl_s)
+    assert lease.headers() == ANSWER
+
+
+@pytest.mark.parametrize("missing", list(ANSWER))
+def test_a_lease_needs_all_four_headers(missing: str) -> None:
+    headers = {name: value for name, value in ANSWER.items() if name != missing}
+    with pytest.raises(BadMessage, match=missing):
+        messages.lease_from_answer(CIMultiDict(headers))
