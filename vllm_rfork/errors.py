@@ -24,7 +24,7 @@ class RForkError(Exception):
     """Base of everything this package raises on purpose."""
 
 
-class ConfigError(RForkError):
+class ConfigError(RForkError, ValueError):
     """A setting is wrong; the start fails.
 
     Args:

@@ -1,0 +1,62 @@
+"""Loads a model with real vLLM in this process, as its worker does: ``get_model`` with a fresh VllmConfig each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def vllm_config(model: Path, *, load_format: str = "auto", extra: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A fresh VllmConfig, made from engine arguments as ``vllm serve`` makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "bfloat16",
+        "load_format": load_format,
+        "model_loader_extra_config": extra or {},
+        "max_model_len": 64,
+    }
+    return EngineArgs(**{**arguments, **changes}).create_engine_config()
+
+
+@contextlib.contextmanager
+def distributed(config: Any) -> Iterator[None]:
+    """vLLM's process groups for one worker."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    with set_current_vllm_config(config):
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.init_distributed_environment(
+                1, 0, f"tcp://127.0.0.1:{free_port()}", local_rank=0, backend="gloo"
+            )
+            parallel_state.ensure_model_parallel_initialized(1, 1)
+        yield
+
+
+def load(config: Any) -> Any:
+    """The model, by vLLM's own entry point."""
+    from vllm.model_executor.model_loader import get_model
+    from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+    _set_torch_accelerator_to_noop()  # as the CPU worker does before it loads
+
+    with distributed(config):
+        return get_model(vllm_config=config)

@@ -1,0 +1,262 @@
+"""One worker's attempt to fork: its engine, its planner client, its leases, and another seed when one fails.
+
+Ends in one of two ways: :meth:`Attempt.run` returns the manifest whose bytes now lie in local memory, or raises the
+ForkError that the loader falls back on. Either way no lease is left at the planner. Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_rfork import messages
+from vllm_rfork.background import BackgroundTask, background
+from vllm_rfork.clients import LeaseKeeper, PlannerClient, SeedClient
+from vllm_rfork.config import Settings
+from vllm_rfork.engines.base import EngineConfig, TransferEngine
+from vllm_rfork.engines.table import engine_class
+from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerError
+from vllm_rfork.manifest import Manifest
+from vllm_rfork.messages import Lease, SeedAddress
+from vllm_rfork.receiver import ForkRequest, StageTimes, fork
+
+logger = logging.getLogger(__name__)
+
+#: Seeds that one start tries before it reads storage: a second may be better, a third failure is the fleet's.
+MAX_SEEDS = 3
+#: How long the planner remembers that this worker loads from storage, unless renewed.
+INTENT_TTL_S = 60.0
+
+#: Buffers and engines of reads that could not be ended. They belong to the wire for the rest of the process's life.
+_given_up: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a fork goes.
+
+    Attributes:
+        local: the receiver's manifest.
+        verify: raises ForkError where what arrived is not what the seed's manifest says.
+        keep: what keeps the local spans alive, in case a read cannot be ended.
+        progress: called with the number of bytes copied so far.
+    """
+
+    local: Manifest
+    verify: Callable[[Manifest], None]
+    keep: Any
+    progress: Callable[[int], None]
+
+
+class Attempt:
+    """Makes a worker ready to fork while its model is still being built; see the module's docstring.
+
+    Args:
+        engine_name: an entry of ``engines/table.py``.
+        engine_config: how to open it; opening begins at once, on a thread of its own.
+    """
+
+    def __init__(self, settings: Settings, seed_key: str, engine_name: str, engine_config: EngineConfig) -> None:
+        self.settings = settings
+        self.seed_key = seed_key
+        self.engine_name = engine_name
+        self.times = StageTimes()
+        self.intent = uuid.uuid4().hex if settings.rfork_become_seed else ""
+        self.seed: SeedAddress | None = None
+        timeout_s = settings.rfork_request_timeout_sec
+        token = settings.rfork_token or None
+        self._planner = PlannerClient(settings.rfork_scheduler_url, request_timeout_s=timeout_s, token=token)
+        self._seeds = SeedClient(request_timeout_s=timeout_s, token=token)
+        self._engine_config = engine_config
+        self._intending: BackgroundTask | None = None
+        self._opening: concurrent.futures.Future[TransferEngine] = concurrent.futures.Future()
+        # A daemon, not an executor's thread: a native call that never returns must not keep the process alive.
+        threading.Thread(target=self._open, name="rfork-engine", daemon=True).start()
+
+    def _open(self) -> None:
+        started = time.perf_counter()
+        try:
+            engine = engine_class(self.engine_name)()
+            engine.open(self._engine_config)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the engine is needed
+            self._opening.set_exception(error)
+            return
+        self.times.seconds["engine"] = time.perf_counter() - started
+        self._opening.set_result(engine)
+
+    def engine(self) -> TransferEngine:
+        """The open engine; waits for it.
+
+        Raises:
+            EngineError: it could not be opened, or not in time.
+        """
+        try:
+            return self._opening.result(self._engine_config.timeout_s + 1.0)
+        except concurrent.futures.TimeoutError as error:
+            raise EngineError(
+                self.engine_name, "open", f"not open after {self._engine_config.timeout_s + 1.0:g} s"
+            ) from error
+
+    def run(self, target: Target) -> Manifest:
+        """Fork into the target's spans from the first seed that works.
+
+        Raises:
+            NoSeedAvailable: the planner has none.
+            ForkError: the last seed's error; ``mutated`` where any attempt may have written.
+        """
+        deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
+        failed: list[SeedAddress] = []
+        last: ForkError | None = None
+        engine = self.engine()  # before a lease is asked for: without an engine it would be held for nothing
+        while True:
+            try:
+                lease = self._acquire(target.local.fingerprint, failed)
+            except ForkError as error:
+                raise (self._after(last, error) if last else error) from error
+            if last is not None and lease.seed in failed:
+                # A planner that does not know RFORK-EXCLUDE gave the same seed again.
+                self._release(lease, last, 0, 0.0)
+                raise last
+            started = time.monotonic()
+            try:
+                manifest = self._fork_once(engine, lease, target, deadline)
+            except ForkError as error:
+                self._release(lease, error, 0, time.monotonic() - started)
+                error.mutated = error.mutated or (last is not None and last.mutated)
+                last = error
+                failed.append(lease.seed)
+                if not error.retry_elsewhere or len(failed) == MAX_SEEDS or time.monotonic() >= deadline:
+                    raise
+                logger.warning("RFork: seed %s failed (%s), asking for another", lease.seed, error)
+                continue
+            self._release(lease, None, manifest.nbytes, time.monotonic() - started)
+            self.seed = lease.seed
+            return manifest
+
+    @staticmethod
+    def _after(last: ForkError, error: ForkError) -> ForkError:
+        """The seed's failure is what the log should name, not that there was no second seed."""
+        return last if isinstance(error, NoSeedAvailable) or not last.mutated else _mutated(error)
+
+    def _acquire(self, fingerprint: str, failed: list[SeedAddress]) -> Lease:
+        wait_s = self.settings.rfork_seed_wait_sec
+        with self.times.stage("planner"):
+            try:
+                return background().call(
+                    self._planner.acquire(
+                        self.seed_key, fingerprint=fingerprint, wait_s=wait_s, exclude=failed, intent=self.intent
+                    ),
+                    self.settings.rfork_request_timeout_sec + wait_s + 1.0,
+                )
+            except NoSeedAvailable as error:
+                if error.intent_granted:
+                    self._intending = background().spawn(self._keep_intent(fingerprint), "rfork-intent")
+                raise
+            except TimeoutError as error:
+                raise PlannerError("the background thread of this process does not answer") from error
+
+    async def _keep_intent(self, fingerprint: str) -> None:
+        """Renew "I am loading this from storage" until the announcement fulfils it or :meth:`close` ends it."""
+        while True:
+            await asyncio.sleep(INTENT_TTL_S / 3)
+            try:
+                await self._planner.intend(self.seed_key, self.intent, ttl_s=INTENT_TTL_S, fingerprint=fingerprint)
+            except PlannerError as error:
+                logger.debug("RFork: the intent could not be renewed: %s", error)
+
+    def _fork_once(self, engine: TransferEngine, lease: Lease, target: Target, deadline: float) -> Manifest:
+        keeper = LeaseKeeper(self._planner, lease)
+        background().call(keeper.start(), self.settings.rfork_request_timeout_sec)
+        try:
+            if not engine.registered_nbytes:
+                with self.times.stage("registration"):
+                    engine.register(target.local.regions)
+            request = ForkRequest(
+                local=target.local,
+                engine=engine,
+                seeds=self._seeds,
+                request_timeout_s=self.settings.rfork_request_timeout_sec,
+                timeout_s=max(0.0, deadline - time.monotonic()),
+                max_batch_nbytes=self.settings.rfork_max_batch_bytes,
+                progress=target.progress,
+            )
+            manifest = fork(request, keeper, self.times)
+            with self.times.stage("verify"):
+                target.verify(manifest)
+            return manifest
+        except EngineError as error:
+            if error.in_flight:
+                error.retry_elsewhere = False
+                self._give_up(engine, target.keep)
+            raise
+        finally:
+            background().call(keeper.stop(), self.settings.rfork_request_timeout_sec)
+
+    @staticmethod
+    def _give_up(engine: TransferEngine, keep: Any) -> None:
+        """Close an engine with a read in flight; where that fails too, leave the buffers to it for good."""
+        try:
+            engine.close()
+        except EngineError as error:
+            logger.warning("RFork: %s; its buffers stay allocated until this process ends", error)
+            _given_up.append((engine, keep))
+
+    def _release(self, lease: Lease, error: ForkError | None, nbytes: int, seconds: float) -> None:
+        result = messages.RESULT_OK if error is None else messages.RESULT_FAILED
+        cause = "" if error is None else type(error).__name__
+        background().spawn(
+            self._released(lease, result=result, nbytes=nbytes, seconds=seconds, cause=cause), "rfork-release"
+        )
+
+    async def _released(self, lease: Lease, **outcome: Any) -> None:
+        try:
+            await self._planner.release(lease, **outcome)
+        except PlannerError as error:
+            logger.warning("RFork: the lease on seed %s could not be released: %s", lease.seed, error)
+
+    def hand_over_engine(self) -> TransferEngine:
+        """The engine for the seed that this worker becomes: the open one, or a new one where that was closed.
+
+        Raises:
+            EngineError: it cannot be opened.
+        """
+        engine = self.engine()
+        self._opening = concurrent.futures.Future()
+        self._opening.set_exception(EngineError(self.engine_name, "open", "the engine now belongs to the seed"))
+        return engine
+
+    def reopen_engine(self) -> None:
+        """Replace an engine that failed by a fresh one, so that this worker can still become a seed."""
+        self.close_engine()
+        self._opening = concurrent.futures.Future()
+        self._open()
+
+    def close_engine(self) -> None:
+        """Close the engine and with it every registration; before the registered memory is let go. Idempotent."""
+        try:
+            self.engine().close()
+        except EngineError as error:
+            logger.debug("RFork: %s", error)
+
+    def end_intent(self) -> None:
+        """Stop renewing the intent; the announcement fulfils it, or it expires."""
+        if self._intending is not None:
+            self._intending.cancel(self.settings.rfork_request_timeout_sec)
+            self._intending = None
+
+    def close(self) -> None:
+        """Close the engine, unless a seed has it, and end the intent. Idempotent."""
+        self.end_intent()
+        self.close_engine()
+
+
+def _mutated(error: ForkError) -> ForkError:
+    error.mutated = True
+    return error

@@ -1,0 +1,181 @@
+"""``--load-format rfork``: fork or fall back, then become a seed.
+
+vLLM's own ``BaseModelLoader.load_model`` stays in charge: it builds the structure, calls :meth:`load_weights`, and
+post-processes, in every version and with every platform's patches. Forking happens inside ``load_weights``, where
+the default loader would read storage; that is the moment at which the ``checkpoint`` layout stands in memory. The
+one ``except ForkError`` of the package is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from vllm_rfork import seeding
+from vllm_rfork.attempt import Target
+from vllm_rfork.config import parse_config
+from vllm_rfork.errors import ForkError, NoSeedAvailable
+from vllm_rfork.plan import LoadPlan
+from vllm_rfork.progress import forking_progress
+from vllm_rfork.vllm_compat import loading
+from vllm_rfork.vllm_compat.registries import Registries
+
+logger = logging.getLogger(__name__)
+
+
+class _StartOver(Exception):
+    """The structure that was built cannot be used any more. Control flow inside this file, never seen outside."""
+
+
+class RForkModelLoader(BaseModelLoader):  # type: ignore[misc] - vLLM is not there when types are checked
+    """vLLM's loader for the format ``rfork``. Constructing it reads settings and does nothing else.
+
+    Raises:
+        ConfigError: a setting is wrong; the start fails and the message names the field.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self._config = parse_config(load_config.model_loader_extra_config)
+        self._loading = threading.local()
+
+    # What others may call on a loader is the storage loader's, so that downloads and reloads work as without us.
+
+    def download_model(self, model_config: Any) -> None:
+        """Download the model as the fallback format would."""
+        self._storage().download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Fill ``model``: inside :meth:`load_model` by a fork or from storage, from outside always from storage."""
+        plan: LoadPlan | None = getattr(self._loading, "plan", None)
+        if plan is None:
+            self._storage().load_weights(model, model_config)
+        else:
+            self._fill(plan, model, model_config)
+
+    def __getattr__(self, name: str) -> Any:
+        # vLLM asks with hasattr whether reloading is possible; it is where the storage loader can do it.
+        if name == "get_all_weights":
+            return self._storage().get_all_weights
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _storage(self) -> Any:
+        settings = self._config.settings
+        return loading.storage_loader(
+            self.load_config, settings.rfork_fallback_load_format, self._config.passed_through
+        )
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """The model that the fallback loader would have produced, forked where a seed has it.
+
+        Args:
+            vllm_config, model_config, prefix: as vLLM passes them; a draft model comes with its own model_config.
+
+        Raises:
+            Exception: the fallback loader's own error, where it fails too.
+        """
+        settings = self._config.settings
+        if settings.missing:
+            logger.warning(
+                "RFork: %s not set, so there is nothing to match seeds by: loading with load_format=%s, not a seed",
+                ", ".join(settings.missing),
+                settings.rfork_fallback_load_format,
+            )
+            return self._storage().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        plan = LoadPlan.make(settings, vllm_config, model_config, rank_shows=self.load_config.use_tqdm_on_load)
+        registries = Registries.capture(vllm_config)
+        try:
+            try:
+                model = self._build(plan, vllm_config, model_config, prefix)
+            except _StartOver:
+                # Outside the handler's frame the failed model has no references left.
+                model = None
+            if model is None:
+                plan.attempt.close_engine()
+                registries.restore()
+                loading.release_memory(plan.device)
+                plan.may_fork = False
+                model = self._build(plan, vllm_config, model_config, prefix)
+        except BaseException:
+            plan.attempt.close()
+            raise
+        seeding.become_seed(plan)
+        return model
+
+    def _build(self, plan: LoadPlan, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
+        storage = self._storage()
+        if not plan.may_fork and loading.loads_whole_models(storage):
+            plan.refuse_to_seed(
+                f"load format {plan.settings.rfork_fallback_load_format} builds and loads models as a whole, so the "
+                f"{plan.layout} layout cannot be captured"
+            )
+            return storage.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        self._loading.plan = plan
+        try:
+            model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        finally:
+            self._loading.plan = None
+        return model
+
+    def _fill(self, plan: LoadPlan, model: nn.Module, model_config: Any) -> None:
+        """Bring the checkpoint's bytes into ``model``, by a fork if possible."""
+        if plan.may_fork:
+            try:
+                self._fork(plan, model)
+                return
+            except NoSeedAvailable as reason:
+                logger.info("RFork: %s: loading from storage", reason)
+            except ForkError as error:
+                logger.warning(
+                    "RFork: falling back to load_format=%s: %s: %s",
+                    plan.settings.rfork_fallback_load_format,
+                    type(error).__name__,
+                    error,
+                )
+                plan.fork_failed = True
+                if error.mutated:
+                    raise _StartOver from None
+        storage = self._storage()
+        if loading.loads_whole_models(storage):
+            raise _StartOver
+        before = plan.state_before(model)
+        started = time.perf_counter()
+        storage.load_weights(model, model_config)
+        seconds = time.perf_counter() - started
+        plan.capture_loaded(model, before)
+        nbytes = plan.nbytes_of(model)
+        logger.info(
+            "RFork: loaded %d bytes (%.2f GB) from storage in %.2f s (%.2f GB/s), load_format=%s",
+            nbytes,
+            nbytes / 1e9,
+            seconds,
+            nbytes / 1e9 / max(seconds, 1e-9),
+            plan.settings.rfork_fallback_load_format,
+        )
+
+    def _fork(self, plan: LoadPlan, model: nn.Module) -> None:
+        started = time.perf_counter()
+        collection = plan.collect_empty(model)
+        local = collection.manifest(**plan.manifest_identity())
+        with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:
+            remote = plan.attempt.run(
+                Target(local, lambda manifest: plan.accept(model, collection, manifest), collection, progress)
+            )
+        plan.capture_forked(collection, remote)
+        seconds = time.perf_counter() - started
+        logger.info(
+            "RFork: forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s (%s)",
+            remote.nbytes,
+            remote.nbytes / 1e9,
+            seconds,
+            remote.nbytes / 1e9 / max(seconds, 1e-9),
+            plan.attempt.seed,
+            plan.attempt.engine_name,
+            plan.layout,
+            plan.attempt.times,
+        )

@@ -1,0 +1,265 @@
+"""What one call of ``load_model`` has decided and gathered: identity, layout, and what a seed will need.
+
+A plan lives from the beginning of a load until the worker has become a seed. It holds no thread; the engine's
+opening thread belongs to the attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import urllib.parse
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_rfork import verify
+from vllm_rfork.attempt import Attempt
+from vllm_rfork.config import Settings
+from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.engines.table import engine_for_device
+from vllm_rfork.errors import ConfigError, ForkError, VerificationError
+from vllm_rfork.manifest import Manifest
+from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
+from vllm_rfork.segments import paired_digests
+from vllm_rfork.tensors import Collection, apply_inline, apply_state, changed_state, collect, state_of
+from vllm_rfork.vllm_compat import loading
+from vllm_rfork.vllm_compat.identity import fingerprint_facts, worker_identity
+from vllm_rfork.walk import Plain
+
+logger = logging.getLogger(__name__)
+
+#: ``rfork_verify=sample`` looks at every so-many-th span.
+SAMPLE_EVERY = 8
+
+
+@dataclass
+class LoadPlan:
+    """See the module's docstring.
+
+    Attributes:
+        fork_failed: the engine may hold registrations of the attempt that failed.
+        may_fork: false once an attempt has failed in a way that made the model unusable.
+        no_seed_reason: why this worker must not become a seed; empty where it may.
+        collection, digests, state: the layout as loaded, captured for the seed; the collection keeps it alive.
+    """
+
+    settings: Settings
+    device: torch.device
+    identity: WorkerIdentity
+    seed_key: str
+    fingerprint: str
+    layout: str
+    attempt: Attempt
+    advertise_host: str
+    shows_progress: bool
+    may_fork: bool = True
+    no_seed_reason: str = ""
+    fork_failed: bool = False
+    collection: Collection | None = None
+    digests: list[str] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, settings: Settings, vllm_config: Any, model_config: Any, *, rank_shows: bool) -> LoadPlan:
+        """Work out who this worker is, and begin to open its engine.
+
+        Raises:
+            ConfigError: there is no such engine or layout for this device.
+        """
+        device = loading.target_device(vllm_config)
+        layout = layout_for(settings, device)
+        engine_name = settings.rfork_engine if settings.rfork_engine != "auto" else engine_for_device(device.type)
+        identity = worker_identity(vllm_config, model_config)
+        seed_key = build_seed_key(
+            settings.model_url,
+            settings.model_deploy_strategy_name,
+            identity,
+            separator=settings.rfork_seed_key_separator,
+        )
+        facts = fingerprint_facts(
+            vllm_config,
+            model_config,
+            layout=layout,
+            engine=engine_name,
+            device=device,
+            dummy=settings.rfork_fallback_load_format == "dummy",
+        )
+        host = advertise_host(settings)
+        config = EngineConfig(device=device_text(device), host=host, timeout_s=settings.rfork_seed_timeout_sec)
+        plan = cls(
+            settings=settings,
+            device=device,
+            identity=identity,
+            seed_key=seed_key,
+            fingerprint=build_fingerprint(facts),
+            layout=layout,
+            attempt=Attempt(settings, seed_key, engine_name, config),
+            advertise_host=host,
+            shows_progress=rank_shows and loading.is_first_rank(),
+            no_seed_reason="" if settings.rfork_become_seed else "rfork_become_seed is false",
+        )
+        logger.info("RFork: seed key %s, fingerprint %s, engine %s", seed_key, plan.fingerprint, engine_name)
+        logger.debug("RFork: the fingerprint covers %s", facts)
+        if reason := loading.never_a_seed(vllm_config):
+            plan.refuse_to_seed(reason)
+        return plan
+
+    def refuse_to_seed(self, reason: str) -> None:
+        """Remember why this worker will not be a seed; said once, when it would have become one."""
+        if not self.no_seed_reason:
+            self.no_seed_reason = reason
+
+    def manifest_identity(self) -> dict[str, Any]:
+        """The fields of a manifest that do not come from tensors; endpoint and epoch are the seed's to fill."""
+        return {
+            "seed_key": self.seed_key,
+            "fingerprint": self.fingerprint,
+            "epoch": "",
+            "layout": self.layout,
+            "engine": self.attempt.engine_name,
+            "endpoint": "",
+            "digest_algorithm": verify.ALGORITHM,
+        }
+
+    def collect_empty(self, model: nn.Module) -> Collection:
+        """The structure as built, before anything was loaded into it.
+
+        Raises:
+            ForkError: this model cannot be forked in this layout.
+        """
+        self._check_layout(model)
+        return collect(model, self.device)
+
+    def _check_layout(self, model: nn.Module) -> None:
+        if loading.quantizes_online(model):
+            raise ForkError(
+                "weights are quantized while they are loaded, so the checkpoint layout never stands in memory"
+            )
+
+    def accept(self, model: nn.Module, collection: Collection, manifest: Manifest) -> None:
+        """Make the rest of the model what the seed's was, and prove that the bytes are.
+
+        Raises:
+            VerificationError: a digest differs.
+            ForkError: Python-side state cannot be made equal.
+        """
+        expected = paired_digests(collection.manifest(**self.manifest_identity()), manifest)
+        if self.settings.rfork_verify != "off" and manifest.digest_algorithm != verify.ALGORITHM:
+            raise VerificationError(
+                f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
+                f"{verify.ALGORITHM}; equal versions, or rfork_verify=off, would pair them"
+            )
+        if self.settings.rfork_verify == "sample":
+            expected = {number: wanted for number, wanted in expected.items() if number % SAMPLE_EVERY == 0}
+        if self.settings.rfork_verify != "off":
+            wrong = verify.wrong_spans([span.data for span in collection.spans], expected)
+            if wrong:
+                names = [entry.name for entry in collection.entries if entry.span in wrong]
+                raise VerificationError(
+                    f"the bytes of {len(wrong)} of {len(expected)} tensors are not the seed's: {', '.join(names[:5])}"
+                )
+        apply_inline(collection, manifest)
+        apply_state(model, manifest.state)
+
+    def state_before(self, model: nn.Module) -> dict[str, Plain]:
+        """The Python-side state before loading, so that what loading changes can be told; empty where no seed."""
+        return {} if self.no_seed_reason else state_of(model)
+
+    def capture_loaded(self, model: nn.Module, before: dict[str, Plain]) -> None:
+        """Remember what storage put into ``model``: references to the tensors, their digests, the changed state."""
+        if self.no_seed_reason:
+            return
+        try:
+            self._check_layout(model)
+            loading.synchronize(self.device)
+            self.collection = collect(model, self.device)
+        except ForkError as error:
+            self.refuse_to_seed(str(error))
+            return
+        with self.attempt.times.stage("digest"):
+            self.digests = verify.digests(span.data for span in self.collection.spans)
+        self.state = dict(changed_state(before, state_of(model)))
+
+    def capture_forked(self, collection: Collection, remote: Manifest) -> None:
+        """Remember what a fork put there, with the seed's digests: what is passed on is vouched for by the first."""
+        if self.no_seed_reason:
+            return
+        local = collection.manifest(**self.manifest_identity())
+        paired = paired_digests(local, remote)
+        self.collection = collection
+        self.digests = [paired[number] for number in range(len(collection.spans))]
+        self.state = dict(remote.state)
+
+    def nbytes_of(self, model: nn.Module) -> int:
+        """Bytes of weights that ``model`` holds."""
+        if self.collection is not None:
+            return self.collection.nbytes
+        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    def seed_manifest(self) -> Manifest:
+        """What this worker offers.
+
+        Raises:
+            ForkError: nothing was captured.
+        """
+        if self.collection is None:
+            raise ForkError("no weights were captured")
+        return self.collection.manifest(digests=self.digests, state=self.state, **self.manifest_identity())
+
+    def recheck(self) -> None:
+        """Prove that nothing has written to the captured memory since; version counters do not see all writes.
+
+        Raises:
+            ForkError: names the tensors that changed.
+        """
+        if self.collection is None:
+            raise ForkError("no weights were captured")
+        loading.synchronize(self.device)
+        wrong = verify.wrong_spans([span.data for span in self.collection.spans], dict(enumerate(self.digests)))
+        if wrong:
+            names = [entry.name for entry in self.collection.entries if entry.span in wrong]
+            raise ForkError(
+                f"post-processing wrote to {len(wrong)} tensors of the {self.layout} layout: {', '.join(names[:5])}"
+            )
+
+
+def layout_for(settings: Settings, device: torch.device) -> str:
+    """The layout that ``rfork_layout`` means on ``device``.
+
+    Raises:
+        ConfigError: the layout does not work there.
+    """
+    if settings.rfork_layout == "runtime":
+        raise ConfigError("rfork_layout", "the runtime layout is not there yet", "auto or checkpoint")
+    return "checkpoint"
+
+
+def device_text(device: torch.device) -> str:
+    """``cpu``, ``cuda:1``: the index as this process counts, which is what engines want."""
+    if device.type == "cpu":
+        return "cpu"
+    index = device.index
+    if index is None:
+        index = getattr(torch, device.type).current_device()
+    return f"{device.type}:{index}"
+
+
+def advertise_host(settings: Settings) -> str:
+    """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or the route to the planner."""
+    if settings.rfork_seed_advertise_host:
+        return settings.rfork_seed_advertise_host
+    if host := os.environ.get("VLLM_HOST_IP"):
+        return host
+    parts = urllib.parse.urlsplit(settings.rfork_scheduler_url)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket: finds the route, sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        logger.warning("RFork: no route to the planner at %s (%s); seeds announce 127.0.0.1", parts.hostname, error)
+        return "127.0.0.1"

@@ -1,0 +1,38 @@
+"""The one thing vLLM calls: ``vllm.general_plugins`` → :func:`register`, once in every process of vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMAT = "rfork"
+
+#: vLLM-Ascend 0.18 and later registers a loader of the same name by a decorator when this module is imported, which
+#: happens once per process.
+_IN_TREE = "vllm_ascend.model_loader.rfork.rfork_loader"
+
+
+def register() -> None:
+    """Make ``--load-format rfork`` mean this package's loader. Idempotent, in whatever order plugins run.
+
+    The in-tree module of the same name is imported first: its decorator then has run and will not run again.
+    """
+    from vllm.model_executor import model_loader
+
+    registered = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(LOAD_FORMAT)
+    if registered is not None and registered.__module__.startswith("vllm_rfork."):
+        return
+    try:
+        importlib.import_module(_IN_TREE)
+    except ModuleNotFoundError as error:
+        if not _IN_TREE.startswith(error.name or "?"):
+            logger.warning("RFork: vLLM-Ascend's rfork module does not import (%s); this package's is used", error)
+    except Exception as error:  # noqa: BLE001 - whatever ails a module that is not needed must not fail the start
+        logger.warning("RFork: vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
+    from vllm_rfork.loader import RForkModelLoader
+    from vllm_rfork.vllm_compat.loading import log_through_vllm
+
+    log_through_vllm()
+    model_loader.register_model_loader(LOAD_FORMAT)(RForkModelLoader)

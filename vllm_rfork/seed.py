@@ -1,0 +1,187 @@
+"""One seed: what a loaded worker does so that others may fork from it, from registering to withdrawing.
+
+The order is the safety: memory is registered, the bytes are digested once more, the service answers, the watcher
+knows, and only then the planner hears of it; on the way back the service refuses first, the planner forgets, and
+only then the memory is let go. Must not import torch or vLLM: the memory is kept alive by an opaque ``keep``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from vllm_rfork.background import BackgroundTask, background
+from vllm_rfork.clients import PlannerClient
+from vllm_rfork.engines.base import TransferEngine
+from vllm_rfork.errors import ForkError, SeedError
+from vllm_rfork.heartbeat import Heartbeat
+from vllm_rfork.manifest import Manifest
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.watcher import Watcher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """How the seed reaches the world; all times in seconds.
+
+    ``port`` 0 means random; ``planner`` is a factory, since the watcher and the loop each need a client's settings.
+    """
+
+    planner_url: str
+    token: str
+    bind_host: str
+    advertise_host: str
+    port: int
+    rank: int
+    request_timeout_s: float
+    ready_timeout_s: float
+    heartbeat_interval_s: float
+
+
+@dataclass
+class _Parts:
+    """What has been started and must be ended, in the order of starting."""
+
+    service: SeedService | None = None
+    watcher: Watcher | None = None
+    address: SeedAddress | None = None
+    beat: Heartbeat | None = None
+    beat_task: BackgroundTask | None = None
+
+
+@dataclass
+class Seed:
+    """A worker's weights on offer, for one role (target or draft).
+
+    Args:
+        manifest: without endpoint and epoch; both are made here.
+        engine: open; the seed owns it from now on and closes it when it ends.
+        keep: whatever keeps the manifest's memory alive; dropped at the end.
+        recheck: raises ForkError where the bytes are not the manifest's any more; run before announcing.
+    """
+
+    config: SeedConfig
+    manifest: Manifest
+    engine: TransferEngine
+    keep: Any
+    recheck: Callable[[], None]
+    intent: str = ""
+    _parts: _Parts = field(default_factory=_Parts)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _ended: bool = False
+
+    def start(self) -> SeedAddress:
+        """Register, check, serve, announce; returns the address under which the seed is announced.
+
+        Raises:
+            ForkError: it cannot be a seed; everything that was begun has been ended.
+        """
+        with self._lock:
+            if self._ended:
+                raise SeedError("the seed has been withdrawn before it was ready")
+            try:
+                return self._start()
+            except BaseException:
+                self._end()
+                raise
+
+    def _start(self) -> SeedAddress:
+        if not self.engine.registered_nbytes:  # a worker that forked has registered already, to be written to
+            self.engine.register(self.manifest.regions)
+        self.recheck()
+        epoch = uuid.uuid4().hex
+        self.manifest = msgspec.structs.replace(self.manifest, endpoint=self.engine.endpoint, epoch=epoch)
+        config = self.config
+        client = PlannerClient(
+            config.planner_url, request_timeout_s=config.request_timeout_s, token=config.token or None
+        )
+        service = SeedService(
+            seed_key=self.manifest.seed_key,
+            offer=Offer(self.manifest),
+            bind_host=config.bind_host,
+            port=config.port,
+            token=config.token or None,
+            ready_timeout_s=config.ready_timeout_s,
+        )
+        self._parts.service = service
+        port = background().call(service.start(), config.ready_timeout_s + config.request_timeout_s)
+        address = SeedAddress(config.advertise_host, port, config.rank)
+        self._parts.address = address
+        watcher = watcher_of(config)
+        watcher.watch(self.manifest.seed_key, address)
+        self._parts.watcher = watcher
+        self._parts.beat = Heartbeat(
+            client,
+            self.manifest.seed_key,
+            address,
+            interval_s=config.heartbeat_interval_s,
+            fingerprint=self.manifest.fingerprint,
+            epoch=epoch,
+            intent=self.intent,
+        )
+        self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
+        logger.info("RFork: seed %s announced, key %s, epoch %s", address, self.manifest.seed_key, epoch)
+        return address
+
+    def withdraw(self, reason: str) -> None:
+        """Stop being a seed before ``reason`` happens to the bytes. Idempotent; logs what could not be done."""
+        service = self._parts.service
+        if service is not None:
+            # Outside the lock and first of all: from here on no receiver is given an address.
+            service.suspend(reason)
+        with self._lock:
+            if self._ended:
+                return
+            if self._parts.address is not None:
+                logger.info("RFork: seed %s withdraws: %s", self._parts.address, reason)
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        parts, self._parts = self._parts, _Parts()
+        bound_s = self.config.request_timeout_s + 1.0
+        service, watcher, address, beat, task = (
+            parts.service,
+            parts.watcher,
+            parts.address,
+            parts.beat,
+            parts.beat_task,
+        )
+        if beat is not None:
+            self._attempt("withdraw at the planner", lambda: background().call(beat.withdraw(), bound_s))
+        if task is not None:
+            self._attempt("stop the heartbeat", lambda: task.cancel(bound_s))
+        if watcher is not None and address is not None:
+            self._attempt("call the watcher off", lambda: watcher.forget(self.manifest.seed_key, address))
+        if service is not None:
+            self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
+        self._attempt("close the engine", self.engine.close)
+        self.keep = None
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (ForkError, TimeoutError, OSError) as error:
+            logger.warning("RFork: could not %s: %s", what, error)
+
+
+_watchers: dict[tuple[str, str], Watcher] = {}
+_watchers_lock = threading.Lock()
+
+
+def watcher_of(config: SeedConfig) -> Watcher:
+    """The process's watcher for one planner; started on first use, shared by target and draft."""
+    with _watchers_lock:
+        key = (config.planner_url, config.token)
+        if key not in _watchers:
+            _watchers[key] = Watcher.start(config.planner_url, config.token or None, config.request_timeout_s)
+        return _watchers[key]

@@ -1,0 +1,102 @@
+"""The seeds of this process: begun after a load, withdrawn before their bytes change."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from vllm_rfork.errors import ForkError
+from vllm_rfork.plan import LoadPlan
+from vllm_rfork.seed import Seed, SeedConfig
+from vllm_rfork.vllm_compat.workers import withdraw_before_changes
+
+logger = logging.getLogger(__name__)
+
+_seeds: list[Seed] = []
+_starting: list[threading.Thread] = []
+_lock = threading.Lock()
+
+
+def become_seed(plan: LoadPlan) -> None:
+    """Offer what ``plan`` has captured, in the background: the worker goes on starting meanwhile.
+
+    Logs one WARNING with the reason where that is not possible; never raises a ForkError.
+    """
+    if plan.no_seed_reason or plan.collection is None:
+        level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
+        logger.log(level, "RFork: this worker is not a seed: %s", plan.no_seed_reason or "no weights were captured")
+        plan.attempt.close()
+        return
+    withdraw_before_changes(withdraw_all)
+    thread = threading.Thread(target=_start, args=(plan,), name="rfork-seed", daemon=True)
+    with _lock:
+        _starting.append(thread)
+    thread.start()
+
+
+def _start(plan: LoadPlan) -> None:
+    try:
+        if plan.fork_failed:
+            plan.attempt.reopen_engine()
+        seed = _make(plan)
+        with _lock:
+            _seeds.append(seed)
+        seed.start()
+    except ForkError as error:
+        logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
+        plan.attempt.close()
+    except Exception:
+        # The guard of a background thread: serving goes on without being a seed.
+        logger.exception("RFork: this worker is not a seed")
+        plan.attempt.close()
+    finally:
+        plan.attempt.end_intent()
+        plan.collection = None
+
+
+def _make(plan: LoadPlan) -> Seed:
+    settings = plan.settings
+    port = settings.rfork_seed_port_base
+    if port:
+        port += 2 * plan.identity.local_rank + int(plan.identity.is_draft)
+    config = SeedConfig(
+        planner_url=settings.rfork_scheduler_url,
+        token=settings.rfork_token,
+        bind_host=settings.rfork_seed_bind_host,
+        advertise_host=plan.advertise_host,
+        port=port,
+        rank=plan.identity.tp_rank,
+        request_timeout_s=settings.rfork_request_timeout_sec,
+        ready_timeout_s=settings.rfork_seed_timeout_sec,
+        heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
+    )
+    return Seed(
+        config=config,
+        manifest=plan.seed_manifest(),
+        engine=plan.attempt.hand_over_engine(),
+        keep=plan.collection,
+        recheck=plan.recheck,
+        intent=plan.attempt.intent,
+    )
+
+
+def withdraw_all(reason: str) -> None:
+    """Withdraw every seed of this process and wait until no receiver is given its addresses any more."""
+    with _lock:
+        seeds, _seeds[:] = list(_seeds), []
+        starting, _starting[:] = list(_starting), []
+    for seed in seeds:
+        seed.withdraw(reason)
+    for thread in starting:
+        if thread is not threading.current_thread():
+            thread.join(timeout=1.0)
+
+
+def wait_until_started(timeout_s: float) -> list[Seed]:
+    """Wait for seeds that are being started, for at most ``timeout_s`` seconds each; returns all live ones."""
+    with _lock:
+        starting = list(_starting)
+    for thread in starting:
+        thread.join(timeout_s)
+    with _lock:
+        return list(_seeds)

@@ -1,0 +1,43 @@
+"""vLLM's process-wide registries, which a second model in one process would collide with.
+
+Layers enter themselves by name while a model is constructed. Where the first attempt is thrown away, a second one
+fails with "Duplicate layer name" or, worse, attends to the first one's caches. The registries are put back to what
+they were before the attempt, not cleared: the target model may already live there when a draft fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Registries:
+    """The contents of every registry at one moment. Keys and order are kept; the objects are the same ones."""
+
+    _mappings: list[tuple[dict[Any, Any], dict[Any, Any]]]
+    _lists: list[tuple[list[Any], list[Any]]]
+
+    @classmethod
+    def capture(cls, vllm_config: Any) -> Registries:
+        """What ``vllm_config`` and vLLM's modules hold now."""
+        compilation = vllm_config.compilation_config
+        mappings = [compilation.static_forward_context, _rope_cache()]
+        lists = [compilation.static_all_moe_layers] if hasattr(compilation, "static_all_moe_layers") else []
+        return cls([(live, dict(live)) for live in mappings], [(live, list(live)) for live in lists])
+
+    def restore(self) -> None:
+        """Put everything back, in place: vLLM holds references to these very objects."""
+        for mapping, before in self._mappings:
+            mapping.clear()
+            mapping.update(before)
+        for sequence, earlier in self._lists:
+            sequence[:] = earlier
+
+
+def _rope_cache() -> dict[Any, Any]:
+    """The cache of rotary embeddings, by which models in one process share their cos/sin tables."""
+    module = importlib.import_module("vllm.model_executor.layers.rotary_embedding")
+    cache: dict[Any, Any] = module._ROPE_DICT
+    return cache
