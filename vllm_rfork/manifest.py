@@ -105,7 +105,7 @@ def decode_manifest(body: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise SeedError(f"the seed's manifest cannot be read: {error}") from error
     check_manifest(manifest)
     return manifest

@@ -293,7 +293,7 @@ class PlannerClient:
             raise self._refused(path, answer)
         try:
             return msgspec.json.decode(answer.body, type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise PlannerError(f"{self._name}: {path} did not answer with a JSON object: {error}") from error
 
     async def _give_back(self, headers: Mapping[str, str], deadline: float) -> None:

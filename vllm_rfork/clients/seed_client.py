@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ssl as ssl_module
+from collections.abc import Mapping
 
 import msgspec
 
 from vllm_rfork import messages
 from vllm_rfork.clients.http import Answer, BoundedHttp
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest import MAX_MANIFEST_NBYTES, Manifest, decode_manifest
+from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, decode_manifest
 from vllm_rfork.messages import SeedAddress
 
 _MAX_SMALL_NBYTES = 64 * 1024
@@ -43,7 +44,12 @@ class SeedClient:
                 ``MAX_MANIFEST_NBYTES``, or a seed of the installed base, which has none.
         """
         answer = await self._get(
-            address, messages.SEED_MANIFEST, seed_key, fingerprint=fingerprint, max_body_nbytes=MAX_MANIFEST_NBYTES
+            address,
+            messages.SEED_MANIFEST,
+            seed_key,
+            fingerprint=fingerprint,
+            params={messages.MANIFEST_VERSION_PARAM: str(MANIFEST_VERSION)},
+            max_body_nbytes=MAX_MANIFEST_NBYTES,
         )
         if answer.status == 404:
             raise SeedError(
@@ -73,7 +79,7 @@ class SeedClient:
             raise SeedError(f"seed {address} no longer vouches for its weights: {answer}")
         try:
             current = msgspec.json.decode(answer.body, type=_Epoch).epoch
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise SeedError(f"seed {address} answered nonsense to {messages.SEED_EPOCH}: {error}") from error
         if current != epoch:
             raise SeedError(f"seed {address} is in epoch {current[:80]!r}, the manifest was of epoch {epoch!r}")
@@ -90,7 +96,14 @@ class SeedClient:
         return answer.status == 200
 
     async def _get(
-        self, address: SeedAddress, path: str, seed_key: str, *, fingerprint: str = "", max_body_nbytes: int = 0
+        self,
+        address: SeedAddress,
+        path: str,
+        seed_key: str,
+        *,
+        fingerprint: str = "",
+        params: Mapping[str, str] | None = None,
+        max_body_nbytes: int = 0,
     ) -> Answer:
         url = self._scheme + address.base_url.removeprefix("http") + path
         headers = {messages.FINGERPRINT: messages.encode_text(fingerprint)} if fingerprint else {}
@@ -98,7 +111,7 @@ class SeedClient:
             "GET",
             url,
             headers=headers,
-            params={messages.SEED_KEY_PARAM: seed_key},
+            params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
             timeout_s=self.request_timeout_s,
             max_body_nbytes=max_body_nbytes,
         )
