@@ -1,0 +1,249 @@
+"""A seed stays announced through everything, and nothing announces it after it was withdrawn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.unit.interop_planners import load_mock_planner, serve
+from tests.unit.virtual_time import VirtualTime, until
+from vllm_rfork.clients import Outcome, PlannerClient
+from vllm_rfork.errors import PlannerError
+from vllm_rfork.heartbeat import Heartbeat
+from vllm_rfork.messages import SeedAddress
+
+KEY = "/models/q$prod$kv_both$0$0"
+SEED = SeedAddress("10.0.0.1", 8080, 0)
+INTERVAL_S = 30.0
+
+
+class FakePlanner(PlannerClient):
+    """Keeps what reaches the planner, and refuses while ``problem`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__("http://unused")
+        self.problem = ""
+        self.calls: list[str] = []
+        self.announced_with: dict[str, Any] = {}
+        self.gate: asyncio.Event | None = None
+
+    async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> None:
+        self.announced_with = {"seed_key": seed_key, "seed": seed, **extra}
+        if self.gate is not None:
+            await self.gate.wait()
+        self.calls.append("announce")
+        if self.problem:
+            raise PlannerError(self.problem)
+
+    async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
+        assert (seed_key, seed) == (KEY, SEED)
+        self.calls.append("withdraw")
+        if self.problem:
+            raise PlannerError(self.problem)
+        return Outcome.DONE
+
+
+def heartbeat(planner: PlannerClient, virtual: VirtualTime, **extra: Any) -> Heartbeat:
+    extra = {"jitter": lambda: 1.0, **extra}
+    return Heartbeat(
+        planner,
+        KEY,
+        SEED,
+        interval_s=INTERVAL_S,
+        fingerprint="f",
+        epoch="e1",
+        clock=virtual.clock,
+        sleep=virtual.sleep,
+        **extra,
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(beat: Heartbeat, virtual: VirtualTime) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(beat.run())
+    await virtual.settle()
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_it_announces_at_once_and_then_once_an_interval() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    beat = heartbeat(planner, virtual, slots=4, labels="host=a", intent="i1")
+    async with running(beat, virtual):
+        assert planner.calls == ["announce"]
+        assert beat.announced
+        await virtual.advance(10 * INTERVAL_S)
+        assert planner.calls == ["announce"] * 11
+    assert planner.announced_with == {
+        "seed_key": KEY,
+        "seed": SEED,
+        "fingerprint": "f",
+        "slots": 4,
+        "labels": "host=a",
+        "epoch": "e1",
+        "intent": "i1",
+    }
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
+async def test_the_jitter_stays_inside_the_interval(jitter: float) -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    async with running(heartbeat(planner, virtual, jitter=lambda: jitter), virtual):
+        await virtual.advance(20 * INTERVAL_S)
+    assert all(INTERVAL_S / 2 < delay_s <= INTERVAL_S for delay_s in virtual.asked_s)
+    assert 21 <= planner.calls.count("announce") <= 30
+
+
+async def test_a_slow_planner_does_not_stretch_the_interval() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+
+    class Slow(FakePlanner):
+        async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> None:
+            virtual.now_s += 9.0
+            await super().announce(seed_key, seed, **extra)
+
+    planner = Slow()
+    async with running(heartbeat(planner, virtual), virtual):
+        await virtual.advance(INTERVAL_S)
+    assert virtual.asked_s[0] == INTERVAL_S - 9.0
+
+
+async def test_an_outage_costs_one_warning_and_one_line_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="vllm_rfork.heartbeat")
+    planner, virtual = FakePlanner(), VirtualTime()
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual):
+        planner.problem = "connection refused by the planner's host"
+        await virtual.advance(20 * INTERVAL_S)
+        assert not beat.announced
+        missed = planner.calls.count("announce") - 1
+        assert missed >= 20
+        planner.problem = ""
+        await virtual.advance(2 * INTERVAL_S)
+        assert beat.announced
+        warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert len(warnings) == 1
+        assert "connection refused by the planner's host" in warnings[0]
+        recovered = [r.getMessage() for r in caplog.records if "again" in r.getMessage() and r.levelno == logging.INFO]
+        assert len(recovered) == 1
+        assert str(missed) in recovered[0]
+        # The next outage is news again.
+        planner.problem = "503"
+        await virtual.advance(5 * INTERVAL_S)
+        assert sum(r.levelno >= logging.WARNING for r in caplog.records) == 2
+        planner.problem = ""
+
+
+async def test_after_a_missed_beat_the_next_comes_before_the_planner_forgets() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    async with running(heartbeat(planner, virtual), virtual):
+        planner.problem = "away"
+        await virtual.advance(INTERVAL_S)
+        planner.problem = ""
+        await virtual.advance(INTERVAL_S / 2)
+        assert planner.calls[-3:] == ["announce"] * 3  # first, missed, made up for
+        assert len(planner.calls) == 3
+
+
+async def test_it_withdraws_however_it_ends() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    async with running(heartbeat(planner, virtual), virtual):
+        pass
+    assert planner.calls == ["announce", "withdraw"]
+
+
+async def test_it_asks_before_each_beat_and_withdraws_when_the_answer_is_no() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    vouching = True
+    async with running(heartbeat(planner, virtual, still_vouching=lambda: vouching), virtual) as task:
+        await virtual.advance(INTERVAL_S)
+        vouching = False
+        await virtual.advance(INTERVAL_S)
+        await task
+    assert planner.calls == ["announce", "announce", "withdraw"]
+
+
+async def test_a_seed_that_cannot_vouch_from_the_start_is_never_announced() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    async with running(heartbeat(planner, virtual, still_vouching=lambda: False), virtual) as task:
+        await task
+    assert planner.calls == []
+
+
+async def test_a_callback_that_fails_withdraws_too() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    answers = iter([True])
+    async with running(heartbeat(planner, virtual, still_vouching=lambda: next(answers)), virtual) as task:
+        await virtual.advance(INTERVAL_S)
+        with pytest.raises(RuntimeError):
+            await task
+    assert planner.calls == ["announce", "withdraw"]
+
+
+async def test_withdraw_ends_the_run_and_no_beat_follows() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual) as task:
+        assert await beat.withdraw() is Outcome.DONE
+        await asyncio.wait_for(task, 10)  # without any time passing
+        await virtual.advance(10 * INTERVAL_S)
+        assert await beat.withdraw() is Outcome.DONE
+    assert planner.calls == ["announce", "withdraw"]
+    assert not beat.announced
+    assert virtual.asleep == 0
+
+
+async def test_a_beat_under_way_cannot_arrive_after_the_withdrawal() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    planner.gate = asyncio.Event()
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual):
+        withdrawing = asyncio.create_task(beat.withdraw())
+        await virtual.settle()
+        assert planner.calls == []
+        planner.gate.set()
+        await withdrawing
+        await virtual.advance(10 * INTERVAL_S)
+    assert planner.calls == ["announce", "withdraw"]
+
+
+async def test_a_withdrawal_that_fails_is_told_tried_again_and_followed_by_no_beat(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual) as task:
+        planner.problem = "away for now"
+        with pytest.raises(PlannerError, match="away for now"):
+            await beat.withdraw()
+        await asyncio.wait_for(task, 10)  # its own try fails too, and only says so
+        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        planner.problem = ""
+        assert await beat.withdraw() is Outcome.DONE
+        await virtual.advance(10 * INTERVAL_S)
+    assert planner.calls == ["announce", "withdraw", "withdraw", "withdraw"]
+
+
+async def test_a_planner_that_restarted_without_its_state_knows_the_seed_again() -> None:
+    mock, virtual = load_mock_planner(), VirtualTime()
+    planner = mock.Planner()
+    async with serve(mock.make_app(planner)) as url:
+        beat = heartbeat(PlannerClient(url), virtual)
+        task = asyncio.create_task(beat.run())
+        await until(lambda: virtual.asleep, "the first beat is over")
+        assert [seed.key for seed in planner.seeds.values()] == [KEY]
+        planner.seeds.clear()
+        advancing = asyncio.create_task(virtual.advance(INTERVAL_S))
+        await until(lambda: planner.seeds, "the seed is known again")
+        await advancing
+        task.cancel()
+        await asyncio.wait({task})
+        assert planner.seeds == {}
