@@ -23,10 +23,10 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.process_memory import process_started, read_process
 from vllm_rfork.engines.regions import RegionTable
 from vllm_rfork.errors import ConfigError, EngineError
 from vllm_rfork.manifest import Region
@@ -107,7 +107,7 @@ class _Peer:
 
     def regions(self, operation: str) -> RegionTable:
         """What the peer has registered now."""
-        if _started(self.pid) != self.started:
+        if process_started(self.pid) != self.started:
             raise EngineError(_NAME, operation, f"process {self.pid} is gone", retry_elsewhere=True)
         header = ctypes.create_string_buffer(_HEADER.size)
         self.copy(operation, ctypes.addressof(header), self.header, _HEADER.size)
@@ -122,13 +122,16 @@ class _Peer:
         return table
 
     def copy(self, operation: str, local: int, remote: int, nbytes: int) -> None:
-        """Copy from the peer's memory; partial reads go on until all is there."""
+        """Copy from the peer's memory."""
         if self.pid == os.getpid():
             ctypes.memmove(local, remote, nbytes)
             return
-        done = 0
-        while done < nbytes:
-            done += _readv(operation, self.pid, local + done, remote + done, nbytes - done)
+        try:
+            read_process(self.pid, local, remote, nbytes)
+        except OSError as error:
+            raise EngineError(
+                _NAME, operation, f"process {self.pid}: {error.strerror}", code=str(error.errno), retry_elsewhere=True
+            ) from error
 
 
 class _Late:
@@ -187,7 +190,8 @@ class MemoryEngine(TransferEngine):
     def endpoint(self) -> str:
         """``memory:pid:start time:address of the table's header:id``."""
         self._require_open("open")
-        return f"{_NAME}:{os.getpid()}:{_started(os.getpid())}:{ctypes.addressof(self._header)}:{self._identity.hex()}"
+        pid, header = os.getpid(), ctypes.addressof(self._header)
+        return f"{_NAME}:{pid}:{process_started(pid)}:{header}:{self._identity.hex()}"
 
     def register(self, regions: Sequence[Region]) -> None:
         """Let peers read ``regions``."""
@@ -302,32 +306,3 @@ class MemoryEngine(TransferEngine):
     def _fault(self, operation: str, wanted: bool, *, mutated: bool = False, in_flight: bool = False) -> None:
         if wanted:
             raise EngineError(_NAME, operation, "a fault was asked for", mutated=mutated, in_flight=in_flight)
-
-
-class _Iovec(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
-
-
-def _readv(operation: str, pid: int, local: int, remote: int, nbytes: int) -> int:
-    """One ``process_vm_readv``; returns the bytes copied (> 0)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.process_vm_readv.restype = ctypes.c_ssize_t
-    mine, theirs = _Iovec(local, nbytes), _Iovec(remote, nbytes)
-    flags = ctypes.c_ulong(0)
-    got: int = libc.process_vm_readv(
-        pid, ctypes.byref(mine), ctypes.c_ulong(1), ctypes.byref(theirs), ctypes.c_ulong(1), flags
-    )
-    if got <= 0:
-        code = ctypes.get_errno()
-        raise EngineError(_NAME, operation, f"process {pid}: {os.strerror(code)}", code=str(code), retry_elsewhere=True)
-    return got
-
-
-def _started(pid: int) -> int:
-    """When process ``pid`` started, in clock ticks since boot; 0 where there is none. Tells a reused pid apart."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    state, *rest = stat.rpartition(")")[2].split()
-    return 0 if state in "ZX" else int(rest[18])
