@@ -1,0 +1,157 @@
+"""How the demo starts the mock planner and `vllm serve`: commands, environments, ports, and when each is ready."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from demo import milestones
+from demo.processes import DemoError, Process, free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+STANDIN = ROOT / "build" / "standin"
+SERVED_NAME = "demo"
+#: A server is ready within a minute on two idle cores; machines are busy, and a first start compiles Python.
+READY_DEADLINE_S = 600.0
+PLANNER_DEADLINE_S = 60.0
+
+
+def is_up(url: str) -> bool:
+    """Whether an HTTP GET is answered with 200 at once."""
+    try:
+        return httpx.get(url, timeout=5.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Planner:
+    """The mock planner of examples/, as its users start it."""
+
+    def __init__(self, process: Process, url: str) -> None:
+        self.process = process
+        self.url = url
+
+    def knows(self, seed: str) -> bool:
+        """Whether the planner may still give ``seed`` (ip:port:rank) to a receiver: known, and not draining."""
+        ip, port, rank = seed.rsplit(":", 2)
+        answer = httpx.get(f"{self.url}/debug/snapshot", timeout=5.0, trust_env=False)
+        answer.raise_for_status()
+        return any(
+            (str(entry.get("ip")), str(entry.get("port")), str(entry.get("rank"))) == (ip, port, rank)
+            and not entry.get("draining")
+            for entry in _dicts(answer.json())
+        )
+
+    def wait_without(self, seed: str, deadline_s: float = 90.0) -> float:
+        """Wait until ``seed`` is withdrawn, or swept; returns the seconds it took."""
+        return self.process.wait_until(f"the withdrawal of {seed}", lambda: not self.knows(seed), deadline_s)
+
+
+def _dicts(value: object) -> Iterable[dict[str, object]]:
+    """Every JSON object inside ``value``: snapshots differ from planner to planner in how they nest."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _dicts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _dicts(inner)
+
+
+@contextmanager
+def planner(logs: Path) -> Iterator[Planner]:
+    """The mock planner, ready."""
+    port = free_port()
+    script = ROOT / "examples" / "rfork_planner.py"
+    command = [sys.executable, str(script), "--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with Process("planner", command, os.environ, logs / "planner.log") as process:
+        process.wait_until("answering", lambda: is_up(f"{url}/healthz"), PLANNER_DEADLINE_S)
+        yield Planner(process, url)
+
+
+class Server:
+    """One `vllm serve`, ready to be asked."""
+
+    def __init__(self, process: Process, url: str, ready_s: float) -> None:
+        self.process = process
+        self.url = url
+        self.ready_s = ready_s
+
+    def own_seed(self) -> str:
+        """Wait until the server has announced itself as a seed; returns its ip:port:rank."""
+        self.process.wait_until(
+            "becoming a seed", lambda: milestones.announced(self.process.text()) is not None, deadline_s=120
+        )
+        seed = milestones.announced(self.process.text())
+        if seed is None:
+            raise DemoError(f"{self.process.log} was cut while it was read")
+        return seed
+
+
+def cores(slot: int) -> str:
+    """The cores of one of two servers that run side by side: half of this process's own, at most eight.
+
+    Both halves are equally large: the number of threads decides in which order numbers are added up.
+    """
+    own = sorted(os.sched_getaffinity(0))
+    each = max(1, min(8, len(own) // 2))
+    return ",".join(str(own[(slot * each + index) % len(own)]) for index in range(each))
+
+
+def environment(slot: int, engine: str) -> dict[str, str]:
+    """The environment of a server: bounded memory, its own cores, no hub, and the stand-in for an Ascend engine."""
+    env = dict(os.environ)
+    env |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": cores(slot),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    # Settings of the caller's own deployment, which the demo must not use.
+    for name in ("MODEL_URL", "MODEL_DEPLOY_STRATEGY_NAME", "RFORK_SCHEDULER_URL", "VLLM_PLUGINS"):
+        env.pop(name, None)
+    if engine == "yuanrong":
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(STANDIN), env.get("LD_LIBRARY_PATH", "")]))
+        env["TRANSFER_ENGINE_P2P_SO_PATH"] = str(STANDIN / "libp2p_standin.so")
+    return env
+
+
+def rfork_options(planner_url: str, engine: str) -> list[str]:
+    """The guide's arguments, for this machine alone."""
+    config = {
+        "model_url": "demo-model",
+        "model_deploy_strategy_name": "demo",
+        "rfork_scheduler_url": planner_url,
+        "rfork_engine": engine,
+        "rfork_seed_bind_host": "127.0.0.1",
+        "rfork_seed_advertise_host": "127.0.0.1",
+    }
+    return ["--load-format", "rfork", "--model-loader-extra-config", json.dumps(config)]
+
+
+@contextmanager
+def server(name: str, model: Path, *, slot: int, engine: str, load_options: list[str], logs: Path) -> Iterator[Server]:
+    """`vllm serve` on ``model``, ready; its whole tree is ended on the way out."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(model)),
+        *("--served-model-name", SERVED_NAME),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "bfloat16", "--max-model-len", "256", "--max-num-seqs", "4"),
+        *("--seed", "0", "--enforce-eager", "--no-enable-prefix-caching"),
+        *load_options,
+    ]
+    with Process(f"server {name}", command, environment(slot, engine), logs / f"{name}.log") as process:
+        ready_s = process.wait_until("becoming ready", lambda: is_up(f"{url}/health"), READY_DEADLINE_S)
+        yield Server(process, url, ready_s)
