@@ -47,7 +47,7 @@ class SeedClient:
             address,
             messages.SEED_MANIFEST,
             seed_key,
-            fingerprint=fingerprint,
+            headers={messages.FINGERPRINT: messages.encode_text(fingerprint)} if fingerprint else {},
             params={messages.MANIFEST_VERSION_PARAM: str(MANIFEST_VERSION)},
             max_body_nbytes=MAX_MANIFEST_NBYTES,
         )
@@ -101,15 +101,13 @@ class SeedClient:
         path: str,
         seed_key: str,
         *,
-        fingerprint: str = "",
+        headers: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
     ) -> Answer:
-        url = self._scheme + address.base_url.removeprefix("http") + path
-        headers = {messages.FINGERPRINT: messages.encode_text(fingerprint)} if fingerprint else {}
         return await self._http.exchange(
             "GET",
-            url,
+            self._scheme + address.base_url.removeprefix("http") + path,
             headers=headers,
             params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
             timeout_s=self.request_timeout_s,
