@@ -39,8 +39,14 @@ SEED_KEY_PARAM = "seed_key"
 # --- ours --------------------------------------------------------------------------------------------------------
 #: Announces or renews an intent: "I am loading this key from storage and will be a seed soon".
 ADD_INTENT = "/rfork_intent"
+#: Planner: 200 while it takes new requests, 503 while it starts, drains or cannot reach its store.
+READYZ = "/readyz"
+#: Planner: Prometheus metrics.
+METRICS = "/metrics"
 #: The versioned manifest on the seed service.
 SEED_MANIFEST = "/rfork_manifest"
+#: Its query parameter: the newest manifest version that the receiver reads; the seed answers in that or an older one.
+MANIFEST_VERSION_PARAM = "version"
 #: The seed's current epoch: ``{"status": "ok", "epoch": "..."}``. Asked again right before reading.
 SEED_EPOCH = "/rfork_epoch"
 
@@ -60,6 +66,9 @@ INTENT_TTL_SEC = "RFORK-INTENT-TTL-SEC"
 SLOTS = "RFORK-SLOTS"
 #: ``add_seed`` and ``get_seed``: topology, ``host=a,rack=b,zone=c``.
 LABELS = "RFORK-LABELS"
+#: ``add_seed``: the state id of the planner's last answer to this seed, and in every answer the present one.
+#: Where they differ the planner has lost its state, and grants the seed only once no forgotten lease can live.
+STATE = "RFORK-STATE"
 #: ``add_seed``: the seed's epoch.
 EPOCH = "RFORK-EPOCH"
 #: ``put_seed``: how the fork went: ``ok`` or ``failed``, with the three below.
@@ -219,6 +228,29 @@ def seed_key(headers: Mapping[str, str]) -> str:
     if len(key) > MAX_KEY_LENGTH:
         raise BadMessage(f"header {SEED_KEY} holds a key longer than {MAX_KEY_LENGTH} characters")
     return key
+
+
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
+_MAX_LABELS = 16
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """Topology labels ``host=a,rack=b`` as a mapping; empty values are left out.
+
+    Raises:
+        BadMessage: not of that form, or more than 16 of them; names and values are up to 63 of ``A-Za-z0-9_.-``.
+    """
+    labels: dict[str, str] = {}
+    for pair in filter(None, (each.strip() for each in text.split(","))):
+        name, separator, value = pair.partition("=")
+        name, value = name.strip(), value.strip()
+        if not separator or not _LABEL.match(name) or (value and not _LABEL.match(value)):
+            raise BadMessage(f"header {LABELS} must look like host=a,rack=b, got {pair[:80]!r}")
+        if value:
+            labels[name] = value
+    if len(labels) > _MAX_LABELS:
+        raise BadMessage(f"header {LABELS} holds more than {_MAX_LABELS} labels")
+    return labels
 
 
 @dataclass(frozen=True)
