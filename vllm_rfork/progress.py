@@ -10,6 +10,20 @@ from tqdm.auto import tqdm
 
 @contextmanager
 def forking_progress(nbytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over ``nbytes`` bytes; yields a function that is told how many have been copied so far."""
-    with tqdm(total=nbytes, desc="Forking weights", unit="B", unit_scale=True, disable=not shown) as bar:
-        yield lambda copied: bar.update(copied - bar.n) and None
+    """A bar over ``nbytes`` bytes; yields a function that is told how many have been copied so far.
+
+    The bar appears with the first bytes: where there is no seed, nothing is shown.
+    """
+    bar: tqdm[None] | None = None
+
+    def update(copied: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=nbytes, desc="Forking weights", unit="B", unit_scale=True, disable=not shown)
+        bar.update(copied - bar.n)
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.close()

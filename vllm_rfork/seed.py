@@ -79,6 +79,11 @@ class Seed:
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _ended: bool = False
 
+    @property
+    def address(self) -> SeedAddress | None:
+        """Where the seed is announced; None before :meth:`start` and after the end."""
+        return self._parts.address
+
     def start(self) -> SeedAddress:
         """Register, check, serve, announce; returns the address under which the seed is announced.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -24,6 +26,9 @@ def vllm_config(model: Path, *, load_format: str = "auto", extra: dict[str, Any]
     """A fresh VllmConfig, made from engine arguments as ``vllm serve`` makes it."""
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_rfork.plugin import register
+
+    register()  # what vLLM's plugin entry point does in every process
     arguments = {
         "model": str(model),
         "skip_tokenizer_init": True,
@@ -60,3 +65,52 @@ def load(config: Any) -> Any:
 
     with distributed(config):
         return get_model(vllm_config=config)
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A loaded model and the digest of each tensor, by name: as loaded, and after post-processing."""
+
+    model: Any
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+def load_digested(config: Any) -> Loaded:
+    """Load as :func:`load` does, and digest every tensor at the moment when post-processing begins, and after it.
+
+    The moment is the same for every loader: vLLM's own ``load_model`` calls post-processing.
+    """
+    from vllm.model_executor.model_loader import base_loader
+
+    seen: dict[str, str] = {}
+    process = base_loader.process_weights_after_loading
+
+    def looking(model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.clear()
+        seen.update(digests_of(model))
+        return process(model, *args, **kwargs)
+
+    base_loader.process_weights_after_loading = looking
+    try:
+        model = load(config)
+    finally:
+        base_loader.process_weights_after_loading = process
+    return Loaded(model, seen, digests_of(model))
+
+
+def digests_of(model: Any) -> dict[str, str]:
+    """SHA-256 over the elements of every tensor that the walk finds, independent of the digests under test.
+
+    Handles of packed weights are addresses inside a process and differ from load to load.
+    """
+    import torch
+
+    from vllm_rfork.walk import walk
+
+    found = {}
+    for leaf in walk(model):
+        if isinstance(leaf.value, torch.Tensor) and not leaf.name.endswith("handler_tensor"):
+            raw = leaf.value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[leaf.name] = hashlib.sha256(f"{leaf.value.dtype}{tuple(leaf.value.shape)}".encode() + raw).hexdigest()
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from typing import Any
 
 import torch
@@ -81,13 +82,11 @@ def is_first_rank() -> bool:
 
 
 def log_through_vllm() -> None:
-    """Give this package's loggers vLLM's handlers and level, so that its lines look and go like vLLM's."""
-    import logging
+    """Make this package's loggers children of vLLM's, so that its lines look and go like vLLM's.
 
-    import vllm.logger  # noqa: F401 - importing it configures logging
-
-    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_rfork")
-    if theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
-        ours.propagate = False
+    vLLM configures its logger after plugins have been loaded, and again when its arguments are known, so handlers
+    cannot be copied here; a parent is asked at the time of each line.
+    """
+    ours = logging.getLogger("vllm_rfork")
+    ours.parent = logging.getLogger("vllm")
+    ours.setLevel(logging.NOTSET)  # drops cached answers of isEnabledFor

@@ -1,0 +1,201 @@
+"""Real planners, real seeds in processes of their own, and a receiver in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm import models
+from tests.vllm.engine_process import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+    """What ``condition`` returns once it is true; fails the test after ``timeout_s`` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Planner:
+    """The mock planner as a process."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._start()
+
+    def _start(self) -> None:
+        command = [sys.executable, str(ROOT / "examples" / "rfork_planner.py"), "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        eventually(self._up, "planner is up")
+
+    def _up(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.snapshot() is not None)
+        return False
+
+    def snapshot(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/debug/snapshot", timeout=5) as answer:
+            return dict(json.load(answer))
+
+    def leases(self) -> int:
+        return sum(len(seed["leases"]) for seed in self.snapshot()["seeds"])
+
+    def seeds(self) -> list[str]:
+        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in self.snapshot()["seeds"]]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self._start()
+
+
+class SeedProcess:
+    """``seed_main`` in a process of its own."""
+
+    def __init__(
+        self, model: Path, extra: dict[str, Any], *, env: dict[str, str] | None = None, **changes: Any
+    ) -> None:
+        arguments = json.dumps({"model": str(model), "extra": extra, "changes": changes})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.vllm.seed_main", arguments],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said: dict[str, Any] = {}
+        self._log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._log.append(line)
+            if line.startswith("SEED "):
+                self.said = json.loads(line.removeprefix("SEED "))
+
+    def wait(self, timeout_s: float = 120.0) -> dict[str, Any]:
+        def ready() -> bool:
+            assert self.process.poll() is None or self.said, "".join(self._log[-50:])
+            return bool(self.said)
+
+        eventually(ready, "seed process has loaded", timeout_s)
+        return self.said
+
+    @property
+    def log(self) -> str:
+        return "".join(self._log)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        self.process.kill()
+        self.process.wait()
+
+
+def extra_for(planner_url: str, **more: Any) -> dict[str, Any]:
+    """Options that every test shares: a short request bound, and a memory engine that needs no package."""
+    return {
+        "model_url": "tiny",
+        "model_deploy_strategy_name": "test",
+        "rfork_scheduler_url": planner_url,
+        "rfork_seed_advertise_host": "127.0.0.1",
+        "rfork_seed_bind_host": "127.0.0.1",
+        "rfork_request_timeout_sec": 3.0,
+        "rfork_engine": "memory",
+        **more,
+    }
+
+
+@pytest.fixture(scope="session")
+def model_a(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.qwen2(tmp_path_factory.mktemp("a"))
+
+
+@pytest.fixture(scope="session")
+def model_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape with other weights."""
+    return models.qwen2(tmp_path_factory.mktemp("b"), seed=models.WEIGHTS_B)
+
+
+@pytest.fixture(scope="session")
+def model_a_without_weights(model_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.without_weights(model_a, tmp_path_factory.mktemp("none"))
+
+
+@pytest.fixture(scope="session")
+def planner() -> Iterator[Planner]:
+    running = Planner()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def seed(planner: Planner, model_a: Path) -> Iterator[SeedProcess]:
+    """A worker that loaded model A from storage and is announced."""
+    process = SeedProcess(model_a, extra_for(planner.url, rfork_heartbeat_interval_sec=2.0))
+    process.wait()
+    eventually(planner.seeds, "seed is announced")
+    yield process
+    process.end()
+
+
+class LogRecords(logging.Handler):
+    """What the package logged; its loggers do not propagate to the root, where pytest's own capture sits."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def texts(self, level: int = logging.DEBUG) -> list[str]:
+        """Messages of exactly this level, or all for DEBUG."""
+        return [r.getMessage() for r in list(self.records) if level in (logging.DEBUG, r.levelno)]
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.texts(logging.WARNING)
+
+
+@pytest.fixture
+def rfork_log() -> Iterator[LogRecords]:
+    handler = LogRecords()
+    logger = logging.getLogger("vllm_rfork")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def default_a(model_a: Path) -> Any:
+    """Model A as vLLM's default loader makes it."""
+    from tests.vllm.engine_process import load_digested, vllm_config
+
+    return load_digested(vllm_config(model_a))

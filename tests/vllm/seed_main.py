@@ -1,0 +1,33 @@
+"""A worker in a process of its own: loads a model, becomes a seed, says so on standard output, waits for its end.
+
+Prints one JSON line with the seeds' addresses and the digests of the loaded tensors, then serves until standard
+input ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    from tests.vllm import engine_process
+    from vllm_rfork import seeding
+
+    arguments: dict[str, Any] = json.loads(sys.argv[1])
+    model = Path(arguments["model"])
+    config = engine_process.vllm_config(
+        model, load_format="rfork", extra=arguments["extra"], **arguments.get("changes", {})
+    )
+    loaded = engine_process.load_digested(config)
+    seeds = seeding.wait_until_started(60)
+    said = {"seeds": [str(seed.address) for seed in seeds], "loaded": loaded.before, "processed": loaded.after}
+    print("SEED " + json.dumps(said), flush=True)
+    sys.stdin.read()
+    seeding.withdraw_all("told to end")
+
+
+if __name__ == "__main__":
+    main()
