@@ -540,10 +540,16 @@ class EngineContract:
     def nothing_arrives_after_close(
         self, processes: Processes, seed: Remote, receiver: Remote, source: int, target: int, nbytes: int
     ) -> None:
-        """Close, write over the target, let the seed go on, and use a third read of the seed as the fence."""
+        """Close, write over the target, let the seed go on, and look when the seed has been through its work."""
         receiver.close()
         receiver.call("fill", address=target, seed=21)
         seed.signal(signal.SIGCONT)
+        self.fence(processes, seed, source, nbytes)
+        assert receiver.digest(target) == hashlib.blake2b(pattern(21, nbytes)).hexdigest()
+        assert receiver.registered_nbytes == 0
+
+    def fence(self, processes: Processes, seed: Remote, source: int, nbytes: int) -> None:
+        """Another receiver's whole read: what the seed still owed to an earlier one is out by then."""
         assert seed.call("ping") == "pong"
         other = processes.start()
         address = other.alloc(nbytes)
@@ -551,8 +557,6 @@ class EngineContract:
         endpoint = seed.endpoint()
         other.connect(endpoint)
         other.read(endpoint, [[address, source, nbytes]])
-        assert receiver.digest(target) == hashlib.blake2b(pattern(21, nbytes)).hexdigest()
-        assert receiver.registered_nbytes == 0
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ Lanes, and what each is good for:
 - host memory on one machine: cross-memory attach, which needs the same user and the same pid namespace;
 - CUDA memory on one machine: CUDA IPC;
 - between machines: RDMA;
-- what is left is TCP, on which a receiver that dies in the middle of a read can crash its seed. ``connect`` refuses it
-  and says why no better lane is there, unless ``RFORK_NIXL_ALLOW_TCP=1`` is set for both processes. UCX is told the
-  same (``PROTO_EMULATION_ENABLE=n``), so it cannot fall back behind our back. TCP still sets connections up.
+- what is left is TCP, on which a receiver that dies in the middle of a read, or gives one up, can crash its seed.
+  ``connect`` refuses it and says why no better lane is there, unless ``RFORK_NIXL_ALLOW_TCP=1`` is set for both
+  processes. UCX is told the same (``PROTO_EMULATION_ENABLE=n``), so it cannot fall back behind our back. TCP still
+  sets connections up.
 
 A read that was given up leaves its buffers to the wire: releasing the request does not stop its bytes, destroying the
 agent does. So after such a read the engine refuses everything but ``close``, which destroys the agent.
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
-from vllm_rfork.engines.nixl_agent import Agent, Descriptor
+from vllm_rfork.engines.nixl_agent import LOST, Agent, Descriptor
 from vllm_rfork.engines.nixl_peer import (
     ALLOW_TCP,
     IDENTITY_NBYTES,
@@ -162,6 +163,8 @@ class NixlEngine(TransferEngine):
                 # What was given up lands in a slot of ours: the caller's memory is not concerned.
                 error.in_flight = error.mutated = False
                 self._forget(agent, connected)
+                if error.code == LOST and chosen is not Lane.EMULATED and self._lane(peer) is chosen:
+                    raise _refused("UCX found no other transport (see UCX_TLS and UCX_LOG_LEVEL=info)") from error
                 raise
             self._peers[endpoint] = connected
 
@@ -259,14 +262,7 @@ class NixlEngine(TransferEngine):
         assert self._own is not None  # noqa: S101 - set with the agent
         chosen, why = lane(self._own, peer)
         if chosen is Lane.EMULATED and not (self._own.allow_tcp and peer.allow_tcp):
-            raise EngineError(
-                NAME,
-                "connect",
-                f"only TCP is left to reach this seed, since {why}; over TCP a receiver that dies in the middle of a "
-                f"read can crash its seed. Set {ALLOW_TCP}=1 for seed and receiver to take it all the same",
-                code="lane",
-                retry_elsewhere=True,
-            )
+            raise _refused(why)
         return chosen
 
     def _check_identity(self, agent: Agent, peer: _Peer, operation: str, deadline: float) -> None:
@@ -291,3 +287,14 @@ class NixlEngine(TransferEngine):
         """Drop a peer after an error; a second error here says nothing new."""
         with suppress(EngineError):
             agent.drop_peer(peer.name, "connect")
+
+
+def _refused(why: str) -> EngineError:
+    return EngineError(
+        NAME,
+        "connect",
+        f"only TCP is left to reach this seed, since {why}; over TCP a receiver that dies in the middle of a read can "
+        f"crash its seed. Set {ALLOW_TCP}=1 for seed and receiver to take it all the same",
+        code="lane",
+        retry_elsewhere=True,
+    )

@@ -23,6 +23,8 @@ MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
 #: How long the progress thread waits for an event, in microseconds. 100 ms: an idle agent takes 0.05 % of a core, and
 #: throughput is that of 1 ms, since events wake the thread.
 PROGRESS_WAIT_US = 100_000
+#: The code of the error that says: the peer is gone, or UCX has no lane to it.
+LOST = "nixlRemoteDisconnectError"
 _FIRST_PAUSE_S = 0.00005
 _LONGEST_PAUSE_S = 0.002
 
@@ -87,7 +89,7 @@ class Agent:
         try:
             yield
         except self._errors as error:
-            lost = type(error).__name__ == "nixlRemoteDisconnectError"
+            lost = type(error).__name__ == LOST
             facts = {"retry_elsewhere": lost, **facts}
             raise EngineError(NAME, operation, _text(error), code=type(error).__name__, **facts) from error
 
@@ -182,6 +184,6 @@ class Agent:
 
 def _text(error: BaseException) -> str:
     text = str(error) or type(error).__name__
-    if type(error).__name__ == "nixlRemoteDisconnectError":
+    if type(error).__name__ == LOST:
         return f"the peer is gone or cannot be reached ({text})"
     return text
