@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 _EARLIEST = 0.8
 #: After a failed beat the next one comes after this share of the interval: planners forget a seed after two.
 _AFTER_FAILURE = 1 / 3
+#: What a withdrawal waits for a beat that is under way, in seconds. One that takes longer is given up: the bytes are
+#: about to change, and a planner that is so slow forgets the seed in its own time.
+_PATIENCE_S = 0.5
 
 
 class Heartbeat:
@@ -66,11 +69,13 @@ class Heartbeat:
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
-        self._calls = asyncio.Lock()  # a beat under way when the seed is withdrawn must not arrive after it
+        self._withdrawing = asyncio.Lock()
+        self._announcing: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
         self._attempted = False
         self._withdrawn: Outcome | None = None
         self._announced = False
+        self._first = True
         self._missed = 0
 
     @property
@@ -79,11 +84,7 @@ class Heartbeat:
         return self._announced
 
     async def run(self) -> None:
-        """Announce at once, then beat until cancelled, withdrawn or no longer vouched for; withdraw at the end.
-
-        An orderly end is :meth:`withdraw`, which waits for a beat that is under way; a cancelled beat may have
-        reached the planner and be handled there after the withdrawal.
-        """
+        """Announce at once, then beat until cancelled, withdrawn or no longer vouched for; withdraw at the end."""
         try:
             while not self._over.is_set():
                 started_at = self._clock()
@@ -101,6 +102,8 @@ class Heartbeat:
     async def withdraw(self) -> Outcome:
         """Take the seed back and end :meth:`run`; no beat follows. Repeating it returns the first outcome.
 
+        Takes at most the client's ``request_timeout_s`` and half a second.
+
         Returns:
             ``DRAINING`` where a receiver is still reading from the seed.
 
@@ -109,7 +112,7 @@ class Heartbeat:
                 the seed in its own time; a later call tries again.
         """
         self._over.set()
-        async with self._calls:
+        async with self._withdrawing:
             if self._withdrawn is None:
                 self._withdrawn = await self._withdraw_once()
                 self._announced = False
@@ -118,38 +121,49 @@ class Heartbeat:
     async def _withdraw_once(self) -> Outcome:
         if not self._attempted:
             return Outcome.UNKNOWN
+        if self._announcing is not None:
+            # Were it handled after the withdrawal, the seed would be back.
+            await asyncio.wait({self._announcing}, timeout=_PATIENCE_S)
+            self._announcing.cancel()
         outcome = await self._client.withdraw(self.seed_key, self.seed)
         logger.info("Seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
         return outcome
 
     async def _beat(self) -> None:
-        async with self._calls:
-            if self._over.is_set():
-                return
-            first = not self._attempted
-            self._attempted = True
-            try:
-                await self._client.announce(
-                    self.seed_key,
-                    self.seed,
-                    fingerprint=self._fingerprint,
-                    slots=self._slots,
-                    labels=self._labels,
-                    epoch=self._epoch,
-                    intent=self._intent,
-                )
-            except PlannerError as error:
-                self._announced = False
-                self._missed += 1
-                if self._missed == 1:
-                    logger.warning("Seed %s is not announced, trying again in the background: %s", self.seed, error)
-                return
-            if self._missed:
-                logger.info("Seed %s is announced again after %d missed beats", self.seed, self._missed)
-            elif first:
-                logger.info("Seed %s announced under key %s", self.seed, self.seed_key)
-            self._announced = True
-            self._missed = 0
+        """Announce once; a cancelled run leaves the announcement to :meth:`withdraw`."""
+        if self._over.is_set():
+            return
+        self._attempted = True
+        self._announcing = announcing = asyncio.create_task(self._announce())
+        await asyncio.wait({announcing})
+        self._announcing = None
+        if not announcing.cancelled():
+            announcing.result()  # raises what no planner's failure explains
+
+    async def _announce(self) -> None:
+        try:
+            await self._client.announce(
+                self.seed_key,
+                self.seed,
+                fingerprint=self._fingerprint,
+                slots=self._slots,
+                labels=self._labels,
+                epoch=self._epoch,
+                intent=self._intent,
+            )
+        except PlannerError as error:
+            self._announced = False
+            self._missed += 1
+            if self._missed == 1:
+                logger.warning("Seed %s is not announced, trying again in the background: %s", self.seed, error)
+            return
+        if self._missed:
+            logger.info("Seed %s is announced again, after %d missed beats", self.seed, self._missed)
+        elif self._first:
+            logger.info("Seed %s announced under key %s", self.seed, self.seed_key)
+        self._first = False
+        self._announced = True
+        self._missed = 0
 
     def _delay_s(self) -> float:
         longest_s = self._interval_s if self._announced else self._interval_s * _AFTER_FAILURE

@@ -238,6 +238,25 @@ async def test_a_seed_that_is_still_read_is_draining() -> None:
         assert await PlannerClient(url).withdraw(KEY, SEED) is Outcome.DRAINING
 
 
+async def test_a_beat_carries_the_state_id_of_the_last_answer_to_that_seed() -> None:
+    seen: list[str | None] = []
+    states = iter(["s1", "s1", None, "UTF-8''%FF", "s2", "x" * 7000, "s3"])
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("RFORK-STATE"))
+        state = next(states)
+        return web.Response(headers={} if state is None else {"RFORK-STATE": state})
+
+    app = web.Application()
+    app.router.add_post("/add_seed", handle)
+    async with serve(app) as url:
+        client = PlannerClient(url)
+        for _ in range(6):
+            await client.announce(KEY, SEED)
+        await client.announce(KEY, SeedAddress("10.0.0.2", 8080, 0))
+    assert seen == [None, "s1", "s1", None, None, "s2", None]
+
+
 # --- retries ------------------------------------------------------------------------------------------------------
 
 

@@ -215,6 +215,41 @@ async def test_a_beat_under_way_cannot_arrive_after_the_withdrawal() -> None:
     assert planner.calls == ["announce", "withdraw"]
 
 
+async def test_a_beat_that_hangs_holds_no_withdrawal_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_rfork.heartbeat._PATIENCE_S", 0.01)
+    planner, virtual = FakePlanner(), VirtualTime()
+    planner.gate = asyncio.Event()  # nobody opens it
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual) as task:
+        assert await asyncio.wait_for(beat.withdraw(), 10) is Outcome.DONE
+        await asyncio.wait_for(task, 10)
+    assert planner.calls == ["withdraw"]
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_cancelled_in_the_middle_of_a_beat_it_still_withdraws_after_it() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    planner.gate = asyncio.Event()
+    async with running(heartbeat(planner, virtual), virtual) as task:
+        task.cancel()
+        await virtual.settle()
+        assert planner.calls == []
+        planner.gate.set()
+        await asyncio.wait({task})
+    assert planner.calls == ["announce", "withdraw"]
+
+
+async def test_an_error_that_no_planner_explains_ends_the_run() -> None:
+    class Broken(FakePlanner):
+        async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> None:
+            raise ZeroDivisionError
+
+    planner, virtual = Broken(), VirtualTime()
+    with pytest.raises(ZeroDivisionError):
+        await heartbeat(planner, virtual).run()
+    assert planner.calls == ["withdraw"]
+
+
 async def test_a_withdrawal_that_fails_is_told_tried_again_and_followed_by_no_beat(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -31,6 +31,7 @@ RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 #: The same for a withdrawal, which somebody waits for.
 WITHDRAW_PAUSES_S = (0.1, 0.3)
 
+_MAX_STATE_LENGTH = 256
 _RETRIED = frozenset({408, 429})
 
 
@@ -70,6 +71,7 @@ class PlannerClient:
         self._http = BoundedHttp("planner", PlannerError, token, ssl)
         self._sleep = sleep
         self._hyphens = False
+        self._states: dict[SeedAddress, str] = {}
 
     async def acquire(
         self,
@@ -186,9 +188,11 @@ class PlannerClient:
             **_given(messages.LABELS, labels),
             **_given(messages.EPOCH, epoch),
             **_given(messages.INTENT, intent),
+            **_given(messages.STATE, self._states.get(seed, "")),
         }
         answer = await self._call("POST", messages.ADD_SEED, headers, self._deadline())
         self._outcome(messages.ADD_SEED, answer)
+        self._remember_state(seed, answer)
 
     async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
         """Take ``seed`` back. ``UNKNOWN``: not there, or an older planner, which forgets it a minute after its
@@ -303,6 +307,17 @@ class PlannerClient:
             await self._call("POST", messages.PUT_SEED, {**seed.headers(), messages.USER_ID: user_id}, deadline)
         except (BadMessage, PlannerError) as error:
             logger.debug("The lease in an unusable answer could not be given back: %s", error)
+
+    def _remember_state(self, seed: SeedAddress, answer: Answer) -> None:
+        """Keep the planner's state id for the next beat, by which it sees whether it has lost its state since."""
+        try:
+            state = messages.decode_text(messages.header(answer.headers, messages.STATE) or "")
+        except BadMessage:
+            state = ""
+        if 0 < len(state) <= _MAX_STATE_LENGTH:
+            self._states[seed] = state
+        else:
+            self._states.pop(seed, None)
 
     def _outcome(self, path: str, answer: Answer, *, unknown: tuple[int, ...] = ()) -> Outcome:
         if answer.status == 200:
