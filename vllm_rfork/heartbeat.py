@@ -121,10 +121,11 @@ class Heartbeat:
     async def _withdraw_once(self) -> Outcome:
         if not self._attempted:
             return Outcome.UNKNOWN
-        if self._announcing is not None:
+        announcing = self._announcing
+        if announcing is not None:
             # Were it handled after the withdrawal, the seed would be back.
-            await asyncio.wait({self._announcing}, timeout=_PATIENCE_S)
-            self._announcing.cancel()
+            await asyncio.wait({announcing}, timeout=_PATIENCE_S)
+            announcing.cancel()
         outcome = await self._client.withdraw(self.seed_key, self.seed)
         logger.info("Seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
         return outcome
