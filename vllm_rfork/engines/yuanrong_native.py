@@ -1,0 +1,167 @@
+"""The native parts below the YuanRong adapter: the wheel's module, its codes, and the Ascend runtime.
+
+Every difference between the wheels that can be installed is decided here, by looking at what is there and never at a
+version number. Must not open an engine, and is imported by :mod:`.yuanrong` alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_rfork.errors import EngineError, EngineUnavailable
+
+NAME = "yuanrong"
+MODULE = "yr.datasystem"
+HINT = "install it with: pip install 'vllm-rfork[ascend]'"
+ACL = "libascendcl.so"
+
+#: Every code of ``StatusCode`` (transfer-engine) and ``ErrorCode`` (datasystem); the contract tests compare.
+CODES: dict[int, str] = {
+    0: "kOk",
+    2: "kInvalid",
+    3: "kNotFound",
+    5: "kRuntimeError",
+    8: "kNotReady",
+    9: "kNotAuthorized",
+    36: "kNotSupported",
+}
+#: Codes that speak about this peer: another seed may do.
+_PEERS_FAULT = frozenset({"kRuntimeError", "kNotReady", "kNotAuthorized", "kNotFound"})
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The installed wheel.
+
+    Attributes:
+        engine_class: ``TransferEngine``; ``initialize``, ``batch_register_memory``, ``batch_transfer_sync_read``,
+            ``batch_unregister_memory`` and ``finalize`` are the same in every generation.
+        bounds_control_calls: the generation with HIXL, which gives its control calls 10 s and releases the GIL in a
+            read. The others wait for a silent peer for ever, and every Python thread waits with them.
+    """
+
+    engine_class: Callable[[], Any]
+    bounds_control_calls: bool
+
+
+def load_binding() -> Binding:
+    """Import the wheel.
+
+    Raises:
+        EngineUnavailable: it is not installed, or a library that it needs is not; the text names the package.
+    """
+    try:
+        module = importlib.import_module(MODULE)
+    except ModuleNotFoundError as error:
+        # Only the absence of this very module means "not installed"; another one missing is told as it is.
+        if error.name in (MODULE, MODULE.partition(".")[0]):
+            raise EngineUnavailable(NAME, f"the module {MODULE} is not installed", hint=HINT) from error
+        raise EngineUnavailable(NAME, f"{MODULE} cannot be imported: {error}", hint=HINT) from error
+    except (ImportError, OSError) as error:
+        raise _unloadable(error) from error
+    try:
+        engine_class = module.TransferEngine
+    except AttributeError as error:
+        # The datasystem wheel hides an ImportError of its native module behind this; the text still has it.
+        raise _unloadable(error) from error
+    return Binding(engine_class, _knows_hixl(module))
+
+
+def _unloadable(error: Exception) -> EngineUnavailable:
+    text = str(error)
+    if "libunwind" in text:
+        hint = "it needs libunwind.so.8: on Debian and Ubuntu, apt-get install libunwind8"
+    else:
+        hint = "see which library the text names, and install the package that carries it"
+    return EngineUnavailable(NAME, f"{MODULE} cannot be loaded: {text}", hint=hint)
+
+
+def _knows_hixl(module: Any) -> bool:
+    """Whether this is the generation that bounds its control calls.
+
+    Its newest form shows in Python; before that only in the variables that the native module reads.
+    """
+    if hasattr(module, "MemoryRegistration") or hasattr(module.TransferEngine, "batch_register_memory_ex"):
+        return True
+    file = getattr(importlib.import_module(module.TransferEngine.__module__), "__file__", None)
+    return file is not None and b"TRANSFER_ENGINE_HIXL" in Path(file).read_bytes()
+
+
+def code_name(result: Any) -> str:
+    """The name of a result's code, by the enumeration of the wheel or, failing that, by number."""
+    code = result.get_code()
+    name = getattr(code, "name", None)
+    return str(name) if name else CODES.get(int(code), f"code {int(code)}")
+
+
+def failure(
+    operation: str, result: Any, *, mutated: bool = False, in_flight: bool = False, note: str = ""
+) -> EngineError:
+    """The wheel's failed ``result`` as ours. The path of a source file that it carries says nothing to a user."""
+    code = code_name(result)
+    text = result.get_msg() or result.to_string()
+    return EngineError(
+        NAME,
+        operation,
+        f"{text} ({note})" if note else text,
+        code=code,
+        mutated=mutated,
+        in_flight=in_flight,
+        retry_elsewhere=code in _PEERS_FAULT and operation in ("connect", "read"),
+    )
+
+
+def call(operation: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the wheel; its exceptions (arguments it cannot convert, C++ exceptions) become :class:`EngineError`."""
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise EngineError(NAME, operation, f"the engine does not take these arguments: {error}") from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        raise EngineError(NAME, operation, f"{type(error).__name__}: {error}", mutated=operation == "read") from error
+
+
+class AclRuntime:
+    """``libascendcl``, as far as the adapter needs it beside the engine.
+
+    ``initialize`` succeeds without this library and the first read fails with kNotReady; asking early says why.
+
+    Raises:
+        EngineUnavailable: the loader does not find it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL(ACL)
+        except OSError as error:
+            raise EngineUnavailable(
+                NAME,
+                f"the Ascend runtime cannot be loaded: {error}",
+                hint="source CANN's set_env.sh before the start, so that libascendcl.so is on the loader's path",
+            ) from error
+
+    @property
+    def has_device_memory(self) -> bool:
+        """Whether this runtime drives a device with memory of its own, which the host stand-in does not."""
+        return hasattr(self._library, "aclrtMalloc")
+
+    def ensure_context(self, device: int) -> None:
+        """Give the calling thread a context on ``device`` where it has none.
+
+        A context belongs to a thread. The engine sets one on its own threads but expects the reader's to be there,
+        and a thread of Python's own has none ("please call aclrtSetDevice before using transfer_engine").
+
+        Raises:
+            EngineError: the runtime does not give one.
+        """
+        context = ctypes.c_void_p()
+        if self._library.aclrtGetCurrentContext(ctypes.byref(context)) == 0 and context.value:
+            return
+        code = self._library.aclrtSetDevice(ctypes.c_int32(device))
+        if code != 0:
+            raise EngineError(NAME, "read", f"aclrtSetDevice({device}) failed", code=f"acl {code}")
