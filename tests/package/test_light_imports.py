@@ -1,0 +1,51 @@
+"""Light things stay light: whatever runs where there is no torch and no vLLM must not import them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = [
+    "vllm_rfork",
+    "vllm_rfork.plugin",
+    "vllm_rfork.cli",
+    "vllm_rfork.planner",
+    "vllm_rfork.seed_service",
+    "vllm_rfork.heartbeat",
+    "vllm_rfork.watcher",
+    "vllm_rfork.clients",
+    "vllm_rfork.config",
+    "vllm_rfork.seed_key",
+    "vllm_rfork.messages",
+    "vllm_rfork.manifest",
+    "vllm_rfork.segments",
+    "vllm_rfork.receiver",
+    "vllm_rfork.background",
+    "vllm_rfork.engines.table",
+    "vllm_rfork.engines.memory",
+    "vllm_rfork.engines.nixl",
+    "vllm_rfork.engines.yuanrong",
+]
+HEAVY = ["torch", "vllm", "vllm_ascend", "torch_npu", "transformers", "numpy", "nixl_cu13", "nixl_cu12", "nixl", "yr"]
+
+PROBE = """
+import importlib, json, pkgutil, sys
+module = importlib.import_module(sys.argv[1])
+for info in pkgutil.walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
+    if sys.argv[1] != "vllm_rfork":
+        importlib.import_module(info.name)
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_pulls_in_neither_torch_nor_vllm_nor_an_engine(module: str) -> None:
+    """With every module inside it, where it is a package, and in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, module], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout.splitlines()[-1])) & set(HEAVY) == set()

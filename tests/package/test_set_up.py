@@ -1,0 +1,93 @@
+"""The set-up's own rules: the lock is complete and exact, and damage is noticed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str) -> ModuleType:
+    """A script of scripts/, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LOCK = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
+
+
+def test_this_environment_is_what_the_lock_says() -> None:
+    assert script("broken_pins").broken(LOCK) == []
+
+
+def test_what_breaks_transformers_is_not_there() -> None:
+    names = {dist.name.lower() for dist in metadata.distributions()}
+    assert names & {"torchvision", "torchaudio", "torchcodec"} == set()
+    assert "cpu" in metadata.version("vllm")
+
+
+def test_no_two_yuanrong_generations_and_one_nixl_in_the_lock() -> None:
+    pinned = script("broken_pins").pins(LOCK)
+    assert sum(name.startswith("openyuanrong") for name in pinned) <= 1
+    assert [name for name in pinned if name.startswith("nixl")] == ["nixl-cu13"]
+
+
+@pytest.mark.parametrize("line", ["aiohttp", "aiohttp>=3", "aiohttp==3.*; python_version < '3.12'", "-r other.txt"])
+def test_a_line_that_is_no_exact_pin_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="not an exact pin"):
+        script("broken_pins").pins(f"click==8.5.1\n{line}\n")
+
+
+def test_missing_other_and_damaged_distributions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_pins = script("broken_pins")
+    wheel = script("set_up").write_metadata_wheel(tmp_path, "somedist", "1.0")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert broken_pins.broken("somedist==1.0\n") == []
+    assert broken_pins.broken("somedist==1.1\nmissingdist==2\n") == ["somedist==1.1", "missingdist==2"]
+    (tmp_path / "somedist-1.0.dist-info" / "WHEEL").unlink()
+    assert broken_pins.broken("somedist==1.0\n") == ["somedist==1.0"]
+
+
+def test_a_pin_for_another_processor_is_left_out() -> None:
+    assert script("broken_pins").broken('missingdist==1; platform_machine == "z80"\n') == []
+
+
+def test_a_wrong_python_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up = script("set_up")
+    monkeypatch.setattr(set_up, "STAMP", tmp_path / "none")
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    with pytest.raises(set_up.SetUpError, match=r"locked for Python 3\.11.*make PYTHON="):
+        set_up.set_up()
+
+
+def test_missing_system_libraries_are_named_with_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up = script("set_up")
+    monkeypatch.setattr(set_up, "LIBRARIES", (("libnosuch.so.7", "libnosuch7", "somebody"),))
+    monkeypatch.setattr(set_up, "STAMP", tmp_path / "none")
+    with pytest.raises(set_up.SetUpError, match=r"libnosuch\.so\.7, which somebody needs .*libnosuch7"):
+        set_up.set_up()
+
+
+def test_where_pip_finds_no_cpu_build_of_torch_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up = script("set_up")
+
+    def pip(*arguments: object) -> None:
+        raise set_up.SetUpError("pip ended with 1")
+
+    monkeypatch.setattr(set_up, "broken_lines", lambda: ["torch==2.13.0+cpu", "click==8.5.1"])
+    monkeypatch.setattr(set_up, "pip", pip)
+    with pytest.raises(set_up.SetUpError, match=r"(?s)PyTorch's install page.*PIP_EXTRA_INDEX_URL"):
+        set_up.install_lock()

@@ -1,0 +1,118 @@
+"""The built wheel, installed where there is neither torch nor vLLM: what a planner's host gets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """The output of a command that must succeed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from this checkout."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", out, ROOT)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment with the wheel and its hard dependencies."""
+    venv = tmp_path_factory.mktemp("fresh") / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    python = venv / "bin" / "python"
+    lock = ROOT / "requirements" / "lock.txt"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--python", python)
+    run(*pip, "install", "--quiet", "--no-compile", "--constraint", lock, wheel)
+    return python
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tracked = run("git", "ls-files", "vllm_rfork").splitlines()
+    shipped = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert {name.split("/")[0] for name in shipped} == {"vllm_rfork"}
+    assert set(tracked) <= shipped, "data files that are tracked must travel too"
+    assert not [name for name in shipped if "__pycache__" in name]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_entry_points(wheel: Path, installed: Path) -> None:
+    (dist,) = importlib.metadata.distributions(name="vllm-rfork", path=[str(site_packages(installed))])
+    found = {(point.group, point.name, point.value) for point in dist.entry_points}
+    assert found == {
+        ("vllm.general_plugins", "rfork", "vllm_rfork.plugin:register"),
+        ("console_scripts", "vllm-rfork", "vllm_rfork.cli:main"),
+    }
+
+
+def site_packages(python: Path) -> Path:
+    return Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+
+
+def test_no_hard_dependency_brings_torch_or_vllm(installed: Path) -> None:
+    names = {dist.name.lower() for dist in importlib.metadata.distributions(path=[str(site_packages(installed))])}
+    assert names & {"torch", "vllm", "numpy", "nixl-cu13", "openyuanrong-transfer-engine"} == set()
+
+
+def test_every_module_without_tensors_imports(installed: Path, tmp_path: Path) -> None:
+    """Whatever fails to import must fail for want of torch or vLLM; that it may is for the import contracts to say."""
+    probe = """
+import importlib, json, pkgutil, vllm_rfork
+failed = {}
+for info in pkgutil.walk_packages(vllm_rfork.__path__, "vllm_rfork."):
+    if not info.name.endswith("__main__"):
+        try:
+            importlib.import_module(info.name)
+        except ImportError as error:
+            failed[info.name] = error.name
+print(json.dumps(failed))
+"""
+    failed = json.loads(run(installed, "-c", probe, cwd=tmp_path))
+    assert set(failed.values()) <= {"torch", "vllm", "redis"}
+    light = {"plugin", "cli", "seed_service", "heartbeat", "receiver", "clients", "config", "background", "seed"}
+    assert {name.split(".")[1] for name in failed} & light == set()
+
+
+def test_the_command_line_starts(installed: Path, tmp_path: Path) -> None:
+    out = run(installed.with_name("vllm-rfork"), "--help", cwd=tmp_path)
+    assert "selftest" in out
+    assert importlib.metadata.version("vllm-rfork") in run(installed.with_name("vllm-rfork"), "--version", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_no_environment_gets_both_yuanrong_distributions(wheel: Path, python: str, machine: str) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        text = archive.read(name).decode()
+    environment = {"python_version": python, "platform_machine": machine, "sys_platform": "linux", "extra": "ascend"}
+    needed = [Requirement(line.partition(": ")[2]) for line in text.splitlines() if line.startswith("Requires-Dist")]
+    chosen = [need.name for need in needed if isinstance(need.marker, Marker) and need.marker.evaluate(environment)]
+    assert chosen == ["openyuanrong-transfer-engine" if python == "3.11" else "openyuanrong-datasystem"]
