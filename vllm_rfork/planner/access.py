@@ -1,0 +1,219 @@
+"""Who may call, and what a caller may announce: bearer tokens, TLS, addresses.
+
+Tokens are compared as digests in constant time, are re-read when their file changes, and never leave this
+module: no log line, metric or error text holds one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vllm_rfork.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLES = ("RFORK_TOKEN", "RFORK_TOKEN_PREVIOUS")
+_MAX_TOKENS = 2
+_RECHECK_S = 1.0
+_RESOLVE_TIMEOUT_S = 2.0
+_REMEMBER_S = 300.0
+_MAX_REMEMBERED = 4096
+
+
+class Tokens:
+    """The tokens that open the planner: none (open to all), one, or two while they are being rotated.
+
+    Args:
+        path: a file with one token a line, looked at again at most once a second; ``environ`` counts otherwise.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds none or more than two.
+    """
+
+    def __init__(
+        self, path: Path | None, environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._checked_at = clock()
+        self._version: tuple[int, ...] = ()
+        self._digests: tuple[bytes, ...] = ()
+        if path is None:
+            self._digests = _digests([environ.get(name, "") for name in TOKEN_VARIABLES])
+        else:
+            self._version, self._digests = _version(path), _read(path)
+
+    @property
+    def required(self) -> bool:
+        """Callers must have a token."""
+        return bool(self._digests)
+
+    def admit(self, authorization: str | None) -> bool:
+        """Whether an ``Authorization`` header opens the planner."""
+        self._refresh()
+        if not self._digests:
+            return True
+        scheme, _, token = (authorization or "").partition(" ")
+        given = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        # Both are compared whatever the first says, so that time tells nothing.
+        matches = [hmac.compare_digest(given, each) for each in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _refresh(self) -> None:
+        now = self._clock()
+        if self._path is None or now - self._checked_at < _RECHECK_S:
+            return
+        self._checked_at = now
+        try:
+            version = _version(self._path)
+            if version != self._version:
+                self._version, self._digests = version, _read(self._path)
+                logger.info("Bearer tokens re-read: %d valid", len(self._digests))
+        except ConfigError as error:
+            logger.warning("The token file changed and cannot be used; the earlier tokens stay valid: %s", error)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ConfigError("token_file", error.strerror or "cannot be read", "a readable file") from error
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
+def _read(path: Path) -> tuple[bytes, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("token_file", "cannot be read", "a readable text file") from error
+    digests = _digests(lines)
+    if not 1 <= len(digests) <= _MAX_TOKENS:
+        raise ConfigError("token_file", f"holds {len(digests)} tokens", "one token, or two while rotating, one a line")
+    return digests
+
+
+def _digests(tokens: list[str]) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(each.strip().encode("utf-8")).digest() for each in tokens if each.strip())
+
+
+class ServerTls:
+    """The server's side of TLS 1.2 and later; new connections use a certificate that was renewed on disk.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        self._cert, self._key = cert, key
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._version = self._load()
+        if client_ca is not None:
+            try:
+                self.context.load_verify_locations(client_ca)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError("tls_client_ca", "cannot be used", "a PEM file with CA certificates") from error
+            self.context.verify_mode = ssl.CERT_REQUIRED
+
+    def refresh(self) -> None:
+        """Load the certificate again if it was replaced; a half-written pair keeps the old one."""
+        try:
+            if self._version != (_version(self._cert), _version(self._key)):
+                self._version = self._load()
+                logger.info("TLS certificate re-read from %s", self._cert)
+        except ConfigError as error:
+            logger.warning("The TLS certificate changed and cannot be used; the earlier one stays: %s", error)
+
+    def _load(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        version = _version(self._cert), _version(self._key)
+        try:
+            self.context.load_cert_chain(self._cert, self._key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError("tls_cert", "cannot be used with tls_key", "a PEM certificate and its key") from error
+        return version
+
+
+class AddressCheck:
+    """Whether a caller may announce an address: its own only, unless ``trust`` says otherwise.
+
+    A caller on the planner's own machine may name any address of that machine. A host name must resolve to the
+    caller; the answer is remembered for five minutes.
+    """
+
+    def __init__(self, trust: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._trust = trust
+        self._clock = clock
+        self._remembered: dict[tuple[str, str], float] = {}
+
+    async def allows(self, announced: str, peer: str | None) -> bool:
+        """``peer`` is the address that the connection comes from; None (no TCP) is trusted as local."""
+        if self._trust or peer is None or announced == peer:
+            return True
+        now = self._clock()
+        known = self._remembered.get((announced, peer))
+        if known is not None and known > now:
+            return True
+        if not await _is_own(announced, peer):
+            return False
+        if len(self._remembered) >= _MAX_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[announced, peer] = now + _REMEMBER_S
+        return True
+
+
+async def _is_own(announced: str, peer: str) -> bool:
+    caller = _address(peer)
+    if caller is None:
+        return False
+    literal = _address(announced)
+    for address in [literal] if literal is not None else await _resolve(announced):
+        if address == caller or (caller.is_loopback and _is_of_this_machine(address)):
+            return True
+    return False
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return mapped or address
+
+
+async def _resolve(name: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    loop = asyncio.get_running_loop()
+    try:
+        found = await asyncio.wait_for(loop.getaddrinfo(name, None, type=socket.SOCK_STREAM), _RESOLVE_TIMEOUT_S)
+    except (OSError, UnicodeError, asyncio.TimeoutError):
+        return []
+    return [address for each in found if (address := _address(str(each[4][0]))) is not None]
+
+
+def _is_of_this_machine(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if address.is_loopback:
+        return True
+    if address.is_unspecified or address.is_multicast:
+        return False
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))  # only an address of this machine can be bound to
+    except OSError:
+        return False
+    return True
+
+
+def tokens_from(path: Path | None) -> Tokens:
+    """The tokens of ``path``, or of the environment where it is None."""
+    return Tokens(path, os.environ)

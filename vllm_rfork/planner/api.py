@@ -1,0 +1,297 @@
+"""The planner's HTTP calls: headers in, one decision of the store, headers out.
+
+Answers every call of the protocol (``messages``) exactly as the installed base expects it, and the additional ones
+only to those who ask. Must not decide anything about seeds and leases itself, and must not keep state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+from aiohttp import web
+
+from vllm_rfork import messages
+from vllm_rfork.messages import BadMessage, header
+from vllm_rfork.planner.access import AddressCheck, Tokens
+from vllm_rfork.planner.metrics import Metrics
+from vllm_rfork.planner.settings import Settings
+from vllm_rfork.planner.store import (
+    Announcement,
+    Ask,
+    Granted,
+    LimitReached,
+    Outcome,
+    StillLeased,
+    Store,
+    StoreUnavailable,
+    UnknownLease,
+    UnknownSeed,
+)
+from vllm_rfork.planner.waiting import Closing, WaitingRoom
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.Response]]
+
+#: Calls that need no token: probes have none.
+OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ})
+#: Bounds of the headers that carry free text, in characters.
+MAX_ID_LENGTH = 256
+MAX_EXCLUDED = 256
+MAX_SNAPSHOT = 100_000
+
+
+class Refused(Exception):
+    """An answer other than 200, with a text for people."""
+
+    def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.headers = dict(headers or {})
+
+
+class Api:
+    """All calls over one store. :meth:`handle` is what the server runs for every request."""
+
+    def __init__(self, settings: Settings, store: Store, room: WaitingRoom, metrics: Metrics, tokens: Tokens) -> None:
+        self._settings = settings
+        self._store = store
+        self._room = room
+        self._metrics = metrics
+        self._tokens = tokens
+        self._addresses = AddressCheck(settings.trust_announced_address)
+        #: set by the owner once the planner takes requests, and cleared when it drains
+        self.ready = False
+        self.routes: dict[str, dict[str, Handler]] = {
+            messages.ADD_SEED: {"POST": self.add_seed},
+            messages.GET_SEED: {"GET": self.get_seed},
+            messages.PUT_SEED: {"POST": self.put_seed},
+            messages.RENEW_SEED_LEASE: {"POST": self.renew_seed_lease},
+            messages.REMOVE_SEED: {"POST": self.remove_seed},
+            messages.ADD_INTENT: {"POST": self.intent},
+            messages.HEALTHZ: {"GET": self.healthz},
+            messages.READYZ: {"GET": self.readyz},
+            messages.METRICS: {"GET": self.metrics},
+            messages.DEBUG_SNAPSHOT: {"GET": self.snapshot},
+        }
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Find the call, let it in, run it, and turn whatever it raises into an answer."""
+        started_at = time.perf_counter()
+        path = request.path
+        methods = self.routes.get(path)
+        try:
+            if methods is None:
+                raise Refused(404, f"no such call: {path[:200]!r}")
+            call = methods.get(request.method)
+            if call is None:
+                raise Refused(405, f"{path} takes {', '.join(methods)}", {"Allow": ", ".join(methods)})
+            if path not in OPEN_PATHS:
+                self._admit(request)
+            response = await call(request)
+        except Refused as refused:
+            response = web.Response(status=refused.status, text=refused.text + "\n", headers=refused.headers)
+        except BadMessage as error:
+            response = web.Response(status=400, text=f"{error}\n")
+        except (UnknownLease, UnknownSeed) as error:
+            response = web.Response(status=404, text=f"{error}\n")
+        except StillLeased as error:
+            response = web.Response(status=409, text=f"{error}\n")
+        except LimitReached as error:
+            self._metrics.refused("limit")
+            response = web.Response(status=429, text=f"{error}\n")
+        except (StoreUnavailable, Closing) as error:
+            text = str(error) or "the planner is being stopped"
+            response = web.Response(status=503, text=text + "\n", headers={"Retry-After": "1"})
+        waits = path == messages.GET_SEED and header(request.headers, messages.WAIT_SEC) is not None
+        duration_s = None if waits else time.perf_counter() - started_at
+        self._metrics.request(path if methods else "unknown", response.status, duration_s)
+        return response
+
+    def _admit(self, request: web.BaseRequest) -> None:
+        if not self._tokens.admit(request.headers.get("Authorization")):
+            self._metrics.refused("token")
+            raise Refused(401, "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="rfork"'})
+
+    async def _check_address(self, request: web.BaseRequest, announced: str) -> None:
+        if not await self._addresses.allows(announced, request.remote):
+            self._metrics.refused("address")
+            raise Refused(
+                403,
+                f"{request.remote} may not speak for a seed at {announced}; a planner that is to believe announced "
+                "addresses (NAT, proxies) is started with --trust-announced-address",
+            )
+
+    # --- the installed base's calls ------------------------------------------------------------------------------
+    async def add_seed(self, request: web.BaseRequest) -> web.Response:
+        """Announce a seed; also its heartbeat."""
+        headers = request.headers
+        key, seed = self._key(headers), messages.seed_address(headers)
+        messages.integer(messages.required(headers, messages.SEED_REFCNT), messages.SEED_REFCNT, minimum=0)
+        slots = header(headers, messages.SLOTS)
+        announcement = Announcement(
+            key=key,
+            seed=seed,
+            fingerprint=_text(headers, messages.FINGERPRINT),
+            slots=None if slots is None else messages.integer(slots, messages.SLOTS, minimum=1),
+            labels=messages.parse_labels(_text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH)),
+            epoch=_text(headers, messages.EPOCH),
+            intent=_text(headers, messages.INTENT),
+            known_state=_text(headers, messages.STATE),
+        )
+        await self._check_address(request, seed.host)
+        state = await self._store.announce(announcement)
+        return web.Response(text="ok\n", headers={messages.STATE: state})
+
+    async def get_seed(self, request: web.BaseRequest) -> web.Response:
+        """Lease a seed, wait for one, or be told to load from storage."""
+        headers = request.headers
+        ask = Ask(
+            key=self._key(headers),
+            receiver=request.remote or "local",
+            fingerprint=_text(headers, messages.FINGERPRINT),
+            wait_s=self._wait_s(headers),
+            exclude=_excluded(headers),
+            labels=messages.parse_labels(_text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH)),
+            intent=_text(headers, messages.INTENT),
+        )
+        started_at = time.perf_counter()
+        if ask.wait_s > 0 and not self.ready:
+            raise Closing
+        result = await self._room.acquire(ask)
+        waited_s = time.perf_counter() - started_at if ask.wait_s > 0 else None
+        if not isinstance(result, Granted):
+            self._metrics.missed(ask.key, waited_s)
+            granted = {messages.INTENT: messages.INTENT_GRANTED} if result.intent else {}
+            if result.intent:
+                granted[messages.INTENT_TTL_SEC] = f"{self._settings.intent_ttl_sec:g}"
+            raise Refused(404, "no free seed for this key", granted)
+        self._metrics.granted(ask.key, waited_s)
+        lease = messages.Lease(result.seed, result.user_id, result.ttl_s)
+        return web.Response(text="ok\n", headers={**lease.headers(), messages.LEASE_TTL_SEC: f"{result.ttl_s:g}"})
+
+    async def put_seed(self, request: web.BaseRequest) -> web.Response:
+        """Release a lease, with or without a word on how the fork went."""
+        headers = request.headers
+        seed, user_id, outcome = messages.seed_address(headers), _user_id(headers), _outcome(headers)
+        released = await self._store.release(seed, user_id, outcome)
+        self._metrics.released(released.held_s, outcome)
+        return web.Response(text="ok\n")
+
+    async def renew_seed_lease(self, request: web.BaseRequest) -> web.Response:
+        """Give a lease its TTL again."""
+        seed, user_id = messages.seed_address(request.headers), _user_id(request.headers)
+        await self._store.renew(seed, user_id)
+        return web.Response(text="ok\n", headers={messages.LEASE_TTL_SEC: f"{self._settings.lease_ttl_sec:g}"})
+
+    async def remove_seed(self, request: web.BaseRequest) -> web.Response:
+        """Withdraw a seed."""
+        key, seed = self._key(request.headers), messages.seed_address(request.headers)
+        await self._check_address(request, seed.host)
+        await self._store.withdraw(key, seed)
+        return web.Response(text="ok\n")
+
+    # --- ours ----------------------------------------------------------------------------------------------------
+    async def intent(self, request: web.BaseRequest) -> web.Response:
+        """Announce, renew or take back an intent."""
+        headers = request.headers
+        key, intent = self._key(headers), _text(headers, messages.INTENT)
+        if not intent:
+            raise BadMessage(f"missing header {messages.INTENT}")
+        ttl = header(headers, messages.INTENT_TTL_SEC)
+        ttl_s = (
+            self._settings.intent_ttl_sec
+            if ttl is None
+            else messages.seconds(ttl, messages.INTENT_TTL_SEC, maximum=86400.0)
+        )
+        await self._store.intend(key, intent, _text(headers, messages.FINGERPRINT), min(ttl_s, 3600.0))
+        return web.Response(text="ok\n")
+
+    # --- operating -----------------------------------------------------------------------------------------------
+    async def healthz(self, _: web.BaseRequest) -> web.Response:
+        """The process answers."""
+        return _json({"status": "ok"})
+
+    async def readyz(self, _: web.BaseRequest) -> web.Response:
+        """The planner takes requests and its store answers."""
+        if not self.ready:
+            raise Refused(503, "starting or draining")
+        await self._store.ping()
+        return _json({"status": "ready"})
+
+    async def metrics(self, _: web.BaseRequest) -> web.Response:
+        """Prometheus's page."""
+        self._metrics.open_waits.set(len(self._room))
+        page = self._metrics.page(await self._store.totals())
+        return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def snapshot(self, request: web.BaseRequest) -> web.Response:
+        """The state, of one ``key`` where given, at most ``limit`` entries a list."""
+        limit = messages.integer(request.query.get("limit", "1000"), "limit", minimum=0, maximum=MAX_SNAPSHOT)
+        return _json(await self._store.snapshot(key=request.query.get("key"), limit=limit))
+
+    # --- headers -------------------------------------------------------------------------------------------------
+    def _key(self, headers: Mapping[str, str]) -> str:
+        key = messages.seed_key(headers)
+        if len(key) > self._settings.max_key_length:
+            raise BadMessage(
+                f"header {messages.SEED_KEY} holds a key longer than {self._settings.max_key_length} characters"
+            )
+        return key
+
+    def _wait_s(self, headers: Mapping[str, str]) -> float:
+        wait = header(headers, messages.WAIT_SEC)
+        if wait is None:
+            return self._settings.seed_wait_sec
+        return min(messages.seconds(wait, messages.WAIT_SEC, maximum=86400.0), self._settings.max_wait_sec)
+
+
+def _text(headers: Mapping[str, str], name: str, max_length: int = MAX_ID_LENGTH) -> str:
+    value = messages.decode_text(header(headers, name) or "")
+    if len(value) > max_length:
+        raise BadMessage(f"header {name} is longer than {max_length} characters")
+    return value
+
+
+def _user_id(headers: Mapping[str, str]) -> str:
+    return messages.decode_text(messages.required(headers, messages.USER_ID))
+
+
+def _excluded(headers: Mapping[str, str]) -> frozenset[str]:
+    value = header(headers, messages.EXCLUDE)
+    if not value:
+        return frozenset()
+    names = [each for each in value.split(",") if each.strip()]
+    if len(names) > MAX_EXCLUDED:
+        raise BadMessage(f"header {messages.EXCLUDE} names more than {MAX_EXCLUDED} seeds")
+    return frozenset(str(messages.parse_seed_address(each)) for each in names)
+
+
+def _outcome(headers: Mapping[str, str]) -> Outcome | None:
+    result = header(headers, messages.RESULT)
+    if not result:
+        return None
+    if result not in (messages.RESULT_OK, messages.RESULT_FAILED):
+        raise BadMessage(f"header {messages.RESULT} must be ok or failed, got {result[:40]!r}")
+    nbytes = header(headers, messages.NBYTES) or "0"
+    if not nbytes.isascii() or not nbytes.isdigit() or len(nbytes) > 16:
+        raise BadMessage(f"header {messages.NBYTES} must be a number of bytes, got {nbytes[:40]!r}")
+    return Outcome(
+        result == messages.RESULT_OK,
+        int(nbytes),
+        messages.seconds(header(headers, messages.SECONDS) or "0", messages.SECONDS, maximum=1e7),
+        _text(headers, messages.CAUSE),
+    )
+
+
+def _json(data: object) -> web.Response:
+    try:
+        body = msgspec.json.encode(data)
+    except UnicodeEncodeError:  # a key that arrived as bytes other than UTF-8 holds surrogates
+        body = json.dumps(data).encode("ascii")
+    return web.Response(body=body, content_type="application/json")

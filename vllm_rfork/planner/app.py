@@ -1,0 +1,211 @@
+"""One planner process: store, waiting room, API, server and sweeper, from start to drained stop.
+
+:class:`PlannerProcess` is the piece to embed (tests and the demo do); :func:`run` is what the command runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+
+from aiohttp import web
+
+from vllm_rfork.errors import ConfigError
+from vllm_rfork.planner.access import ServerTls, Tokens, tokens_from
+from vllm_rfork.planner.api import Api
+from vllm_rfork.planner.metrics import Metrics
+from vllm_rfork.planner.settings import Settings
+from vllm_rfork.planner.store import Event, Store, StoreError
+from vllm_rfork.planner.waiting import WaitingRoom
+
+logger = logging.getLogger(__name__)
+
+#: Events that are milestones; the others are counted only.
+_TOLD = {
+    "seed_added": (logging.INFO, "Seed added"),
+    "seed_dropped": (logging.INFO, "Seed dropped"),
+    "seed_aside": (logging.WARNING, "Seed put aside after failures"),
+    "lease_expired": (logging.WARNING, "Lease expired: its receiver was not heard of for a TTL"),
+    "lease_dropped": (logging.WARNING, "Lease dropped with its seed"),
+    "lease_adopted": (logging.INFO, "Lease of an earlier state taken over"),
+    "state_lost": (logging.WARNING, "Seed was known to an earlier state: held back for one lease TTL"),
+}
+_KEEPALIVE_S = 75.0
+_BACKLOG = 4096
+
+
+class PlannerProcess:
+    """The planner as one asynchronous context: serving inside, drained and closed after.
+
+    Args:
+        store: the state to serve; made from ``settings.store`` where None. Closed at the end.
+        tokens: who is let in; from ``settings.token_file`` or the environment where None.
+    """
+
+    def __init__(self, settings: Settings, *, store: Store | None = None, tokens: Tokens | None = None) -> None:
+        self.settings = settings
+        self.store = make_store(settings) if store is None else store
+        self.metrics = Metrics(settings.max_metric_keys)
+        self.room = WaitingRoom(self.store)
+        self.tokens = tokens_from(settings.token_file) if tokens is None else tokens
+        self.api = Api(settings, self.store, self.room, self.metrics, self.tokens)
+        self._tls = (
+            ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            if settings.tls_cert is not None and settings.tls_key is not None
+            else None
+        )
+        self.store.observe = self._observe
+        self.port = settings.port
+
+    @property
+    def url(self) -> str:
+        """Where a process on this machine reaches the planner."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)  # noqa: S104
+        return f"{'https' if self._tls else 'http'}://{host}:{self.port}"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[PlannerProcess]:
+        """Serve inside the block; leaving it drains.
+
+        Raises:
+            OSError: the address cannot be listened on.
+            StoreUnavailable: the store cannot be reached at the start.
+        """
+        await self.store.open()
+        web_server = web.Server(
+            self.api.handle,
+            handler_cancellation=True,  # a waiting receiver that hangs up leaves the line at once
+            access_log=None,
+            keepalive_timeout=_KEEPALIVE_S,
+            lingering_time=1.0,
+        )
+        sweeper: asyncio.Task[None] | None = None
+        try:
+            server = await self._listen(web_server)
+            sweeper = asyncio.create_task(self._sweep_for_ever())
+            self.api.ready = True
+            logger.info("Planner listens on %s (%s)", self.url, self.settings.store.partition("://")[0])
+            try:
+                yield self
+            finally:
+                await self._drain(server, web_server)
+        finally:
+            if sweeper is not None:
+                sweeper.cancel()
+                await asyncio.gather(sweeper, return_exceptions=True)
+            await self.store.close()
+
+    async def _listen(self, web_server: web.Server) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        protocol = _bounded(web_server, self.settings.max_connections)
+        server = await loop.create_server(
+            protocol,
+            self.settings.host,
+            self.settings.port,
+            ssl=self._tls.context if self._tls else None,
+            backlog=_BACKLOG,
+        )
+        names = [each.getsockname() for each in server.sockets if each.family in (socket.AF_INET, socket.AF_INET6)]
+        self.port = names[0][1]
+        return server
+
+    async def _drain(self, server: asyncio.Server, web_server: web.Server) -> None:
+        """Stop taking connections, send away those who wait, let requests under way finish."""
+        self.api.ready = False
+        server.close()
+        logger.info("Planner drains: %d receivers wait here", len(self.room))
+        await self.room.close(self.settings.drain_sec)
+        await web_server.shutdown(self.settings.drain_sec)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            pause_s = self.settings.sweep_every_sec
+            try:
+                pause_s = min(pause_s, max(0.02, await self.store.sweep()))
+            except StoreError as error:
+                logger.warning("The sweep failed, trying again: %s", error)
+            if self._tls is not None:
+                self._tls.refresh()
+            await asyncio.sleep(pause_s)
+
+    def _observe(self, event: Event) -> None:
+        self.metrics.event(event)
+        level, text = _TOLD.get(event.kind, (logging.DEBUG, event.kind))
+        if logger.isEnabledFor(level):
+            fields = {"key": event.key, "seed": event.seed, "detail": event.detail}
+            logger.log(level, text, extra={name: value for name, value in fields.items() if value})
+
+
+def make_store(settings: Settings) -> Store:
+    """The store that ``settings`` name.
+
+    Raises:
+        ConfigError: Redis is asked for and its client is not installed.
+    """
+    if settings.store == "memory":
+        from vllm_rfork.planner.memory_store import MemoryStore
+
+        return MemoryStore(settings.rules())
+    try:
+        from vllm_rfork.planner.redis_store import RedisStore
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise ConfigError("store", "the Redis client is missing: pip install 'vllm-rfork[redis]'", "memory") from error
+    return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
+
+
+def _bounded(web_server: web.Server, max_connections: int) -> Callable[[], asyncio.Protocol]:
+    """Protocols of ``web_server``, or one that closes at once where there are too many connections."""
+
+    def factory() -> asyncio.Protocol:
+        return _Full() if len(web_server.connections) >= max_connections else web_server()
+
+    return factory
+
+
+class _Full(asyncio.Protocol):
+    """Too many connections: close this one."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with PlannerProcess(settings).running() as planner:
+        if not planner.tokens.required:
+            logger.warning("No bearer token is configured: whoever reaches %s may use this planner", planner.url)
+        await stop.wait()
+
+
+def run(settings: Settings) -> None:
+    """What ``vllm-rfork planner`` does. Uses uvloop where it is installed.
+
+    Raises:
+        ConfigError, OSError, StoreUnavailable: the planner could not start.
+    """
+    _raise_file_limit()
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        asyncio.run(serve(settings))
+        return
+    uvloop.run(serve(settings))
+
+
+def _raise_file_limit() -> None:
+    """Every waiting receiver is an open connection: take as many as this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,217 @@
+"""The records of the in-memory store and their indexes: what is there, but not what to do about it.
+
+``Shelf`` is everything known about one key. Its candidates lie in ranked sets by fingerprint and bucket, so that
+the next seed for any receiver is the first of a few small look-ups. No clock and no decisions here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.planner.index import RankedSet
+from vllm_rfork.planner.policy import Policy, buckets, score
+from vllm_rfork.planner.store import Ask, Granted, Missed, Totals
+
+#: The pool of all seeds of a key, for receivers that state no fingerprint.
+ANY = None
+
+
+@dataclass(slots=True)
+class Seed:
+    """One announced seed. ``aside_until`` is backoff after failures, ``held_until`` caution after a state loss."""
+
+    key: str
+    address: SeedAddress
+    name: str
+    fingerprint: str
+    slots: int
+    labels: Mapping[str, str]
+    epoch: str
+    first_seen: float
+    seen_at: float
+    turn: int
+    nic: str
+    buckets: tuple[str, ...]
+    leases: int = 0
+    draining: bool = False
+    failures: int = 0
+    aside_until: float = 0.0
+    held_until: float = 0.0
+    stale_at: float = 0.0
+
+    def is_serving(self, now: float) -> bool:
+        """Will grant sooner or later, so that waiting for it makes sense."""
+        return not self.draining and now >= self.aside_until
+
+    def is_open(self, now: float) -> bool:
+        """Can take one more lease now."""
+        return self.is_serving(now) and self.held_until <= now < self.stale_at and self.leases < self.slots
+
+
+@dataclass(slots=True)
+class Lease:
+    """One lease; ``ticket`` while its waiting receiver has not fetched it. ``key`` is empty for an orphan."""
+
+    user_id: str
+    name: str
+    key: str
+    receiver: str
+    granted_at: float
+    expires_at: float
+    ticket: str = ""
+
+
+@dataclass(slots=True)
+class Waiter:
+    """One receiver in a line; ``number`` is its place among all that ever waited."""
+
+    ticket: str
+    ask: Ask
+    number: int
+    since: float
+    result: Granted | Missed | None = None
+
+
+@dataclass(slots=True)
+class Shelf:
+    """Everything known about one key; ``pools`` and ``serving`` are by fingerprint (and under ``ANY``)."""
+
+    key: str
+    seeds: dict[str, Seed] = field(default_factory=dict)
+    pools: dict[tuple[str | None, str], RankedSet] = field(default_factory=dict)
+    serving: dict[str | None, set[str]] = field(default_factory=dict)
+    lines: dict[str, OrderedDict[str, Waiter]] = field(default_factory=dict)
+    intents: dict[str, str] = field(default_factory=dict)
+    intent_counts: Counter[str] = field(default_factory=Counter)
+    draining: set[str] = field(default_factory=set)
+    aside: set[str] = field(default_factory=set)
+    slots: int = 0
+    leases: int = 0
+
+    def is_empty(self) -> bool:
+        """Nothing here is worth remembering."""
+        return not (self.seeds or self.lines or self.intents)
+
+    # --- candidates ----------------------------------------------------------------------------------------------
+    def add(self, seed: Seed) -> None:
+        """Put ``seed`` here; :meth:`rank` makes it a candidate."""
+        self.seeds[seed.name] = seed
+        self.slots += seed.slots
+
+    def rank(self, seed: Seed, policy: Policy, nic_leases: int, now: float) -> None:
+        """Put ``seed`` where its present state belongs in every index."""
+        serving = seed.is_serving(now)
+        for print_ in (seed.fingerprint, ANY):
+            names = self.serving.setdefault(print_, set())
+            (names.add if serving else names.discard)(seed.name)
+        (self.draining.add if seed.draining else self.draining.discard)(seed.name)
+        (self.aside.add if now < seed.aside_until else self.aside.discard)(seed.name)
+        is_open = seed.is_open(now)
+        weight = score(policy, leases=seed.leases, slots=seed.slots, nic_leases=nic_leases, turn=seed.turn)
+        for print_ in (seed.fingerprint, ANY):
+            for bucket in seed.buckets:
+                pool = self.pools.get((print_, bucket))
+                if is_open:
+                    if pool is None:
+                        pool = self.pools[print_, bucket] = RankedSet()
+                    pool.put(seed.name, weight)
+                elif pool is not None:
+                    pool.discard(seed.name)
+
+    def forget(self, seed: Seed) -> None:
+        """Take ``seed`` out of every index."""
+        for print_ in (seed.fingerprint, ANY):
+            self.serving.get(print_, set()).discard(seed.name)
+            if not self.serving.get(print_):
+                self.serving.pop(print_, None)
+            for bucket in seed.buckets:
+                pool = self.pools.get((print_, bucket))
+                if pool is not None:
+                    pool.discard(seed.name)
+                    if not len(pool) and not self.serving.get(print_):
+                        del self.pools[print_, bucket]
+        self.draining.discard(seed.name)
+        self.aside.discard(seed.name)
+        self.slots -= seed.slots
+        del self.seeds[seed.name]
+
+    def best(self, ask: Ask, policy: Policy) -> Seed | None:
+        """The open seed that ``ask`` should have."""
+        prints: tuple[str | None, ...] = (ask.fingerprint, "") if ask.fingerprint else (ANY,)
+        for bucket in buckets(policy, ask.labels):
+            pools = [pool for each in prints if (pool := self.pools.get((each, bucket))) is not None]
+            found = [top for pool in pools if (top := pool.best(ask.exclude)) is not None]
+            if found:
+                return self.seeds[min(found)[1]]
+        return None
+
+    # --- the line ------------------------------------------------------------------------------------------------
+    def line(self, fingerprint: str | None = ANY) -> Iterator[Waiter]:
+        """Waiters in order: all, or those whom a seed with ``fingerprint`` suits. Do not change it meanwhile."""
+        prints = {fingerprint, ""} if fingerprint else self.lines.keys()
+        lines = [self.lines[each].values() for each in prints if each in self.lines]
+        return iter(lines[0]) if len(lines) == 1 else heapq.merge(*lines, key=attrgetter("number"))
+
+    def first_for(self, seed: Seed) -> Waiter | None:
+        """The longest waiting receiver that ``seed`` suits."""
+        return next((each for each in self.line(seed.fingerprint) if seed.name not in each.ask.exclude), None)
+
+    def queue(self, waiter: Waiter) -> None:
+        """Add ``waiter`` at the end."""
+        self.lines.setdefault(waiter.ask.fingerprint, OrderedDict())[waiter.ticket] = waiter
+
+    def unqueue(self, waiter: Waiter) -> None:
+        """Take ``waiter`` out wherever it stands."""
+        line = self.lines[waiter.ask.fingerprint]
+        del line[waiter.ticket]
+        if not line:
+            del self.lines[waiter.ask.fingerprint]
+
+    def has_hope(self, ask: Ask) -> bool:
+        """Somebody that ``ask`` may fork from is serving, or loads from storage."""
+        prints: tuple[str | None, ...] = (ask.fingerprint, "") if ask.fingerprint else (ANY,)
+        for each in prints:
+            names = self.serving.get(each, set())
+            if len(names) > len(ask.exclude) or any(name not in ask.exclude for name in names):
+                return True
+        suits = self.intent_counts[ask.fingerprint] + self.intent_counts[""] if ask.fingerprint else len(self.intents)
+        own = self.intents.get(ask.intent) if ask.intent else None
+        if own is not None and (not ask.fingerprint or own in (ask.fingerprint, "")):
+            suits -= 1
+        return suits > 0
+
+    # --- intents -------------------------------------------------------------------------------------------------
+    def add_intent(self, intent: str, fingerprint: str) -> None:
+        """Remember ``intent``."""
+        self.drop_intent(intent)
+        self.intents[intent] = fingerprint
+        self.intent_counts[fingerprint] += 1
+
+    def drop_intent(self, intent: str) -> bool:
+        """Forget ``intent``; whether it was known."""
+        fingerprint = self.intents.pop(intent, None)
+        if fingerprint is None:
+            return False
+        self.intent_counts[fingerprint] -= 1
+        if not self.intent_counts[fingerprint]:
+            del self.intent_counts[fingerprint]
+        return True
+
+    def totals(self, now: float) -> Totals:
+        """Counts; ``now`` on the clock of the waiters' ``since``."""
+        oldest = next(self.line(), None)
+        return Totals(
+            seeds=len(self.seeds),
+            draining=len(self.draining),
+            aside=len(self.aside),
+            slots=self.slots,
+            leases=self.leases,
+            waiting=sum(map(len, self.lines.values())),
+            intents=len(self.intents),
+            oldest_wait_s=now - oldest.since if oldest else 0.0,
+        )

@@ -1,0 +1,218 @@
+"""The in-memory store's books: seeds, leases, lines and deadlines, kept consistent with each other.
+
+Every method is a bookkeeping step; ``memory_store`` composes them into decisions and says when each is taken.
+No clock here: ``now`` is set at the start of a decision and stays until its end.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+
+from vllm_rfork.planner.fleet import Lease, Seed, Shelf, Waiter
+from vllm_rfork.planner.index import Deadlines
+from vllm_rfork.planner.policy import buckets, nic_of
+from vllm_rfork.planner.store import LEASE_ID, Announcement, Ask, LimitReached, Rules
+
+
+class Ledger:
+    """The books. ``due`` holds ``(kind, name, other)`` with kinds seed, lease, intent, blocked and waiter."""
+
+    def __init__(self, rules: Rules, now: float) -> None:
+        self.rules = rules
+        self.now = now
+        self.born_at = now
+        self.state_id = secrets.token_hex(4)
+        self.shelves: dict[str, Shelf] = {}
+        self.seeds: dict[str, Seed] = {}
+        self.leases: dict[str, Lease] = {}
+        self.leases_of: dict[str, set[str]] = {}
+        self.waiters: dict[str, Waiter] = {}
+        self.due: Deadlines[tuple[str, str, str]] = Deadlines()
+        #: keys that have lost a seed, an intent or a waiter in this decision: somebody may wait for nothing now
+        self.bereft: set[str] = set()
+        self._serial = 0
+        self._intents = 0
+        self._nic_leases: Counter[str] = Counter()
+        self._nic_seeds: dict[str, set[str]] = {}
+
+    def next_number(self) -> int:
+        """A number larger than every earlier one."""
+        self._serial += 1
+        return self._serial
+
+    def shelf(self, key: str) -> Shelf:
+        """The key's shelf, new where there was none. Raises :class:`LimitReached`."""
+        shelf = self.shelves.get(key)
+        if shelf is None:
+            if len(self.shelves) >= self.rules.max_keys:
+                raise LimitReached(f"there are {len(self.shelves)} keys already")
+            shelf = self.shelves[key] = Shelf(key)
+        return shelf
+
+    def has_room_for(self, key: str) -> bool:
+        """A shelf for ``key`` is there or may be made."""
+        return key in self.shelves or len(self.shelves) < self.rules.max_keys
+
+    # --- seeds ---------------------------------------------------------------------------------------------------
+    def add_seed(self, new: Announcement, name: str) -> Seed:
+        """A seed heard of for the first time; its leases may be known before it is. Raises LimitReached."""
+        if len(self.seeds) >= self.rules.max_seeds:
+            raise LimitReached(f"there are {len(self.seeds)} seeds already")
+        seed = Seed(
+            key=new.key,
+            address=new.seed,
+            name=name,
+            fingerprint=new.fingerprint,
+            slots=self.slots(new),
+            labels=new.labels,
+            epoch=new.epoch,
+            first_seen=self.now,
+            seen_at=self.now,
+            turn=self.next_number(),
+            nic=nic_of(new.seed.host, new.labels),
+            buckets=buckets(self.rules.policy, new.labels),
+        )
+        shelf = self.shelf(new.key)
+        self.seeds[name] = seed
+        shelf.add(seed)
+        self._nic_seeds.setdefault(seed.nic, set()).add(name)
+        for user_id in self.leases_of.get(name, ()):
+            self.leases[user_id].key = seed.key
+            self._count(seed, 1)
+        return seed
+
+    def update_seed(self, seed: Seed, new: Announcement) -> None:
+        """What a heartbeat may change about a seed that stays the same."""
+        shelf = self.shelves[seed.key]
+        seed.epoch = new.epoch or seed.epoch
+        if seed.labels != new.labels or seed.slots != self.slots(new):
+            # The indexes and sums hang on these: leave them and come back.
+            shelf.forget(seed)
+            self._leave_nic(seed)
+            seed.labels, seed.slots = new.labels, self.slots(new)
+            seed.nic, seed.buckets = nic_of(seed.address.host, new.labels), buckets(self.rules.policy, new.labels)
+            shelf.add(seed)
+            self._nic_seeds.setdefault(seed.nic, set()).add(seed.name)
+            self._nic_leases[seed.nic] += seed.leases
+
+    def remove_seed(self, seed: Seed) -> int:
+        """Forget ``seed`` with its leases; returns how many those were."""
+        lost = list(self.leases_of.get(seed.name, ()))
+        for user_id in lost:
+            lease = self.leases[user_id]
+            self._unlink_lease(lease)
+            self._count(seed, -1)
+            self.forget_ticket(lease.ticket)
+        self.shelves[seed.key].forget(seed)
+        del self.seeds[seed.name]
+        self._leave_nic(seed)
+        for kind in ("seed", "blocked"):
+            self.due.cancel((kind, seed.name, ""))
+        self.bereft.add(seed.key)
+        return len(lost)
+
+    def rank(self, seed: Seed) -> None:
+        """Bring every index to the seed's present state."""
+        if self.rules.policy.weigh == "nic":
+            # Its network card is busier or freer now, and so is every other seed's behind it.
+            self._rank_nic(seed.nic)
+        else:
+            self.shelves[seed.key].rank(seed, self.rules.policy, 0, self.now)
+
+    def slots(self, new: Announcement) -> int:
+        """How many leases the announced seed carries at once."""
+        return min(self.rules.slots if new.slots is None else new.slots, self.rules.max_slots)
+
+    def _rank_nic(self, nic: str) -> None:
+        for name in self._nic_seeds.get(nic, ()):
+            seed = self.seeds[name]
+            self.shelves[seed.key].rank(seed, self.rules.policy, self._nic_leases[nic], self.now)
+
+    def _leave_nic(self, seed: Seed) -> None:
+        names = self._nic_seeds[seed.nic]
+        names.discard(seed.name)
+        self._nic_leases[seed.nic] -= seed.leases
+        if not names:
+            del self._nic_seeds[seed.nic], self._nic_leases[seed.nic]
+        elif self.rules.policy.weigh == "nic":
+            self._rank_nic(seed.nic)
+
+    # --- leases --------------------------------------------------------------------------------------------------
+    def new_lease_id(self) -> str:
+        """Unguessable: knowing it is the right to release the lease."""
+        return f"{LEASE_ID}{self.state_id}.{secrets.token_hex(12)}"
+
+    def add_lease(self, lease: Lease) -> None:
+        """Enter ``lease``; its seed may be unknown as yet."""
+        self.leases[lease.user_id] = lease
+        self.leases_of.setdefault(lease.name, set()).add(lease.user_id)
+        self.due.set(("lease", lease.user_id, ""), lease.expires_at)
+        if lease.name in self.seeds:
+            self._count(self.seeds[lease.name], 1)
+
+    def put_off(self, lease: Lease) -> None:
+        """Its full TTL again from now."""
+        lease.expires_at = self.now + self.rules.lease_ttl_s
+        self.due.set(("lease", lease.user_id, ""), lease.expires_at)
+
+    def remove_lease(self, lease: Lease) -> Seed | None:
+        """Forget ``lease``; returns its seed, if that is known."""
+        self._unlink_lease(lease)
+        seed = self.seeds.get(lease.name)
+        if seed is not None:
+            self._count(seed, -1)
+        return seed
+
+    def _unlink_lease(self, lease: Lease) -> None:
+        del self.leases[lease.user_id]
+        self.due.cancel(("lease", lease.user_id, ""))
+        siblings = self.leases_of[lease.name]
+        siblings.discard(lease.user_id)
+        if not siblings:
+            del self.leases_of[lease.name]
+
+    def _count(self, seed: Seed, change: int) -> None:
+        seed.leases += change
+        self.shelves[seed.key].leases += change
+        self._nic_leases[seed.nic] += change
+
+    # --- waiters and intents -------------------------------------------------------------------------------------
+    def add_waiter(self, ask: Ask, grace_s: float) -> Waiter:
+        """``ask`` at the end of its line; forgotten ``grace_s`` after its wait is over, whatever happens."""
+        waiter = Waiter(ask.ticket, ask, self.next_number(), self.now)
+        self.shelf(ask.key).queue(waiter)
+        self.waiters[waiter.ticket] = waiter
+        self.due.set(("waiter", waiter.ticket, ""), self.now + ask.wait_s + grace_s)
+        return waiter
+
+    def forget_ticket(self, ticket: str) -> None:
+        """Forget a waiter, settled or not; nothing where there is none."""
+        waiter = self.waiters.pop(ticket, None)
+        if waiter is None:
+            return
+        self.due.cancel(("waiter", ticket, ""))
+        if waiter.result is None:
+            self.shelves[waiter.ask.key].unqueue(waiter)
+        self.bereft.add(waiter.ask.key)
+
+    def add_intent(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> bool:
+        """Remember an intent or put its end off; False where a limit forbids it."""
+        if ("intent", key, intent) in self.due:
+            self.drop_intent(key, intent)
+        elif self._intents >= self.rules.max_intents or not self.has_room_for(key):
+            return False
+        self.shelf(key).add_intent(intent, fingerprint)
+        self._intents += 1
+        self.due.set(("intent", key, intent), self.now + ttl_s)
+        return True
+
+    def drop_intent(self, key: str, intent: str) -> bool:
+        """Forget an intent; whether it was known."""
+        shelf = self.shelves.get(key)
+        if not intent or shelf is None or not shelf.drop_intent(intent):
+            return False
+        self._intents -= 1
+        self.due.cancel(("intent", key, intent))
+        self.bereft.add(key)
+        return True

@@ -1,0 +1,44 @@
+"""Log lines for people or for machines: the same events, as text or as one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+#: Names of a record that are logging's own; everything else was given with ``extra``.
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: ``at`` (UTC), ``level``, ``logger``, ``message``, then the fields of ``extra``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON; never a line break inside."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line |= {name: value for name, value in vars(record).items() if name not in _OWN}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextLines(logging.Formatter):
+    """``LEVEL date logger: message field=value``; line breaks in a message are escaped, so that none is forged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        fields = {name: value for name, value in vars(record).items() if name not in _OWN}
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(record.created))
+        line = f"{record.levelname} {at} {record.name}: {record.getMessage()}"
+        line += "".join(f" {name}={value!r}" for name, value in fields.items())
+        line = line.replace("\r", "\\r").replace("\n", "\\n")
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def set_up(log_format: str, log_level: str) -> None:
+    """Send this process's log lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)

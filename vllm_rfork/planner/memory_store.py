@@ -1,0 +1,332 @@
+"""The in-memory store: one process, no dependencies, every decision between two awaits and therefore atomic.
+
+Time comes from the ``clock`` it is given. Due things are done first in every call, so that a lease that has
+expired never outlives the next decision; ``sweep`` does them where no call comes. ``decisions.lua`` is this file
+in Redis's words, and one contract suite holds both to the same behaviour.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.planner import views
+from vllm_rfork.planner.fleet import Lease, Seed, Shelf
+from vllm_rfork.planner.ledger import Ledger
+from vllm_rfork.planner.store import (
+    SEED_NOT_TO_BLAME,
+    WAIT_GRACE_S,
+    Announcement,
+    Ask,
+    Event,
+    Granted,
+    LimitReached,
+    Missed,
+    Outcome,
+    Queued,
+    Released,
+    Rules,
+    StillLeased,
+    Store,
+    Totals,
+    UnknownLease,
+    UnknownSeed,
+    state_of,
+)
+
+
+class MemoryStore(Store):
+    """The fleet's state in this process. ``clock`` counts seconds and never goes backwards."""
+
+    def __init__(self, rules: Rules, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(rules)
+        self._clock = clock
+        self._ledger = Ledger(rules, clock())
+        self._history: deque[views.PastFork] = deque(maxlen=rules.max_history)
+        self._decision = _Decision(self)
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    async def ping(self) -> None:
+        """Memory is always there."""
+
+    # --- seeds ---------------------------------------------------------------------------------------------------
+    async def announce(self, announcement: Announcement) -> str:
+        """See the port."""
+        with self._decision as books:
+            name = str(announcement.seed)
+            seed = books.seeds.get(name)
+            if seed is not None and (reason := _new_life(seed, announcement)):
+                self._drop_seed(seed, reason)
+                seed = None
+            if seed is None:
+                seed = books.add_seed(announcement, name)
+                self._hold(seed, announcement.known_state)
+                self.observe(Event("seed_added", seed.key, name))
+            else:
+                books.update_seed(seed, announcement)
+            seed.seen_at, seed.stale_at = books.now, books.now + self.rules.stale_s
+            books.due.set(("seed", name, ""), seed.stale_at)
+            books.drop_intent(seed.key, announcement.intent)
+            self._serve(seed)
+            return books.state_id
+
+    def _hold(self, seed: Seed, known_state: str) -> None:
+        books, hold_s = self._ledger, self.rules.recovery_hold_s
+        if known_state and known_state != books.state_id:
+            # It served under a state that is gone: until every lease of that state has run out or has been
+            # renewed here, nobody knows how many of its slots are taken.
+            hold_s = max(hold_s, self.rules.lease_ttl_s)
+            self.observe(Event("state_lost", seed.key, seed.name))
+        if books.born_at + hold_s > books.now:
+            seed.held_until = books.born_at + hold_s
+            books.due.set(("blocked", seed.name, ""), seed.held_until)
+
+    async def withdraw(self, key: str, seed: SeedAddress) -> None:
+        """See the port."""
+        with self._decision as books:
+            known = books.seeds.get(str(seed))
+            if known is None or known.key != key:
+                raise UnknownSeed(f"no seed {seed} under this key")
+            if not known.leases:
+                self._drop_seed(known, "withdrawn")
+                return
+            known.draining = True
+            books.bereft.add(key)
+            books.rank(known)
+            raise StillLeased(f"{known.leases} leases are still held; the seed is draining")
+
+    # --- leases --------------------------------------------------------------------------------------------------
+    async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
+        """See the port."""
+        with self._decision as books:
+            shelf = books.shelves.get(ask.key)
+            seed = shelf.best(ask, self.rules.policy) if shelf is not None else None
+            if seed is not None:
+                return self._grant(seed, ask, self.rules.lease_ttl_s)
+            if ask.wait_s > 0 and self._may_wait(shelf, ask):
+                books.add_waiter(ask, WAIT_GRACE_S)
+                return Queued(ask.ticket)
+            return self._miss(ask)
+
+    def _may_wait(self, shelf: Shelf | None, ask: Ask) -> bool:
+        if len(self._ledger.waiters) >= self.rules.max_waiters or not self._ledger.has_room_for(ask.key):
+            return False
+        return not ask.intent or (shelf is not None and shelf.has_hope(ask))
+
+    def _miss(self, ask: Ask) -> Missed:
+        remembered = bool(ask.intent) and self._ledger.add_intent(
+            ask.key, ask.intent, ask.fingerprint, self.rules.intent_ttl_s
+        )
+        return Missed(remembered)
+
+    def _grant(self, seed: Seed, ask: Ask, ttl_s: float, ticket: str = "") -> Granted:
+        books = self._ledger
+        user_id = books.new_lease_id()
+        books.add_lease(Lease(user_id, seed.name, seed.key, ask.receiver, books.now, books.now + ttl_s, ticket))
+        seed.turn = books.next_number()
+        books.drop_intent(seed.key, ask.intent)
+        books.rank(seed)
+        return Granted(seed.address, user_id, self.rules.lease_ttl_s)
+
+    async def settle(self, ticket: str, *, leave: bool) -> Granted | Missed | Queued | None:
+        """See the port."""
+        with self._decision as books:
+            waiter = books.waiters.get(ticket)
+            if waiter is None:
+                return None
+            if waiter.result is None and not leave:
+                return Queued(ticket)
+            books.forget_ticket(ticket)
+            if isinstance(waiter.result, Granted):
+                lease = books.leases[waiter.result.user_id]
+                lease.ticket = ""
+                books.put_off(lease)
+            return waiter.result or self._miss(waiter.ask)
+
+    async def release(self, seed: SeedAddress, user_id: str, outcome: Outcome | None) -> Released:
+        """See the port."""
+        with self._decision as books:
+            lease = books.leases.get(user_id)
+            if lease is None or lease.name != str(seed):
+                raise UnknownLease("no such lease")
+            result = "released" if outcome is None else "ok" if outcome.ok else "failed"
+            self._history.append(views.PastFork.of(lease, books.now, result, outcome))
+            if outcome is not None and lease.name in books.seeds:
+                self._judge(books.seeds[lease.name], outcome)
+            self._drop_lease(lease)
+            return Released(lease.key, books.now - lease.granted_at)
+
+    def _judge(self, seed: Seed, outcome: Outcome) -> None:
+        """Count a seed's failures in a row and put it aside, longer each time, while they go on."""
+        if outcome.ok:
+            seed.failures = 0
+            return
+        if outcome.cause in SEED_NOT_TO_BLAME:
+            return
+        seed.failures += 1
+        beyond = seed.failures - self.rules.failures
+        if beyond >= 0:
+            backoff_s = min(self.rules.backoff_s * 2 ** min(beyond, 20), self.rules.max_backoff_s)
+            seed.aside_until = self._ledger.now + backoff_s
+            self._ledger.due.set(("blocked", seed.name, ""), max(seed.aside_until, seed.held_until))
+            self._ledger.bereft.add(seed.key)
+            self.observe(Event("seed_aside", seed.key, seed.name, f"{backoff_s:g}"))
+
+    async def renew(self, seed: SeedAddress, user_id: str) -> None:
+        """See the port."""
+        with self._decision as books:
+            lease = books.leases.get(user_id)
+            if lease is None and self._is_from_earlier(user_id):
+                lease = self._adopt(str(seed), user_id)
+            if lease is None or lease.name != str(seed):
+                raise UnknownLease("no such lease")
+            books.put_off(lease)
+
+    def _is_from_earlier(self, user_id: str) -> bool:
+        """A lease id of a state before this one, within the time that such a lease can live."""
+        books = self._ledger
+        young = books.now < books.born_at + max(self.rules.lease_ttl_s, self.rules.recovery_hold_s)
+        return young and state_of(user_id) not in ("", books.state_id) and len(books.leases) < self.rules.max_seeds
+
+    def _adopt(self, name: str, user_id: str) -> Lease:
+        books = self._ledger
+        seed = books.seeds.get(name)
+        lease = Lease(user_id, name, seed.key if seed else "", "(earlier state)", books.now, books.now)
+        books.add_lease(lease)
+        if seed is not None:
+            books.rank(seed)
+        self.observe(Event("lease_adopted", lease.key, name))
+        return lease
+
+    # --- intents -------------------------------------------------------------------------------------------------
+    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
+        """See the port."""
+        with self._decision as books:
+            if ttl_s <= 0:
+                books.drop_intent(key, intent)
+            elif not books.add_intent(key, intent, fingerprint, ttl_s):
+                raise LimitReached("there are too many intents or keys already")
+
+    # --- time ----------------------------------------------------------------------------------------------------
+    async def sweep(self) -> float:
+        """See the port."""
+        with self._decision as books:
+            upcoming = books.due.next()
+            return float("inf") if upcoming is None else max(0.0, upcoming - books.now)
+
+    def begin(self) -> Ledger:
+        """Start a decision: do what is due."""
+        books = self._ledger
+        books.now = self._clock()
+        for kind, name, other in books.due.due(books.now):
+            if kind == "lease":
+                self._expire_lease(books.leases[name])
+            elif kind == "seed":
+                self._drop_seed(books.seeds[name], "stale")
+            elif kind == "intent":
+                books.drop_intent(name, other)
+                self.observe(Event("intent_expired", name))
+            elif kind == "blocked":
+                self._unblock(books.seeds[name])
+            else:
+                books.forget_ticket(name)
+        return books
+
+    def finish(self) -> None:
+        """Tell those who now wait for nothing, and forget keys that nothing is known about."""
+        books = self._ledger
+        while books.bereft:
+            key = books.bereft.pop()
+            shelf = books.shelves.get(key)
+            if shelf is None:
+                continue
+            for waiter in [each for each in shelf.line() if each.ask.intent]:
+                if not shelf.has_hope(waiter.ask):
+                    shelf.unqueue(waiter)
+                    waiter.result = self._miss(waiter.ask)
+                    self.notify(waiter.ticket)
+            if shelf.is_empty():
+                del books.shelves[key]
+
+    def _expire_lease(self, lease: Lease) -> None:
+        self.observe(Event("lease_expired", lease.key, lease.name))
+        if lease.ticket:
+            self._ledger.forget_ticket(lease.ticket)
+        else:
+            self._history.append(views.PastFork.of(lease, self._ledger.now, "expired", None))
+        self._drop_lease(lease)
+
+    def _unblock(self, seed: Seed) -> None:
+        until = max(seed.aside_until, seed.held_until)
+        if until > self._ledger.now:
+            self._ledger.due.set(("blocked", seed.name, ""), until)
+        self._serve(seed)
+
+    # --- steps that decisions share ------------------------------------------------------------------------------
+    def _serve(self, seed: Seed) -> None:
+        """Give the seed's free slots to those who wait for them, in order."""
+        books = self._ledger
+        books.rank(seed)
+        shelf = books.shelves[seed.key]
+        while seed.is_open(books.now) and (waiter := shelf.first_for(seed)) is not None:
+            shelf.unqueue(waiter)
+            waiter.result = self._grant(seed, waiter.ask, self.rules.claim_s, waiter.ticket)
+            self.notify(waiter.ticket)
+
+    def _drop_lease(self, lease: Lease) -> None:
+        """Forget ``lease`` and give its slot to the next."""
+        seed = self._ledger.remove_lease(lease)
+        if seed is None:
+            return
+        if seed.draining and not seed.leases:
+            self._drop_seed(seed, "withdrawn")
+        else:
+            self._serve(seed)
+
+    def _drop_seed(self, seed: Seed, reason: str) -> None:
+        for _ in range(self._ledger.remove_seed(seed)):
+            self.observe(Event("lease_dropped", seed.key, seed.name))
+        self.observe(Event("seed_dropped", seed.key, seed.name, reason))
+
+    # --- for people ----------------------------------------------------------------------------------------------
+    async def totals(self) -> dict[str, Totals]:
+        """See the port."""
+        with self._decision as books:
+            return {key: shelf.totals(books.now) for key, shelf in books.shelves.items()}
+
+    async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
+        """See the port."""
+        with self._decision as books:
+            return views.snapshot(books, self._history, key=key, limit=limit)
+
+
+class _Decision:
+    """``with`` this around everything that reads or changes the state."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+
+    def __enter__(self) -> Ledger:
+        return self._store.begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._store.finish()
+
+
+def _new_life(seed: Seed, new: Announcement) -> str:
+    """Why ``new`` is not the seed that is known under this address any more; empty where it still is."""
+    if seed.key != new.key:
+        return "rekeyed"
+    if new.epoch and seed.epoch and new.epoch != seed.epoch:
+        return "new epoch"
+    if new.fingerprint != seed.fingerprint:
+        return "new fingerprint"
+    return ""

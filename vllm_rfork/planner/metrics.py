@@ -1,0 +1,150 @@
+"""What Prometheus is told: its own registry, labels bounded in number, nothing that is a credential.
+
+Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``. Gauges over the
+fleet are the store's at the time of the scrape, so with a shared store every replica tells the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vllm_rfork.planner.store import Event, Outcome, Totals
+
+OTHER = "(other)"
+#: Classes of ``errors.py`` that may end a fork; a receiver's other words count as ``(other)``.
+CAUSES = frozenset(
+    {
+        "SeedError",
+        "EngineError",
+        "EngineUnavailable",
+        "VerificationError",
+        "ManifestMismatch",
+        "PlannerError",
+        "NoSeedAvailable",
+        "ConfigError",
+        "ForkError",
+    }
+)
+_REASONS = frozenset({"stale", "withdrawn", "rekeyed", "new epoch", "new fingerprint"})
+_PREFIX = "rfork_planner_"
+_QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_SLOW = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """The planner's counters, and the page that shows them."""
+
+    def __init__(self, max_keys: int) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._max_keys = max_keys
+        self._keys: dict[str, str] = {}
+        self._fleet = _Fleet()
+        self.registry.register(self._fleet)
+        self._requests = self._counter("requests", "Answers by call and status", "call", "code")
+        self._durations = self._histogram("request_seconds", "Time per call, waiting excepted", _QUICK, "call")
+        self._grants = self._counter("grants", "Leases granted", "key")
+        self._misses = self._counter("misses", "Receivers sent to storage", "key")
+        self._waits = self._histogram("wait_seconds", "Time that receivers waited for a seed", _SLOW, "result")
+        self._holds = self._histogram("hold_seconds", "Time from grant to release", _SLOW)
+        self._forks = self._counter("forks", "Leases that ended, by what the receiver said", "result")
+        self._bytes = self._counter("fork_bytes", "Bytes that receivers said they read")
+        self._failures = self._counter("fork_failures", "Failed forks by the error's class", "cause")
+        self._dropped = self._counter("seeds_dropped", "Seeds dropped, by reason", "reason")
+        self._events = self._counter("events", "What the store did by itself", "kind")
+        self._refused = self._counter("refused", "Calls that were not let in", "reason")
+        self.open_waits = Gauge(f"{_PREFIX}held_requests", "Requests that wait in this process", registry=self.registry)
+
+    def request(self, call: str, code: int, duration_s: float | None) -> None:
+        """One answered call; ``duration_s`` None where it waited for a seed."""
+        self._requests.labels(call, str(code)).inc()
+        if duration_s is not None:
+            self._durations.labels(call).observe(duration_s)
+
+    def granted(self, key: str, waited_s: float | None) -> None:
+        """A lease was given, after a wait or at once (None)."""
+        self._grants.labels(self._key(key)).inc()
+        if waited_s is not None:
+            self._waits.labels("granted").observe(waited_s)
+
+    def missed(self, key: str, waited_s: float | None) -> None:
+        """A receiver was sent to storage, after a wait or at once (None)."""
+        self._misses.labels(self._key(key)).inc()
+        if waited_s is not None:
+            self._waits.labels("missed").observe(waited_s)
+
+    def released(self, held_s: float, outcome: Outcome | None) -> None:
+        """A lease ended by its receiver's word."""
+        self._holds.observe(held_s)
+        if outcome is None:
+            self._forks.labels("released").inc()
+            return
+        self._forks.labels("ok" if outcome.ok else "failed").inc()
+        self._bytes.inc(outcome.nbytes)
+        if not outcome.ok:
+            self._failures.labels(outcome.cause if outcome.cause in CAUSES else OTHER).inc()
+
+    def refused(self, reason: str) -> None:
+        """A call was not let in: ``token``, ``address`` or ``limit``."""
+        self._refused.labels(reason).inc()
+
+    def event(self, event: Event) -> None:
+        """The store did something by itself."""
+        self._events.labels(event.kind).inc()
+        if event.kind == "seed_dropped":
+            self._dropped.labels(event.detail if event.detail in _REASONS else OTHER).inc()
+
+    def page(self, totals: Mapping[str, Totals]) -> bytes:
+        """The metrics in Prometheus's text format, with the fleet as ``totals`` has it."""
+        shown: dict[str, Totals] = {}
+        for key, each in totals.items():
+            shown.setdefault(self._key(key), Totals()).add(each)
+        self._fleet.shown, self._fleet.keys = shown, len(totals)
+        return generate_latest(self.registry)
+
+    def _key(self, key: str) -> str:
+        label = self._keys.get(key)
+        if label is None:
+            if len(self._keys) >= self._max_keys:
+                return OTHER
+            label = self._keys[key] = key.encode("utf-8", "replace").decode("utf-8")
+        return label
+
+    def _counter(self, name: str, help_: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}{name}", help_, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help_: str, buckets: Iterable[float], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", help_, labels, registry=self.registry, buckets=tuple(buckets))
+
+
+class _Fleet(Collector):
+    """The fleet's gauges, from the totals it was last given."""
+
+    def __init__(self) -> None:
+        self.shown: Mapping[str, Totals] = {}
+        self.keys = 0
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily(f"{_PREFIX}keys", "Keys that are known", value=self.keys)
+        seeds = GaugeMetricFamily(f"{_PREFIX}seeds", "Seeds by state", labels=["key", "state"])
+        gauges = {
+            name: GaugeMetricFamily(f"{_PREFIX}{name}", help_, labels=["key"])
+            for name, help_ in (
+                ("slots", "Leases that the seeds can carry at once"),
+                ("leases", "Leases that live"),
+                ("waiting", "Receivers in line"),
+                ("intents", "Receivers that load from storage and will be seeds"),
+                ("oldest_wait_s", "Age of the oldest receiver in line, in seconds"),
+            )
+        }
+        for key, each in self.shown.items():
+            seeds.add_metric([key, "draining"], each.draining)
+            seeds.add_metric([key, "aside"], each.aside)
+            seeds.add_metric([key, "serving"], max(0, each.seeds - each.draining - each.aside))
+            for name, gauge in gauges.items():
+                gauge.add_metric([key], getattr(each, name))
+        yield seeds
+        yield from gauges.values()

@@ -1,0 +1,119 @@
+"""The planner's settings: one flag and one environment variable each, with unit, default and reason.
+
+A variable that begins with ``RFORK_PLANNER_`` and names no setting fails the start, since a misspelt setting that
+is silently ignored is found out in an outage. Tokens are never settings: they come from a file or from
+``RFORK_TOKEN`` and ``RFORK_TOKEN_PREVIOUS``, and appear in no listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_rfork.errors import ConfigError
+from vllm_rfork.planner.policy import POLICIES, policy_named
+from vllm_rfork.planner.store import Rules
+
+ENVIRONMENT_PREFIX = "RFORK_PLANNER_"
+
+
+class Settings(BaseModel):
+    """Everything that can be set. Names are the flags' with underscores; ``_sec`` counts seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(1223, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    store: str = Field("memory", description="memory, or redis://host:port/db (rediss:// for TLS)")
+    redis_prefix: str = Field("rfork", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="names this fleet in Redis")
+    policy: str = Field("least-loaded", description=f"choice of seed: {', '.join(sorted(POLICIES))}")
+    slots: int = Field(1, ge=1, le=1000, description="leases at once of a seed that does not announce its own number")
+    max_slots: int = Field(64, ge=1, le=1000, description="upper bound of the number that a seed announces")
+    lease_ttl_sec: float = Field(60.0, ge=0.1, le=86400, description="a lease that is not renewed ends after this")
+    seed_wait_sec: float = Field(0.0, ge=0, le=3600, description="wait of a receiver that does not state one")
+    max_wait_sec: float = Field(600.0, ge=0, le=3600, description="upper bound of any wait")
+    stale_after_sec: float = Field(60.0, ge=0.1, le=86400, description="a seed unseen for so long is dropped")
+    sweep_every_sec: float = Field(5.0, ge=0.05, le=60, description="longest time between two sweeps")
+    intent_ttl_sec: float = Field(60.0, ge=0.1, le=3600, description="an intent that is not renewed ends after this")
+    failures_before_backoff: int = Field(3, ge=1, le=1000, description="failures in a row that put a seed aside")
+    backoff_sec: float = Field(10.0, ge=0, le=3600, description="how long at first; doubles with each further failure")
+    max_backoff_sec: float = Field(300.0, ge=0, le=86400, description="upper bound of that")
+    recovery_hold_sec: float = Field(
+        0.0, ge=0, le=86400, description="grant nothing for so long after a start without state (fleets of old seeds)"
+    )
+    trust_announced_address: bool = Field(False, description="let a caller announce other addresses than its own")
+    token_file: Path | None = Field(None, description="file with one or two bearer tokens, one a line; re-read")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain: serve https")
+    tls_key: Path | None = Field(None, description="its private key")
+    tls_client_ca: Path | None = Field(None, description="PEM: ask callers for a certificate that this CA signed")
+    max_key_length: int = Field(2048, ge=1, le=2048, description="characters of a seed key")
+    max_keys: int = Field(10_000, ge=1, description="keys that are known at once")
+    max_seeds: int = Field(200_000, ge=1, description="seeds that are known at once")
+    max_waiters: int = Field(20_000, ge=0, description="receivers that wait at once; more are told not to wait")
+    max_connections: int = Field(30_000, ge=1, description="connections at once; more are closed at once")
+    max_history: int = Field(256, ge=0, le=10_000, description="past forks that are remembered")
+    max_metric_keys: int = Field(100, ge=0, le=10_000, description="keys with metrics of their own")
+    drain_sec: float = Field(10.0, ge=0, le=600, description="time for requests under way after SIGTERM")
+    log_format: str = Field("text", pattern="^(text|json)$", description="text or json, one event a line")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error")
+
+    def rules(self) -> Rules:
+        """What the store decides by. Raises :class:`ConfigError` for an unknown policy."""
+        return Rules(
+            policy=policy_named(self.policy),
+            lease_ttl_s=self.lease_ttl_sec,
+            stale_s=self.stale_after_sec,
+            intent_ttl_s=self.intent_ttl_sec,
+            claim_s=min(5.0, self.lease_ttl_sec),
+            recovery_hold_s=self.recovery_hold_sec,
+            slots=self.slots,
+            max_slots=self.max_slots,
+            failures=self.failures_before_backoff,
+            backoff_s=self.backoff_sec,
+            max_backoff_s=self.max_backoff_sec,
+            max_keys=self.max_keys,
+            max_seeds=self.max_seeds,
+            max_waiters=self.max_waiters,
+            max_history=self.max_history,
+        )
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Settings from flags and environment, checked against each other.
+
+    Raises:
+        ConfigError: the first thing that is wrong, by the field's name.
+    """
+    try:
+        settings = Settings.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "settings"
+        known = Settings.model_fields.get(field)
+        raise ConfigError(
+            field, first["msg"], (known.description or "") if known else "one of the known settings"
+        ) from error
+    if settings.store != "memory" and not settings.store.startswith(("redis://", "rediss://", "unix://")):
+        raise ConfigError("store", "unknown kind of store", "memory or redis://host:port/db")
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise ConfigError("tls_cert", "needs tls_key, and the other way round", "both or neither")
+    if settings.tls_client_ca is not None and settings.tls_cert is None:
+        raise ConfigError("tls_client_ca", "needs tls_cert and tls_key", "a PEM file beside those")
+    policy_named(settings.policy)
+    return settings
+
+
+def check_environment(names: Iterable[str]) -> None:
+    """Refuse variables that look like settings and are none.
+
+    Raises:
+        ConfigError: names the first such variable.
+    """
+    known = {ENVIRONMENT_PREFIX + field.upper() for field in Settings.model_fields}
+    for name in sorted(names):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            raise ConfigError(name, "no such setting", f"{ENVIRONMENT_PREFIX}<FLAG IN CAPITALS>")

@@ -1,0 +1,284 @@
+"""The planner's state as a port: what every store can do, in plain data.
+
+Every method is one atomic decision; two planner processes over one store never disagree. A store never sleeps
+and never answers HTTP. The order of the waiting line is the store's: whoever waits longest for a key and may
+use a seed is given it the moment a slot is free, before any newcomer.
+
+Vocabulary beyond ``words.md``: a *ticket* names one waiting receiver; it is *settled* once it has a lease or is
+told to load from storage. ``Store.notify`` hears of settled tickets, and ``Store.settle`` fetches the result.
+
+Must not import aiohttp or redis.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_rfork.errors import RForkError
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.planner.policy import Policy
+
+#: Every lease id is this, the state id, a dot and a random part: a planner that lost its state knows its own again.
+LEASE_ID = "rf1."
+#: Failures that say nothing about the seed.
+SEED_NOT_TO_BLAME = frozenset({"ConfigError", "ManifestMismatch", "NoSeedAvailable", "PlannerError"})
+
+#: A waiting receiver whose replica never came back for it is forgotten so long after its wait was over, in seconds.
+WAIT_GRACE_S = 10.0
+
+
+class StoreError(RForkError):
+    """Base of what a store answers instead of doing what was asked."""
+
+
+class UnknownLease(StoreError):
+    """No such lease: released, expired, dropped with its seed, or never granted. HTTP 404."""
+
+
+class UnknownSeed(StoreError):
+    """No such seed under that key. HTTP 404."""
+
+
+class StillLeased(StoreError):
+    """The seed still has leases; it is draining now and gets no new one. HTTP 409."""
+
+
+class LimitReached(StoreError):
+    """A bound on keys, seeds or intents is reached; the text says which. HTTP 429."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot decide now (Redis is unreachable). HTTP 503."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a store decides by. Seconds throughout; the same for all replicas of one fleet."""
+
+    policy: Policy
+    lease_ttl_s: float = 60.0
+    stale_s: float = 60.0
+    intent_ttl_s: float = 60.0
+    #: how long a lease waits for its waiting receiver's replica to fetch it
+    claim_s: float = 5.0
+    #: a replica that was not heard of for so long is dead, and so are those who wait at it
+    replica_s: float = 15.0
+    #: after a start without state: how long no seed at all is granted
+    recovery_hold_s: float = 0.0
+    slots: int = 1
+    max_slots: int = 64
+    #: consecutive failures after which a seed is put aside
+    failures: int = 3
+    backoff_s: float = 10.0
+    max_backoff_s: float = 300.0
+    max_keys: int = 10_000
+    max_seeds: int = 200_000
+    max_waiters: int = 20_000
+    max_intents: int = 20_000
+    max_history: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """``add_seed``: this seed is alive. ``slots`` None: the fleet's default.
+
+    ``known_state`` is the state id that the planner last answered this seed with. Where it is not the present
+    one, the planner has lost its state and the seed may carry leases that nobody remembers.
+    """
+
+    key: str
+    seed: SeedAddress
+    fingerprint: str = ""
+    slots: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    epoch: str = ""
+    intent: str = ""
+    known_state: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """``get_seed``: one receiver wants a seed, now or within ``wait_s``, in line under ``ticket`` (unique).
+
+    ``intent`` is the receiver's id where it says that it loads from storage if there is nothing to wait for.
+    ``receiver`` is for people to read.
+    """
+
+    key: str
+    receiver: str
+    fingerprint: str = ""
+    wait_s: float = 0.0
+    ticket: str = ""
+    exclude: frozenset[str] = frozenset()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    intent: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a receiver says of its fork when it releases its lease. ``cause`` is the error's class name."""
+
+    ok: bool
+    nbytes: int = 0
+    duration_s: float = 0.0
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class Granted:
+    """A lease on ``seed`` until ``ttl_s`` from now."""
+
+    seed: SeedAddress
+    user_id: str
+    ttl_s: float
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Nothing to give: load from storage. ``intent``: the planner remembers that this receiver does."""
+
+    intent: bool = False
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The receiver stands in its key's line under ``ticket``."""
+
+    ticket: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """A lease that is gone now; ``held_s`` is how long it lived."""
+
+    key: str
+    held_s: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a store did by itself, for logs and metrics.
+
+    ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: why), ``seed_aside`` (``detail``: seconds),
+    ``lease_expired``, ``lease_dropped`` (its seed went), ``lease_adopted``, ``intent_expired``, ``state_lost``.
+    """
+
+    kind: str
+    key: str = ""
+    seed: str = ""
+    detail: str = ""
+
+
+@dataclass
+class Totals:
+    """Counts over one key or the whole fleet. ``oldest_wait_s`` is the age of the line's oldest waiter."""
+
+    seeds: int = 0
+    draining: int = 0
+    aside: int = 0
+    slots: int = 0
+    leases: int = 0
+    waiting: int = 0
+    intents: int = 0
+    oldest_wait_s: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        """Add ``other`` in place; the age is the larger of the two."""
+        for each in dataclasses.fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, max(mine, theirs) if each.name == "oldest_wait_s" else mine + theirs)
+
+
+_LEASE_ID = re.compile(re.escape(LEASE_ID) + r"([0-9a-f]{8})\.[0-9a-f]{24}\Z")
+
+
+def state_of(user_id: str) -> str:
+    """The id of the state that granted a lease; empty where ``user_id`` is no lease id of ours."""
+    match = _LEASE_ID.match(user_id)
+    return match[1] if match else ""
+
+
+def _ignore(_: Any) -> None:
+    """Nobody listens yet."""
+
+
+class Store(abc.ABC):
+    """The port. All methods raise :class:`StoreUnavailable` where the state cannot be reached.
+
+    ``notify`` is called with a ticket that may be settled now, ``notify_all`` where any ticket may be, and
+    ``observe`` with every :class:`Event`; their owner replaces them before :meth:`open`. They must not block.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.notify: Callable[[str], None] = _ignore
+        self.notify_all: Callable[[], None] = lambda: None
+        self.observe: Callable[[Event], None] = _ignore
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Connect; afterwards every other method works."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of everything; idempotent. Fleet state that others share stays."""
+
+    @abc.abstractmethod
+    async def announce(self, announcement: Announcement) -> str:
+        """Add or refresh a seed; returns the state id. Raises :class:`LimitReached`."""
+
+    @abc.abstractmethod
+    async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
+        """Give ``ask`` a seed, a place in the line, or neither."""
+
+    @abc.abstractmethod
+    async def settle(self, ticket: str, *, leave: bool) -> Granted | Missed | Queued | None:
+        """Fetch a ticket's result, which starts the lease's full TTL and forgets the ticket.
+
+        ``leave`` takes a receiver that still waits out of the line: :class:`Missed`. Otherwise it stays:
+        :class:`Queued`. None: the ticket is unknown, or its lease was not fetched in time.
+        """
+
+    @abc.abstractmethod
+    async def release(self, seed: SeedAddress, user_id: str, outcome: Outcome | None) -> Released:
+        """End a lease. Raises :class:`UnknownLease`."""
+
+    @abc.abstractmethod
+    async def renew(self, seed: SeedAddress, user_id: str) -> None:
+        """Give a lease its full TTL again. Raises :class:`UnknownLease`.
+
+        Within one TTL after a start without state, a lease of an earlier state is taken over.
+        """
+
+    @abc.abstractmethod
+    async def withdraw(self, key: str, seed: SeedAddress) -> None:
+        """Remove a seed. Raises :class:`UnknownSeed` or :class:`StillLeased`."""
+
+    @abc.abstractmethod
+    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
+        """Remember for ``ttl_s`` that somebody loads ``key`` from storage; 0 forgets. Raises LimitReached."""
+
+    @abc.abstractmethod
+    async def sweep(self) -> float:
+        """Do everything that time has made due; returns seconds until the next thing is, or infinity."""
+
+    @abc.abstractmethod
+    async def totals(self) -> dict[str, Totals]:
+        """Counts by key. Linear in the number of keys."""
+
+    @abc.abstractmethod
+    async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
+        """Plain JSON data for people: ``seeds``, ``leases``, ``waiting``, ``intents``, ``history``.
+
+        Each list holds at most ``limit`` entries, of one ``key`` where given; ages in seconds. Lease ids are
+        cut short: whoever knows one whole may release the lease.
+        """
+
+    @abc.abstractmethod
+    async def ping(self) -> None:
+        """Return where decisions can be made now."""

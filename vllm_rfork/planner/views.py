@@ -1,0 +1,197 @@
+"""The store's state as plain JSON data for people: snapshot and history. Nothing here decides anything.
+
+Lease ids are shown by their first characters only: whoever knows one whole may release the lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_rfork.messages import decode_text
+
+if TYPE_CHECKING:
+    from vllm_rfork.planner.fleet import Lease, Seed, Waiter
+    from vllm_rfork.planner.ledger import Ledger
+    from vllm_rfork.planner.store import Outcome
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class PastFork:
+    """One lease that is over. ``result`` is ``ok``, ``failed``, ``released`` (no word) or ``expired``."""
+
+    key: str
+    seed: str
+    receiver: str
+    result: str
+    cause: str
+    nbytes: int
+    duration_s: float
+    at: float
+
+    @classmethod
+    def of(cls, lease: Lease, now: float, result: str, outcome: Outcome | None) -> PastFork:
+        """The lease that ends ``now``, with what its receiver said."""
+        held_s = round(now - lease.granted_at, 3)
+        cause, nbytes, duration_s = ("", 0, held_s)
+        if outcome is not None:
+            cause, nbytes, duration_s = outcome.cause, outcome.nbytes, outcome.duration_s or held_s
+        return cls(lease.key, lease.name, lease.receiver, result, cause, nbytes, duration_s, now)
+
+
+def past_fork(entry: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """``entry`` (the fields of :class:`PastFork`) with its age and rate instead of its time."""
+    rate = entry["nbytes"] / entry["duration_s"] / 1e9 if entry["nbytes"] and entry["duration_s"] else None
+    shown = {name: value for name, value in entry.items() if name != "at"}
+    return shown | {"ago_s": round(now - entry["at"], 1), "gb_per_s": rate and round(rate, 3)}
+
+
+def lease_id(user_id: str) -> str:
+    """Enough of a lease id to tell two apart, too little to release one."""
+    return user_id.rpartition(".")[2][:_SHOWN] + "…"
+
+
+def snapshot(books: Ledger, history: Sequence[PastFork], *, key: str | None, limit: int) -> dict[str, Any]:
+    """See :meth:`vllm_rfork.planner.store.Store.snapshot`."""
+    now, leases = books.now, books.leases
+    chosen = [shelf for shelf in books.shelves.values() if key is None or shelf.key == key]
+    seeds = itertools.islice((seed for shelf in chosen for seed in shelf.seeds.values()), limit)
+    held: Iterable[Lease] = leases.values()
+    if key is not None:
+        held = (leases[each] for shelf in chosen for name in shelf.seeds for each in books.leases_of.get(name, ()))
+    waiting = (pair for shelf in chosen for pair in enumerate(shelf.line(), start=1))
+    intents = ((shelf.key, each, print_) for shelf in chosen for each, print_ in shelf.intents.items())
+    past = (each for each in reversed(history) if key is None or each.key == key)
+    return {
+        "state": books.state_id,
+        "age_s": round(now - books.born_at, 1),
+        "policy": books.rules.policy.name,
+        "keys": {shelf.key: asdict(shelf.totals(now)) for shelf in chosen[:limit]},
+        "seeds": [_seed(each, now) for each in seeds],
+        "leases": [_lease(each, now) for each in itertools.islice(held, limit)],
+        "waiting": [_waiter(place, each, now) for place, each in itertools.islice(waiting, limit)],
+        "intents": [
+            {"key": name, "intent": intent, "fingerprint": print_}
+            for name, intent, print_ in itertools.islice(intents, limit)
+        ],
+        "history": [past_fork(asdict(each), now) for each in itertools.islice(past, limit)],
+    }
+
+
+def _seed(seed: Seed, now: float) -> dict[str, Any]:
+    return {
+        "key": seed.key,
+        "seed": seed.name,
+        "ip": seed.address.host,
+        "port": seed.address.port,
+        "rank": seed.address.rank,
+        "fingerprint": seed.fingerprint,
+        "epoch": seed.epoch,
+        "labels": dict(seed.labels),
+        "slots": seed.slots,
+        "leases": seed.leases,
+        "draining": seed.draining,
+        "failures": seed.failures,
+        "aside_s": max(0.0, round(seed.aside_until - now, 1)),
+        "held_s": max(0.0, round(seed.held_until - now, 1)),
+        "seen_s_ago": round(now - seed.seen_at, 1),
+        "age_s": round(now - seed.first_seen, 1),
+    }
+
+
+def _lease(lease: Lease, now: float) -> dict[str, Any]:
+    return {
+        "lease": lease_id(lease.user_id),
+        "key": lease.key,
+        "seed": lease.name,
+        "receiver": lease.receiver,
+        "held_s": round(now - lease.granted_at, 1),
+        "expires_in_s": round(lease.expires_at - now, 1),
+    }
+
+
+def _waiter(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
+    return {
+        "key": waiter.ask.key,
+        "place": place,
+        "receiver": waiter.ask.receiver,
+        "fingerprint": waiter.ask.fingerprint,
+        "intent": waiter.ask.intent,
+        "waited_s": round(now - waiter.since, 1),
+        "wait_s": waiter.ask.wait_s,
+    }
+
+
+def snapshot_from_redis(found: Mapping[str, Any], policy: str) -> dict[str, Any]:
+    """The same data from the records of ``decisions.lua``, whose fields are text."""
+    now = float(found["now"])
+
+    def entries(name: str) -> list[dict[str, Any]]:
+        return found.get(name) or []
+
+    return {
+        "state": found["state"],
+        "age_s": round(found["born_s"], 1),
+        "policy": policy,
+        "keys": {decode_text(key): totals for key, totals in (found.get("totals") or {}).items()},
+        "seeds": [_seed_from_redis(each, now) for each in entries("seeds")],
+        "leases": [
+            {
+                "lease": lease_id(each["id"]),
+                "key": decode_text(each["key"]),
+                "seed": each["name"],
+                "receiver": decode_text(each["receiver"]),
+                "held_s": round(now - float(each["at"]), 1),
+                "expires_in_s": round(float(each["expires"]) - now, 1),
+            }
+            for each in entries("leases")
+        ],
+        "waiting": [
+            {
+                "key": decode_text(each["key"]),
+                "place": each["place"],
+                "receiver": decode_text(each["receiver"]),
+                "fingerprint": decode_text(each["fp"]),
+                "intent": decode_text(each["intent"]),
+                "waited_s": round(now - float(each["since"]), 1),
+                "wait_s": float(each["wait_s"]),
+            }
+            for each in entries("waiting")
+        ],
+        "intents": [{name: decode_text(value) for name, value in each.items()} for each in entries("intents")],
+        "history": [_past_from_redis(each, now) for each in entries("history")],
+    }
+
+
+def _seed_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
+    return {
+        "key": decode_text(each["key"]),
+        "seed": each["name"],
+        "ip": each["host"],
+        "port": int(each["port"]),
+        "rank": int(each["rank"]),
+        "fingerprint": decode_text(each["fp"]),
+        "epoch": decode_text(each["epoch"]),
+        "labels": json.loads(each["labels"]),
+        "slots": int(each["slots"]),
+        "leases": int(each["leases"]),
+        "draining": bool(each["draining"]),
+        "failures": int(each["failures"]),
+        "aside_s": max(0.0, round(each["aside"] - now, 1)),
+        "held_s": max(0.0, round(each["held"] - now, 1)),
+        "seen_s_ago": round(now - each["seen"], 1),
+        "age_s": round(now - each["first"], 1),
+    }
+
+
+def _past_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
+    fields = dict(each)
+    for name in ("key", "receiver", "cause"):
+        fields[name] = decode_text(fields[name])
+    fields |= {"nbytes": int(each["nbytes"]), "duration_s": round(each["duration_s"], 3), "at": float(each["at"])}
+    return past_fork(fields, now)
