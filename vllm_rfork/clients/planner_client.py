@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Bound of a JSON answer (``/healthz``, ``/debug/snapshot``) in bytes; 50,000 seeds take about 20 MB.
 MAX_JSON_NBYTES = 64 * 1024 * 1024
+#: Seeds named in one ``RFORK-EXCLUDE``; planners may refuse a call that names more than 256.
+MAX_EXCLUDED = 64
 #: Pauses in seconds before each further attempt to release a lease: a planner's restart fits in between.
 RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 #: The same for a withdrawal, which somebody waits for.
@@ -89,7 +91,7 @@ class PlannerClient:
             fingerprint: pairs only with a seed that announced the same one, or none.
             wait_s: let the planner hold the call for up to so many seconds until a seed is free.
             exclude: seeds that just failed this receiver, the latest last; the earliest are left out where they
-                do not fit into a header.
+                are more than ``MAX_EXCLUDED`` or do not fit into a header.
             intent: id of this loading worker: "remember that I load if you have no seed for me".
             labels: this receiver's topology, ``host=a,rack=b``.
 
@@ -349,7 +351,7 @@ def _joined(seeds: Sequence[SeedAddress]) -> str:
     """The latest of ``seeds`` that fit into one header, comma-separated."""
     kept: list[str] = []
     length = 0
-    for seed in reversed(seeds):
+    for seed in reversed(seeds[-MAX_EXCLUDED:]):
         length += len(str(seed)) + 1
         if length > messages.MAX_HEADER_LENGTH:
             break
