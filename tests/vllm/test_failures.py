@@ -1,0 +1,465 @@
+"""Whatever fails, the model is the default loader's, one WARNING names the cause, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from aiohttp import web
+
+from tests.vllm import fakes, models
+from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
+from tests.vllm.engine_process import free_port, load_digested, vllm_config
+from vllm_rfork.background import background
+from vllm_rfork.engines.memory import open_engines
+from vllm_rfork.errors import ConfigError
+
+pytestmark = pytest.mark.vllm
+
+
+def things_that_leak() -> tuple[set[str], set[int]]:
+    """Threads by name and child processes by pid that this package may have left behind."""
+    threads = {thread.name for thread in threading.enumerate() if "rfork" in thread.name.lower()}
+    return threads, {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """After the block: the threads and processes of before, and no engine that is open or holds a registration."""
+    background()  # the process-wide loop is there for good; it is not what is looked for
+    threads, processes = things_that_leak()
+
+    def clean() -> bool:
+        now_threads, now_processes = things_that_leak()
+        idle_io = {name for name in now_threads if "-io" in name}
+        return not (now_threads - threads - idle_io) and now_processes <= processes and not open_engines()
+
+    yield
+    eventually(clean, f"threads, processes and engines of before (now {things_that_leak()}, {open_engines()})")
+
+
+def falls_back(
+    model: Path,
+    expected: Any,
+    url: str,
+    log: LogRecords,
+    *,
+    cause: str,
+    leases: Callable[[], int] | None = None,
+    **extra: Any,
+) -> float:
+    """Load ``model`` with the planner at ``url`` and check all that must hold after a failure; returns the seconds."""
+    with nothing_left_behind():
+        started = time.monotonic()
+        options = extra_for(url, **{"rfork_become_seed": False, **extra})
+        loaded = load_digested(vllm_config(model, load_format="rfork", extra=options))
+        seconds = time.monotonic() - started
+    assert loaded.before == expected.before
+    assert loaded.after == expected.after
+    warnings = [line for line in log.warnings if "falling back" in line]
+    assert len(warnings) == 1, log.warnings
+    assert cause in warnings[0], warnings[0]
+    if leases is not None:
+        eventually(lambda: leases() == 0, "no lease is left at the planner")
+    return seconds
+
+
+# --- planners ---------------------------------------------------------------------------------------------------
+
+
+def test_no_planner(model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
+    falls_back(model_a, default_a, f"http://127.0.0.1:{free_port()}", rfork_log, cause="PlannerError")
+
+
+def test_a_planner_that_hangs_costs_one_request_timeout_in_total(
+    model_a: Path, default_a: Any, rfork_log: LogRecords
+) -> None:
+    started = time.monotonic()
+    load_digested(vllm_config(model_a))
+    without_us = time.monotonic() - started
+    with fakes.silent_server() as url:
+        seconds = falls_back(
+            model_a, default_a, url, rfork_log, cause="no answer within 1 s", rfork_request_timeout_sec=1.0
+        )
+    # The bound is one second; the rest is the load itself, on a machine that may be busy.
+    assert seconds - without_us < 1.0 + 5.0
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 429, 500, 502, 503])
+def test_a_planner_that_refuses(status: int, model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
+    async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(status=status, text="not today")
+
+    with fakes.http_server(refuse) as url:
+        falls_back(model_a, default_a, url, rfork_log, cause=f"HTTP {status}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({"SEED_PORT": "0"}, "SEED_PORT"),
+        ({"SEED_PORT": "http"}, "SEED_PORT"),
+        ({"SEED_IP": "a b"}, "SEED_IP"),
+        ({"SEED_RANK": "-1"}, "SEED_RANK"),
+        ({"USER_ID": ""}, "USER_ID"),
+        ({"LEASE_TTL_SEC": "soon"}, "LEASE_TTL_SEC"),
+    ],
+)
+def test_a_planner_with_garbage_in_its_headers(
+    changed: dict[str, str], cause: str, model_a: Path, default_a: Any, rfork_log: LogRecords
+) -> None:
+    with fakes.http_server(fakes.planner_that_grants("127.0.0.1:9:0", [], **changed)) as url:
+        falls_back(model_a, default_a, url, rfork_log, cause=cause)
+
+
+def test_something_that_does_not_speak_http(model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
+    with fakes.answering(b"\x16\x03\x01" + os.urandom(300)) as url:
+        falls_back(model_a, default_a, url, rfork_log, cause="PlannerError")
+
+
+def test_a_cold_start_is_no_warning(model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner) -> None:
+    extra = extra_for(planner.url, model_url="nobody-has-it", rfork_become_seed=False)
+    with nothing_left_behind():
+        loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
+    assert loaded.before == default_a.before
+    assert rfork_log.warnings == []
+    assert any("no free seed" in line for line in rfork_log.texts())
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_that_is_gone(model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
+    calls: list[str] = []
+    with fakes.http_server(fakes.planner_that_grants(f"127.0.0.1:{free_port()}:0", calls)) as url:
+        falls_back(model_a, default_a, url, rfork_log, cause="SeedError")
+        eventually(lambda: "/put_seed" in calls, "the lease is released")
+
+
+def test_a_seed_that_hangs(model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
+    calls: list[str] = []
+    with fakes.silent_server() as silent:
+        seed = silent.removeprefix("http://") + ":0"
+        with fakes.http_server(fakes.planner_that_grants(seed, calls)) as url:
+            falls_back(model_a, default_a, url, rfork_log, cause="no answer within 1 s", rfork_request_timeout_sec=1.0)
+            eventually(lambda: "/put_seed" in calls, "the lease is released")
+
+
+def test_a_seed_of_another_key(model_a: Path, default_a: Any, rfork_log: LogRecords, seed: SeedProcess) -> None:
+    with fakes.http_server(fakes.planner_that_grants(seed.said["seeds"][0], [])) as url:
+        falls_back(model_a, default_a, url, rfork_log, cause="SeedError", model_url="another")
+
+
+def at_manifest(change: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda path, data: change(data) if path == "/rfork_manifest" else data
+
+
+def edited(**fields: Any) -> Callable[[Any], Any]:
+    return lambda manifest: {**manifest, **fields}
+
+
+def first_tensor(**fields: Any) -> Callable[[Any], Any]:
+    def change(manifest: Any) -> Any:
+        manifest["tensors"][0].update(fields)
+        return manifest
+
+    return change
+
+
+def first_span(**fields: Any) -> Callable[[Any], Any]:
+    def change(manifest: Any) -> Any:
+        manifest["spans"][0].update(fields)
+        return manifest
+
+    return change
+
+
+def without_first_tensor(manifest: Any) -> Any:
+    manifest["tensors"] = manifest["tensors"][1:]
+    return manifest
+
+
+def with_another_tensor(manifest: Any) -> Any:
+    manifest["tensors"].append({**manifest["tensors"][0], "name": "extra"})
+    return manifest
+
+
+def swapped_digests(manifest: Any) -> Any:
+    spans = manifest["spans"]
+    spans[0]["digest"], spans[1]["digest"] = spans[1]["digest"], spans[0]["digest"]
+    return manifest
+
+
+LIES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "not JSON": (lambda manifest: b"\x00garbage", "SeedError"),
+    "no object": (lambda manifest: b"[1, 2]", "SeedError"),
+    "deeply nested": (lambda manifest: b"[" * 100_000, "SeedError"),
+    "empty": (lambda manifest: b"", "SeedError"),
+    "huge": (lambda manifest: b" " * (65 * 1024 * 1024), "SeedError"),
+    "another key inside": (edited(seed_key="another"), "SeedError"),
+    "another fingerprint": (edited(fingerprint="0" * 32), "fingerprint"),
+    "a newer version": (edited(version=99), "version 99"),
+    "another engine": (edited(engine="yuanrong"), "engine yuanrong"),
+    "another layout": (edited(layout="runtime"), "layout"),
+    "no regions": (edited(regions=[]), "SeedError"),
+    "another digest algorithm": (edited(digest_algorithm="sha1"), "sha1"),
+    "another dtype": (first_tensor(dtype="float16"), "dtype float16"),
+    "another shape": (first_tensor(shape=[1, 2]), "shape [1, 2]"),
+    "another stride": (first_tensor(stride=[1, 256]), "stride"),
+    "a private format": (first_tensor(format=29), "format 29"),
+    "a tensor less": (without_first_tensor, "only the receiver has it"),
+    "a tensor more": (with_another_tensor, "extra: only the seed has it"),
+    "a span outside its region": (first_span(nbytes=10**12), "leaves its region"),
+    "an address of its own choosing": (first_span(address=4096), "leaves its region"),
+    "swapped digests": (swapped_digests, "VerificationError"),
+    "state that has no place": (edited(state={"no.such.place": 1}), "no place"),
+    "state that is not plain": (edited(state={"model.vocab_size": [1]}), "not a plain value"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_seed_whose_manifest_lies(
+    lie: str, model_a: Path, default_a: Any, rfork_log: LogRecords, seed: SeedProcess
+) -> None:
+    change, cause = LIES[lie]
+    calls: list[str] = []
+    with fakes.http_server(fakes.seed_in_between(seed.said["seeds"][0], at_manifest(change))) as between:
+        address = between.removeprefix("http://") + ":0"
+        with fakes.http_server(fakes.planner_that_grants(address, calls)) as url:
+            falls_back(model_a, default_a, url, rfork_log, cause=cause)
+            eventually(lambda: "/put_seed" in calls, "the lease is released")
+
+
+def test_a_seed_that_changed_its_epoch_while_it_was_read(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, seed: SeedProcess
+) -> None:
+    def change(path: str, data: Any) -> Any:
+        return {"epoch": "next", "status": "ok"} if path == "/rfork_epoch" else data
+
+    with fakes.http_server(fakes.seed_in_between(seed.said["seeds"][0], change)) as between:
+        address = between.removeprefix("http://") + ":0"
+        with fakes.http_server(fakes.planner_that_grants(address, [])) as url:
+            falls_back(model_a, default_a, url, rfork_log, cause="epoch")
+
+
+def test_a_lease_that_is_taken_back_while_reading(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, seed: SeedProcess
+) -> None:
+    """The planner's TTL has passed when the read is over: another receiver may have the seed by then."""
+    with fakes.http_server(fakes.planner_that_grants(seed.said["seeds"][0], [], LEASE_TTL_SEC="0.000001")) as url:
+        falls_back(model_a, default_a, url, rfork_log, cause="lease")
+
+
+# --- bytes and engines --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("seed")
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("open_fails", "engine memory: open failed"),
+        ("register_fails", "engine memory: register failed"),
+        ("connect_fails", "engine memory: connect failed"),
+        ("fail_read=1", "engine memory: read failed"),
+        ("stall_read=1", "engine memory: read failed"),
+        ("late_read=1", "engine memory: read failed"),
+        ("flip_byte=12345", "VerificationError"),
+        ("truncate_read=1", "VerificationError"),
+    ],
+)
+def test_an_engine_that_fails(
+    fault: str,
+    cause: str,
+    model_a: Path,
+    default_a: Any,
+    rfork_log: LogRecords,
+    planner: Planner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eventually(planner.seeds, "the seed is announced")
+    eventually(lambda: planner.leases() == 0, "the seed is free")
+    monkeypatch.setenv("RFORK_MEMORY_FAULT", fault)
+    falls_back(
+        model_a, default_a, planner.url, rfork_log, cause=cause, leases=planner.leases, rfork_request_timeout_sec=1.0
+    )
+
+
+@pytest.mark.usefixtures("seed")
+def test_an_engine_that_is_not_installed(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "yr", None)
+    falls_back(
+        model_a, default_a, planner.url, rfork_log, cause="pip install", leases=planner.leases, rfork_engine="yuanrong"
+    )
+
+
+@pytest.mark.usefixtures("seed")
+def test_memory_that_cannot_be_vouched_for(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A structure with a tensor that no engine can read is refused before a lease is asked for."""
+    import torch
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    build = Qwen2ForCausalLM.__init__
+
+    @functools.wraps(build)  # vLLM looks at the signature
+    def with_sparse(self: Any, **kwargs: Any) -> None:
+        build(self, **kwargs)
+        self.odd = torch.ones(2, 2).to_sparse()
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "__init__", with_sparse)
+    # The digests of the comparison cannot read a sparse tensor either; it goes before they look.
+    from vllm_rfork import loader
+
+    fill = loader.RForkModelLoader._fill
+
+    def filling(self: Any, plan: Any, model: Any, model_config: Any) -> None:
+        fill(self, plan, model, model_config)
+        del model.odd
+
+    monkeypatch.setattr(loader.RForkModelLoader, "_fill", filling)
+    falls_back(model_a, default_a, planner.url, rfork_log, cause="odd", leases=planner.leases)
+
+
+def test_another_dtype_is_never_paired(model_a: Path, rfork_log: LogRecords, seed: SeedProcess) -> None:
+    expected = load_digested(vllm_config(model_a, dtype="float32"))
+    with fakes.http_server(fakes.planner_that_grants(seed.said["seeds"][0], [])) as url, nothing_left_behind():
+        options = extra_for(url, rfork_become_seed=False)
+        loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=options, dtype="float32"))
+    assert loaded.before == expected.before
+    assert any("fingerprint" in line for line in rfork_log.warnings)
+
+
+def test_a_seed_killed_while_it_is_read(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_rfork.engines.memory import MemoryEngine
+
+    extra = extra_for(planner.url, model_url="victim", rfork_heartbeat_interval_sec=2.0)
+    victim = SeedProcess(model_a, extra)
+    try:
+        victim.wait()
+        eventually(lambda: victim.said["seeds"][0] in planner.seeds(), "the victim is announced")
+        read = MemoryEngine.read
+
+        def kill_then_read(self: Any, endpoint: str, segments: Any, timeout_s: float) -> None:
+            victim.process.send_signal(signal.SIGKILL)
+            victim.process.wait()
+            read(self, endpoint, segments, timeout_s)
+
+        monkeypatch.setattr(MemoryEngine, "read", kill_then_read)
+        falls_back(
+            model_a,
+            default_a,
+            planner.url,
+            rfork_log,
+            cause="engine memory: read failed",
+            leases=planner.leases,
+            model_url="victim",
+        )
+    finally:
+        victim.end()
+
+
+@pytest.mark.usefixtures("seed")
+def test_a_fork_that_takes_too_long_gives_up(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner
+) -> None:
+    falls_back(
+        model_a,
+        default_a,
+        planner.url,
+        rfork_log,
+        cause="rfork_fork_timeout_sec",
+        leases=planner.leases,
+        rfork_fork_timeout_sec=1e-6,
+    )
+
+
+# --- becoming a seed ------------------------------------------------------------------------------------------------
+
+
+def test_a_taken_port_means_no_seed_and_a_correct_model(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner
+) -> None:
+    import socket
+
+    from vllm_rfork import seeding
+
+    with socket.socket() as taken, nothing_left_behind():
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        extra = extra_for(planner.url, model_url="taken", rfork_seed_port_base=min(port, 65000))
+        if port > 65000:
+            pytest.fail("the machine's ephemeral ports lie above what rfork_seed_port_base takes")
+        loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
+        seeding.wait_until_started(30)
+        seeding.withdraw_all("test is over")
+    assert loaded.before == default_a.before
+    assert any("not a seed" in line and str(port) in line for line in rfork_log.warnings), rfork_log.warnings
+
+
+def test_a_heartbeat_that_is_refused_is_one_warning(model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
+    from vllm_rfork import seeding
+
+    async def refuse_beats(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(status=404 if request.path == "/get_seed" else 503)
+
+    with fakes.http_server(refuse_beats) as url, nothing_left_behind():
+        extra = extra_for(url, rfork_heartbeat_interval_sec=0.2)
+        loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
+        seeding.wait_until_started(30)
+        eventually(lambda: any("503" in line for line in rfork_log.warnings), "the refusal is logged")
+        time.sleep(1.0)  # several beats: the property is that they add no line
+        seeding.withdraw_all("test is over")
+    assert loaded.before == default_a.before
+    assert len([line for line in rfork_log.warnings if "announced" in line]) == 1
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_setting_fails_the_start_before_anything_is_built(model_a: Path) -> None:
+    with pytest.raises(ConfigError, match="rfork_seed_timeout_sec"):
+        load_digested(vllm_config(model_a, load_format="rfork", extra={"rfork_seed_timeout_sec": -1}))
+
+
+@pytest.mark.parametrize("missing", ["model_url", "model_deploy_strategy_name", "rfork_scheduler_url"])
+def test_without_an_identity_the_default_loader_loads_with_one_warning(
+    missing: str, model_a: Path, default_a: Any, rfork_log: LogRecords
+) -> None:
+    extra = extra_for("http://127.0.0.1:9")
+    del extra[missing]
+    with nothing_left_behind():
+        loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
+    assert loaded.before == default_a.before
+    assert loaded.after == default_a.after
+    assert len(rfork_log.warnings) == 1
+    assert missing in rfork_log.warnings[0]
+
+
+def test_the_fallback_loaders_own_error_is_raised(model_a_without_weights: Path, planner: Planner) -> None:
+    extra = extra_for(planner.url, model_url="nobody-has-it", rfork_become_seed=False)
+    with nothing_left_behind(), pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        load_digested(vllm_config(model_a_without_weights, load_format="rfork", extra=extra))
+
+
+def test_other_weights_under_the_same_key_would_be_seen(model_b: Path, default_a: Any) -> None:
+    """The comparison that the tests above rest on tells two checkpoints of one shape apart."""
+    other = load_digested(vllm_config(model_b))
+    assert set(other.before) == set(default_a.before)
+    assert other.before != default_a.before
+    assert models.WEIGHTS_A != models.WEIGHTS_B
