@@ -27,8 +27,9 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".rfork-set-up"
 LOCK = ROOT / "requirements" / "lock.txt"
-#: For the tests of the YuanRong generation that cannot live beside the one in .venv; small, so made anew each time.
+#: For the tests of the YuanRong generation that cannot live beside the one in .venv; small, so made anew on a change.
 DATASYSTEM_VENV = ROOT / ".venv-datasystem"
+DATASYSTEM_STAMP = DATASYSTEM_VENV / ".rfork-set-up"
 DATASYSTEM = ROOT / "requirements" / "datasystem.txt"
 #: What decides about .venv; the version stands in __init__.py.
 KEYED = (
@@ -89,13 +90,17 @@ def has_ensurepip() -> bool:
     return True
 
 
-def key() -> str:
-    """A digest of everything that decides what .venv must contain."""
-    digest = hashlib.sha256(platform.python_version().encode())
-    for path in KEYED:
+def key(*files: Path) -> str:
+    """A digest of what decides about an environment: ``files``, Python and where the checkout lies."""
+    digest = hashlib.sha256(f"{platform.python_version()} {ROOT}".encode())
+    for path in files:
         digest.update(path.read_bytes())
-    digest.update(str(ROOT).encode())
     return digest.hexdigest()
+
+
+def is_stamped(stamp: Path, wanted: str) -> bool:
+    """Whether an environment was finished with this key."""
+    return stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
 
 
 def run(*command: str | Path) -> None:
@@ -186,9 +191,14 @@ def write_metadata_wheel(folder: Path, name: str, version: str) -> Path:
 
 
 def set_up_datasystem() -> None:
-    """Make .venv-datasystem anew: openyuanrong-datasystem and what its tests need."""
+    """Make .venv-datasystem: openyuanrong-datasystem and what its tests need."""
+    wanted = key(LOCK, DATASYSTEM)
+    if is_stamped(DATASYSTEM_STAMP, wanted):
+        return
+    python = DATASYSTEM_VENV / "bin" / "python"
     run(sys.executable, "-m", "venv", "--clear", "--without-pip", DATASYSTEM_VENV)
-    pip("--python", DATASYSTEM_VENV / "bin" / "python", "install", "--quiet", "--requirement", DATASYSTEM)
+    pip("--python", python, "install", "--quiet", "--no-compile", "--requirement", DATASYSTEM)
+    DATASYSTEM_STAMP.write_text(wanted, encoding="utf-8")
 
 
 @contextmanager
@@ -206,8 +216,8 @@ def set_up() -> None:
     Raises:
         SetUpError: something that only a person can change is missing.
     """
-    wanted = key()
-    if STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted and venv_works():
+    wanted = key(*KEYED)
+    if is_stamped(STAMP, wanted) and is_stamped(DATASYSTEM_STAMP, key(LOCK, DATASYSTEM)) and venv_works():
         return
     if sys.version_info[:2] != WANTED_PYTHON:
         wanted_text = ".".join(map(str, WANTED_PYTHON))
