@@ -1,0 +1,90 @@
+"""``vllm-rfork selftest`` says by its exit status whether the bytes were right, and always comes back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_rfork.selftest import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, buffer_sizes
+
+
+def selftest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_rfork.cli", "selftest", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("engine", ["memory", "nixl"])
+def test_right_bytes_are_exit_0_with_a_speed(engine: str) -> None:
+    done = selftest("--engine", engine, "--size", "8M")
+    assert done.returncode == GOOD, done.stderr
+    assert "every digest is right" in done.stdout
+    assert "GB/s" in done.stdout
+    assert str(8 << 20) in done.stdout
+
+
+@pytest.mark.parametrize("engine", ["memory", "nixl"])
+def test_an_altered_seed_is_exit_1(engine: str) -> None:
+    """One bit of one byte, after the digest was taken."""
+    done = selftest("--engine", engine, "--size", "8M", "--corrupt")
+    assert done.returncode == WRONG_BYTES, done.stderr
+    assert "1 of" in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["flip_byte=12345", "truncate_read=1"])
+def test_bytes_damaged_on_the_way_are_exit_1(fault: str) -> None:
+    done = selftest("--engine", "memory", "--size", "1M", RFORK_MEMORY_FAULT=fault)
+    assert done.returncode == WRONG_BYTES, done.stderr
+
+
+@pytest.mark.parametrize("fault", ["open_fails", "register_fails", "connect_fails", "fail_read=1"])
+def test_an_engine_that_fails_is_exit_3_and_named(fault: str) -> None:
+    done = selftest("--engine", "memory", "--size", "1M", RFORK_MEMORY_FAULT=fault)
+    assert done.returncode == FAILED
+    assert f"{fault.partition('=')[0].replace('fail_read', 'read').replace('_fails', '')} failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_hangs_is_exit_4_in_time() -> None:
+    began = time.monotonic()
+    done = selftest("--engine", "memory", "--size", "1M", "--timeout", "3", RFORK_MEMORY_FAULT="stall_read=1")
+    assert done.returncode == TOO_LATE, done.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_a_missing_package_is_said_with_how_to_install_it(tmp_path: Path) -> None:
+    for name in ("nixl", "nixl_cu12", "nixl_cu13"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('gone', name='{name}')\n")
+    done = selftest("--engine", "nixl", "--size", "1M", PYTHONPATH=str(tmp_path))
+    assert done.returncode == FAILED
+    assert "pip install 'vllm-rfork[nixl]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "12x", "", "1.5G"])
+def test_a_size_that_is_none_is_a_usage_error(size: str) -> None:
+    assert selftest("--engine", "memory", "--size", size).returncode == 2
+
+
+def test_the_exit_statuses_do_not_collide() -> None:
+    assert len(CODES) == 4
+    assert 2 not in CODES, "2 is wrong usage"
+
+
+@given(st.integers(min_value=1, max_value=3 << 30))
+def test_buffer_sizes_add_up(nbytes: int) -> None:
+    sizes = buffer_sizes(nbytes)
+    assert sum(sizes) == nbytes
+    assert min(sizes) > 0
