@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from multidict import CIMultiDict
 
 from vllm_rfork import messages
+from vllm_rfork.manifest import decode_manifest
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress
 
 AWKWARD = [
@@ -118,3 +122,23 @@ def test_a_lease_needs_all_four_headers(missing: str) -> None:
     headers = {name: value for name, value in ANSWER.items() if name != missing}
     with pytest.raises(BadMessage, match=missing):
         messages.lease_from_answer(CIMultiDict(headers))
+
+
+PROTOCOL = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+
+
+def test_everything_on_the_wire_is_in_the_protocols_description() -> None:
+    names = {
+        value
+        for name, value in vars(messages).items()
+        if name.isupper() and isinstance(value, str) and (value.startswith("/") or re.fullmatch("[A-Z_-]+", value))
+    }
+    assert len(names) > 30
+    assert {name for name in names if name not in PROTOCOL} == set()
+
+
+def test_the_manifest_in_the_protocols_description_is_one() -> None:
+    example = re.search(r"```json\n(.*?)```", PROTOCOL, re.DOTALL)
+    assert example is not None
+    manifest = decode_manifest(example[1].encode())
+    assert [tensor.name for tensor in manifest.tensors] == ["model.embed_tokens.weight", "lm_head.weight"]
