@@ -1,0 +1,126 @@
+"""Which lane two NIXL agents get, decided from what their endpoints say."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_rfork.engines.nixl_peer import (
+    IDENTITY_NBYTES,
+    Endpoint,
+    Lane,
+    decode_endpoint,
+    encode_endpoint,
+    lane,
+    pid_namespace,
+    tcp_allowed,
+)
+from vllm_rfork.errors import EngineError
+
+IDENTITY = bytes(range(IDENTITY_NBYTES))
+PAGE = ctypes.create_string_buffer(IDENTITY, IDENTITY_NBYTES)
+HERE = Endpoint(
+    memory="DRAM",
+    device=0,
+    boot="this-boot",
+    pid=os.getpid(),
+    uid=os.getuid(),
+    pid_namespace=4026531836,
+    identity=IDENTITY,
+    identity_at=ctypes.addressof(PAGE),
+    rdma=False,
+    allow_tcp=False,
+    metadata=b"\x00\xff",
+)
+
+
+def changed(**fields: Any) -> Endpoint:
+    return msgspec.structs.replace(HERE, **fields)
+
+
+def test_one_machine_one_user_one_namespace_is_attach() -> None:
+    assert lane(HERE, HERE) == (Lane.CMA, "")
+
+
+def test_one_machine_with_cuda_memory_is_cuda_ipc() -> None:
+    cuda = changed(memory="VRAM")
+    assert lane(cuda, cuda) == (Lane.CUDA, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"pid_namespace": 1}, "pid namespace"),
+        ({"uid": HERE.uid + 1}, "another user"),
+        ({"identity_at": 1 << 40}, "cannot be attached"),
+        ({"boot": "other-boot"}, "another machine"),
+    ],
+)
+def test_what_keeps_attach_away_is_named(fields: dict[str, Any], why: str) -> None:
+    chosen, reason = lane(HERE, changed(**fields))
+    assert chosen is Lane.EMULATED
+    assert why in reason
+
+
+def test_unknown_facts_are_not_taken_for_equal_ones() -> None:
+    """A machine that hides its boot id or its namespaces may be another one."""
+    for field, unknown in (("boot", ""), ("pid_namespace", 0)):
+        other = changed(**{field: unknown})
+        assert lane(other, other)[0] is Lane.EMULATED
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(True, True), (True, False), (False, True), (False, False)])
+def test_between_machines_both_need_rdma(mine: bool, theirs: bool) -> None:
+    chosen, why = lane(changed(rdma=mine), changed(boot="other-boot", rdma=theirs))
+    assert (chosen is Lane.RDMA) is (mine and theirs)
+    assert ("RDMA" in why) is not (mine and theirs)
+
+
+def test_other_memory_is_refused() -> None:
+    with pytest.raises(EngineError, match="VRAM"):
+        lane(HERE, changed(memory="VRAM"))
+
+
+def test_a_closed_or_reused_process_is_no_seed() -> None:
+    with pytest.raises(EngineError, match="closed") as caught:
+        lane(HERE, changed(identity=bytes(IDENTITY_NBYTES)))
+    assert caught.value.retry_elsewhere
+    with pytest.raises(EngineError, match="gone"):
+        lane(HERE, changed(pid=(1 << 22) - 1))
+
+
+def test_endpoints_survive_the_wire() -> None:
+    assert decode_endpoint(encode_endpoint(HERE)) == HERE
+    assert pid_namespace() > 0
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_an_endpoint_or_an_engine_error(text: str) -> None:
+    with pytest.raises(EngineError):
+        decode_endpoint(text)
+
+
+@given(st.sampled_from(sorted(HERE.__struct_fields__)), st.none() | st.integers() | st.text(max_size=9) | st.booleans())
+def test_any_value_in_any_field_is_an_endpoint_or_an_engine_error(field: str, value: Any) -> None:
+    with contextlib.suppress(EngineError):
+        endpoint = decode_endpoint(json.dumps({**json.loads(encode_endpoint(HERE)), field: value}))
+        assert endpoint.pid > 0
+        assert endpoint.identity_at > 0
+        assert len(endpoint.identity) == IDENTITY_NBYTES
+
+
+def test_the_opt_in_comes_from_options_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RFORK_NIXL_ALLOW_TCP", raising=False)
+    assert not tcp_allowed({})
+    assert tcp_allowed({"RFORK_NIXL_ALLOW_TCP": "1"})
+    monkeypatch.setenv("RFORK_NIXL_ALLOW_TCP", "true")
+    assert tcp_allowed({})
+    assert not tcp_allowed({"RFORK_NIXL_ALLOW_TCP": "0"}), "options win"
