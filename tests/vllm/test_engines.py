@@ -1,0 +1,53 @@
+"""The chain of the demo on real engines, without servers: A from storage, B from A, A killed, C from B."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.standin.build import build, environment
+from tests.vllm.conftest import Planner, SeedProcess, eventually, extra_for
+
+pytestmark = pytest.mark.vllm
+
+
+def engine_environment(engine: str) -> dict[str, str]:
+    """What a process needs around it to open ``engine`` on this machine."""
+    return dict(environment(build())) if engine == "yuanrong" else {}
+
+
+@pytest.mark.parametrize("engine", ["nixl", "yuanrong"])
+def test_forks_of_forks_are_the_default_loaders_model(
+    engine: str, planner: Planner, model_a: Path, model_a_without_weights: Path, default_a: Any
+) -> None:
+    extra = extra_for(planner.url, model_url=f"chain-{engine}", rfork_engine=engine, rfork_heartbeat_interval_sec=2.0)
+    env = engine_environment(engine)
+    processes: list[SeedProcess] = []
+
+    def started(model: Path) -> SeedProcess:
+        process = SeedProcess(model, extra, env=env)
+        processes.append(process)
+        said = process.wait()
+        assert said["loaded"] == default_a.before
+        assert said["processed"] == default_a.after
+        assert said["seeds"], process.log
+        eventually(lambda: said["seeds"][0] in planner.seeds(), "it is announced")
+        return process
+
+    try:
+        a = started(model_a)
+        assert "RFork: loaded " in a.log
+        b = started(model_a_without_weights)
+        assert f"from seed {a.said['seeds'][0]}, engine={engine}" in b.log
+        a.process.send_signal(signal.SIGKILL)
+        a.process.wait()
+        eventually(lambda: a.said["seeds"][0] not in planner.seeds(), "the watcher has withdrawn A", timeout_s=10)
+        c = started(model_a_without_weights)
+        assert f"from seed {b.said['seeds'][0]}, engine={engine}" in c.log
+        eventually(lambda: planner.leases() == 0, "the leases are released")
+    finally:
+        for process in processes:
+            process.end()
