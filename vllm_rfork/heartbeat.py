@@ -89,7 +89,7 @@ class Heartbeat:
             while not self._over.is_set():
                 started_at = self._clock()
                 if not self._still_vouching():
-                    logger.info("Seed %s can no longer vouch for its weights", self.seed)
+                    logger.info("RFork: seed %s can no longer vouch for its weights", self.seed)
                     break
                 await self._beat()
                 await self._pause(self._delay_s() - (self._clock() - started_at))
@@ -97,7 +97,7 @@ class Heartbeat:
             try:
                 await self.withdraw()
             except PlannerError as error:
-                logger.warning("Seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error)
+                logger.warning("RFork: seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error)
 
     async def withdraw(self) -> Outcome:
         """Take the seed back and end :meth:`run`; no beat follows. Repeating it returns the first outcome.
@@ -127,7 +127,7 @@ class Heartbeat:
             await asyncio.wait({announcing}, timeout=_PATIENCE_S)
             announcing.cancel()
         outcome = await self._client.withdraw(self.seed_key, self.seed)
-        logger.info("Seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
+        logger.info("RFork: seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
         return outcome
 
     async def _beat(self) -> None:
@@ -156,12 +156,12 @@ class Heartbeat:
             self._announced = False
             self._missed += 1
             if self._missed == 1:
-                logger.warning("Seed %s is not announced, trying again in the background: %s", self.seed, error)
+                logger.warning("RFork: seed %s is not announced, trying again in the background: %s", self.seed, error)
             return
         if self._missed:
-            logger.info("Seed %s is announced again, after %d missed beats", self.seed, self._missed)
+            logger.info("RFork: seed %s is announced again, after %d missed beats", self.seed, self._missed)
         elif self._first:
-            logger.info("Seed %s announced under key %s", self.seed, self.seed_key)
+            logger.info("RFork: seed %s announced, key %s", self.seed, self.seed_key)
         self._first = False
         self._announced = True
         self._missed = 0

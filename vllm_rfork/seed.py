@@ -134,7 +134,7 @@ class Seed:
             intent=self.intent,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
-        logger.info("RFork: seed %s announced, key %s, epoch %s", address, self.manifest.seed_key, epoch)
+        logger.debug("RFork: seed %s is ready, epoch %s", address, epoch)
         return address
 
     def withdraw(self, reason: str) -> None:

@@ -114,9 +114,9 @@ class LeaseKeeper:
 
     def _note(self, problem: str) -> None:
         if problem != self._problem:
-            logger.warning("The lease on seed %s could not be renewed: %s", self.lease.seed, problem)
+            logger.warning("RFork: the lease on seed %s could not be renewed: %s", self.lease.seed, problem)
         self._problem = problem
 
     def _lose(self, error: PlannerError) -> None:
-        logger.warning("%s", error)
+        logger.warning("RFork: %s", error)
         self._lost = error
