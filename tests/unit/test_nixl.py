@@ -150,6 +150,16 @@ def test_a_seed_that_closed_between_reads_is_noticed() -> None:
     two.close()
 
 
+def test_a_seed_that_closes_while_it_is_read_is_noticed() -> None:
+    """The bytes may all have arrived; that the seed was still open when they had is looked at last."""
+    two = Two(N)
+    ctypes.memset(two.seed._page, 0, 16)
+    with pytest.raises(EngineError, match="closed") as caught:
+        two.receiver.read(two.endpoint, [two.segment], 10.0)
+    assert caught.value.mutated
+    two.close()
+
+
 def test_close_ends_a_read_in_another_thread() -> None:
     """The read raises or had all its bytes; close waits for it, and nothing is registered afterwards."""
     two = Two(64 * N)
