@@ -16,7 +16,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench demo format clean distclean
+.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,9 @@ vllm-tests: setup standin ## the tests that load models in real vLLM
 
 bench: setup standin ## weights phase: default loader, forks and memcpy side by side
 	$(BIN)/python -m bench
+
+bench-planner: setup ## one planner process beside the mock: cycles, heartbeats, waiting receivers, Redis
+	$(BIN)/python -m bench.bench_planner
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi

@@ -22,6 +22,7 @@ class CommandRow(NamedTuple):
 
 
 COMMANDS: dict[str, CommandRow] = {
+    "planner": CommandRow("vllm_rfork.planner.command:planner", "Run the planner that pairs receivers with seeds."),
     "selftest": CommandRow("vllm_rfork.selftest_command:selftest", "Fork random bytes between two processes."),
 }
 

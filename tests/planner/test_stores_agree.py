@@ -17,25 +17,9 @@ from vllm_rfork.planner.policy import POLICIES, Candidate, choose, nic_of, polic
 from vllm_rfork.planner.redis_store import RedisStore
 from vllm_rfork.planner.store import Ask, Granted, Outcome, Queued, Rules, StoreError
 
-ACTIONS = [
-    "seed",
-    "seed",
-    "ask",
-    "ask",
-    "ask",
-    "wait",
-    "wait",
-    "settle",
-    "settle",
-    "release",
-    "release",
-    "renew",
-    "remove",
-    "intend",
-    "pass",
-    "pass",
-    "sweep",
-]
+#: name: how often
+ACTIONS = {"seed": 2, "ask": 3, "wait": 2, "settle": 2, "release": 2, "pass": 2}
+ACTIONS |= dict.fromkeys(["renew", "remove", "intend", "sweep"], 1)
 LABELS = [
     {},
     {"host": "h1", "rack": "r1", "zone": "z1"},
@@ -121,7 +105,7 @@ async def test_memory_and_redis_decide_alike(redis_server: RedisServer, number: 
         for step in range(500):
             key = rng.choice("abcd")
             print_ = rng.choice(["", "", "f", "g"])
-            action = rng.choice(ACTIONS)
+            action = rng.choices(list(ACTIONS), list(ACTIONS.values()))[0]
             if action == "seed":
                 number = rng.randrange(8)
                 for each in pair:

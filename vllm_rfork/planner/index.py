@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Hashable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Container, Iterator
 
-Name = TypeVar("Name", bound=Hashable)
+#: What falls due: its kind and up to two names. What falls due together does so in alphabetical order.
+Name = tuple[str, str, str]
 
 _SLACK = 64
 
@@ -58,16 +58,15 @@ class RankedSet:
         return found
 
 
-class Deadlines(Generic[Name]):
+class Deadlines:
     """Names that fall due. Putting one off costs nothing: its old entry is corrected when it surfaces."""
 
-    __slots__ = ("_at", "_heap", "_queued", "_serial")
+    __slots__ = ("_at", "_heap", "_queued")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Name]] = []
+        self._heap: list[tuple[float, Name]] = []
         self._at: dict[Name, float] = {}
         self._queued: dict[Name, float] = {}
-        self._serial = 0
 
     def __contains__(self, name: Name) -> bool:
         return name in self._at
@@ -91,7 +90,7 @@ class Deadlines(Generic[Name]):
     def next(self) -> float | None:
         """When the next name falls due."""
         while self._heap:
-            at, _, name = self._heap[0]
+            at, name = self._heap[0]
             due = self._at.get(name)
             if due == at:
                 return at
@@ -105,12 +104,11 @@ class Deadlines(Generic[Name]):
     def due(self, now: float) -> Iterator[Name]:
         """Take out, in order, every name that is due at ``now``."""
         while (at := self.next()) is not None and at <= now:
-            name = heapq.heappop(self._heap)[2]
+            name = heapq.heappop(self._heap)[1]
             self._queued.pop(name, None)
             del self._at[name]
             yield name
 
     def _push(self, name: Name, at: float) -> None:
-        self._serial += 1
         self._queued[name] = at
-        heapq.heappush(self._heap, (at, self._serial, name))
+        heapq.heappush(self._heap, (at, name))

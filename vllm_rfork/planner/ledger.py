@@ -28,7 +28,7 @@ class Ledger:
         self.leases: dict[str, Lease] = {}
         self.leases_of: dict[str, set[str]] = {}
         self.waiters: dict[str, Waiter] = {}
-        self.due: Deadlines[tuple[str, str, str]] = Deadlines()
+        self.due = Deadlines()
         #: keys that have lost a seed, an intent or a waiter in this decision: somebody may wait for nothing now
         self.bereft: set[str] = set()
         self._serial = 0

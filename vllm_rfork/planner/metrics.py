@@ -131,13 +131,13 @@ class _Fleet(Collector):
         yield GaugeMetricFamily(f"{_PREFIX}keys", "Keys that are known", value=self.keys)
         seeds = GaugeMetricFamily(f"{_PREFIX}seeds", "Seeds by state", labels=["key", "state"])
         gauges = {
-            name: GaugeMetricFamily(f"{_PREFIX}{name}", help_, labels=["key"])
-            for name, help_ in (
-                ("slots", "Leases that the seeds can carry at once"),
-                ("leases", "Leases that live"),
-                ("waiting", "Receivers in line"),
-                ("intents", "Receivers that load from storage and will be seeds"),
-                ("oldest_wait_s", "Age of the oldest receiver in line, in seconds"),
+            name: GaugeMetricFamily(f"{_PREFIX}{shown}", help_, labels=["key"])
+            for name, shown, help_ in (
+                ("slots", "slots", "Leases that the seeds can carry at once"),
+                ("leases", "leases", "Leases that live"),
+                ("waiting", "waiting", "Receivers in line"),
+                ("intents", "intents", "Receivers that load from storage and will be seeds"),
+                ("oldest_wait_s", "oldest_wait_seconds", "Age of the oldest receiver in line"),
             )
         }
         for key, each in self.shown.items():

@@ -101,7 +101,7 @@ class Announcement:
     known_state: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
     """``get_seed``: one receiver wants a seed, now or within ``wait_s``, in line under ``ticket`` (unique).
 
