@@ -4,10 +4,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENGINE ?= nixl
 # More arguments for pytest: make unit PYTEST_ARGS="-k key"
 PYTEST_ARGS ?=
+# More arguments for the benchmarks
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 STANDIN := build/standin
-TYPED := vllm_rfork demo scripts examples
+TYPED := vllm_rfork demo scripts examples bench
 
 # Nothing here talks to a model hub or reports usage, and nothing of the caller's Python leaks in.
 export HF_HUB_OFFLINE := 1
@@ -25,7 +27,7 @@ help: ## list the targets
 setup: ## bring .venv to requirements/lock.txt; every other target does it by itself
 	@$(PYTHON) scripts/set_up.py
 
-test: lint types contracts standin wheel ## everything CI runs: lint, types, import contracts, wheel, all tests
+test: lint types contracts standin ## everything CI runs: lint, types, import contracts, all tests (those of the built wheel too)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup ## ruff: rules and format
@@ -45,18 +47,21 @@ contracts: setup ## import-linter: who may import whom
 standin: setup ## build the host stand-in for the Ascend data plane
 	@if [ -f tests/standin/Makefile ]; then $(MAKE) --no-print-directory -C tests/standin OUT=../../$(STANDIN); fi
 
-wheel: setup ## build the wheel that tests/package looks into
+wheel: setup ## build the wheel into build/wheel
 	rm -rf build/wheel
 	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel . > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 
-unit: setup standin wheel ## the tests that start no vLLM
+unit: setup standin ## the tests that start no vLLM
 	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/gpu $(PYTEST_ARGS)
 
 vllm-tests: setup standin ## the tests that load models in real vLLM
 	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 bench: setup standin ## weights phase: default loader, forks and memcpy side by side
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-planner: setup ## cost of the planner's calls, beside the mock planner
+	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)
 
 bench-planner: setup ## one planner process beside the mock: cycles, heartbeats, waiting receivers, Redis
 	$(BIN)/python -m bench.bench_planner
