@@ -26,7 +26,6 @@ an address reads weights.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
@@ -37,7 +36,15 @@ from typing import Any, ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
 from vllm_rfork.engines.regions import RegionTable
-from vllm_rfork.engines.yuanrong_native import NAME, AclRuntime, Binding, call, code_name, failure, load_binding
+from vllm_rfork.engines.yuanrong_native import (
+    NAME,
+    AclRuntime,
+    Binding,
+    NativeEngine,
+    code_name,
+    failure,
+    load_binding,
+)
 from vllm_rfork.engines.yuanrong_peer import Relay, free_port, local_ipv4, parse_endpoint, probe
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest import Region
@@ -70,7 +77,7 @@ class YuanRongEngine(TransferEngine):
     limits: ClassVar[Limits] = Limits(max_batch_nbytes=128 * 1024 * 1024, max_batch_items=4096)
 
     def __init__(self) -> None:
-        self._native: Any = None
+        self._native: NativeEngine | None = None
         self._binding: Binding | None = None
         self._acl: AclRuntime | None = None
         self._table = RegionTable(NAME)
@@ -127,7 +134,7 @@ class YuanRongEngine(TransferEngine):
             if not regions:
                 return
             addresses, lengths = [region.address for region in regions], [region.nbytes for region in regions]
-            result = call("register", native.batch_register_memory, addresses, lengths)
+            result = native.call("register", "batch_register_memory", addresses, lengths)
             if result.is_error():
                 raise failure("register", result)
             self._table.add(regions)
@@ -138,13 +145,15 @@ class YuanRongEngine(TransferEngine):
             self._table.check_known(regions)
             if not regions:
                 return
-            result = call("unregister", native.batch_unregister_memory, [region.address for region in regions])
+            result = self._patiently(
+                native, "unregister", "batch_unregister_memory", [region.address for region in regions]
+            )
             if not result.is_error():
                 self._table.remove(regions)
                 return
             first = failure("unregister", result)
             for region in regions:
-                result = call("unregister", native.batch_unregister_memory, [region.address])
+                result = native.call("unregister", "batch_unregister_memory", [region.address])
                 if not result.is_error() or code_name(result) == "kNotFound":
                     self._table.remove([region])
             raise first
@@ -183,7 +192,7 @@ class YuanRongEngine(TransferEngine):
             local, remote, lengths = (list(column) for column in zip(*segments, strict=True))
             for attempt in range(_NOT_READY_ATTEMPTS):
                 began = time.monotonic()
-                result = call("read", native.batch_transfer_sync_read, peer.target, local, remote, lengths)
+                result = native.call("read", "batch_transfer_sync_read", peer.target, local, remote, lengths)
                 elapsed_s = time.monotonic() - began
                 if not result.is_error():
                     return
@@ -213,21 +222,27 @@ class YuanRongEngine(TransferEngine):
             native, overdue = self._native, self._overdue
             self._native, self._own = None, ""
             self._table.clear()
-            result = call("close", native.finalize)
+            try:
+                result = self._patiently(native, "close", "finalize")
+            except EngineError as error:
+                native.keep_forever()
+                error.in_flight = True
+                raise
             if overdue:
-                # Never destroyed, not even when the interpreter ends: the destructor waits, maybe for ever.
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+                native.keep_forever()
                 raise EngineError(
                     NAME, "close", f"bytes of a read that was given up may still come ({self._stuck})", in_flight=True
                 )
+            native.destroy()
             if result.is_error():
                 raise failure("close", result)
-            del native
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_engine: bool = True) -> Iterator[Any]:
+    def _exclusively(
+        self, operation: str, timeout_s: float = 0.0, *, needs_engine: bool = True
+    ) -> Iterator[NativeEngine]:
         """The native engine, for one caller at a time."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
             raise EngineError(
@@ -240,7 +255,7 @@ class YuanRongEngine(TransferEngine):
                 raise EngineError(
                     NAME, operation, f"an earlier read was given up ({self._stuck}): close the engine", in_flight=True
                 )
-            yield self._native
+            yield self._native  # type: ignore[misc]
         finally:
             self._busy.release()
 
@@ -248,6 +263,15 @@ class YuanRongEngine(TransferEngine):
     def _converses(self) -> bool:
         """Whether the adapter has to bound what the engine does not."""
         return self._binding is None or not self._binding.bounds_control_calls
+
+    def _patiently(self, native: NativeEngine, operation: str, method: str, *arguments: Any) -> Any:
+        """Call ``method`` again while it says kNotReady, as HIXL does under a peer's read, but not for ever."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            result = native.call(operation, method, *arguments)
+            if code_name(result) != "kNotReady" or time.monotonic() > deadline:
+                return result
+            time.sleep(_NOT_READY_PAUSE_S)
 
     def _forget(self, endpoint: str) -> None:
         peer = self._peers.pop(endpoint, None)
@@ -288,7 +312,7 @@ def device_number(device: str, environment: dict[str, str] | None = None) -> int
     return number
 
 
-def _initialized(binding: Binding, address: str, device: int) -> tuple[Any, int]:
+def _initialized(binding: Binding, address: str, device: int) -> tuple[NativeEngine, int]:
     """A native engine that listens on ``address``, and its port.
 
     Between the look for a free port and the engine's bind somebody else may take it; then another one is tried.
@@ -296,8 +320,8 @@ def _initialized(binding: Binding, address: str, device: int) -> tuple[Any, int]
     last: EngineError | None = None
     for _ in range(_PORT_ATTEMPTS):
         port = free_port(address)
-        native = call("open", binding.engine_class)
-        result = call("open", native.initialize, f"{address}:{port}", _PROTOCOL, f"npu:{device}")
+        native = NativeEngine(binding)
+        result = native.call("open", "initialize", f"{address}:{port}", _PROTOCOL, f"npu:{device}")
         if not result.is_error():
             return native, port
         last = failure("open", result)

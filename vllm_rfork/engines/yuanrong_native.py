@@ -116,14 +116,49 @@ def failure(
     )
 
 
-def call(operation: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the wheel; its exceptions (arguments it cannot convert, C++ exceptions) become :class:`EngineError`."""
+class NativeEngine:
+    """The wheel's engine object, held here and nowhere else.
+
+    Destroying it is what ends its reads (see :mod:`.yuanrong`), and an exception keeps every local variable of the
+    frames that it passed: so no frame has the engine itself in one.
+
+    Args:
+        binding: whose engine to make.
+
+    Raises:
+        EngineError: its constructor fails.
+    """
+
+    def __init__(self, binding: Binding) -> None:
+        self._engine: Any = None
+        self._engine = _translated("open", binding.engine_class)
+
+    def call(self, operation: str, method: str, *arguments: Any) -> Any:
+        """The engine's ``method``; its exceptions (arguments it cannot convert, C++ exceptions) become EngineError."""
+        return _translated(operation, lambda: getattr(self._engine, method)(*arguments))
+
+    def destroy(self) -> None:
+        """Run the destructor, which waits for the engine's threads with the GIL held."""
+        self._engine = None
+
+    def keep_forever(self) -> None:
+        """Never run the destructor, not even when the interpreter ends."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+
+
+def _translated(operation: str, function: Callable[[], Any]) -> Any:
     try:
-        return function(*arguments)
+        return function()
     except (TypeError, ValueError, OverflowError) as error:
         raise EngineError(NAME, operation, f"the engine does not take these arguments: {error}") from error
     except (RuntimeError, MemoryError, OSError) as error:
-        raise EngineError(NAME, operation, f"{type(error).__name__}: {error}", mutated=operation == "read") from error
+        raise EngineError(
+            NAME,
+            operation,
+            f"{type(error).__name__}: {error}",
+            mutated=operation == "read",
+            in_flight=operation == "read",
+        ) from error
 
 
 class AclRuntime:
