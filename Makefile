@@ -27,7 +27,7 @@ help: ## list the targets
 setup: ## bring .venv to requirements/lock.txt; every other target does it by itself
 	@$(PYTHON) scripts/set_up.py
 
-test: lint types contracts standin ## everything CI runs: lint, types, import contracts, all tests (those of the built wheel too)
+test: lint types contracts standin ## everything CI runs: lint, types, import contracts, all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup ## ruff: rules and format
@@ -60,11 +60,8 @@ vllm-tests: setup standin ## the tests that load models in real vLLM
 bench: setup standin ## weights phase: default loader, forks and memcpy side by side
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-bench-planner: setup ## cost of the planner's calls, beside the mock planner
-	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)
-
 bench-planner: setup ## one planner process beside the mock: cycles, heartbeats, waiting receivers, Redis
-	$(BIN)/python -m bench.bench_planner
+	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi

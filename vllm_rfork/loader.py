@@ -32,7 +32,7 @@ class _StartOver(Exception):
     """The structure that was built cannot be used any more. Control flow inside this file, never seen outside."""
 
 
-class RForkModelLoader(BaseModelLoader):  # type: ignore[misc] - vLLM is not there when types are checked
+class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not there when types are checked
     """vLLM's loader for the format ``rfork``. Constructing it reads settings and does nothing else.
 
     Raises:
