@@ -103,11 +103,12 @@ def table(results: list[ServerResult]) -> Table:
     for heading in ("bytes", "seconds", "GB/s"):
         shown.add_column(heading, justify="right")
     shown.add_column("same answers?")
+    names = {result.own_seed: result.name for result in results}
     for result in results:
         weights = result.weights
         rate = weights.nbytes / weights.weights_s / 1e9 if weights.weights_s > 0 else float("inf")
         same = "-" if result is results[0] else "yes" if result.answers == results[0].answers else "NO"
-        source = f"fork from {weights.seed}" if weights.seed else "storage"
+        source = f"fork from {names.get(weights.seed, weights.seed)}" if weights.seed else "storage"
         shown.add_row(result.name, source, f"{weights.nbytes:,}", f"{weights.weights_s:.3f}", f"{rate:.2f}", same)
     return shown
 
