@@ -1,0 +1,271 @@
+"""A seed's whole life beside a real planner: announced, read, suspended, withdrawn, killed; without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+
+from vllm_rfork.clients import Outcome, PlannerClient, SeedClient
+from vllm_rfork.errors import NoSeedAvailable, SeedError
+from vllm_rfork.messages import Lease, SeedAddress
+
+HERE = Path(__file__).parent
+MOCK_PLANNER = HERE.parents[1] / "examples" / "rfork_planner.py"
+KEY = "/models/q$prod$kv_both$0$0"
+DRAFT_KEY = KEY + "$draft"
+WITHIN_S = 30.0
+
+
+async def until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not await condition():
+        assert time.monotonic() < deadline, f"it never came true: {what}"
+        await asyncio.sleep(0.02)
+
+
+class Planner:
+    """The mock planner of ``examples/`` in a process of its own, on one port throughout."""
+
+    def __init__(self, *options: str) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.options = options
+        self.client = PlannerClient(self.url, request_timeout_s=10.0)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        command = [sys.executable, str(MOCK_PLANNER), "--port", str(self.port), *self.options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        await until(self.healthy, "the planner is up")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    async def healthy(self) -> bool:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with aiohttp.ClientSession() as session, session.get(self.url + "/healthz") as response:
+                return response.status == 200
+        return False
+
+    async def seeds(self) -> dict[tuple[str, int, int], dict[str, Any]]:
+        async with aiohttp.ClientSession() as session, session.get(self.url + "/debug/snapshot") as response:
+            seeds = (await response.json())["seeds"]
+        return {(seed["ip"], seed["port"], seed["rank"]): seed for seed in seeds}
+
+    async def knows(self, *seeds: SeedAddress) -> bool:
+        return set(await self.seeds()) == {(seed.host, seed.port, seed.rank) for seed in seeds}
+
+    async def lease(self, key: str = KEY) -> Lease:
+        return await self.client.acquire(key, fingerprint="f1")
+
+
+class Worker:
+    """``seed_worker.py`` in a session of its own."""
+
+    def __init__(self, planner: Planner, *keys: str, interval_s: float = 0.3) -> None:
+        options = json.dumps({"planner": planner.url, "keys": keys or [KEY], "interval_s": interval_s})
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "seed_worker.py"), options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        state = self.obey("state")
+        self.seeds = [SeedAddress(*seed) for seed in state["seeds"]]
+        self.watcher: int = state["watcher"]
+
+    def obey(self, order: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        state: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return state
+
+    async def gone(self) -> bool:
+        """Whether neither the worker nor its watcher is there any more."""
+        return self.process.poll() is not None and not alive(self.watcher)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.watcher, signal.SIGKILL)
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def planner() -> Iterator[Planner]:
+    made = Planner()
+    yield made
+    made.kill()
+
+
+@contextlib.contextmanager
+def working(planner: Planner, *keys: str, **options: Any) -> Iterator[Worker]:
+    worker = Worker(planner, *keys, **options)
+    try:
+        yield worker
+    finally:
+        worker.end()
+
+
+async def test_a_seed_is_found_through_the_planner_and_its_manifest_is_the_one_it_offers(planner: Planner) -> None:
+    await planner.start()
+    with working(planner) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+        lease = await planner.lease()
+        assert lease.seed == worker.seeds[0]
+        manifest = await SeedClient().manifest(lease.seed, KEY, "f1")
+        assert (manifest.epoch, manifest.seed_key) == ("epoch-1", KEY)
+        await SeedClient().confirm_epoch(lease.seed, KEY, manifest.epoch)
+        assert await planner.client.release(lease) is Outcome.DONE
+        assert worker.obey("state")["heavy"] == []
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_killed_worker_is_no_seed_any_more_in_any_of_its_roles(planner: Planner, death: signal.Signals) -> None:
+    await planner.start()
+    with working(planner, KEY, DRAFT_KEY, interval_s=30.0) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "both seeds are announced")
+        os.killpg(worker.process.pid, death)
+        await until(planner.knows, "both seeds are withdrawn")
+        for key in (KEY, DRAFT_KEY):
+            with pytest.raises(NoSeedAvailable):
+                await planner.lease(key)
+        await until(worker.gone, "nothing of the worker is left")
+
+
+async def test_a_worker_killed_while_it_is_read_gets_no_further_receiver(planner: Planner) -> None:
+    await planner.start()
+    with working(planner) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+        lease = await planner.lease()
+        worker.process.kill()
+
+        async def draining() -> bool:
+            return all(seed["draining"] for seed in (await planner.seeds()).values())
+
+        await until(draining, "the seed drains")
+        with pytest.raises(SeedError):
+            await SeedClient().confirm_epoch(lease.seed, KEY, "epoch-1")
+        await planner.client.release(lease)
+        await until(planner.knows, "the seed is withdrawn")
+
+
+async def test_a_planner_that_lost_everything_hears_of_the_seed_again(planner: Planner) -> None:
+    await planner.start()
+    with working(planner) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+        planner.kill()
+        await planner.start()
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced again")
+        worker.process.kill()
+        await until(planner.knows, "the seed is withdrawn")
+
+
+async def test_a_worker_that_started_without_a_planner_is_announced_once_there_is_one(planner: Planner) -> None:
+    with working(planner) as worker:
+        assert await SeedClient().healthy(worker.seeds[0], KEY)
+        await planner.start()
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+
+
+async def test_a_planner_that_is_away_when_the_worker_dies_is_told_when_it_is_back(planner: Planner) -> None:
+    await planner.start()
+    with working(planner, interval_s=30.0) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+        assert planner.process is not None
+        os.kill(planner.process.pid, signal.SIGSTOP)  # away, and with its memory of the seed
+        worker.process.kill()
+        worker.process.wait()
+        os.kill(planner.process.pid, signal.SIGCONT)
+        await until(planner.knows, "the seed is withdrawn")
+
+
+async def test_a_seed_whose_weights_change_is_gone_first_and_comes_back_under_a_new_epoch(planner: Planner) -> None:
+    await planner.start()
+    with working(planner) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+        lease = await planner.lease()
+        old = await SeedClient().manifest(lease.seed, KEY, "f1")
+        worker.obey("suspend")
+        with pytest.raises(SeedError, match="about to change"):
+            await SeedClient().confirm_epoch(lease.seed, KEY, old.epoch)
+        with pytest.raises(SeedError, match="about to change"):
+            await SeedClient().manifest(lease.seed, KEY, "f1")
+        with pytest.raises(NoSeedAvailable):
+            await planner.lease()
+        await planner.client.release(lease)
+
+        state = worker.obey("resume epoch-2")
+        await until(lambda: planner.knows(*worker.seeds), "the seed is announced again")
+        lease = await planner.lease()
+        assert (await SeedClient().manifest(lease.seed, KEY, "f1")).epoch == "epoch-2"
+        with pytest.raises(SeedError, match="epoch"):
+            await SeedClient().confirm_epoch(lease.seed, KEY, old.epoch)
+        await planner.client.release(lease)
+        worker.watcher = state["watcher"]
+        worker.process.kill()
+        await until(planner.knows, "the new epoch is watched as well")
+
+
+async def test_an_orderly_end_leaves_neither_seed_nor_service_nor_watcher(planner: Planner) -> None:
+    await planner.start()
+    with working(planner, KEY, DRAFT_KEY) as worker:
+        await until(lambda: planner.knows(*worker.seeds), "both seeds are announced")
+        state = worker.obey("withdraw")
+        assert state["watcher"] is None
+        assert await planner.knows()
+        for seed in worker.seeds:
+            with pytest.raises(SeedError):
+                await SeedClient(request_timeout_s=5.0).healthy(seed, KEY)
+        assert worker.process.stdin is not None
+        worker.process.stdin.close()
+        assert worker.process.wait(WITHIN_S) == 0
+        await until(worker.gone, "nothing of the worker is left")
+
+
+async def test_a_stopped_worker_is_a_seed_error_within_the_timeout_and_stale_in_the_end() -> None:
+    planner = Planner("--stale-after-sec", "1", "--sweep-every-sec", "0.1")
+    await planner.start()
+    try:
+        with working(planner) as worker:
+            await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+            os.kill(worker.process.pid, signal.SIGSTOP)
+            with pytest.raises(SeedError, match="no answer within"):
+                await SeedClient(request_timeout_s=0.5).manifest(worker.seeds[0], KEY, "f1")
+            await until(planner.knows, "the seed is stale")
+            os.kill(worker.process.pid, signal.SIGCONT)
+            await until(lambda: planner.knows(*worker.seeds), "the seed is announced again")
+    finally:
+        planner.kill()
