@@ -11,11 +11,14 @@ import types
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_rfork.engines import nixl_agent
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.nixl import NixlEngine
 from vllm_rfork.engines.nixl_agent import LOST, Agent, load_bindings, native_errors
+from vllm_rfork.engines.nixl_reader import halves
 from vllm_rfork.errors import EngineError, EngineUnavailable
 from vllm_rfork.manifest import Region
 from vllm_rfork.segments import Segment
@@ -230,4 +233,35 @@ def test_work_in_python_goes_on_during_a_read() -> None:
     stop.set()
     thread.join()
     assert during > 10
+    two.close()
+
+
+@given(st.lists(st.integers(1, 50_000), max_size=20))
+def test_halves_cover_every_byte_once_in_order(lengths: list[int]) -> None:
+    segments = [Segment(1_000_000 * n, 2_000_000 * n, nbytes) for n, nbytes in enumerate(lengths, start=1)]
+    first, rest = halves(segments)
+    assert abs(sum(s.nbytes for s in first) - sum(s.nbytes for s in rest)) <= 2 * 4096
+    pieces = iter(first + rest)
+    for segment in segments:
+        done = 0
+        while done < segment.nbytes:
+            piece = next(pieces)
+            assert piece == Segment(segment.local + done, segment.remote + done, piece.nbytes)
+            assert piece.nbytes > 0
+            done += piece.nbytes
+        assert done == segment.nbytes
+    assert next(pieces, None) is None
+
+
+def test_a_refused_part_keeps_the_other_from_starting() -> None:
+    """Both parts are accepted before either moves a byte."""
+    two = Two(16 * N)
+    good, bad = (
+        two.segment._replace(nbytes=16 * N),
+        two.segment._replace(remote=two.segment.remote + 15 * N, nbytes=N * 2),
+    )
+    with pytest.raises(EngineError) as caught:
+        two.receiver.read(two.endpoint, [good, bad], 10.0)
+    assert not caught.value.mutated
+    assert not any(two.target.raw)
     two.close()

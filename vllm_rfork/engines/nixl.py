@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
-from vllm_rfork.engines.nixl_agent import LOST, Agent, Descriptor
+from vllm_rfork.engines.nixl_agent import LOST, Agent, Bound, Descriptor
 from vllm_rfork.engines.nixl_peer import (
     ALLOW_TCP,
     IDENTITY_NBYTES,
@@ -44,6 +44,7 @@ from vllm_rfork.engines.nixl_peer import (
     pid_namespace,
     tcp_allowed,
 )
+from vllm_rfork.engines.nixl_reader import THREADS, Reader
 from vllm_rfork.engines.regions import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest import Region
@@ -98,7 +99,8 @@ class NixlEngine(TransferEngine):
             allow_tcp = tcp_allowed(dict(config.options))
             self._memory, self._device = _MEMORY[kind], int(index or 0)
             self._timeout_s = config.timeout_s
-            self._agent = Agent(f"rfork-{uuid.uuid4().hex}", self._memory, emulation=allow_tcp)
+            self._agent = Agent(f"rfork-{uuid.uuid4().hex}", self._memory, emulation=allow_tcp, workers=THREADS)
+            self._reader = Reader(self._agent, self._device)
             identity = uuid.uuid4().bytes
             ctypes.memmove(self._page, identity, IDENTITY_NBYTES)
             self._closing, self._stuck = False, ""
@@ -179,14 +181,9 @@ class NixlEngine(TransferEngine):
             if not segments:
                 return
             try:
-                agent.read(
-                    peer.name,
-                    [(segment.local, segment.nbytes, self._device) for segment in segments],
-                    [(segment.remote, segment.nbytes, peer.endpoint.device) for segment in segments],
-                    deadline=deadline,
-                    stopped=self._is_closing,
-                    quiet_on_error=peer.lane is Lane.CMA,
-                )
+                bound = Bound(deadline, self._is_closing)
+                attach = peer.lane is Lane.CMA
+                self._reader.read(peer.name, peer.endpoint.device, segments, bound, attach=attach)
                 self._check_identity(agent, peer, "read", deadline)
             except EngineError as error:
                 if error.in_flight:
@@ -249,6 +246,7 @@ class NixlEngine(TransferEngine):
         self._own = None
         self._peers = {}
         self._table.clear()
+        self._reader.close()
         if not agent.destroy():
             raise EngineError(NAME, "close", "something still holds the agent", in_flight=True)
 
@@ -270,16 +268,9 @@ class NixlEngine(TransferEngine):
         self._probes += 1
         slot = ctypes.addressof(self._page) + IDENTITY_NBYTES * (1 + self._probes % _SLOTS)
         ctypes.memset(slot, 0, IDENTITY_NBYTES)
-        agent.read(
-            peer.name,
-            [(slot, IDENTITY_NBYTES, 0)],
-            [(peer.endpoint.identity_at, IDENTITY_NBYTES, 0)],
-            deadline=deadline,
-            stopped=self._is_closing,
-            operation=operation,
-            memory="DRAM",
-            quiet_on_error=True,
-        )
+        own, theirs = [(slot, IDENTITY_NBYTES, 0)], [(peer.endpoint.identity_at, IDENTITY_NBYTES, 0)]
+        request = agent.prepare(peer.name, own, theirs, operation=operation, memory="DRAM")
+        agent.complete(request, Bound(deadline, self._is_closing), operation=operation, quiet_on_error=True)
         if ctypes.string_at(slot, IDENTITY_NBYTES) != peer.endpoint.identity:
             raise EngineError(NAME, operation, "the seed has closed", mutated=True, retry_elsewhere=True)
 

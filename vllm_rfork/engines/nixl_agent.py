@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_rfork.engines.nixl_peer import NAME
 from vllm_rfork.engines.table import ENGINES
@@ -56,16 +56,31 @@ def native_errors(bindings: Any) -> tuple[type[BaseException], ...]:
     return (*own, RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError, OSError)
 
 
+class Bound(NamedTuple):
+    """Until when to wait: ``deadline`` of ``time.monotonic``, or until ``stopped`` says True."""
+
+    deadline: float
+    stopped: Callable[[], bool]
+
+    def exceeded(self) -> str:
+        """Why to wait no longer; empty where waiting goes on."""
+        if self.stopped():
+            return "the engine is closing"
+        return "the peer did not deliver in time" if time.monotonic() >= self.deadline else ""
+
+
 class Agent:
-    """An agent with its UCX backend. Methods raise :class:`EngineError`; one thread at a time.
+    """An agent with its UCX backend. Methods raise :class:`EngineError`. One caller at a time, but for
+    requests, of which each worker thread may run one.
 
     Args:
         name: unique among all agents that ever meet.
-        memory: ``DRAM`` or ``VRAM``, the kind that :meth:`register` and :meth:`read` mean by default.
+        memory: ``DRAM`` or ``VRAM``, the kind that :meth:`register` and :meth:`prepare` mean by default.
+        workers: how many threads may read at once, each through a UCX worker of its own.
         emulation: let UCX carry reads over transports without remote memory access (TCP).
     """
 
-    def __init__(self, name: str, memory: str, *, emulation: bool) -> None:
+    def __init__(self, name: str, memory: str, *, emulation: bool, workers: int = 1) -> None:
         self._native = load_bindings()
         self._errors = native_errors(self._native)
         self._memory = memory
@@ -81,7 +96,10 @@ class Agent:
                 raise EngineUnavailable(NAME, "this NIXL has no UCX plugin", hint=ENGINES[NAME].hint)
             # A UCX setting through NIXL's parameter, not through the environment: other users of UCX in the process
             # keep theirs, and a UCX_PROTO_EMULATION_ENABLE that the user set wins.
-            self._agent.createBackend("UCX", {"engine_config": f"PROTO_EMULATION_ENABLE={'y' if emulation else 'n'}"})
+            self._agent.createBackend(
+                "UCX",
+                {"engine_config": f"PROTO_EMULATION_ENABLE={'y' if emulation else 'n'}", "num_workers": str(workers)},
+            )
 
     @contextmanager
     def translated(self, operation: str, **facts: bool) -> Iterator[None]:
@@ -125,46 +143,48 @@ class Agent:
         with self.translated(operation):
             self._agent.invalidateRemoteMD(name)
 
-    def read(
+    def prepare(
         self,
         peer: str,
         local: Sequence[Descriptor],
         remote: Sequence[Descriptor],
         *,
-        deadline: float,
-        stopped: Callable[[], bool],
         operation: str = "read",
         memory: str = "",
-        quiet_on_error: bool,
-    ) -> None:
-        """Copy ``remote`` to ``local``, descriptor by descriptor, and return when all is there.
+    ) -> int:
+        """A request to copy ``remote`` to ``local``, descriptor by descriptor; nothing moves yet.
+
+        NIXL checks here that every descriptor lies in a registration, and binds the request to the calling thread's
+        worker.
+        """
+        kind = self._kind(memory)
+        with self.translated(operation):
+            return int(
+                self._agent.createXferReq(
+                    self._native.NIXL_READ,
+                    self._native.nixlXferDList(kind, list(local)),
+                    self._native.nixlXferDList(kind, list(remote)),
+                    peer,
+                    "",
+                    [],
+                )
+            )
+
+    def complete(self, request: int, bound: Bound, *, operation: str = "read", quiet_on_error: bool) -> None:
+        """Start ``request``, return when all is there, and release it.
 
         Args:
-            deadline: of ``time.monotonic``.
-            stopped: asked while waiting; True gives the read up.
             quiet_on_error: a lane on which nothing of a failed read is under way any more.
 
         Raises:
             EngineError: ``in_flight`` where bytes may still arrive; the request is then kept, not released, since
                 a released request's bytes arrive all the same.
         """
-        kind = self._kind(memory)
-        with self.translated(operation):
-            request = self._agent.createXferReq(
-                self._native.NIXL_READ,
-                self._native.nixlXferDList(kind, list(local)),
-                self._native.nixlXferDList(kind, list(remote)),
-                peer,
-                "",
-                [],
-            )
         with self.translated(operation, mutated=True, in_flight=not quiet_on_error):
             state = self._agent.postXferReq(request, "")
             pause_s = _FIRST_PAUSE_S
             while state == self._native.NIXL_IN_PROG:
-                gave_up = "the engine is closing" if stopped() else ""
-                if not gave_up and time.monotonic() >= deadline:
-                    gave_up = "the peer did not deliver in time"
+                gave_up = bound.exceeded()
                 if gave_up:
                     raise EngineError(
                         NAME, operation, gave_up, code="timeout", mutated=True, in_flight=True, retry_elsewhere=True
@@ -172,6 +192,10 @@ class Agent:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
                 state = self._agent.getXferStatus(request)
+        self.release(request, operation)
+
+    def release(self, request: int, operation: str = "read") -> None:
+        """Forget a request that is done or was never started."""
         with self.translated(operation, mutated=True):
             self._agent.releaseXferReq(request)
 
