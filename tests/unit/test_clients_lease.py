@@ -87,6 +87,15 @@ async def test_a_planner_that_never_knew_the_lease_took_it_back_too() -> None:
     await keeper.stop()
 
 
+async def test_a_planner_that_renewed_before_is_believed_without_asking() -> None:
+    planner, virtual = FakePlanner(Outcome.DONE, Outcome.UNKNOWN, renews=False), VirtualTime()
+    keeper = await started(planner, virtual)
+    await virtual.advance(TTL_S)
+    with pytest.raises(PlannerError, match="took the lease"):
+        keeper.check()
+    await keeper.stop()
+
+
 async def test_one_failed_renewal_is_made_up_for(caplog: pytest.LogCaptureFixture) -> None:
     planner, virtual = FakePlanner("hiccup", Outcome.DONE), VirtualTime()
     keeper = await started(planner, virtual)
