@@ -41,9 +41,11 @@ class Planner:
     """The mock planner of ``examples/`` in a process of its own, on one port throughout."""
 
     def __init__(self, *options: str) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        # Held by a socket that never listens, so that nobody else gets the port while the planner is away.
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reserved.bind(("127.0.0.1", 0))
+        self.port = self.reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.options = options
         self.client = PlannerClient(self.url, request_timeout_s=10.0)
@@ -128,6 +130,7 @@ def planner() -> Iterator[Planner]:
     made = Planner()
     yield made
     made.kill()
+    made.reserved.close()
 
 
 @contextlib.contextmanager
@@ -256,7 +259,7 @@ async def test_an_orderly_end_leaves_neither_seed_nor_service_nor_watcher(planne
 
 
 async def test_a_stopped_worker_is_a_seed_error_within_the_timeout_and_stale_in_the_end() -> None:
-    planner = Planner("--stale-after-sec", "1", "--sweep-every-sec", "0.1")
+    planner = Planner("--stale-after-sec", "3", "--sweep-every-sec", "0.1")
     await planner.start()
     try:
         with working(planner) as worker:
@@ -269,3 +272,4 @@ async def test_a_stopped_worker_is_a_seed_error_within_the_timeout_and_stale_in_
             await until(lambda: planner.knows(*worker.seeds), "the seed is announced again")
     finally:
         planner.kill()
+        planner.reserved.close()
