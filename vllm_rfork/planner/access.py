@@ -51,7 +51,7 @@ class Tokens:
         if path is None:
             self._digests = _digests([environ.get(name, "") for name in TOKEN_VARIABLES])
         else:
-            self._version, self._digests = _version(path), _read(path)
+            self._version, self._digests = _version(path, "token_file"), _read(path)
 
     @property
     def required(self) -> bool:
@@ -75,7 +75,7 @@ class Tokens:
             return
         self._checked_at = now
         try:
-            version = _version(self._path)
+            version = _version(self._path, "token_file")
             if version != self._version:
                 self._version, self._digests = version, _read(self._path)
                 logger.info("Bearer tokens re-read: %d valid", len(self._digests))
@@ -83,11 +83,11 @@ class Tokens:
             logger.warning("The token file changed and cannot be used; the earlier tokens stay valid: %s", error)
 
 
-def _version(path: Path) -> tuple[int, ...]:
+def _version(path: Path, field: str) -> tuple[int, ...]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise ConfigError("token_file", error.strerror or "cannot be read", "a readable file") from error
+        raise ConfigError(field, error.strerror or "cannot be read", "a readable file") from error
     return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
@@ -128,14 +128,17 @@ class ServerTls:
     def refresh(self) -> None:
         """Load the certificate again if it was replaced; a half-written pair keeps the old one."""
         try:
-            if self._version != (_version(self._cert), _version(self._key)):
+            if self._version != self._versions():
                 self._version = self._load()
                 logger.info("TLS certificate re-read from %s", self._cert)
         except ConfigError as error:
             logger.warning("The TLS certificate changed and cannot be used; the earlier one stays: %s", error)
 
+    def _versions(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return _version(self._cert, "tls_cert"), _version(self._key, "tls_key")
+
     def _load(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        version = _version(self._cert), _version(self._key)
+        version = self._versions()
         try:
             self.context.load_cert_chain(self._cert, self._key)
         except (OSError, ssl.SSLError) as error:

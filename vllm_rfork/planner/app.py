@@ -120,6 +120,7 @@ class PlannerProcess:
         server.close()
         logger.info("Planner drains: %d receivers wait here", len(self.room))
         await self.room.close(self.settings.drain_sec)
+        web_server.pre_shutdown()  # idle connections close now, busy ones after their answer
         await web_server.shutdown(self.settings.drain_sec)
 
     async def _sweep_for_ever(self) -> None:

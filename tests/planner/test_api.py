@@ -1,0 +1,384 @@
+"""The planner over HTTP, in this process: the installed base's calls to the letter, ours, and what is not let in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from multidict import CIMultiDictProxy
+
+from vllm_rfork import messages
+from vllm_rfork.planner.access import Tokens
+from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.settings import settings_from
+
+SEED = {"SEED_IP": "127.0.0.1", "SEED_PORT": "5000", "SEED_RANK": "0"}
+ADD = {"SEED_KEY": "k", **SEED, "SEED_REFCNT": "0"}
+Headers = CIMultiDictProxy[str]
+
+
+class Client:
+    """Speaks to one planner with bare headers."""
+
+    def __init__(self, planner: PlannerProcess, session: aiohttp.ClientSession) -> None:
+        self.planner = planner
+        self.session = session
+
+    async def call(self, method: str, path: str, /, **headers: str) -> tuple[int, Headers, str]:
+        async with self.session.request(method, self.planner.url + path, headers=headers) as answer:
+            return answer.status, answer.headers, await answer.text()
+
+    async def status(self, method: str, path: str, /, **headers: str) -> int:
+        return (await self.call(method, path, **headers))[0]
+
+    async def add(self, port: int = 5000, **headers: str) -> int:
+        return await self.status("POST", "/add_seed", **{**ADD, "SEED_PORT": str(port), **headers})
+
+    async def lease(self, key: str = "k", **headers: str) -> dict[str, str]:
+        status, answer, text = await self.call("GET", "/get_seed", SEED_KEY=key, **headers)
+        assert status == 200, (status, text)
+        return {name: answer[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
+
+    async def waiting(self, count: int) -> None:
+        """Return once ``count`` receivers stand in line."""
+        await eventually(lambda: len(self.planner.room) == count)
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to that"
+        await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def planner(environ: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[Client]:
+    settled = settings_from({"port": 0, **settings})
+    tokens = Tokens(settled.token_file, environ or {})
+    async with (
+        PlannerProcess(settled, tokens=tokens).running() as process,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+    ):
+        yield Client(process, session)
+
+
+# --- the installed base ----------------------------------------------------------------------------------------------
+
+
+async def test_an_old_client_sees_what_the_protocol_says() -> None:
+    async with planner() as client:
+        assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404
+        assert await client.add() == 200
+        status, answer, _ = await client.call("GET", "/get_seed", SEED_KEY="k")
+        assert (status, answer["SEED_IP"], answer["SEED_PORT"], answer["SEED_RANK"]) == (200, "127.0.0.1", "5000", "0")
+        assert answer["LEASE_TTL_SEC"] == "60"
+        assert messages.INTENT not in answer
+        lease = {**SEED, "USER_ID": answer["USER_ID"]}
+        assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404
+        assert await client.status("POST", "/renew_seed_lease", **lease) == 200
+        assert await client.status("POST", "/remove_seed", SEED_KEY="k", **SEED) == 409
+        assert await client.add() == 200
+        assert await client.status("POST", "/put_seed", **lease) == 200
+        assert await client.status("POST", "/put_seed", **lease) == 404
+        assert await client.status("POST", "/renew_seed_lease", **lease) == 404
+        assert await client.add() == 200
+        assert await client.status("POST", "/remove_seed", SEED_KEY="other", **SEED) == 404
+        assert await client.status("POST", "/remove_seed", SEED_KEY="k", **SEED) == 200
+        assert await client.status("POST", "/remove_seed", SEED_KEY="k", **SEED) == 404
+        status, _, text = await client.call("GET", "/healthz")
+        assert (status, json.loads(text)) == (200, {"status": "ok"})
+        assert json.loads((await client.call("GET", "/debug/snapshot"))[2])["seeds"] == []
+
+
+REQUIRED = {
+    ("POST", "/add_seed"): ADD,
+    ("GET", "/get_seed"): {"SEED_KEY": "k"},
+    ("POST", "/put_seed"): {**SEED, "USER_ID": "u"},
+    ("POST", "/renew_seed_lease"): {**SEED, "USER_ID": "u"},
+    ("POST", "/remove_seed"): {"SEED_KEY": "k", **SEED},
+    ("POST", "/rfork_intent"): {"SEED_KEY": "k", "RFORK-INTENT": "i"},
+}
+
+
+@pytest.mark.parametrize(("call", "headers"), REQUIRED.items(), ids=lambda each: each[1] if type(each) is tuple else "")
+async def test_every_missing_or_empty_header_is_named(call: tuple[str, str], headers: dict[str, str]) -> None:
+    async with planner() as client:
+        for name in headers:
+            for rest in ({key: value for key, value in headers.items() if key != name}, {**headers, name: " "}):
+                status, _, text = await client.call(*call, **rest)
+                assert (status, name in text) == (400, True), (name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SEED_PORT", "0"),
+        ("SEED_PORT", "65536"),
+        ("SEED_PORT", "1.5"),
+        ("SEED_PORT", "９"),
+        ("SEED_RANK", "-1"),
+        ("SEED_RANK", "x"),
+        ("SEED_REFCNT", "-1"),
+        ("SEED_IP", "a b"),
+        ("SEED_IP", "a/../b"),
+        ("SEED_KEY", "UTF-8''%ff"),
+        ("SEED_KEY", "x" * 2049),
+        ("RFORK-SLOTS", "0"),
+        ("RFORK-LABELS", "host"),
+        ("RFORK-EPOCH", "x" * 257),
+    ],
+)
+async def test_every_bad_header_is_named(name: str, value: str) -> None:
+    async with planner() as client:
+        status, _, text = await client.call("POST", "/add_seed", **{**ADD, name: value})
+        assert status == 400
+        assert name in text or "UTF-8" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RFORK-WAIT-SEC", "soon"),
+        ("RFORK-WAIT-SEC", "nan"),
+        ("RFORK-EXCLUDE", "a:b"),
+        ("RFORK-EXCLUDE", "a:1:1," * 257),
+    ],
+)
+async def test_bad_wishes_are_refused(name: str, value: str) -> None:
+    async with planner() as client:
+        assert await client.status("GET", "/get_seed", SEED_KEY="k", **{name: value}) == 400
+
+
+async def test_hyphens_count_as_underscores() -> None:
+    async with planner() as client:
+        assert await client.status("POST", "/add_seed", **{k.replace("_", "-"): v for k, v in ADD.items()}) == 200
+        lease = await client.lease()
+        assert await client.status("POST", "/put_seed", **{k.replace("_", "-"): v for k, v in lease.items()}) == 200
+
+
+async def test_a_key_in_any_spelling_is_one_key() -> None:
+    async with planner() as client:
+        assert await client.add(SEED_KEY=messages.encode_text("模型$prod")) == 200
+        await client.lease("模型$prod")  # raw UTF-8, as careless clients send it
+
+
+async def test_unknown_calls_and_methods_are_refused() -> None:
+    async with planner() as client:
+        assert await client.status("GET", "/nothing") == 404
+        status, headers, _ = await client.call("GET", "/add_seed")
+        assert (status, headers["Allow"]) == (405, "POST")
+        assert await client.status("GET", "/renew_seed_lease") == 405
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------
+
+
+async def test_ten_start_together_and_one_reads_storage() -> None:
+    async with planner() as client:
+
+        async def replica(number: int) -> str:
+            headers = {"SEED_KEY": "k", "RFORK-WAIT-SEC": "30", "RFORK-INTENT": f"replica{number}"}
+            status, answer, _ = await client.call("GET", "/get_seed", **headers)
+            if status == 404:
+                assert answer["RFORK-INTENT"] == "granted"
+                await client.waiting(9)
+            # Loaded or forked: a seed now.
+            assert await client.add(6000 + number, **{"RFORK-INTENT": f"replica{number}"}) == 200
+            return "storage" if status == 404 else answer["SEED_PORT"]
+
+        sources = await asyncio.wait_for(asyncio.gather(*map(replica, range(10))), 20)
+        assert sources.count("storage") == 1
+        assert len(set(sources)) == 10, "each seed served one receiver, and each new seed the next"
+
+
+async def test_a_wait_is_over_when_it_is_over() -> None:
+    async with planner() as client:
+        started_at = time.monotonic()
+        assert await client.status("GET", "/get_seed", SEED_KEY="k", **{"RFORK-WAIT-SEC": "0.2"}) == 404
+        assert time.monotonic() - started_at >= 0.19
+        await client.waiting(0)
+        assert json.loads((await client.call("GET", "/debug/snapshot"))[2])["waiting"] == []
+
+
+async def test_the_fleets_default_wait_counts_where_the_receiver_states_none() -> None:
+    async with planner(seed_wait_sec=30, max_wait_sec=40) as client:
+        assert await client.status("GET", "/get_seed", SEED_KEY="k", **{"RFORK-WAIT-SEC": "0"}) == 404
+        task = asyncio.create_task(client.lease())
+        await client.waiting(1)
+        snapshot = json.loads((await client.call("GET", "/debug/snapshot"))[2])
+        assert snapshot["waiting"][0]["wait_s"] == pytest.approx(30, abs=0.5)
+        await client.add()
+        assert (await asyncio.wait_for(task, 10))["SEED_PORT"] == "5000"
+
+
+async def test_a_receiver_that_hangs_up_leaves_neither_a_place_nor_a_lease() -> None:
+    async with planner() as client:
+        gone = asyncio.create_task(client.lease(**{"RFORK-WAIT-SEC": "30"}))
+        await client.waiting(1)
+        gone.cancel()
+        await client.waiting(0)
+        await client.add()
+        await client.lease()
+
+
+async def test_a_failed_fork_is_counted_and_another_seed_is_given() -> None:
+    async with planner(failures_before_backoff=1) as client:
+        await client.add(5000)
+        await client.add(5001)
+        first = await client.lease()
+        told = {"RFORK-RESULT": "failed", "RFORK-CAUSE": "EngineError", "RFORK-SECONDS": "1.5", "RFORK-NBYTES": "7"}
+        assert await client.status("POST", "/put_seed", **first, **told) == 200
+        name = ":".join(first[each] for each in ("SEED_IP", "SEED_PORT", "SEED_RANK"))
+        second = await client.lease(**{"RFORK-EXCLUDE": name})
+        assert second["SEED_PORT"] != first["SEED_PORT"]
+        assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404, "the failed one is put aside"
+        snapshot = json.loads((await client.call("GET", "/debug/snapshot"))[2])
+        assert snapshot["history"][0]["cause"] == "EngineError"
+        page = (await client.call("GET", "/metrics"))[2]
+        assert 'rfork_planner_fork_failures_total{cause="EngineError"} 1.0' in page
+
+
+async def test_an_intent_can_be_renewed_and_taken_back() -> None:
+    async with planner() as client:
+        headers = {"SEED_KEY": "k", "RFORK-INTENT": "a"}
+        assert await client.status("GET", "/get_seed", **headers) == 404
+        assert await client.status("POST", "/rfork_intent", **headers, **{"RFORK-INTENT-TTL-SEC": "60"}) == 200
+        waiting = asyncio.create_task(
+            client.call("GET", "/get_seed", SEED_KEY="k", **{"RFORK-INTENT": "b", "RFORK-WAIT-SEC": "30"})
+        )
+        await client.waiting(1)
+        assert await client.status("POST", "/rfork_intent", **headers, **{"RFORK-INTENT-TTL-SEC": "0"}) == 200
+        status, answer, _ = await asyncio.wait_for(waiting, 10)
+        assert (status, answer["RFORK-INTENT"]) == (404, "granted")
+
+
+# --- letting nobody in -----------------------------------------------------------------------------------------------
+
+SECRET, NEXT_SECRET = "first-secret-value", "second-secret-value"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def test_without_a_token_only_probes_are_answered() -> None:
+    async with planner({"RFORK_TOKEN": SECRET}) as client:
+        paths = [*REQUIRED, ("GET", "/metrics"), ("GET", "/debug/snapshot")]
+        wrong = ({}, bearer("wrong"), bearer(""), {"Authorization": SECRET}, {"Authorization": f"Basic {SECRET}"})
+        for method, path in paths:
+            for authorization in wrong:
+                status, headers, _ = await client.call(
+                    method, path, **REQUIRED.get((method, path), {}), **authorization
+                )
+                assert status == 401
+                assert headers["WWW-Authenticate"].startswith("Bearer")
+        assert await client.status("GET", "/healthz") == 200
+        assert await client.status("GET", "/readyz") == 200
+        assert await client.add(**bearer(SECRET)) == 200
+
+
+async def test_two_tokens_are_valid_while_they_are_rotated(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"{SECRET}\n")
+    now = [0.0]
+    tokens = Tokens(file, {}, lambda: now[0])
+
+    def valid() -> list[bool]:
+        now[0] += 2
+        return [tokens.admit(f"Bearer {each}") for each in (SECRET, NEXT_SECRET)]
+
+    assert valid() == [True, False]
+    file.write_text(f"{NEXT_SECRET}\n{SECRET}\n")
+    assert valid() == [True, True]
+    file.write_text("")
+    assert valid() == [True, True], "an unusable file keeps the earlier tokens"
+    file.write_text(f"{NEXT_SECRET}\n")
+    assert valid() == [False, True]
+    file.unlink()
+    assert valid() == [False, True]
+    both = Tokens(None, {"RFORK_TOKEN": SECRET, "RFORK_TOKEN_PREVIOUS": NEXT_SECRET})
+    assert [both.admit(f"bearer {each}") for each in (SECRET, NEXT_SECRET)] == [True, True]
+
+
+async def test_no_credential_is_logged_or_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    async with planner({"RFORK_TOKEN": SECRET}) as client:
+        await client.add(**bearer(SECRET))
+        lease = await client.lease(**bearer(SECRET))
+        await client.status("GET", "/metrics", **bearer("wrong-secret-value"))
+        seen = caplog.text
+        for path in ("/metrics", "/debug/snapshot"):
+            seen += (await client.call("GET", path, **bearer(SECRET)))[2]
+    assert "Seed added" in seen
+    for secret in (SECRET, "wrong-secret-value", lease["USER_ID"], lease["USER_ID"].rpartition(".")[2]):
+        assert secret not in seen
+
+
+async def test_a_caller_announces_and_withdraws_its_own_address_only() -> None:
+    async with planner() as client:
+        for foreign in ("10.1.2.3", "192.0.2.1", "0.0.0.0", "no-such-host.invalid"):
+            status, _, text = await client.call("POST", "/add_seed", **{**ADD, "SEED_IP": foreign})
+            assert (status, "--trust-announced-address" in text) == (403, True), foreign
+            remove = {"SEED_KEY": "k", **SEED, "SEED_IP": foreign}
+            assert await client.status("POST", "/remove_seed", **remove) == 403
+        for own in ("127.0.0.1", "127.0.0.9", "localhost", "::1", "[::1]", "::ffff:127.0.0.1"):
+            assert await client.add(SEED_IP=own) == 200, own
+    async with planner(trust_announced_address=True) as client:
+        assert await client.add(SEED_IP="10.1.2.3") == 200
+
+
+async def test_oversized_requests_are_refused_and_the_planner_lives_on() -> None:
+    async with planner(max_key_length=10, max_seeds=1) as client:
+        assert await client.status("POST", "/add_seed", **{**ADD, "X-Long": "x" * 9000}) == 400
+        assert await client.status("POST", "/add_seed", **ADD, **{f"X-{n}": "x" for n in range(200)}) == 400
+        assert await client.add(SEED_KEY="x" * 11) == 400
+        assert await client.add() == 200
+        assert await client.add(5001) == 429
+
+
+async def test_connections_are_bounded() -> None:
+    async with planner(max_connections=3) as client:
+        opened = [await asyncio.open_connection("127.0.0.1", client.planner.port) for _ in range(4)]
+        closed = [asyncio.create_task(reader.read()) for reader, _ in opened]
+        done, _ = await asyncio.wait(closed, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert done == {closed[3]}
+        for _, writer in opened:
+            writer.close()
+        for each in closed:
+            each.cancel()
+
+
+async def test_metric_labels_are_bounded() -> None:
+    async with planner(max_metric_keys=2) as client:
+        for number in range(5):
+            await client.add(5000 + number, SEED_KEY=f"key{number}")
+            lease = await client.lease(f"key{number}")
+            told = {"RFORK-RESULT": "failed", "RFORK-CAUSE": f"Made{number}Up"}
+            assert await client.status("POST", "/put_seed", **lease, **told) == 200
+        page = (await client.call("GET", "/metrics"))[2]
+        assert 'rfork_planner_seeds{key="key1",state="serving"} 1.0' in page
+        assert 'rfork_planner_seeds{key="(other)",state="serving"} 3.0' in page
+        assert 'rfork_planner_grants_total{key="(other)"} 3.0' in page
+        assert "key2" not in page
+        assert 'rfork_planner_fork_failures_total{cause="(other)"} 5.0' in page
+
+
+async def test_draining_sends_the_waiting_away_and_finishes_what_is_under_way() -> None:
+    async with contextlib.AsyncExitStack() as outer:
+        session = await outer.enter_async_context(aiohttp.ClientSession())
+        process = PlannerProcess(settings_from({"port": 0}), tokens=Tokens(None, {}))
+        async with process.running():
+            client = Client(process, session)
+            waiting = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **{"RFORK-WAIT-SEC": "60"}))
+            await client.waiting(1)
+        status, headers, _ = await asyncio.wait_for(waiting, 10)
+        assert (status, headers["Retry-After"]) == (503, "1")
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await client.call("GET", "/healthz")

@@ -1,0 +1,274 @@
+"""Planner processes that are started, killed and stopped, over memory and over a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.planner.processes import PlannerUnderTest, call, until_status
+from tests.planner.redis_server import RedisServer
+
+LEASE_TTL_S = 3.0
+ADD = {"SEED_IP": "127.0.0.1", "SEED_RANK": "0", "SEED_REFCNT": "0"}
+
+
+@pytest.fixture
+def started() -> Iterator[list[PlannerUnderTest]]:
+    """Whoever is put in here is gone after the test."""
+    processes: list[PlannerUnderTest] = []
+    yield processes
+    for each in processes:
+        each.kill()
+
+
+def start(started: list[PlannerUnderTest], *flags: str, port: int = 0, **environ: str) -> PlannerUnderTest:
+    started.append(PlannerUnderTest(*flags, port=port, **environ))
+    return started[-1]
+
+
+class Ledger:
+    """Who reads which seed until when, as the receivers themselves know it: the judge of the planners.
+
+    A lease surely lives for a TTL from when it was asked for, or until its receiver lets go of it. Whoever is given
+    the same slot within that time was given it twice, however slow this machine is.
+    """
+
+    def __init__(self) -> None:
+        self.until: dict[str, float] = {}
+        self.forks = 0
+        self.clashes: list[str] = []
+
+    def begin(self, seed: str, asked_at: float) -> None:
+        self.forks += 1
+        if self.until.get(seed, 0.0) > time.monotonic():
+            self.clashes.append(seed)
+        self.until[seed] = asked_at + LEASE_TTL_S
+
+    def end(self, seed: str, asked_at: float) -> None:
+        if self.until[seed] == asked_at + LEASE_TTL_S:
+            del self.until[seed]
+
+
+class Fleet:
+    """Seeds that beat and receivers that fork, at whichever planner answers."""
+
+    def __init__(self, session: aiohttp.ClientSession, urls: list[str]) -> None:
+        self.session = session
+        self.urls = urls
+        self.ledger = Ledger()
+        self.over = asyncio.Event()
+
+    async def call_any(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, str]]:
+        """As a client behind a load balancer: another replica where one does not answer."""
+        for url in random.sample(self.urls, len(self.urls)):
+            status, answer = await call(self.session, method, url + path, **headers)
+            if status not in (0, 503):
+                return status, answer
+        return 0, {}
+
+    async def seed(self, port: int) -> None:
+        while not self.over.is_set():
+            await self.call_any("POST", "/add_seed", SEED_KEY="k", SEED_PORT=str(port), **ADD)
+            await _sleep_until(self.over, 0.3)
+
+    async def receiver(self, number: int) -> None:
+        rng = random.Random(number)
+        while not self.over.is_set():
+            asked_at = time.monotonic()
+            wait = {"RFORK-WAIT-SEC": rng.choice(["0", "2"])}
+            status, answer = await self.call_any("GET", "/get_seed", SEED_KEY="k", **wait)
+            if status != 200:
+                await asyncio.sleep(0.05)
+                continue
+            lease = {name: answer[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
+            self.ledger.begin(lease["SEED_PORT"], asked_at)
+            await asyncio.sleep(rng.random() * 0.03)
+            if rng.random() < 0.9:  # the others die without a word: one TTL each
+                self.ledger.end(lease["SEED_PORT"], asked_at)
+                await self.call_any("POST", "/put_seed", **lease)
+
+
+async def _sleep_until(over: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(over.wait(), seconds)
+    except asyncio.TimeoutError:
+        return
+
+
+async def test_replicas_killed_in_the_middle_lose_nothing_and_grant_no_slot_twice(
+    redis_server: RedisServer, started: list[PlannerUnderTest]
+) -> None:
+    flags = ("--store", redis_server.url, "--redis-prefix", "killed", "--lease-ttl-sec", str(LEASE_TTL_S))
+    flags += ("--sweep-every-sec", "0.5")
+    replicas = [start(started, *flags).until_ready() for _ in range(2)]
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=10), connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    ) as session:
+        fleet = Fleet(session, [each.url for each in replicas])
+        tasks = [asyncio.create_task(fleet.seed(5000 + number)) for number in range(4)]
+        tasks += [asyncio.create_task(fleet.receiver(number)) for number in range(8)]
+        for round_ in range(3):
+            await _forks(fleet, 25)
+            victim = replicas[round_ % 2]
+            victim.kill()
+            await _forks(fleet, 25)  # the other one carries on alone
+            replicas[round_ % 2] = await asyncio.to_thread(start(started, *flags, port=victim.port).until_ready)
+        fleet.over.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        assert fleet.ledger.clashes == []
+        # Nothing leaked: once everything has run out, every slot is free again.
+        deadline = time.monotonic() + 30
+        while True:
+            async with session.get(replicas[0].url + "/debug/snapshot") as answer:
+                snapshot = await answer.json()
+            if not snapshot["leases"] and not snapshot["waiting"]:
+                break
+            assert time.monotonic() < deadline, snapshot
+            await asyncio.sleep(0.05)
+
+
+async def _forks(fleet: Fleet, more: int) -> None:
+    goal, deadline = fleet.ledger.forks + more, time.monotonic() + 60
+    while fleet.ledger.forks < goal:
+        assert time.monotonic() < deadline, f"stuck at {fleet.ledger.forks} forks"
+        await asyncio.sleep(0.01)
+
+
+async def test_a_receiver_that_waits_at_one_replica_is_served_by_a_seed_that_calls_at_another(
+    redis_server: RedisServer, started: list[PlannerUnderTest]
+) -> None:
+    flags = ("--store", redis_server.url, "--redis-prefix", "across")
+    one, other = (start(started, *flags).until_ready() for _ in range(2))
+    async with aiohttp.ClientSession() as session:
+        waiting = asyncio.create_task(
+            call(session, "GET", one.url + "/get_seed", SEED_KEY="k", **{"RFORK-WAIT-SEC": "60"})
+        )
+        while True:
+            async with session.get(other.url + "/debug/snapshot") as answer:
+                if (await answer.json())["waiting"]:
+                    break
+        started_at = time.monotonic()
+        assert (await call(session, "POST", other.url + "/add_seed", SEED_KEY="k", SEED_PORT="1", **ADD))[0] == 200
+        status, answer_headers = await asyncio.wait_for(waiting, 20)
+        assert (status, answer_headers["SEED_PORT"]) == (200, "1")
+        assert time.monotonic() - started_at < 10, "it was woken, not found by the end of its wait"
+
+
+async def test_who_waited_at_a_dead_replica_does_not_block_the_line(
+    redis_server: RedisServer, started: list[PlannerUnderTest]
+) -> None:
+    flags = ("--store", redis_server.url, "--redis-prefix", "dead", "--sweep-every-sec", "0.2")
+    one, other = (start(started, *flags, "--lease-ttl-sec", "1").until_ready() for _ in range(2))
+    async with aiohttp.ClientSession() as session:
+        headers = {"SEED_KEY": "k", "RFORK-WAIT-SEC": "60"}
+        lost = asyncio.create_task(call(session, "GET", one.url + "/get_seed", **headers))
+        while True:
+            async with session.get(other.url + "/debug/snapshot") as answer:
+                if (await answer.json())["waiting"]:
+                    break
+        one.kill()
+        assert (await lost)[0] == 0
+        assert (await call(session, "POST", other.url + "/add_seed", SEED_KEY="k", SEED_PORT="1", **ADD))[0] == 200
+        # The dead one's place costs the time in which its lease would have been fetched, and no more.
+        assert (await asyncio.wait_for(call(session, "GET", other.url + "/get_seed", **headers), 30))[0] == 200
+
+
+async def test_without_redis_receivers_are_sent_to_storage_and_the_planner_recovers(
+    tmp_path: Path, started: list[PlannerUnderTest]
+) -> None:
+    server = RedisServer(tmp_path, keeps_data=True)
+    server.start()
+    try:
+        planner = start(started, "--store", server.url).until_ready()
+        async with aiohttp.ClientSession() as session:
+            add = {"SEED_KEY": "k", "SEED_PORT": "1", **ADD}
+            assert (await call(session, "POST", planner.url + "/add_seed", **add))[0] == 200
+            assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 200
+            server.kill()
+            await until_status(session, planner.url + "/readyz", 503)
+            assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 503
+            assert (await call(session, "GET", planner.url + "/healthz"))[0] == 200
+            server.start()
+            await until_status(session, planner.url + "/readyz", 200)
+            # What Redis wrote down still holds: the slot is taken.
+            assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 404
+            assert (await call(session, "POST", planner.url + "/add_seed", **{**add, "SEED_PORT": "2"}))[0] == 200
+            assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 200
+    finally:
+        server.kill()
+
+
+async def test_a_planner_that_lost_its_state_rebuilds_it_and_grants_nothing_unsafe(
+    started: list[PlannerUnderTest],
+) -> None:
+    flags = ("--lease-ttl-sec", "4")
+    planner = start(started, *flags).until_ready()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        add = {"SEED_KEY": "k", "SEED_PORT": "1", **ADD}
+        status, answer = await call(session, "POST", planner.url + "/add_seed", **add)
+        assert status == 200
+        state = {"RFORK-STATE": answer["RFORK-STATE"]}
+        status, lease = await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k")
+        held = {name: lease[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
+        planner.kill()
+        planner = start(started, *flags, port=planner.port).until_ready()
+        # The heartbeat brings the seed back; the receiver that reads from it renews, and keeps its slot.
+        assert (await call(session, "POST", planner.url + "/add_seed", **add, **state))[0] == 200
+        assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 404
+        assert (await call(session, "POST", planner.url + "/renew_seed_lease", **held))[0] == 200
+        async with session.get(planner.url + "/debug/snapshot") as answer_:
+            assert [each["leases"] for each in (await answer_.json())["seeds"]] == [1]
+        assert (await call(session, "POST", planner.url + "/put_seed", **held))[0] == 200
+        # Others of the forgotten leases may still live, until one TTL has passed; then a waiting receiver is served.
+        assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 404
+        wait = {"SEED_KEY": "k", "RFORK-WAIT-SEC": "30"}
+        assert (await asyncio.wait_for(call(session, "GET", planner.url + "/get_seed", **wait), 20))[0] == 200
+
+
+async def test_sigterm_drains_and_ends_with_status_zero(started: list[PlannerUnderTest]) -> None:
+    planner = start(started, "--log-format", "json").until_ready()
+    async with aiohttp.ClientSession() as session:
+        wait = {"SEED_KEY": "k", "RFORK-WAIT-SEC": "60"}
+        waiting = asyncio.create_task(call(session, "GET", planner.url + "/get_seed", **wait))
+        while True:
+            async with session.get(planner.url + "/debug/snapshot") as answer:
+                if (await answer.json())["waiting"]:
+                    break
+        assert await asyncio.to_thread(planner.stop) == 0
+        assert (await asyncio.wait_for(waiting, 10))[0] == 503
+    assert {"at", "level", "logger", "message"} <= set(json.loads(planner.log[-1]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "named"),
+    [
+        (("--slots", "none"), {}, "slots"),
+        (("--policy", "cheapest"), {}, "policy"),
+        (("--tls-cert", "x.pem"), {}, "tls_cert"),
+        (("--store", "postgres://x"), {}, "store"),
+        (("--token-file", "/nowhere/token"), {}, "token_file"),
+        ((), {"RFORK_PLANNER_SLOT": "3"}, "RFORK_PLANNER_SLOT"),
+        ((), {"RFORK_PLANNER_LEASE_TTL_SEC": "-3"}, "lease_ttl_sec"),
+    ],
+)
+def test_a_wrong_setting_fails_the_start_and_is_named(
+    started: list[PlannerUnderTest], flags: tuple[str, ...], environ: dict[str, str], named: str
+) -> None:
+    status, said = start(started, *flags, **environ).fails()
+    assert status == 2
+    assert named in said
+
+
+def test_a_taken_port_or_a_missing_redis_fails_the_start_in_one_line(started: list[PlannerUnderTest]) -> None:
+    first = start(started).until_ready()
+    status, said = start(started, port=first.port).fails()
+    assert (status, "could not start" in said, "Traceback" in said) == (1, True, False)
+    status, said = start(started, "--store", "redis://127.0.0.1:1/0").fails()
+    assert (status, "could not start" in said, "Traceback" in said) == (1, True, False)

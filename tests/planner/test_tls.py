@@ -1,0 +1,120 @@
+"""TLS on the planner: its own certificate, and callers' certificates where they are asked for."""
+
+from __future__ import annotations
+
+import datetime
+import ssl
+from pathlib import Path
+
+import aiohttp
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from vllm_rfork.errors import ConfigError
+from vllm_rfork.planner.access import ServerTls, Tokens
+from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.settings import settings_from
+
+
+class Authority:
+    """A certificate authority for one test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+        self.file = folder / "ca.pem"
+        self.file.write_bytes(_pem(self._sign(self._name, self._key, is_ca=True)))
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key files for ``localhost``."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        files = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        files[0].write_bytes(_pem(self._sign(subject, key, is_ca=False)))
+        files[1].write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return files
+
+    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_ca: bool) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        )
+        return builder.sign(self._key, hashes.SHA256())
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+async def status(url: str, context: ssl.SSLContext) -> int:
+    async with aiohttp.ClientSession() as session, session.get(url, ssl=context) as answer:
+        return answer.status
+
+
+async def test_callers_need_the_certificate_that_is_asked_for(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("planner")
+    settings = settings_from(
+        {"host": "localhost", "port": 0, "tls_cert": cert, "tls_key": key, "tls_client_ca": authority.file}
+    )
+    async with PlannerProcess(settings, tokens=Tokens(None, {})).running() as planner:
+        url = planner.url + "/healthz"
+        assert url.startswith("https://")
+        trusting = ssl.create_default_context(cafile=str(authority.file))
+        with pytest.raises((aiohttp.ClientError, ConnectionError)):
+            await status(url, trusting)
+        trusting.load_cert_chain(*authority.issue("seed"))
+        assert await status(url, trusting) == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await status(url, ssl.create_default_context())
+
+
+async def test_a_certificate_that_is_replaced_on_disk_is_used_from_then_on(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("planner")
+    settings = settings_from(
+        {"host": "localhost", "port": 0, "tls_cert": cert, "tls_key": key, "sweep_every_sec": 0.05}
+    )
+    async with PlannerProcess(settings, tokens=Tokens(None, {})).running() as planner:
+        (tmp_path / "later").mkdir()
+        later = Authority(tmp_path / "later")
+        new_cert, new_key = later.issue("planner")
+        trusting = ssl.create_default_context(cafile=str(later.file))
+        cert.write_bytes(new_cert.read_bytes())  # half a pair: the old one stays in use
+        key.write_bytes(new_key.read_bytes())
+        for _ in range(200):
+            try:
+                assert await status(planner.url + "/healthz", trusting) == 200
+                break
+            except aiohttp.ClientConnectorCertificateError:
+                continue
+        else:
+            raise AssertionError("the new certificate was never used")
+
+
+def test_unusable_files_are_named(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("planner")
+    for given, field in (
+        ((key, cert, None), "tls_cert"),
+        ((tmp_path / "none", key, None), "tls_cert"),
+        ((cert, key, key), "tls_client_ca"),
+    ):
+        with pytest.raises(ConfigError, match=field):
+            ServerTls(*given)
