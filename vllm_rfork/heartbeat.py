@@ -97,7 +97,9 @@ class Heartbeat:
             try:
                 await self.withdraw()
             except PlannerError as error:
-                logger.warning("RFork: seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error)
+                logger.warning(
+                    "RFork: seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error
+                )
 
     async def withdraw(self) -> Outcome:
         """Take the seed back and end :meth:`run`; no beat follows. Repeating it returns the first outcome.
