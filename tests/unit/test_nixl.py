@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import threading
@@ -18,7 +19,8 @@ from vllm_rfork.engines import nixl_agent
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.nixl import NixlEngine
 from vllm_rfork.engines.nixl_agent import LOST, Agent, load_bindings, native_errors
-from vllm_rfork.engines.nixl_reader import halves
+from vllm_rfork.engines.nixl_reader import halves, runs
+from vllm_rfork.engines.process_memory import touch
 from vllm_rfork.errors import EngineError, EngineUnavailable
 from vllm_rfork.manifest import Region
 from vllm_rfork.segments import Segment
@@ -251,6 +253,27 @@ def test_halves_cover_every_byte_once_in_order(lengths: list[int]) -> None:
             done += piece.nbytes
         assert done == segment.nbytes
     assert next(pieces, None) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=20))
+def test_runs_cover_the_same_bytes_with_as_few_pieces_as_can_be(gaps: list[tuple[int, int]]) -> None:
+    segments, at = [], 1000
+    for gap, nbytes in gaps:
+        segments.append(Segment(at + gap, 0, nbytes))
+        at += gap + nbytes
+    covered = [address + n for address, nbytes in runs(segments) for n in range(nbytes)]
+    assert covered == [segment.local + n for segment in segments for n in range(segment.nbytes)]
+    assert len(list(runs(segments))) == sum(gap > 0 for gap, _ in gaps[1:]) + bool(gaps)
+
+
+def test_touching_memory_changes_none_of_it() -> None:
+    nbytes = 64 * mmap.PAGESIZE
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[5 * mmap.PAGESIZE] = 77
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        touch(address + 1, nbytes - 2)
+        assert memory[:] == bytes(5 * mmap.PAGESIZE) + b"M" + bytes(nbytes - 5 * mmap.PAGESIZE - 1)
+        touch(1 << 46, 10)  # nobody's memory: a hint that cannot be followed is no error
 
 
 def test_a_refused_part_keeps_the_other_from_starting() -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from vllm_rfork.engines.nixl_agent import Agent, Bound
+from vllm_rfork.engines.process_memory import touch
 from vllm_rfork.errors import EngineError
 from vllm_rfork.segments import Segment
 
@@ -36,6 +37,19 @@ def halves(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         room -= take
     yield first
     yield rest
+
+
+def runs(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
+    """Local address and length of each stretch of memory that ``segments`` cover without a gap, in their order."""
+    start = end = 0
+    for local, _, nbytes in segments:
+        if local != end:
+            if end > start:
+                yield start, end - start
+            start = local
+        end = local + nbytes
+    if end > start:
+        yield start, end - start
 
 
 class Reader:
@@ -64,9 +78,9 @@ class Reader:
             # Other lanes copy elsewhere, and CUDA wants the caller's thread, which has its context.
             self._agent.complete(self._prepare(peer, device, segments), bound, quiet_on_error=attach)
             return
+        parts = list(halves(segments))
         prepared = [
-            thread.submit(self._prepare, peer, device, part)
-            for thread, part in zip(self._threads, halves(segments), strict=True)
+            thread.submit(self._prepare, peer, device, part) for thread, part in zip(self._threads, parts, strict=True)
         ]
         try:
             requests = [future.result() for future in prepared]
@@ -75,8 +89,8 @@ class Reader:
                 self._release(future)
             raise
         running = [
-            thread.submit(self._agent.complete, request, bound, quiet_on_error=attach)
-            for thread, request in zip(self._threads, requests, strict=True)
+            thread.submit(self._touch_and_complete, part, request, bound)
+            for thread, part, request in zip(self._threads, parts, requests, strict=True)
         ]
         failures = [error for future in running if (error := future.exception()) is not None]
         if failures:
@@ -93,6 +107,11 @@ class Reader:
             [(segment.local, segment.nbytes, self._device) for segment in part],
             [(segment.remote, segment.nbytes, device) for segment in part],
         )
+
+    def _touch_and_complete(self, part: Sequence[Segment], request: int, bound: Bound) -> None:
+        for address, nbytes in runs(part):
+            touch(address, nbytes)
+        self._agent.complete(request, bound, quiet_on_error=True)
 
     def _release(self, prepared: Future[int]) -> None:
         with suppress(EngineError):

@@ -1,4 +1,4 @@
-"""Reading another process's memory on this machine, and who that process is.
+"""Reading another process's memory on this machine, who that process is, and pages made ready to take it.
 
 ``process_vm_readv`` needs the same uid (or the right to trace) and the same pid namespace; two containers usually have
 neither. Raises ``OSError`` only; adapters translate it. Must not import an engine.
@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE; Python's mmap module does not name it
+
 
 class _Iovec(ctypes.Structure):
     _fields_: ClassVar[Sequence[tuple[str, type]]] = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
@@ -24,6 +27,13 @@ def _readv() -> Any:
     function.restype = ctypes.c_ssize_t
     iovec, count = ctypes.POINTER(_Iovec), ctypes.c_ulong
     function.argtypes = [ctypes.c_int, iovec, count, iovec, count, count]
+    return function
+
+
+@functools.cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return function
 
 
@@ -43,6 +53,16 @@ def read_process(pid: int, local: int, remote: int, nbytes: int) -> None:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
         done += got
+
+
+def touch(address: int, nbytes: int) -> None:
+    """Have the kernel make the pages under ``nbytes`` at ``address`` ready for writing; contents stay as they are.
+
+    One call for many pages costs about half of what they cost one fault at a time, in the middle of a copy. A hint:
+    where the kernel is too old (Linux < 5.14) or the memory cannot be treated so, the copy faults the pages in itself.
+    """
+    start = address // _PAGE * _PAGE
+    _madvise()(start, address + nbytes - start, _POPULATE_WRITE)
 
 
 def process_started(pid: int) -> int:
