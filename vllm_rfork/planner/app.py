@@ -155,7 +155,7 @@ def make_store(settings: Settings) -> Store:
     try:
         from vllm_rfork.planner.redis_store import RedisStore
     except ModuleNotFoundError as error:
-        if error.name != "redis":
+        if (error.name or "").partition(".")[0] != "redis":
             raise
         raise ConfigError("store", "the Redis client is missing: pip install 'vllm-rfork[redis]'", "memory") from error
     return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
