@@ -108,8 +108,9 @@ class Api:
         except (StoreUnavailable, Closing) as error:
             text = str(error) or "the planner is being stopped"
             response = web.Response(status=503, text=text + "\n", headers={"Retry-After": "1"})
-        waits = path == messages.GET_SEED and header(request.headers, messages.WAIT_SEC) is not None
-        duration_s = None if waits else time.perf_counter() - started_at
+        may_wait = self._settings.seed_wait_sec > 0 or header(request.headers, messages.WAIT_SEC) is not None
+        waited = path == messages.GET_SEED and may_wait
+        duration_s = None if waited else time.perf_counter() - started_at
         self._metrics.request(path if methods else "unknown", response.status, duration_s)
         return response
 

@@ -11,13 +11,14 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.planner.access import ServerTls, Tokens, tokens_from
 from vllm_rfork.planner.api import Api
+from vllm_rfork.planner.door import Door
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import Event, Store, StoreError
@@ -60,6 +61,7 @@ class PlannerProcess:
             else None
         )
         self.store.observe = self._observe
+        self._door: Door | None = None
         self.port = settings.port
 
     @property
@@ -78,15 +80,16 @@ class PlannerProcess:
         """
         await self.store.open()
         web_server = web.Server(
-            self.api.handle,
+            self._handle,
             handler_cancellation=True,  # a waiting receiver that hangs up leaves the line at once
             access_log=None,
             keepalive_timeout=_KEEPALIVE_S,
             lingering_time=1.0,
         )
+        self._door = Door(web_server, self.settings.max_connections)
         sweeper: asyncio.Task[None] | None = None
         try:
-            server = await self._listen(web_server)
+            server = await self._listen(self._door)
             sweeper = asyncio.create_task(self._sweep_for_ever())
             self.api.ready = True
             logger.info("Planner listens on %s (%s)", self.url, self.settings.store.partition("://")[0])
@@ -100,11 +103,14 @@ class PlannerProcess:
                 await asyncio.gather(sweeper, return_exceptions=True)
             await self.store.close()
 
-    async def _listen(self, web_server: web.Server) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
-        protocol = _bounded(web_server, self.settings.max_connections)
-        server = await loop.create_server(
-            protocol,
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._door is not None:
+            self._door.has_spoken(request)
+        return await self.api.handle(request)
+
+    async def _listen(self, door: Door) -> asyncio.Server:
+        server = await asyncio.get_running_loop().create_server(
+            door.open,
             self.settings.host,
             self.settings.port,
             ssl=self._tls.context if self._tls else None,
@@ -132,6 +138,8 @@ class PlannerProcess:
                 logger.warning("The sweep failed, trying again: %s", error)
             if self._tls is not None:
                 self._tls.refresh()
+            if self._door is not None:
+                self._door.sweep()
             await asyncio.sleep(pause_s)
 
     def _observe(self, event: Event) -> None:
@@ -158,23 +166,10 @@ def make_store(settings: Settings) -> Store:
         if (error.name or "").partition(".")[0] != "redis":
             raise
         raise ConfigError("store", "the Redis client is missing: pip install 'vllm-rfork[redis]'", "memory") from error
-    return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
-
-
-def _bounded(web_server: web.Server, max_connections: int) -> Callable[[], asyncio.Protocol]:
-    """Protocols of ``web_server``, or one that closes at once where there are too many connections."""
-
-    def factory() -> asyncio.Protocol:
-        return _Full() if len(web_server.connections) >= max_connections else web_server()
-
-    return factory
-
-
-class _Full(asyncio.Protocol):
-    """Too many connections: close this one."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+    try:
+        return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
+    except ValueError as error:  # without its text: the URL may hold a password
+        raise ConfigError("store", "not a usable Redis URL", "redis://host:port/db") from error
 
 
 async def serve(settings: Settings) -> None:
