@@ -325,6 +325,24 @@ class EngineContract:
         last.read(second, [[address, target, MIB]])
         assert last.peek(address, 0, MIB) == pattern(7, MIB)
 
+    def test_calls_may_come_from_any_thread(self, processes: Processes) -> None:
+        """A loader registers here, connects there, and reads in a thread that it starts for the purpose."""
+        seed, receiver = processes.two()
+        source, target = seed.alloc(MIB, seed=7), receiver.alloc(MIB)
+        seed.register([source, MIB])
+        endpoint = seed.endpoint()
+        read = {"op": "read", "args": {"endpoint": endpoint, "segments": [[target, source, MIB]], "timeout_s": 20.0}}
+        calls = [
+            {"op": "register", "args": {"regions": [[target, MIB]]}},
+            {"op": "connect", "args": {"endpoint": endpoint, "timeout_s": 10.0}},
+            read,
+            read,
+        ]
+        receiver.call("in_threads", calls=calls)
+        assert receiver.digest(target) == seed.digest(source)
+        receiver.call("in_threads", calls=[{"op": "close", "args": {}}])
+        assert receiver.registered_nbytes == 0
+
     # -- refusals ------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize(

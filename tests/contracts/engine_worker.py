@@ -84,6 +84,22 @@ class Worker:
     def read(self, endpoint: str, segments: list[list[int]], timeout_s: float) -> None:
         self._engine().read(endpoint, [Segment(*segment) for segment in segments], timeout_s)
 
+    def in_threads(self, calls: list[dict[str, Any]]) -> None:
+        """Run commands one after another, each in a thread of its own."""
+        for call in calls:
+            failures: list[BaseException] = []
+            thread = threading.Thread(target=self._keep_failure, args=(call, failures))
+            thread.start()
+            thread.join()
+            if failures:
+                raise failures[0]
+
+    def _keep_failure(self, call: dict[str, Any], failures: list[BaseException]) -> None:
+        try:
+            getattr(self, call["op"])(**call["args"])
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
+            failures.append(error)
+
     def read_loop(self, endpoint: str, segments: list[list[int]], timeout_s: float, seconds: float) -> int:
         """Read over and over for at most ``seconds``; reports once the first read is done, returns their number."""
         end = time.monotonic() + seconds
