@@ -215,7 +215,6 @@ class _Process:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.pid = os.getpid()
         self.current: Background | None = None
 
 
@@ -225,19 +224,17 @@ _process = _Process()
 _inherited: list[_Process] = []
 
 
-def _forget_after_fork() -> None:
-    global _process  # noqa: PLW0603 - the lock may have been held by a thread that the child does not have
+def _start_anew() -> None:
+    global _process  # noqa: PLW0603 - as a whole: its lock may be held by a thread that the child does not have
     _inherited.append(_process)
     _process = _Process()
 
 
-os.register_at_fork(after_in_child=_forget_after_fork)
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def background() -> Background:
     """The process's own bridge, started on first use, and anew after a fork or after it was closed."""
-    if _process.pid != os.getpid():  # forked by native code, without Python's hooks
-        _forget_after_fork()
     process = _process
     with process.lock:
         if process.current is None or process.current.closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -123,12 +124,12 @@ def test_cancel_before_the_first_step_leaves_nothing_behind(
 
     blocker = bridge.spawn(block_the_loop(), "blocker")
     task = bridge.spawn(asyncio.sleep(LONG_S), "never stepped")
-    canceller = threading.Thread(target=task.cancel, args=(10,))
-    canceller.start()
+    bridge.in_loop(task._cancel)
     gate.set()
-    canceller.join(10)
-    assert task.done
+    task.wait(10)
     blocker.wait(10)
+    del task
+    gc.collect()
     assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
 
 

@@ -174,12 +174,13 @@ async def test_a_token_travels_on_every_call_and_in_no_message() -> None:
 
 async def test_a_password_in_the_url_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="vllm_rfork")
-    url = f"http://user:s3cret@127.0.0.1:{free_port()}"
-    client = PlannerClient(url, sleep=Pauses())
-    for call in (client.acquire(KEY), client.release(LEASE), client.healthz()):
-        with pytest.raises(PlannerError) as caught:
-            await call
-        assert "s3cret" not in str(caught.value)
+    async with raw_server(b"HTTP/1.1 yes OK\r\n\r\n") as garbled, raw_server(b"HTTP/1.1 500 no\r\n\r\n") as refusing:
+        for url in (garbled, refusing, f"http://127.0.0.1:{free_port()}", "http://[::bad", "http://x y"):
+            client = PlannerClient(url.replace("http://", "http://user:s3cret@"), sleep=Pauses())
+            for call in (client.acquire(KEY), client.release(LEASE), client.healthz()):
+                with pytest.raises(PlannerError) as caught:
+                    await call
+                assert "s3cret" not in str(caught.value)
     assert "s3cret" not in caplog.text
 
 

@@ -49,7 +49,9 @@ async def seed(answers: dict[str, web.Response]) -> AsyncIterator[tuple[SeedAddr
 
     async def handle(request: web.Request) -> web.Response:
         seen.append(request)
-        canned = answers.get(request.path) or web.Response(status=404, text='{"detail":"Not Found"}')
+        canned = answers.get(request.path)
+        if canned is None:  # a response is a mapping, and an empty one false, in older versions of aiohttp
+            return web.Response(status=404, text='{"detail":"Not Found"}')
         # A response object can be sent once.
         kept = {name: value for name, value in canned.headers.items() if name != "Content-Length"}
         return web.Response(status=canned.status, body=canned.body, headers=kept)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 import pytest
 
-from tests.unit.interop_planners import MOCK_PLANNER, load_mock_planner, serve
+from tests.unit.interop_planners import MOCK_PLANNER, free_port, load_mock_planner, serve
 from tests.unit.virtual_time import VirtualTime, until
 
 mock = load_mock_planner()
@@ -301,7 +301,8 @@ def test_it_needs_aiohttp_and_nothing_of_the_package() -> None:
 @pytest.fixture
 def process() -> Iterator[str]:
     """The script as a user starts it; its address, read from what it prints."""
-    command = [sys.executable, "-u", str(MOCK_PLANNER), "--host", "127.0.0.1", "--port", "0", "--lease-ttl-sec", "7"]
+    options = ["--host", "127.0.0.1", "--port", str(free_port()), "--lease-ttl-sec", "7"]
+    command = [sys.executable, "-u", str(MOCK_PLANNER), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
         assert started.stdout is not None
         try:

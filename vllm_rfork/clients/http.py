@@ -88,7 +88,7 @@ class BoundedHttp:
                 not HTTP, a body larger than ``max_body_nbytes`` or one that broke off.
         """
         what = f"{self.service} {without_credentials(url)}: {method}"
-        sent = {"Accept-Encoding": "identity", **(headers or {})}
+        sent = {"Accept-Encoding": "identity", "Connection": "close", **(headers or {})}
         if self.token is not None:
             sent["Authorization"] = f"Bearer {self.token}"
         deadline = time.monotonic() + timeout_s
@@ -101,7 +101,9 @@ class BoundedHttp:
         except asyncio.TimeoutError as error:
             raise self.error(f"{what} got no answer within {timeout_s:.3g} s") from error
         except _FOREIGN as error:
-            raise self.error(f"{what} failed: {_reason(error)}") from error
+            # Some of aiohttp's errors quote the address, user and password included.
+            reason = type(error).__name__ if "@" in url else _reason(error)
+            raise self.error(f"{what} failed: {reason}") from error
 
     async def _exchange(
         self,
@@ -115,7 +117,6 @@ class BoundedHttp:
         deadline: float,
     ) -> Answer:
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
