@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,31 +38,15 @@ class Planner:
         self.process = process
         self.url = url
 
-    def knows(self, seed: str) -> bool:
-        """Whether the planner may still give ``seed`` (ip:port:rank) to a receiver: known, and not draining."""
-        ip, port, rank = seed.rsplit(":", 2)
+    def seeds(self) -> set[str]:
+        """The ip:port:rank of every seed that the planner may still give to a receiver: known, and not draining."""
         answer = httpx.get(f"{self.url}/debug/snapshot", timeout=5.0, trust_env=False)
         answer.raise_for_status()
-        return any(
-            (str(entry.get("ip")), str(entry.get("port")), str(entry.get("rank"))) == (ip, port, rank)
-            and not entry.get("draining")
-            for entry in _dicts(answer.json())
-        )
+        return {"{ip}:{port}:{rank}".format_map(entry) for entry in answer.json()["seeds"] if not entry.get("draining")}
 
     def wait_without(self, seed: str, deadline_s: float = 90.0) -> float:
         """Wait until ``seed`` is withdrawn, or swept; returns the seconds it took."""
-        return self.process.wait_until(f"the withdrawal of {seed}", lambda: not self.knows(seed), deadline_s)
-
-
-def _dicts(value: object) -> Iterable[dict[str, object]]:
-    """Every JSON object inside ``value``: snapshots differ from planner to planner in how they nest."""
-    if isinstance(value, dict):
-        yield value
-        for inner in value.values():
-            yield from _dicts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _dicts(inner)
+        return self.process.wait_until(f"withdrawal of {seed}", lambda: seed not in self.seeds(), deadline_s)
 
 
 @contextmanager
@@ -73,7 +58,13 @@ def planner(logs: Path) -> Iterator[Planner]:
     url = f"http://127.0.0.1:{port}"
     with Process("planner", command, os.environ, logs / "planner.log") as process:
         process.wait_until("answering", lambda: is_up(f"{url}/healthz"), PLANNER_DEADLINE_S)
-        yield Planner(process, url)
+        running = Planner(process, url)
+        try:
+            yield running
+        finally:
+            # However the servers ended: their watchers tell the planner, and exit once it has heard them.
+            with contextlib.suppress(DemoError, httpx.HTTPError):
+                process.wait_until("withdrawal of every seed", lambda: not running.seeds(), deadline_s=10)
 
 
 class Server:
