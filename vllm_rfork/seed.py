@@ -122,7 +122,7 @@ class Seed:
         address = SeedAddress(config.advertise_host, port, config.rank)
         self._parts.address = address
         watcher = watcher_of(config)
-        watcher.watch(self.manifest.seed_key, address)
+        watcher.watch(self.manifest.seed_key, address, epoch=epoch)
         self._parts.watcher = watcher
         self._parts.beat = Heartbeat(
             client,
@@ -161,22 +161,26 @@ class Seed:
             parts.beat,
             parts.beat_task,
         )
-        if beat is not None:
-            self._attempt("withdraw at the planner", lambda: background().call(beat.withdraw(), bound_s))
+        told = beat is None or self._attempt(
+            "withdraw at the planner", lambda: background().call(beat.withdraw(), bound_s)
+        )
         if task is not None:
             self._attempt("stop the heartbeat", lambda: task.cancel(bound_s))
-        if watcher is not None and address is not None:
+        if watcher is not None and address is not None and told:  # else it tries again when this process ends
             self._attempt("call the watcher off", lambda: watcher.forget(self.manifest.seed_key, address))
         if service is not None:
             self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
         self._attempt("close the engine", self.engine.close)
         self.keep = None
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+    def _attempt(self, what: str, action: Callable[[], object]) -> bool:
+        """Whether ``action`` worked; cleaning up goes on where it did not, and the log says why."""
         try:
             action()
         except (ForkError, TimeoutError, OSError) as error:
             logger.warning("RFork: could not %s: %s", what, error)
+            return False
+        return True
 
 
 _watchers: dict[tuple[str, str], Watcher] = {}

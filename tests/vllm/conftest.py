@@ -69,40 +69,52 @@ class Planner:
         self._start()
 
 
-class SeedProcess:
-    """``seed_main`` in a process of its own."""
+class LineProcess:
+    """A module in a process of its own that says JSON lines after a marker and takes lines as orders."""
 
-    def __init__(
-        self, model: Path, extra: dict[str, Any], *, env: dict[str, str] | None = None, **changes: Any
-    ) -> None:
-        arguments = json.dumps({"model": str(model), "extra": extra, "changes": changes})
+    def __init__(self, module: str, argument: str, *, marker: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vllm.seed_main", arguments],
+            [sys.executable, "-m", module, argument],
             cwd=ROOT,
             env={**os.environ, **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.said: dict[str, Any] = {}
+        self._marker = marker
+        self._answers: list[dict[str, Any]] = []
         self._log: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._log.append(line)
-            if line.startswith("SEED "):
-                self.said = json.loads(line.removeprefix("SEED "))
+            if line.startswith(self._marker):
+                self._answers.append(json.loads(line.removeprefix(self._marker)))
 
-    def wait(self, timeout_s: float = 120.0) -> dict[str, Any]:
+    def wait(self, number: int = 1, timeout_s: float = 240.0) -> dict[str, Any]:
+        """Answer ``number``, counted from 1: the first one comes without an order."""
+
         def ready() -> bool:
-            assert self.process.poll() is None or self.said, "".join(self._log[-50:])
-            return bool(self.said)
+            assert self.process.poll() is None or len(self._answers) >= number, "".join(self._log[-50:])
+            return len(self._answers) >= number
 
-        eventually(ready, "seed process has loaded", timeout_s)
-        return self.said
+        eventually(ready, f"answer {number} of {self.process.args}", timeout_s)
+        return self._answers[number - 1]
+
+    def order(self, line: str) -> dict[str, Any]:
+        """Give an order and wait for what it answers."""
+        self.wait()
+        number = len(self._answers) + 1
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.wait(number)
+
+    @property
+    def first(self) -> dict[str, Any]:
+        return self.wait()
 
     @property
     def log(self) -> str:
@@ -116,6 +128,21 @@ class SeedProcess:
                 self.process.wait(20)
         self.process.kill()
         self.process.wait()
+
+
+class SeedProcess(LineProcess):
+    """``seed_main`` in a process of its own."""
+
+    def __init__(
+        self, model: Path, extra: dict[str, Any], *, env: dict[str, str] | None = None, **changes: Any
+    ) -> None:
+        arguments = json.dumps({"model": str(model), "extra": extra, "changes": changes})
+        super().__init__("tests.vllm.seed_main", arguments, marker="SEED ", env=env)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """Its seeds' addresses and the digests of what it loaded."""
+        return self.first
 
 
 def extra_for(planner_url: str, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""One worker process of the benchmark: loads the model as often as it is told to, and says what it took.
+
+Orders come as JSON lines on standard input, answers go out as lines that begin with ``BENCH``. A load is timed
+around ``load_weights`` alone: what comes before and after it is the same with and without a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def peak_rss_nbytes() -> int:
+    """The largest resident size that this process has had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+def main() -> None:
+    """Serve orders until standard input ends."""
+    from vllm.model_executor.model_loader import base_loader, default_loader
+
+    from tests.vllm import engine_process
+    from vllm_rfork import loader, plan, seeding
+
+    setting: dict[str, Any] = json.loads(sys.argv[1])
+    rfork = setting["load_format"] == "rfork"
+    timed = loader.RForkModelLoader if rfork else default_loader.DefaultModelLoader
+    load_weights = timed.load_weights
+    took: dict[str, Any] = {}
+
+    def timing(self: Any, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        load_weights(self, *args, **kwargs)
+        took["seconds"] = time.perf_counter() - started
+
+    timed.load_weights = timing  # type: ignore[method-assign]
+    make = plan.LoadPlan.make
+
+    def remembering(*args: Any, **kwargs: Any) -> plan.LoadPlan:
+        made = make(*args, **kwargs)
+        took["plan"] = made
+        return made
+
+    plan.LoadPlan.make = remembering  # type: ignore[method-assign]
+    if not setting["post_process"]:
+        base_loader.process_weights_after_loading = lambda *args, **kwargs: None
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["order"] == "load":
+            took.clear()
+            config = engine_process.vllm_config(
+                Path(setting["model"]), load_format=setting["load_format"], extra=setting["extra"]
+            )
+            model = engine_process.load(config)
+            nbytes = sum(parameter.nbytes for parameter in model.parameters())
+            attempt = took["plan"].attempt if rfork else None
+            answer = {
+                "seconds": took["seconds"],
+                "nbytes": nbytes,
+                "stages": dict(attempt.times.seconds) if attempt else {},
+                "seed": str(attempt.seed) if attempt and attempt.seed else "",
+                "peak_nbytes": peak_rss_nbytes(),
+            }
+            if order["keep"]:
+                answer["announced"] = [str(seed.address) for seed in seeding.wait_until_started(120)]
+                answer["peak_nbytes"] = peak_rss_nbytes()
+                took["model"] = model
+            else:
+                took.clear()
+                del attempt
+            del model, config
+            gc.collect()
+            print("BENCH " + json.dumps(answer), flush=True)
+    seeding.withdraw_all("the benchmark is over")
+
+
+if __name__ == "__main__":
+    main()
