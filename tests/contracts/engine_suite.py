@@ -45,7 +45,8 @@ class Remote:
         self.suite = suite
         self.elapsed_s = 0.0
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **suite.environment()}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+        environment = {**os.environ, "PYTHONPATH": path, **suite.environment()}
         self.process = subprocess.Popen(
             [suite.python(), "-m", "tests.contracts.engine_worker", str(theirs.fileno())],
             cwd=ROOT,
@@ -479,7 +480,7 @@ class EngineContract:
             receiver.read(endpoint, [[target, source, MIB]], timeout_s=10.0)
         self.check(caught.value, "read")
         assert receiver.elapsed_s < self.dead_peer_s
-        self.still_good(processes, receiver, target, MIB)
+        self.still_good(processes, receiver, target, MIB, closed=caught.value.in_flight)
 
     def test_a_peer_killed_in_the_middle_of_a_read_is_an_error(self, processes: Processes) -> None:
         nbytes = self.large_nbytes
