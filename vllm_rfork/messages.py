@@ -123,7 +123,7 @@ def header(headers: Mapping[str, str], name: str) -> str | None:
     case-insensitive mapping.
     """
     value = headers.get(name)
-    if value is None:
+    if value is None and "_" in name:
         value = headers.get(name.replace("_", "-"))
     return None if value is None else value.strip()
 
@@ -240,6 +240,8 @@ def parse_labels(text: str) -> dict[str, str]:
     Raises:
         BadMessage: not of that form, or more than 16 of them; names and values are up to 63 of ``A-Za-z0-9_.-``.
     """
+    if not text:
+        return {}
     labels: dict[str, str] = {}
     for pair in filter(None, (each.strip() for each in text.split(","))):
         name, separator, value = pair.partition("=")

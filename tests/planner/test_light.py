@@ -22,4 +22,4 @@ def test_asking_for_redis_without_its_client_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert "vllm-rfork[redis]" in done.stderr
+    assert "vllm-rfork[planner]" in done.stderr

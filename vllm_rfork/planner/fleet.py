@@ -43,6 +43,8 @@ class Seed:
     aside_until: float = 0.0
     held_until: float = 0.0
     stale_at: float = 0.0
+    #: serving, draining, aside: as the indexes have it
+    standing: tuple[bool, bool, bool] | None = None
 
     def is_serving(self, now: float) -> bool:
         """Will grant sooner or later, so that waiting for it makes sense."""
@@ -105,12 +107,10 @@ class Shelf:
 
     def rank(self, seed: Seed, policy: Policy, nic_leases: int, now: float) -> None:
         """Put ``seed`` where its present state belongs in every index."""
-        serving = seed.is_serving(now)
-        for print_ in (seed.fingerprint, ANY):
-            names = self.serving.setdefault(print_, set())
-            (names.add if serving else names.discard)(seed.name)
-        (self.draining.add if seed.draining else self.draining.discard)(seed.name)
-        (self.aside.add if now < seed.aside_until else self.aside.discard)(seed.name)
+        standing = (seed.is_serving(now), seed.draining, now < seed.aside_until)
+        if seed.standing != standing:
+            seed.standing = standing
+            self._stand(seed, *standing)
         is_open = seed.is_open(now)
         weight = score(policy, leases=seed.leases, slots=seed.slots, nic_leases=nic_leases, turn=seed.turn)
         for print_ in (seed.fingerprint, ANY):
@@ -123,8 +123,16 @@ class Shelf:
                 elif pool is not None:
                     pool.discard(seed.name)
 
+    def _stand(self, seed: Seed, serving: bool, draining: bool, aside: bool) -> None:
+        for print_ in (seed.fingerprint, ANY):
+            names = self.serving.setdefault(print_, set())
+            (names.add if serving else names.discard)(seed.name)
+        (self.draining.add if draining else self.draining.discard)(seed.name)
+        (self.aside.add if aside else self.aside.discard)(seed.name)
+
     def forget(self, seed: Seed) -> None:
         """Take ``seed`` out of every index."""
+        seed.standing = None
         for print_ in (seed.fingerprint, ANY):
             self.serving.get(print_, set()).discard(seed.name)
             if not self.serving.get(print_):
@@ -159,6 +167,8 @@ class Shelf:
 
     def first_for(self, seed: Seed) -> Waiter | None:
         """The longest waiting receiver that ``seed`` suits."""
+        if not self.lines:
+            return None
         return next((each for each in self.line(seed.fingerprint) if seed.name not in each.ask.exclude), None)
 
     def queue(self, waiter: Waiter) -> None:

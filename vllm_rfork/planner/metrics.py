@@ -42,6 +42,10 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self._max_keys = max_keys
         self._keys: dict[str, str] = {}
+        # Looking up a series by its labels costs as much as the decision that is counted: remember the busy ones.
+        self._by_answer: dict[tuple[str, int], Counter] = {}
+        self._by_call: dict[str, Histogram] = {}
+        self._grants_of: dict[str, Counter] = {}
         self._fleet = _Fleet()
         self.registry.register(self._fleet)
         self._requests = self._counter("requests", "Answers by call and status", "call", "code")
@@ -60,13 +64,23 @@ class Metrics:
 
     def request(self, call: str, code: int, duration_s: float | None) -> None:
         """One answered call; ``duration_s`` None where it waited for a seed."""
-        self._requests.labels(call, str(code)).inc()
+        count = self._by_answer.get((call, code))
+        if count is None:
+            count = self._by_answer[call, code] = self._requests.labels(call, str(code))
+        count.inc()
         if duration_s is not None:
-            self._durations.labels(call).observe(duration_s)
+            duration = self._by_call.get(call)
+            if duration is None:
+                duration = self._by_call[call] = self._durations.labels(call)
+            duration.observe(duration_s)
 
     def granted(self, key: str, waited_s: float | None) -> None:
         """A lease was given, after a wait or at once (None)."""
-        self._grants.labels(self._key(key)).inc()
+        label = self._key(key)
+        count = self._grants_of.get(label)
+        if count is None:
+            count = self._grants_of[label] = self._grants.labels(label)
+        count.inc()
         if waited_s is not None:
             self._waits.labels("granted").observe(waited_s)
 
