@@ -165,7 +165,8 @@ def make_store(settings: Settings) -> Store:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "redis":
             raise
-        raise ConfigError("store", "the Redis client is missing: pip install 'vllm-rfork[planner]'", "memory") from error
+        problem = "the Redis client is missing: pip install 'vllm-rfork[planner]'"
+        raise ConfigError("store", problem, "memory") from error
     try:
         return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
     except ValueError as error:  # without its text: the URL may hold a password
