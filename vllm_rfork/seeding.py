@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 
+from vllm_rfork.config import Settings
 from vllm_rfork.errors import ForkError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed, SeedConfig
+from vllm_rfork.seed_key import WorkerIdentity
 from vllm_rfork.vllm_compat.workers import withdraw_before_changes
 
 logger = logging.getLogger(__name__)
@@ -56,15 +58,12 @@ def _start(plan: LoadPlan) -> None:
 
 def _make(plan: LoadPlan) -> Seed:
     settings = plan.settings
-    port = settings.rfork_seed_port_base
-    if port:
-        port += 2 * plan.identity.local_rank + int(plan.identity.is_draft)
     config = SeedConfig(
         planner_url=settings.rfork_scheduler_url,
         token=settings.rfork_token,
         bind_host=settings.rfork_seed_bind_host,
         advertise_host=plan.advertise_host,
-        port=port,
+        port=seed_port(settings, plan.identity),
         rank=plan.identity.tp_rank,
         request_timeout_s=settings.rfork_request_timeout_sec,
         ready_timeout_s=settings.rfork_seed_timeout_sec,
@@ -78,6 +77,12 @@ def _make(plan: LoadPlan) -> Seed:
         recheck=plan.recheck,
         intent=plan.attempt.intent,
     )
+
+
+def seed_port(settings: Settings, identity: WorkerIdentity) -> int:
+    """The seed service's port: 0 for a random one, else one of its own for every local rank and role."""
+    base = settings.rfork_seed_port_base
+    return base + 2 * identity.local_rank + int(identity.is_draft) if base else 0
 
 
 def withdraw_all(reason: str) -> None:
