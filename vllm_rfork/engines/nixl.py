@@ -13,6 +13,9 @@ Lanes, and what each is good for:
 A read that was given up leaves its buffers to the wire: releasing the request does not stop its bytes, destroying the
 agent does. So after such a read the engine refuses everything but ``close``, which destroys the agent.
 
+UCX listens on a TCP port of each network interface and asks nobody for a name or a password: whoever reaches it and
+holds an endpoint can connect. ``UCX_NET_DEVICES`` limits the interfaces.
+
 Setting names: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment); UCX's own variables hold.
 """
 
