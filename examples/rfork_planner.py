@@ -81,13 +81,13 @@ class Planner:
                 del self.seeds[address]
 
     def add(self, address: Address, key: str) -> None:
-        """Announce or renew; one that was draining is back."""
+        """Announce or renew. One that is draining stays so: the call may be a heartbeat that was already on its way."""
         self.sweep()
         seed = self.seeds.get(address)
         if seed is None:
             log.info("seed %s:%d:%d announced under key %r", *address, key)
             seed = self.seeds[address] = Seed(*address, key=key, seen_at=0.0)
-        seed.key, seed.seen_at, seed.draining = key, self.clock(), False
+        seed.key, seed.seen_at = key, self.clock()
 
     def get(self, key: str) -> tuple[Seed, str] | None:
         """The seed of ``key`` with a free slot that waited longest for a receiver, and a new lease; or None."""

@@ -186,11 +186,14 @@ async def test_a_draining_seed_also_goes_when_its_last_lease_expires() -> None:
         assert await calls.remove() == 404
 
 
-async def test_a_draining_seed_that_announces_itself_is_back() -> None:
+async def test_a_draining_seed_gets_no_lease_from_a_late_heartbeat_and_is_back_once_it_has_drained() -> None:
     async with planner(slots=2) as (calls, _):
         await calls.add()
-        await calls.get()
+        lease = await calls.get()
         assert await calls.remove() == 409
+        await calls.add()  # a beat that was on its way when the seed withdrew
+        assert await calls.get() is None
+        assert await calls.lease("/put_seed", lease or {}) == 200
         await calls.add()
         assert await calls.get() is not None
 
