@@ -23,6 +23,10 @@ class CommandRow(NamedTuple):
 
 COMMANDS: dict[str, CommandRow] = {
     "planner": CommandRow("vllm_rfork.planner.command:planner", "Run the planner that pairs receivers with seeds."),
+    "seeds": CommandRow("vllm_rfork.commands.fleet:seeds", "List the seeds that a planner knows."),
+    "leases": CommandRow("vllm_rfork.commands.fleet:leases", "List who forks from whom right now, and who waits."),
+    "key": CommandRow("vllm_rfork.commands.key:key", "Print a worker's seed key from its parts."),
+    "doctor": CommandRow("vllm_rfork.commands.doctor:doctor", "Check planner, engines and this machine."),
     "selftest": CommandRow("vllm_rfork.selftest_command:selftest", "Fork random bytes between two processes."),
 }
 

@@ -1,0 +1,237 @@
+"""``vllm-rfork seeds | leases | key | doctor`` against a planner process as users start it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.planner.processes import PlannerUnderTest
+from tests.planner.redis_server import free_port
+from vllm_rfork.cli import main
+from vllm_rfork.commands import checks
+from vllm_rfork.messages import encode_text
+from vllm_rfork.planner.settings import Settings
+
+TOKEN = "a-token-that-no-output-may-hold"
+KEY = "/models/q$prod$kv_both$0$0"
+
+
+@pytest.fixture(scope="module")
+def planner() -> Iterator[PlannerUnderTest]:
+    """Two seeds under two keys, one of them leased."""
+    process = PlannerUnderTest(RFORK_TOKEN=TOKEN).until_ready()
+    try:
+        add(process, KEY, 5000, RFORK_LABELS="host=a,rack=b")
+        add(process, "Ünï[bold]\x1b[2J", 5001)
+        ask_planner(process, "GET", "/get_seed", SEED_KEY=KEY)
+        yield process
+    finally:
+        process.kill()
+
+
+def add(planner: PlannerUnderTest, key: str, port: int, **more: str) -> None:
+    seed = {"SEED_IP": "127.0.0.1", "SEED_PORT": str(port), "SEED_RANK": "0", "SEED_REFCNT": "0"}
+    ask_planner(planner, "POST", "/add_seed", SEED_KEY=encode_text(key), **seed, **more)
+
+
+def ask_planner(planner: PlannerUnderTest, method: str, path: str, **headers: str) -> None:
+    sent = {name.replace("RFORK_", "RFORK-"): value for name, value in headers.items()}
+    request = urllib.request.Request(
+        planner.url + path, method=method, headers={**sent, "Authorization": f"Bearer {TOKEN}"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.status == 200
+
+
+def run(*arguments: str, token: str | None = TOKEN, **environ: str) -> Result:
+    env = {"RFORK_TOKEN": token, "RFORK_SCHEDULER_URL": None, **environ}
+    return CliRunner().invoke(main, list(arguments), env=env)
+
+
+def test_seeds_are_listed_with_their_leases(planner: PlannerUnderTest) -> None:
+    done = run("seeds", "--url", planner.url)
+    assert done.exit_code == 0, done.output
+    row = next(line for line in done.output.splitlines() if KEY in line)
+    assert "127.0.0.1:5000:0" in row
+    assert "1 of 1" in row
+    assert "host=a rack=b" in row
+    assert "127.0.0.1:5001:0" in done.output
+
+
+def test_what_others_announce_cannot_steer_the_terminal(planner: PlannerUnderTest) -> None:
+    done = run("seeds", "--url", planner.url)
+    assert "Ünï[bold]�[2J" in done.output
+    assert "\x1b" not in done.output
+
+
+def test_one_key_can_be_chosen_and_the_address_may_stand_in_the_environment(planner: PlannerUnderTest) -> None:
+    done = run("seeds", "--key", KEY, "--json", RFORK_SCHEDULER_URL=planner.url + "/")
+    assert [each["port"] for each in json.loads(done.output)] == [5000]
+
+
+def test_leases_say_who_reads_from_whom_and_hold_no_usable_id(planner: PlannerUnderTest) -> None:
+    done = run("leases", "--url", planner.url)
+    assert done.exit_code == 0, done.output
+    row = next(line for line in done.output.splitlines() if KEY in line)
+    assert "127.0.0.1:5000:0" in row
+    found = json.loads(run("leases", "--url", planner.url, "--json").output)
+    assert set(found) == {"leases", "waiting", "intents"}
+    assert [each["lease"].endswith("…") and len(each["lease"]) < 8 for each in found["leases"]] == [True]
+
+
+@pytest.mark.parametrize("command", ["seeds", "leases"])
+def test_a_planner_that_demands_a_token_is_told_apart(planner: PlannerUnderTest, command: str) -> None:
+    for token in (None, "wrong-token-that-no-output-may-hold"):
+        done = run(command, "--url", planner.url, token=token)
+        assert done.exit_code == 1
+        assert "RFORK_TOKEN" in done.output
+        assert "no-output-may-hold" not in done.output
+
+
+@pytest.mark.parametrize("command", ["seeds", "leases"])
+def test_no_address_and_no_planner_are_said(command: str) -> None:
+    done = run(command)
+    assert done.exit_code == 2
+    assert "RFORK_SCHEDULER_URL" in done.output
+    done = run(command, "--url", f"http://user:secret@127.0.0.1:{free_port()}")
+    assert done.exit_code == 1
+    assert "127.0.0.1" in done.output
+    assert "secret" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["/models/q", "prod"], KEY),
+        (
+            [
+                "/models/dsv4",
+                "decode",
+                "--kv-mode",
+                "kv_consumer",
+                "--pp-rank",
+                "1",
+                "--tp-rank",
+                "3",
+                "--ep-rank",
+                "5",
+                "--draft",
+            ],
+            "/models/dsv4$decode$kv_consumer$0$pp1$3$ep5$draft",
+        ),
+        (["q", "p", "--separator", "@@", "--node-rank", "2"], "q@@p@@kv_both@@2@@0"),
+    ],
+)
+def test_a_key_is_put_together_as_workers_do(arguments: list[str], key: str) -> None:
+    assert run("key", *arguments).output == key + "\n"
+    assert json.loads(run("key", *arguments, "--json").output) == {"key": key, "SEED_KEY": key}
+
+
+def test_a_keys_form_on_the_wire_is_shown_and_what_no_planner_takes_is_refused() -> None:
+    found = json.loads(run("key", "café", "p", "--json", RFORK_SEED_KEY_SEPARATOR="$").output)
+    assert found["SEED_KEY"].startswith("UTF-8''caf%C3%A9")
+    assert run("key", "q" * 3000, "p").exit_code == 1
+    assert run("key", "q", "p", "--separator", "").exit_code == 2
+
+
+def states(done: Result) -> dict[str, str]:
+    return {each["check"]: each["state"] for each in json.loads(done.output)}
+
+
+def test_the_doctor_finds_this_machine_and_planner_well(planner: PlannerUnderTest) -> None:
+    done = run("doctor", "--url", planner.url, "--json")
+    found = states(done)
+    assert done.exit_code == 0, done.output
+    assert list(found) == [
+        "planner",
+        "planner ready",
+        "planner token",
+        "engine yuanrong",
+        "engine nixl",
+        "libunwind8",
+        "cross-memory attach",
+    ]
+    assert [found[name] for name in ("planner", "planner ready", "planner token", "engine nixl")] == ["ok"] * 4
+
+
+def test_the_doctor_says_what_to_do_about_a_planner_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_the_planner(monkeypatch)
+    done = run("doctor", "--url", f"http://127.0.0.1:{free_port()}", "--json")
+    assert done.exit_code == 1
+    first = json.loads(done.output)[0]
+    assert (first["check"], first["state"]) == ("planner", "fail")
+    assert "vllm-rfork planner" in first["advice"]
+
+
+def test_the_doctor_says_that_the_token_is_wrong(planner: PlannerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_the_planner(monkeypatch)
+    done = run("doctor", "--url", planner.url, token="wrong-token")
+    assert done.exit_code == 1
+    assert "RFORK_TOKEN" in done.output
+    assert "wrong-token" not in done.output
+
+
+def only_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the slower checks out."""
+    well = checks.Finding("as if", checks.OK, "")
+    monkeypatch.setattr(checks, "engine", lambda name, wanted: well)
+    monkeypatch.setattr(checks, "cross_memory_attach", lambda: well)
+
+
+def test_an_engine_that_is_not_installed_fails_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide = "import sys; sys.modules['yr'] = None"
+    monkeypatch.setitem(checks._LOADERS, "yuanrong", f"{hide}\n{checks._LOADERS['yuanrong']}")
+    found = checks.engine("yuanrong", wanted=True)
+    assert found.state == checks.FAIL
+    assert "vllm-rfork[ascend]" in found.advice
+    assert checks.engine("yuanrong", wanted=False).state == checks.NOTE
+
+
+def test_an_engine_whose_import_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(checks._LOADERS, "nixl", "import os; os.kill(os.getpid(), 11)")
+    found = checks.engine("nixl", wanted=False)
+    assert found.state == checks.FAIL
+    assert "signal 11" in found.found
+
+
+def test_engines_are_examined_without_torch() -> None:
+    """And so the doctor works on a host that has none."""
+    code = "import sys; sys.modules['torch'] = None"
+    for name, loader in checks._LOADERS.items():
+        done = subprocess.run(
+            [sys.executable, "-c", checks._IMPORT.format(loader=f"{code}\n{loader}")],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, (name, done.stderr)
+
+
+def test_a_library_that_is_missing_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "UNWIND", "libthere-is-none.so.9")
+    assert checks.libunwind(wanted=True).state == checks.FAIL
+    found = checks.libunwind(wanted=False)
+    assert found.state == checks.NOTE
+    assert "libunwind8" in found.advice
+
+
+def test_memory_that_cannot_be_read_is_a_finding_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.cross_memory_attach().state == checks.OK
+    monkeypatch.setattr(checks, "_HOLDER", checks._HOLDER.replace("ctypes.addressof(secret)", "4096"))
+    found = checks.cross_memory_attach()
+    assert found.state == checks.NOTE
+    assert "Bad address" in found.found
+    assert "pid namespace" in found.advice
+
+
+def test_the_documented_port_is_the_planners() -> None:
+    assert f":{Settings().port}" in run("seeds").output
+    assert Path(checks.__file__).read_text(encoding="utf-8").count(f"host:{Settings().port}") >= 1

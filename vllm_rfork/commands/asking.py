@@ -1,0 +1,103 @@
+"""One question to a planner from the terminal: its address and token, and JSON back.
+
+A token comes from the environment alone, since a command line is read by everybody on the machine. Whatever the planner
+says is shown to a person's terminal, so :func:`shown` lets nothing through that would steer it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_rfork.clients.http import Answer, BoundedHttp
+from vllm_rfork.errors import PlannerError
+
+URL_VARIABLE = "RFORK_SCHEDULER_URL"
+TOKEN_VARIABLE = "RFORK_TOKEN"  # noqa: S105 - the variable's name
+MAX_BODY_NBYTES = 64 << 20
+
+#: Of a table that goes into a pipe or a file: no line is folded there.
+_UNFOLDED_WIDTH = 10_000
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def planner_options(command: _F) -> _F:
+    """``--url`` and ``--timeout``, as every command has them that asks the planner."""
+    command = click.option(
+        "--timeout", "timeout_s", type=click.FloatRange(0.1, 600), default=10.0, show_default=True, help="Seconds."
+    )(command)
+    return click.option("--url", envvar=URL_VARIABLE, show_envvar=True, help="The planner's base URL.")(command)
+
+
+def json_option(command: _F) -> _F:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def checked_url(url: str | None) -> str:
+    """``url`` without its last slash.
+
+    Raises:
+        click.UsageError: there is none, or it is not an http(s) URL.
+    """
+    if not url:
+        raise click.UsageError(f"say where the planner is: --url http://host:1223, or {URL_VARIABLE}")
+    if not url.lower().startswith(("http://", "https://")):
+        raise click.UsageError("the planner's URL must begin with http:// or https://")
+    return url.rstrip("/")
+
+
+def ask(url: str, path: str, *, timeout_s: float, params: dict[str, str] | None = None) -> Answer:
+    """``GET path``, with the token of the environment where there is one.
+
+    Raises:
+        PlannerError: no answer, or none that is HTTP.
+    """
+    http = BoundedHttp("planner", PlannerError, os.environ.get(TOKEN_VARIABLE) or None)
+    return asyncio.run(
+        http.exchange("GET", url + path, timeout_s=timeout_s, params=params, max_body_nbytes=MAX_BODY_NBYTES)
+    )
+
+
+def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, str]) -> dict[str, Any]:
+    """The JSON object that ``GET path`` answers.
+
+    Raises:
+        click.UsageError: no usable ``url``.
+        click.ClickException: no answer, a refusal, or something else than a JSON object; says what to do.
+    """
+    try:
+        answer = ask(checked_url(url), path, timeout_s=timeout_s, params=params)
+    except PlannerError as error:
+        raise click.ClickException(str(error)) from error
+    if answer.status == 401:
+        raise click.ClickException(f"the planner wants a valid bearer token: set {TOKEN_VARIABLE}")
+    if answer.status != 200:
+        raise click.ClickException(f"the planner answered {answer}")
+    try:
+        return msgspec.json.decode(answer.body, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise click.ClickException(f"the planner's answer is not a JSON object: {error}") from error
+
+
+def shown(value: object) -> Text:
+    """``value`` as a table's cell: no markup, no control characters."""
+    text = "-" if value is None or value == "" else str(value)
+    return Text("".join(each if each.isprintable() else "�" for each in text))
+
+
+def print_table(table: Table) -> None:
+    """Print ``table``, as wide as the terminal, or as it needs to be where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_UNFOLDED_WIDTH)
+    console.print(table)

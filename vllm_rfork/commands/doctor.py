@@ -1,0 +1,60 @@
+"""``vllm-rfork doctor``: is this machine, and the planner, as a fork needs them, and what is to be done if not.
+
+Looks only; changes nothing. What a fork really moves is for ``vllm-rfork selftest``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+import msgspec
+from rich.table import Table
+
+from vllm_rfork.commands import checks
+from vllm_rfork.commands.asking import json_option, planner_options, print_table, shown
+from vllm_rfork.commands.checks import FAIL, NOTE, OK, Finding
+
+_STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
+
+
+@click.command(epilog="Exit status: 0 where nothing failed, else 1.")
+@planner_options
+@click.option("--engine", type=click.Choice(["yuanrong", "nixl"]), help="The engine that must work here.")
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | None, as_json: bool) -> None:
+    """Check planner, engines and this machine, and say what to do.
+
+    Without --engine one of the two must be there; --engine nixl or yuanrong makes that one necessary.
+    """
+    found = examine(url, timeout_s, engine)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode([dataclasses.asdict(each) for each in found]), indent=2))
+    else:
+        _print(found)
+    ctx.exit(1 if any(each.state == FAIL for each in found) else 0)
+
+
+def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Finding]:
+    """Every finding, in the order in which a fork needs the things."""
+    engines = [checks.engine(name, wanted=name == wanted) for name in ("yuanrong", "nixl")]
+    if wanted is None and not any(each.state == OK for each in engines):
+        engines = [dataclasses.replace(each, state=FAIL) for each in engines]
+    return [
+        *checks.planner(url, timeout_s),
+        *engines,
+        checks.libunwind(wanted=wanted == "yuanrong"),
+        checks.cross_memory_attach(),
+    ]
+
+
+def _print(found: list[Finding]) -> None:
+    table = Table()
+    for name in ("", "check", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for each in found:
+        mark = shown(each.state)
+        mark.stylize(_STYLES[each.state])
+        table.add_row(mark, shown(each.check), shown(each.found), shown(each.advice))
+    print_table(table)
