@@ -77,6 +77,7 @@ class Seed:
     intent: str = ""
     _parts: _Parts = field(default_factory=_Parts)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _withdrawing: threading.Event = field(default_factory=threading.Event)
     _ended: bool = False
 
     @property
@@ -91,18 +92,24 @@ class Seed:
             ForkError: it cannot be a seed; everything that was begun has been ended.
         """
         with self._lock:
-            if self._ended:
-                raise SeedError("the seed has been withdrawn before it was ready")
+            self._go_on()
             try:
                 return self._start()
             except BaseException:
                 self._end()
                 raise
 
+    def _go_on(self) -> None:
+        """Raise where a withdrawal waits for the lock: it should not wait for all of a start."""
+        if self._ended or self._withdrawing.is_set():
+            raise SeedError("the seed has been withdrawn before it was ready")
+
     def _start(self) -> SeedAddress:
         if not self.engine.registered_nbytes:  # a worker that forked has registered already, to be written to
             self.engine.register(self.manifest.regions)
+        self._go_on()
         self.recheck()
+        self._go_on()
         epoch = uuid.uuid4().hex
         self.manifest = msgspec.structs.replace(self.manifest, endpoint=self.engine.endpoint, epoch=epoch)
         config = self.config
@@ -121,9 +128,11 @@ class Seed:
         port = background().call(service.start(), config.ready_timeout_s + config.request_timeout_s)
         address = SeedAddress(config.advertise_host, port, config.rank)
         self._parts.address = address
+        self._go_on()
         watcher = watcher_of(config)
         watcher.watch(self.manifest.seed_key, address, epoch=epoch)
         self._parts.watcher = watcher
+        self._go_on()
         self._parts.beat = Heartbeat(
             client,
             self.manifest.seed_key,
@@ -139,6 +148,7 @@ class Seed:
 
     def withdraw(self, reason: str) -> None:
         """Stop being a seed before ``reason`` happens to the bytes. Idempotent; logs what could not be done."""
+        self._withdrawing.set()
         service = self._parts.service
         if service is not None:
             # Outside the lock and first of all: from here on no receiver is given an address.
@@ -170,8 +180,10 @@ class Seed:
             self._attempt("call the watcher off", lambda: watcher.forget(self.manifest.seed_key, address))
         if service is not None:
             self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
-        self._attempt("close the engine", self.engine.close)
-        self.keep = None
+        if self._attempt("close the engine", self.engine.close):
+            self.keep = None
+        else:
+            _given_up.append((self.engine, self.keep))
 
     def _attempt(self, what: str, action: Callable[[], object]) -> bool:
         """Whether ``action`` worked; cleaning up goes on where it did not, and the log says why."""
@@ -183,6 +195,8 @@ class Seed:
         return True
 
 
+#: Engines that could not be closed, with the memory that peers may still read through them.
+_given_up: list[tuple[TransferEngine, Any]] = []
 _watchers: dict[tuple[str, str], Watcher] = {}
 _watchers_lock = threading.Lock()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass, field
 
 from vllm_rfork.config import Settings
 from vllm_rfork.errors import ForkError
@@ -14,8 +15,17 @@ from vllm_rfork.vllm_compat.workers import withdraw_before_changes
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(eq=False)
+class _Start:
+    """A seed on its way. Once ``withdrawn``, what was captured for it may have changed: it must not come."""
+
+    thread: threading.Thread = field(init=False)
+    withdrawn: str = ""
+
+
 _seeds: list[Seed] = []
-_starting: list[threading.Thread] = []
+_starting: list[_Start] = []
 _lock = threading.Lock()
 
 
@@ -30,20 +40,26 @@ def become_seed(plan: LoadPlan) -> None:
         plan.attempt.close()
         return
     withdraw_before_changes(withdraw_all)
-    thread = threading.Thread(target=_start, args=(plan,), name="rfork-seed", daemon=True)
+    start = _Start()
+    start.thread = threading.Thread(target=_start, args=(plan, start), name="rfork-seed", daemon=True)
     with _lock:
-        _starting.append(thread)
-    thread.start()
+        _starting.append(start)
+        start.thread.start()
 
 
-def _start(plan: LoadPlan) -> None:
+def _start(plan: LoadPlan, start: _Start) -> None:
     try:
         if plan.fork_failed:
             plan.attempt.reopen_engine()
         seed = _make(plan)
         with _lock:
-            _seeds.append(seed)
-        seed.start()
+            # From here on a withdrawal finds the seed; an earlier one has left word.
+            withdrawn = start.withdrawn
+            if not withdrawn:
+                _seeds.append(seed)
+        if withdrawn:
+            seed.withdraw(withdrawn)
+        seed.start()  # refuses where it has been withdrawn
     except ForkError as error:
         logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
         plan.attempt.close()
@@ -90,18 +106,20 @@ def withdraw_all(reason: str) -> None:
     with _lock:
         seeds, _seeds[:] = list(_seeds), []
         starting, _starting[:] = list(_starting), []
+        for start in starting:
+            start.withdrawn = reason
     for seed in seeds:
         seed.withdraw(reason)
-    for thread in starting:
-        if thread is not threading.current_thread():
-            thread.join(timeout=1.0)
+    for start in starting:
+        if start.thread is not threading.current_thread():
+            start.thread.join(timeout=1.0)  # tidier for what comes; it announces nothing any more
 
 
 def wait_until_started(timeout_s: float) -> list[Seed]:
     """Wait for seeds that are being started, for at most ``timeout_s`` seconds each; returns all live ones."""
     with _lock:
         starting = list(_starting)
-    for thread in starting:
-        thread.join(timeout_s)
+    for start in starting:
+        start.thread.join(timeout_s)
     with _lock:
         return list(_seeds)
