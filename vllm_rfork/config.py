@@ -65,7 +65,8 @@ _ACCEPTS: dict[Any, str] = {
 class Settings(BaseModel):
     """Everything a worker can be told; see ``docs`` for the same table in prose."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # The cause of a ConfigError is logged with it, and an input may be a token or an address with a password.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     #: Logical model identifier; part of the seed key.
     model_url: Line = ""

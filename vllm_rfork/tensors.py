@@ -126,7 +126,7 @@ def apply_state(model: nn.Module, state: dict[str, Any]) -> None:
             # Loading may add an attribute that construction does not make.
             owner_name, _, key = name.rpartition(".")
             owner = modules.get(owner_name)
-            if owner is None:
+            if owner is None or not key.isidentifier():  # an element of a container that is not here
                 raise ForkError(f"state {name} of the seed has no place here", mutated=True)
             leaf = Leaf(name, owner, key, None)
         elif _same(leaf.value, value):

@@ -113,6 +113,8 @@ def fingerprint_facts(
             )
         },
         "expert_parallel": bool(parallel.enable_expert_parallel),
+        # Which experts a rank holds: the same number of them, of the same shapes, either way.
+        "expert_placement": str(getattr(parallel, "expert_placement_strategy", "linear")),
         "eplb": bool(getattr(parallel, "enable_eplb", False)),
         "draft": is_draft(vllm_config, model_config),
         "speculative_method": getattr(speculative, "method", None),
