@@ -45,14 +45,16 @@ class Target:
     Attributes:
         local: the receiver's manifest.
         verify: raises ForkError where what arrived is not what the seed's manifest says.
-        keep: what keeps the local spans alive, in case a read cannot be ended.
+        keep: what keeps the local spans alive, for as long as they are registered.
         progress: called with the number of bytes copied so far.
+        untouched: addresses of local spans that are compared and never written.
     """
 
     local: Manifest
     verify: Callable[[Manifest], None]
     keep: Any
     progress: Callable[[int], None]
+    untouched: frozenset[int] = frozenset()
 
 
 class Attempt:
@@ -76,20 +78,24 @@ class Attempt:
         self._seeds = SeedClient(request_timeout_s=timeout_s, token=token)
         self._engine_config = engine_config
         self._intending: BackgroundTask | None = None
+        self._registered: Any = None  # what keeps registered memory alive until the engine is closed
         self._opening: concurrent.futures.Future[TransferEngine] = concurrent.futures.Future()
         # A daemon, not an executor's thread: a native call that never returns must not keep the process alive.
-        threading.Thread(target=self._open, name="rfork-engine", daemon=True).start()
+        threading.Thread(target=self._open, args=(self._opening,), name="rfork-engine", daemon=True).start()
 
-    def _open(self) -> None:
+    def _open(self, opening: concurrent.futures.Future[TransferEngine]) -> None:
         started = time.perf_counter()
         try:
             engine = engine_class(self.engine_name)()
             engine.open(self._engine_config)
         except BaseException as error:  # noqa: BLE001 - it is raised again where the engine is needed
-            self._opening.set_exception(error)
+            if not isinstance(error, ForkError):
+                text = f"unexpected {type(error).__name__}: {error}"
+                error = _caused_by(error, EngineError(self.engine_name, "open", text))
+            opening.set_exception(error)
             return
         self.times.seconds["engine"] = time.perf_counter() - started
-        self._opening.set_result(engine)
+        opening.set_result(engine)
 
     def engine(self) -> TransferEngine:
         """The open engine; waits for it.
@@ -127,14 +133,19 @@ class Attempt:
             started = time.monotonic()
             try:
                 manifest = self._fork_once(engine, lease, target, deadline)
-            except ForkError as error:
+            except BaseException as error:
                 self._release(lease, error, 0, time.monotonic() - started)
+                if not isinstance(error, Exception):
+                    raise
+                if not isinstance(error, ForkError):
+                    # Foreign code runs in a fork, and whatever it raises must end in a correct model.
+                    raise ForkError(f"unexpected {type(error).__name__}: {error}", mutated=True) from error
                 error.mutated = error.mutated or (last is not None and last.mutated)
                 last = error
                 failed.append(lease.seed)
                 if not error.retry_elsewhere or len(failed) == MAX_SEEDS or time.monotonic() >= deadline:
                     raise
-                logger.warning("RFork: seed %s failed (%s), asking for another", lease.seed, error)
+                logger.warning("RFork: seed %s failed (%s), asking for another", lease.seed, str(error))
                 continue
             self._release(lease, None, manifest.nbytes, time.monotonic() - started)
             self.seed = lease.seed
@@ -173,11 +184,12 @@ class Attempt:
 
     def _fork_once(self, engine: TransferEngine, lease: Lease, target: Target, deadline: float) -> Manifest:
         keeper = LeaseKeeper(self._planner, lease)
-        background().call(keeper.start(), self.settings.rfork_request_timeout_sec)
         try:
+            background().call(keeper.start(), self.settings.rfork_request_timeout_sec)
             if not engine.registered_nbytes:
                 with self.times.stage("registration"):
                     engine.register(target.local.regions)
+                self._registered = target.keep
             request = ForkRequest(
                 local=target.local,
                 engine=engine,
@@ -186,29 +198,26 @@ class Attempt:
                 timeout_s=max(0.0, deadline - time.monotonic()),
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
                 progress=target.progress,
+                untouched=target.untouched,
             )
             manifest = fork(request, keeper, self.times)
             with self.times.stage("verify"):
-                target.verify(manifest)
+                try:
+                    target.verify(manifest)
+                except ForkError as error:
+                    error.mutated = True  # the bytes are there, and part of the state may be
+                    raise
             return manifest
         except EngineError as error:
             if error.in_flight:
                 error.retry_elsewhere = False
-                self._give_up(engine, target.keep)
+                self._registered = None
+                _close(engine, target.keep)
             raise
         finally:
             background().call(keeper.stop(), self.settings.rfork_request_timeout_sec)
 
-    @staticmethod
-    def _give_up(engine: TransferEngine, keep: Any) -> None:
-        """Close an engine with a read in flight; where that fails too, leave the buffers to it for good."""
-        try:
-            engine.close()
-        except EngineError as error:
-            logger.warning("RFork: %s; its buffers stay allocated until this process ends", error)
-            _given_up.append((engine, keep))
-
-    def _release(self, lease: Lease, error: ForkError | None, nbytes: int, seconds: float) -> None:
+    def _release(self, lease: Lease, error: BaseException | None, nbytes: int, seconds: float) -> None:
         result = messages.RESULT_OK if error is None else messages.RESULT_FAILED
         cause = "" if error is None else type(error).__name__
         background().spawn(
@@ -230,31 +239,65 @@ class Attempt:
         engine = self.engine()
         self._opening = concurrent.futures.Future()
         self._opening.set_exception(EngineError(self.engine_name, "open", "the engine now belongs to the seed"))
+        self._registered = None
         return engine
 
     def reopen_engine(self) -> None:
         """Replace an engine that failed by a fresh one, so that this worker can still become a seed."""
         self.close_engine()
         self._opening = concurrent.futures.Future()
-        self._open()
+        self._open(self._opening)
 
     def close_engine(self) -> None:
-        """Close the engine and with it every registration; before the registered memory is let go. Idempotent."""
-        try:
-            self.engine().close()
-        except EngineError as error:
-            logger.debug("RFork: %s", error)
+        """Close the engine and with it every registration; before the registered memory is let go. Idempotent.
+
+        Never waits for an engine that is still being opened: that one is closed when it is open.
+        """
+        kept, self._registered = self._registered, None
+
+        def close(opened: concurrent.futures.Future[TransferEngine]) -> None:
+            if (error := opened.exception()) is not None:
+                logger.debug("RFork: %s", error)
+            else:
+                _close(opened.result(), kept)
+
+        self._opening.add_done_callback(close)  # at once, where it is done
+
+    def let_go(self) -> None:
+        """Close the engine where it holds registrations: the memory may be let go after this."""
+        if self._registered is not None:
+            self.close_engine()
 
     def end_intent(self) -> None:
         """Stop renewing the intent; the announcement fulfils it, or it expires."""
         if self._intending is not None:
-            self._intending.cancel(self.settings.rfork_request_timeout_sec)
+            try:
+                self._intending.cancel(self.settings.rfork_request_timeout_sec)
+            except TimeoutError as error:
+                logger.debug("RFork: %s", error)
             self._intending = None
 
     def close(self) -> None:
         """Close the engine, unless a seed has it, and end the intent. Idempotent."""
         self.end_intent()
         self.close_engine()
+
+
+def _close(engine: TransferEngine, keep: Any) -> None:
+    """Close ``engine``; where that fails, leave the buffers that it has registered to it for good."""
+    try:
+        engine.close()
+    except EngineError as error:
+        if keep is None:
+            logger.debug("RFork: %s", error)
+            return
+        logger.warning("RFork: %s; its buffers stay allocated until this process ends", error)
+        _given_up.append((engine, keep))
+
+
+def _caused_by(cause: BaseException, error: EngineError) -> EngineError:
+    error.__cause__ = cause
+    return error
 
 
 def _mutated(error: ForkError) -> ForkError:

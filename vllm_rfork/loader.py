@@ -89,6 +89,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             return self._storage().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         plan = LoadPlan.make(settings, vllm_config, model_config, rank_shows=self.load_config.use_tqdm_on_load)
         registries = Registries.capture(vllm_config)
+        plan.shared_storages = registries.storages()
         try:
             try:
                 model = self._build(plan, vllm_config, model_config, prefix)
@@ -135,9 +136,10 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                     "RFork: falling back to load_format=%s: %s: %s",
                     plan.settings.rfork_fallback_load_format,
                     type(error).__name__,
-                    error,
+                    str(error),  # the error itself would keep the model, wherever somebody keeps log records
                 )
                 plan.fork_failed = True
+                plan.attempt.let_go()  # while the model that is registered is still here
                 if error.mutated:
                     raise _StartOver from None
         storage = self._storage()
@@ -160,13 +162,23 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
 
     def _fork(self, plan: LoadPlan, model: nn.Module) -> None:
         started = time.perf_counter()
+        if plan.unreachable is not None:
+            raise plan.unreachable
         collection = plan.collect_empty(model)
         local = collection.manifest(**plan.manifest_identity())
         with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:
             remote = plan.attempt.run(
-                Target(local, lambda manifest: plan.accept(model, collection, manifest), collection, progress)
+                Target(
+                    local,
+                    lambda manifest: plan.accept(model, collection, manifest),
+                    collection,
+                    progress,
+                    untouched=plan.shared_spans(collection),
+                )
             )
         plan.capture_forked(collection, remote)
+        if plan.no_seed_reason:
+            plan.attempt.let_go()  # nobody will keep for it what post-processing replaces
         seconds = time.perf_counter() - started
         logger.info(
             "RFork: forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s (%s)",

@@ -6,9 +6,11 @@ opening thread belongs to the attempt.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import socket
+import threading
 import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +23,7 @@ from vllm_rfork.attempt import Attempt
 from vllm_rfork.config import Settings
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.table import engine_for_device
-from vllm_rfork.errors import ConfigError, ForkError, VerificationError
+from vllm_rfork.errors import ConfigError, ForkError, PlannerError, VerificationError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 from vllm_rfork.segments import paired_digests
@@ -44,6 +46,8 @@ class LoadPlan:
         fork_failed: the engine may hold registrations of the attempt that failed.
         may_fork: false once an attempt has failed in a way that made the model unusable.
         no_seed_reason: why this worker must not become a seed; empty where it may.
+        unreachable: the planner's name could not be looked up in time: there is nobody to ask for a seed.
+        shared_storages: where the memory lies that other models of this process use already.
         collection, digests, state: the layout as loaded, captured for the seed; the collection keeps it alive.
     """
 
@@ -59,6 +63,8 @@ class LoadPlan:
     may_fork: bool = True
     no_seed_reason: str = ""
     fork_failed: bool = False
+    unreachable: PlannerError | None = None
+    shared_storages: frozenset[int] = frozenset()
     collection: Collection | None = None
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +94,12 @@ class LoadPlan:
             device=device,
             dummy=settings.rfork_fallback_load_format == "dummy",
         )
-        host = advertise_host(settings)
+        unreachable = None
+        try:
+            host = advertise_host(settings)
+        except TimeoutError as error:
+            # The whole bound has been used up, and a call to the planner would look the name up again.
+            host, unreachable = "127.0.0.1", PlannerError(str(error))
         config = EngineConfig(device=device_text(device), host=host, timeout_s=settings.rfork_seed_timeout_sec)
         plan = cls(
             settings=settings,
@@ -101,9 +112,12 @@ class LoadPlan:
             advertise_host=host,
             shows_progress=rank_shows and loading.is_first_rank(),
             no_seed_reason="" if settings.rfork_become_seed else "rfork_become_seed is false",
+            unreachable=unreachable,
         )
         logger.info("RFork: seed key %s, fingerprint %s, engine %s", seed_key, plan.fingerprint, engine_name)
         logger.debug("RFork: the fingerprint covers %s", facts)
+        if unreachable is not None:
+            plan.refuse_to_seed(f"its own address is not known: {unreachable}")
         if reason := loading.never_a_seed(vllm_config):
             plan.refuse_to_seed(reason)
         return plan
@@ -133,6 +147,12 @@ class LoadPlan:
         """
         self._check_layout(model)
         return collect(model, self.device)
+
+    def shared_spans(self, collection: Collection) -> frozenset[int]:
+        """Addresses of the spans that an earlier model uses too: a fork that goes wrong must not write there."""
+        return frozenset(
+            span.address for span in collection.spans if span.data.untyped_storage().data_ptr() in self.shared_storages
+        )
 
     def _check_layout(self, model: nn.Module) -> None:
         if loading.quantizes_online(model):
@@ -167,7 +187,13 @@ class LoadPlan:
 
     def state_before(self, model: nn.Module) -> dict[str, Plain]:
         """The Python-side state before loading, so that what loading changes can be told; empty where no seed."""
-        return {} if self.no_seed_reason else state_of(model)
+        if self.no_seed_reason:
+            return {}
+        try:
+            return state_of(model)
+        except ForkError as error:
+            self.refuse_to_seed(str(error))
+            return {}
 
     def capture_loaded(self, model: nn.Module, before: dict[str, Plain]) -> None:
         """Remember what storage put into ``model``: references to the tensors, their digests, the changed state."""
@@ -176,13 +202,14 @@ class LoadPlan:
         try:
             self._check_layout(model)
             loading.synchronize(self.device)
-            self.collection = collect(model, self.device)
+            collection = collect(model, self.device)
+            self.state = dict(changed_state(before, state_of(model)))
         except ForkError as error:
             self.refuse_to_seed(str(error))
             return
         with self.attempt.times.stage("digest"):
-            self.digests = verify.digests(span.data for span in self.collection.spans)
-        self.state = dict(changed_state(before, state_of(model)))
+            self.digests = verify.digests(span.data for span in collection.spans)
+        self.collection = collection
 
     def capture_forked(self, collection: Collection, remote: Manifest) -> None:
         """Remember what a fork put there, with the seed's digests: what is passed on is vouched for by the first."""
@@ -249,17 +276,49 @@ def device_text(device: torch.device) -> str:
 
 
 def advertise_host(settings: Settings) -> str:
-    """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or the route to the planner."""
+    """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or the route to the planner.
+
+    Raises:
+        TimeoutError: the planner's name could not be looked up within ``rfork_request_timeout_sec``.
+    """
     if settings.rfork_seed_advertise_host:
         return settings.rfork_seed_advertise_host
     if host := os.environ.get("VLLM_HOST_IP"):
         return host
     parts = urllib.parse.urlsplit(settings.rfork_scheduler_url)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = _look_up(
+            parts.hostname or "", parts.port or 80, settings.rfork_request_timeout_sec
+        )
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # a datagram socket: finds the route, sends nothing
             return str(probe.getsockname()[0])
+    except TimeoutError:
+        raise
     except OSError as error:
         logger.warning("RFork: no route to the planner at %s (%s); seeds announce 127.0.0.1", parts.hostname, error)
         return "127.0.0.1"
+
+
+def _look_up(host: str, port: int, timeout_s: float) -> Any:
+    """The first datagram address of ``host``; the lookup blocks as long as the resolver likes, so a thread does it.
+
+    Raises:
+        TimeoutError: no answer within ``timeout_s`` seconds.
+        OSError: there is no such name.
+    """
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def look_up() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0])
+        except (OSError, UnicodeError) as error:
+            answer.set_exception(OSError(str(error)))
+
+    threading.Thread(target=look_up, name="rfork-lookup", daemon=True).start()
+    try:
+        return answer.result(timeout_s)
+    except concurrent.futures.TimeoutError as error:
+        raise TimeoutError(
+            f"the planner's host {host} was not found within {timeout_s:g} s (rfork_request_timeout_sec)"
+        ) from error

@@ -8,6 +8,7 @@ not know what a tensor is: the loader does that. Must not import torch or vLLM.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -21,6 +22,8 @@ from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import EngineError, ForkError, SeedError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.segments import Segment, batches, pair
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -56,6 +59,7 @@ class ForkRequest:
         request_timeout_s: bound of each HTTP call and the floor of each native one.
         timeout_s: bound of the whole fork.
         max_batch_nbytes: ``rfork_max_batch_bytes``; None for the engine's own bound.
+        untouched: addresses of local spans that are not read, since others use them already.
         progress: called with bytes copied so far.
     """
 
@@ -65,6 +69,7 @@ class ForkRequest:
     request_timeout_s: float
     timeout_s: float
     max_batch_nbytes: int | None = None
+    untouched: frozenset[int] = frozenset()
     progress: Callable[[int], None] = lambda nbytes: None
 
 
@@ -87,7 +92,8 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
                 f"seed {seed} transfers with engine {remote.engine}, this worker with {request.local.engine}; "
                 "give both the same rfork_engine"
             )
-        segments = pair(request.local, remote)
+        paired = pair(request.local, remote)
+        segments = [segment for segment in paired if segment.local not in request.untouched]
     with times.stage("connect"):
         request.engine.connect(remote.endpoint, request.request_timeout_s)
     try:
@@ -101,7 +107,12 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
         error.mutated = True
         raise
     finally:
-        request.engine.disconnect(remote.endpoint)
+        try:
+            request.engine.disconnect(remote.endpoint)
+        except EngineError as error:
+            # It must not hide the first error, which says whether a read is in flight: an engine that is stuck in
+            # one fails here as well.
+            logger.warning("RFork: %s", error)
     return remote
 
 

@@ -109,10 +109,18 @@ def walk(model: nn.Module) -> Iterator[Leaf]:
     name that reaches them.
 
     Raises:
-        ForkError: there is more than ``MAX_LEAVES``: the walk has left the model.
+        ForkError: there is more than ``MAX_LEAVES``: the walk has left the model; or an object of the model's
+            raised while it was looked at.
     """
-    walker = _Walker(model)
-    for count, leaf in enumerate(walker.modules(model, "")):
+    leaves = enumerate(_Walker(model).modules(model, ""))
+    while True:
+        try:
+            count, leaf = next(leaves)
+        except StopIteration:
+            return
+        except Exception as error:
+            # Mappings, slots and wrapper tensors run their own code, and a model that loads must not fail for it.
+            raise ForkError(f"the model's attributes cannot be read: {type(error).__name__}: {error}") from error
         if count > MAX_LEAVES:
             raise ForkError(f"more than {MAX_LEAVES} tensors and values are reachable from the model")
         yield leaf
@@ -131,7 +139,8 @@ def assign(leaf: Leaf, value: Plain) -> None:
             raise TypeError(f"a {type(leaf.owner).__name__} cannot be written")
         else:
             setattr(leaf.owner, leaf.key, value)
-    except (AttributeError, TypeError) as error:
+    except Exception as error:
+        # Setters run their own code, and a module raises KeyError for a name that it has otherwise.
         raise ForkError(f"state {leaf.name} of the seed cannot be set here: {error}") from error
 
 

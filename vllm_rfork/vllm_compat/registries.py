@@ -11,6 +11,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 
 @dataclass
 class Registries:
@@ -23,9 +25,15 @@ class Registries:
     def capture(cls, vllm_config: Any) -> Registries:
         """What ``vllm_config`` and vLLM's modules hold now."""
         compilation = vllm_config.compilation_config
-        mappings = [compilation.static_forward_context, _rope_cache()]
+        mappings = [compilation.static_forward_context, _rope_cache(), _compile_hooks()]
         lists = [compilation.static_all_moe_layers] if hasattr(compilation, "static_all_moe_layers") else []
         return cls([(live, dict(live)) for live in mappings], [(live, list(live)) for live in lists])
+
+    def storages(self) -> frozenset[int]:
+        """Addresses of the storages behind the tensors of modules that a model built from now on may share."""
+        modules = [module for module in _rope_cache().values() if isinstance(module, nn.Module)]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def restore(self) -> None:
         """Put everything back, in place: vLLM holds references to these very objects."""
@@ -41,3 +49,10 @@ def _rope_cache() -> dict[Any, Any]:
     module = importlib.import_module("vllm.model_executor.layers.rotary_embedding")
     cache: dict[Any, Any] = module._ROPE_DICT
     return cache
+
+
+def _compile_hooks() -> dict[Any, Any]:
+    """torch's bytecode hooks: each compiled model enters a method of its own, which would keep it in memory."""
+    module = importlib.import_module("torch._dynamo.convert_frame")
+    hooks: dict[Any, Any] = getattr(module, "_bytecode_hooks", {})
+    return hooks
