@@ -43,6 +43,8 @@ ADD_INTENT = "/rfork_intent"
 READYZ = "/readyz"
 #: Planner: Prometheus metrics.
 METRICS = "/metrics"
+#: Planner: its calls, described for programs.
+OPENAPI = "/openapi.json"
 #: The versioned manifest on the seed service.
 SEED_MANIFEST = "/rfork_manifest"
 #: Its query parameter: the newest manifest version that the receiver reads; the seed answers in that or an older one.

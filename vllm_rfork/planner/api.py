@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -18,6 +19,7 @@ from vllm_rfork import messages
 from vllm_rfork.messages import BadMessage, header
 from vllm_rfork.planner.access import AddressCheck, Tokens
 from vllm_rfork.planner.metrics import Metrics
+from vllm_rfork.planner.openapi import description
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import (
     Announcement,
@@ -43,6 +45,8 @@ OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ})
 MAX_ID_LENGTH = 256
 MAX_EXCLUDED = 256
 MAX_SNAPSHOT = 100_000
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Refused(Exception):
@@ -78,6 +82,7 @@ class Api:
             messages.READYZ: {"GET": self.readyz},
             messages.METRICS: {"GET": self.metrics},
             messages.DEBUG_SNAPSHOT: {"GET": self.snapshot},
+            messages.OPENAPI: {"GET": self.openapi},
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -236,6 +241,10 @@ class Api:
         limit = messages.integer(request.query.get("limit", "1000"), "limit", minimum=0, maximum=MAX_SNAPSHOT)
         return _json(await self._store.snapshot(key=request.query.get("key"), limit=limit))
 
+    async def openapi(self, _: web.BaseRequest) -> web.Response:
+        """All of these, described for programs."""
+        return _json(description())
+
     # --- headers -------------------------------------------------------------------------------------------------
     def _key(self, headers: Mapping[str, str]) -> str:
         key = messages.seed_key(headers)
@@ -290,9 +299,14 @@ def _outcome(headers: Mapping[str, str]) -> Outcome | None:
     )
 
 
+def _as_words(surrogate: re.Match[str]) -> str:
+    """Six characters, backslash first, in place of one that no JSON reader has to take."""
+    return f"\\\\u{ord(surrogate[0]):04x}"
+
+
 def _json(data: object) -> web.Response:
     try:
         body = msgspec.json.encode(data)
-    except UnicodeEncodeError:  # a key that arrived as bytes other than UTF-8 holds surrogates
-        body = json.dumps(data).encode("ascii")
+    except UnicodeEncodeError:  # a key that arrived as bytes other than UTF-8 holds surrogates: no text in JSON
+        body = _SURROGATE.sub(_as_words, json.dumps(data, ensure_ascii=False)).encode("utf-8")
     return web.Response(body=body, content_type="application/json")
