@@ -39,6 +39,9 @@ class YuanRongContract(EngineContract):
     """Everything that the two wheels have in common; ``wheel`` names one in ``tests/standin/wheels.py``."""
 
     engine: ClassVar[str] = "yuanrong"
+    #: Two control calls in a row, each of them reset after 10 s, where the peer stops between the probe and the read.
+    dead_peer_s: ClassVar[float] = 25.0
+    close_may_keep_memory: ClassVar[bool] = True
     wheel: ClassVar[str]
     installed: ClassVar[wheels.Installed]
 
