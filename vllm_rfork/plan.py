@@ -203,7 +203,10 @@ class LoadPlan:
             self._check_layout(model)
             loading.synchronize(self.device)
             collection = collect(model, self.device)
-            self.state = dict(changed_state(before, state_of(model)))
+            after = state_of(model)
+            if gone := sorted(before.keys() - after.keys()):
+                raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
+            self.state = dict(changed_state(before, after))
         except ForkError as error:
             self.refuse_to_seed(str(error))
             return

@@ -125,6 +125,7 @@ class Seed:
             ready_timeout_s=config.ready_timeout_s,
         )
         self._parts.service = service
+        self._go_on()  # after the line above: either this sees the withdrawal, or the withdrawal sees the service
         port = background().call(service.start(), config.ready_timeout_s + config.request_timeout_s)
         address = SeedAddress(config.advertise_host, port, config.rank)
         self._parts.address = address
@@ -143,22 +144,33 @@ class Seed:
             intent=self.intent,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
+        self._go_on()
         logger.debug("RFork: seed %s is ready, epoch %s", address, epoch)
         return address
 
     def withdraw(self, reason: str) -> None:
-        """Stop being a seed before ``reason`` happens to the bytes. Idempotent; logs what could not be done."""
+        """Stop being a seed before ``reason`` happens to the bytes. Idempotent; logs what could not be done.
+
+        Bounded by ``ready_timeout_s`` and a few times ``request_timeout_s``. A start that takes longer, in a native
+        call that hangs, is left to end by itself: it serves and announces nothing any more.
+        """
         self._withdrawing.set()
         service = self._parts.service
         if service is not None:
             # Outside the lock and first of all: from here on no receiver is given an address.
             service.suspend(reason)
-        with self._lock:
+        bound_s = self.config.ready_timeout_s + self.config.request_timeout_s
+        if not self._lock.acquire(timeout=bound_s):
+            logger.warning("RFork: the seed that is being started does not notice its withdrawal: %s", reason)
+            return
+        try:
             if self._ended:
                 return
             if self._parts.address is not None:
                 logger.info("RFork: seed %s withdraws: %s", self._parts.address, reason)
             self._end()
+        finally:
+            self._lock.release()
 
     def _end(self) -> None:
         self._ended = True

@@ -59,7 +59,12 @@ def _start(plan: LoadPlan, start: _Start) -> None:
                 _seeds.append(seed)
         if withdrawn:
             seed.withdraw(withdrawn)
-        seed.start()  # refuses where it has been withdrawn
+        try:
+            seed.start()  # refuses where it has been withdrawn
+        except BaseException:
+            with _lock:
+                _seeds[:] = [each for each in _seeds if each is not seed]
+            raise
     except ForkError as error:
         logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
         plan.attempt.close()

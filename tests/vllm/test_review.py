@@ -85,14 +85,57 @@ def test_a_withdrawal_does_not_wait_for_all_of_a_start(
     monkeypatch.setattr("vllm_rfork.seed.SeedService", lambda **_: pytest.fail("a service was made"))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="withdrawn while checked")))
     assert checking.wait(30)
+    # It is in the list by now, where the withdrawal finds it.
+    (seed,) = seeding._seeds
     withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",))
     withdrawal.start()
-    (seed,) = eventually(lambda: [each for each in gc.get_objects() if type(each).__name__ == "Seed"], "the seed")
     eventually(seed._withdrawing.is_set, "the withdrawal has begun")
     go_on.set()
     withdrawal.join(30)
     assert seeding.wait_until_started(5) == []
     eventually(lambda: not open_engines(), "the engine is closed")
+
+
+def test_a_withdrawal_is_bounded_where_a_start_never_ends(
+    model_a: Path, planner: Planner, monkeypatch: pytest.MonkeyPatch, no_seeds: None, rfork_log: LogRecords
+) -> None:
+    """A native call that hangs must not take the worker with it; and what comes after it must not be served."""
+    registering, go_on = threading.Event(), threading.Event()
+    register = MemoryEngine.register
+
+    def hanging(self: MemoryEngine, regions: Any) -> None:
+        registering.set()
+        assert go_on.wait(60)
+        register(self, regions)
+
+    monkeypatch.setattr(MemoryEngine, "register", hanging)
+    bounds = {"rfork_request_timeout_sec": 0.5, "rfork_seed_timeout_sec": 0.5}
+    extra = extra_for(planner.url, model_url="hangs while registering", **bounds)
+    load(vllm_config(model_a, load_format="rfork", extra=extra))
+    assert registering.wait(30)
+    starting = list(seeding._starting)
+    withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",), daemon=True)
+    withdrawal.start()
+    withdrawal.join(20)
+    returned = not withdrawal.is_alive()
+    go_on.set()
+    for each in starting:
+        each.thread.join(30)
+    assert returned
+    assert seeding.wait_until_started(1) == []
+    assert not any("announced" in line for line in rfork_log.texts())
+    eventually(lambda: not open_engines(), "the engine is closed")
+
+
+def test_bytes_that_were_not_checked_are_not_passed_on(
+    model_a: Path, planner: Planner, seed: SeedProcess, monkeypatch: pytest.MonkeyPatch, no_seeds: None,
+    rfork_log: LogRecords,
+) -> None:  # fmt: skip
+    """Whoever switches the check off runs a risk of their own, not of others."""
+    monkeypatch.setattr(MemoryEngine, "read", _scrambling(MemoryEngine.read))
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, rfork_verify="off")))
+    assert seeding.wait_until_started(30) == []
+    assert any("forked" in line for line in rfork_log.texts())
 
 
 # --- what a failed fork may leave behind ----------------------------------------------------------------------------
@@ -266,17 +309,19 @@ def test_a_model_that_cannot_be_walked_loads_all_the_same(
 ) -> None:
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-    monkeypatch.setattr(Qwen2ForCausalLM, "__init__", _with_hostile_attribute(Qwen2ForCausalLM.__init__))
+    monkeypatch.setattr(
+        Qwen2ForCausalLM, "__init__", _with_attribute(Qwen2ForCausalLM.__init__, "hostile", _Hostile(a=1))
+    )
     extra = extra_for(planner.url, model_url="cannot be walked")
     load(vllm_config(model_a, load_format="rfork", extra=extra))
     assert any("not a seed" in line and "not now" in line for line in rfork_log.warnings), rfork_log.warnings
 
 
-def _with_hostile_attribute(init: Any) -> Any:
+def _with_attribute(init: Any, name: str, value: Any) -> Any:
     @functools.wraps(init)
     def initialised(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.hostile = _Hostile(a=1)
+        setattr(self, name, value)
 
     return initialised
 
@@ -340,3 +385,22 @@ def test_a_name_server_that_hangs_costs_one_request_timeout_in_total(
     finally:
         over.set()
         loading_thread.join(30)
+
+
+def test_a_value_that_loading_replaces_by_an_object_is_not_offered(
+    model_a: Path, planner: Planner, no_seeds: None, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Receivers would go on with what construction put there."""
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    load_weights = Qwen2ForCausalLM.load_weights
+
+    def replacing(self: Any, weights: Any) -> Any:
+        self.scheme = object()
+        return load_weights(self, weights)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "__init__", _with_attribute(Qwen2ForCausalLM.__init__, "scheme", None))
+    monkeypatch.setattr(Qwen2ForCausalLM, "load_weights", replacing)
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="replaces a value")))
+    assert seeding.wait_until_started(30) == []
+    assert any("not a seed" in line and "scheme" in line for line in rfork_log.warnings), rfork_log.warnings
