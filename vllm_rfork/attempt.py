@@ -263,10 +263,12 @@ class Attempt:
 
         self._opening.add_done_callback(close)  # at once, where it is done
 
-    def let_go(self) -> None:
-        """Close the engine where it holds registrations: the memory may be let go after this."""
-        if self._registered is not None:
+    def let_go(self) -> bool:
+        """Close the engine where it holds registrations, and say whether it did: the memory may be let go then."""
+        held = self._registered is not None
+        if held:
             self.close_engine()
+        return held
 
     def end_intent(self) -> None:
         """Stop renewing the intent; the announcement fulfils it, or it expires."""

@@ -105,6 +105,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         except BaseException:
             plan.attempt.close()
             raise
+        plan.settle(model)
         seeding.become_seed(plan)
         return model
 
@@ -138,7 +139,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                     type(error).__name__,
                     str(error),  # the error itself would keep the model, wherever somebody keeps log records
                 )
-                plan.fork_failed = True
+                plan.reopen_engine = True
                 plan.attempt.let_go()  # while the model that is registered is still here
                 if error.mutated:
                     raise _StartOver from None

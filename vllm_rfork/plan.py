@@ -26,13 +26,17 @@ from vllm_rfork.engines.table import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, PlannerError, VerificationError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
-from vllm_rfork.segments import paired_digests
+from vllm_rfork.segments import pair, paired_digests
 from vllm_rfork.tensors import Collection, apply_inline, apply_state, changed_state, collect, state_of
 from vllm_rfork.vllm_compat import loading
 from vllm_rfork.vllm_compat.identity import fingerprint_facts, worker_identity
 from vllm_rfork.walk import Plain
 
 logger = logging.getLogger(__name__)
+
+#: Device types on which a seed keeps the loaded tensors beside what post-processing makes of them. Elsewhere memory
+#: is what a deployment is sized by, and keeping weights twice could fail a start that works without us.
+KEEPS_LOADED = frozenset({"cpu"})
 
 #: ``rfork_verify=sample`` looks at every so-many-th span.
 SAMPLE_EVERY = 8
@@ -43,7 +47,7 @@ class LoadPlan:
     """See the module's docstring.
 
     Attributes:
-        fork_failed: the engine may hold registrations of the attempt that failed.
+        reopen_engine: it was closed, or may hold registrations of an attempt that failed; a seed needs a fresh one.
         may_fork: false once an attempt has failed in a way that made the model unusable.
         no_seed_reason: why this worker must not become a seed; empty where it may.
         unreachable: the planner's name could not be looked up in time: there is nobody to ask for a seed.
@@ -62,12 +66,14 @@ class LoadPlan:
     shows_progress: bool
     may_fork: bool = True
     no_seed_reason: str = ""
-    fork_failed: bool = False
+    reopen_engine: bool = False
     unreachable: PlannerError | None = None
     shared_storages: frozenset[int] = frozenset()
     collection: Collection | None = None
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
+    _loaded: Manifest | None = None
+    _loaded_nbytes: int = 0
 
     @classmethod
     def make(cls, settings: Settings, vllm_config: Any, model_config: Any, *, rank_shows: bool) -> LoadPlan:
@@ -212,7 +218,7 @@ class LoadPlan:
             return
         with self.attempt.times.stage("digest"):
             self.digests = verify.digests(span.data for span in collection.spans)
-        self.collection = collection
+        self._keep(collection)
 
     def capture_forked(self, collection: Collection, remote: Manifest) -> None:
         """Remember what a fork put there, with the seed's digests: what is passed on is vouched for by the first."""
@@ -220,14 +226,48 @@ class LoadPlan:
             return
         local = collection.manifest(**self.manifest_identity())
         paired = paired_digests(local, remote)
-        self.collection = collection
         self.digests = [paired[number] for number in range(len(collection.spans))]
         self.state = dict(remote.state)
+        self._keep(collection)
+
+    def _keep(self, collection: Collection) -> None:
+        """Keep the loaded tensors, or, where that would cost device memory, only what they were."""
+        if self.device.type in KEEPS_LOADED:
+            self.collection = collection
+            return
+        self._loaded = collection.manifest(digests=self.digests, **self.manifest_identity())
+        self._loaded_nbytes = collection.nbytes
+        # Post-processing may free this memory, so no registration of the fork may outlive it.
+        self.reopen_engine = self.attempt.let_go() or self.reopen_engine
+
+    def settle(self, model: nn.Module) -> None:
+        """After post-processing, where the loaded tensors were not kept: see whether they are still all there.
+
+        Where one was replaced, this worker will not be a seed; the reason says which.
+        """
+        if self._loaded is None or self.no_seed_reason:
+            return
+        try:
+            loading.synchronize(self.device)
+            collection = collect(model, self.device)
+            now = collection.manifest(**self.manifest_identity())
+            pair(now, self._loaded)
+        except ForkError as error:
+            self.refuse_to_seed(
+                f"post-processing replaced tensors of the {self.layout} layout, and keeping both would take device "
+                f"memory: {error}"
+            )
+            return
+        paired = paired_digests(now, self._loaded)
+        self.digests = [paired[number] for number in range(len(collection.spans))]
+        self.collection = collection
 
     def nbytes_of(self, model: nn.Module) -> int:
         """Bytes of weights that ``model`` holds."""
         if self.collection is not None:
             return self.collection.nbytes
+        if self._loaded_nbytes:
+            return self._loaded_nbytes
         return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def seed_manifest(self) -> Manifest:

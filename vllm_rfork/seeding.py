@@ -49,7 +49,7 @@ def become_seed(plan: LoadPlan) -> None:
 
 def _start(plan: LoadPlan, start: _Start) -> None:
     try:
-        if plan.fork_failed:
+        if plan.reopen_engine:
             plan.attempt.reopen_engine()
         seed = _make(plan)
         with _lock:

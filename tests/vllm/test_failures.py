@@ -20,6 +20,7 @@ from aiohttp import web
 from tests.vllm import fakes, models
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import free_port, load_digested, vllm_config
+from vllm_rfork import plan
 from vllm_rfork.background import background
 from vllm_rfork.engines.memory import open_engines
 from vllm_rfork.errors import ConfigError
@@ -289,6 +290,15 @@ def test_an_engine_that_fails(
     eventually(planner.seeds, "the seed is announced")
     eventually(lambda: planner.leases() == 0, "the seed is free")
     monkeypatch.setenv("RFORK_MEMORY_FAULT", fault)
+    collect_empty = plan.LoadPlan.collect_empty
+
+    def collect_other_bytes(self: plan.LoadPlan, model: Any) -> Any:
+        """The allocator may hand out memory that still holds an earlier load's bytes, the right ones by accident."""
+        for parameter in model.parameters():
+            parameter.data.fill_(0.4375)
+        return collect_empty(self, model)
+
+    monkeypatch.setattr(plan.LoadPlan, "collect_empty", collect_other_bytes)
     falls_back(
         model_a, default_a, planner.url, rfork_log, cause=cause, leases=planner.leases, rfork_request_timeout_sec=1.0
     )

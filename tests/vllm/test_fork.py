@@ -22,6 +22,7 @@ def test_the_seed_loaded_what_the_default_loader_loads(seed: SeedProcess, defaul
 def test_a_fork_equals_a_default_load_without_weight_files(
     planner: Planner, default_a: Any, model_a_without_weights: Path, rfork_log: LogRecords
 ) -> None:
+    eventually(lambda: planner.seeds() and planner.leases() == 0, "the seed is free")
     extra = extra_for(planner.url, rfork_become_seed=False)
     forked = load_digested(vllm_config(model_a_without_weights, load_format="rfork", extra=extra))
     assert forked.before == default_a.before

@@ -14,8 +14,8 @@ from torch import nn
 from tests.vllm import fakes
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import digests_of, distributed, free_port, load, load_digested, vllm_config
-from vllm_rfork import plugin, seeding
-from vllm_rfork.engines.memory import MemoryEngine
+from vllm_rfork import plan, plugin, seeding
+from vllm_rfork.engines.memory import MemoryEngine, open_engines
 
 pytestmark = pytest.mark.vllm
 
@@ -269,3 +269,48 @@ def test_the_order_of_ports_keeps_target_and_draft_apart() -> None:
         for draft in (False, True)
     }
     assert ports == set(range(9000, 9008))
+
+
+@pytest.mark.parametrize("how", ["from storage", "forked"])
+def test_where_weights_are_not_kept_twice_replaced_ones_mean_no_seed(
+    how: str,
+    model_a: Path,
+    default_a: Any,
+    planner: Planner,
+    seed: SeedProcess,
+    rfork_log: LogRecords,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on accelerators; on CPU post-processing replaces every linear weight."""
+    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
+    key = "tiny" if how == "forked" else "not-kept"
+    loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
+    assert loaded.before == default_a.before
+    assert loaded.after == default_a.after
+    assert not [each for each in seeding.wait_until_started(30) if each.address]
+    assert any("not a seed" in line and "qkv_proj.weight" in line for line in rfork_log.warnings)
+    assert not open_engines()
+
+
+@pytest.mark.parametrize("how", ["from storage", "forked"])
+def test_where_weights_are_not_kept_twice_untouched_ones_are_offered(
+    how: str, model_a: Path, planner: Planner, seed: SeedProcess, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with unquantized dense models on accelerators, where post-processing leaves the tensors in place."""
+    from vllm.model_executor.model_loader import base_loader
+
+    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
+    eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
+    key = "tiny" if how == "forked" else "in-place"
+    model = load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
+    try:
+        (mine,) = [each for each in seeding.wait_until_started(30) if each.address]
+        eventually(lambda: str(mine.address) in planner.seeds(), "it is announced")
+        registered = {(region.address, region.nbytes) for region in mine.manifest.regions}
+        weight = model.get_parameter("model.norm.weight")
+        assert (weight.data_ptr(), weight.nbytes) in registered
+        assert rfork_log.warnings == []
+    finally:
+        seeding.withdraw_all("test is over")
