@@ -13,6 +13,7 @@ LIGHT = [
     "vllm_rfork.plugin",
     "vllm_rfork.cli",
     "vllm_rfork.planner",
+    "vllm_rfork.commands",
     "vllm_rfork.seed_service",
     "vllm_rfork.heartbeat",
     "vllm_rfork.watcher",
