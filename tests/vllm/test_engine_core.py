@@ -42,6 +42,7 @@ def announced(planner: Planner, engine: Engine) -> bool:
     return engine.first["seeds"][0] in planner.seeds()
 
 
+@pytest.mark.timeout(900)  # several engines start one after the other; a busy machine takes minutes for each
 def test_a_fork_answers_as_a_default_load_does_and_other_weights_do_not(
     planner: Planner, model_a: Path, model_b: Path, model_a_without_weights: Path, engines: list[Engine]
 ) -> None:
