@@ -148,16 +148,11 @@ def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[st
         if name not in ours and environment.get(variable):
             ours[name] = _from_text(name, variable, environment[variable])
     try:
-        return ParsedConfig(Settings(**{name: _numeric(value) for name, value in ours.items()}), passed_through)
+        return ParsedConfig(Settings(**ours), passed_through)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
         raise ConfigError(name, first["msg"].lower(), _accepts(name)) from error
-
-
-def _numeric(value: Any) -> Any:
-    # Strict mode takes an int for a float, and must not take a bool for either; JSON has no other numbers.
-    return value
 
 
 def _from_text(name: str, variable: str, text: str) -> Any:

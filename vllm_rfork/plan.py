@@ -73,7 +73,6 @@ class LoadPlan:
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     _loaded: Manifest | None = None
-    _loaded_nbytes: int = 0
 
     @classmethod
     def make(cls, settings: Settings, vllm_config: Any, model_config: Any, *, rank_shows: bool) -> LoadPlan:
@@ -173,7 +172,7 @@ class LoadPlan:
             VerificationError: a digest differs.
             ForkError: Python-side state cannot be made equal.
         """
-        expected = paired_digests(collection.manifest(**self.manifest_identity()), manifest)
+        expected = self._digests_of(manifest, collection)
         if self.settings.rfork_verify != "off" and manifest.digest_algorithm != verify.ALGORITHM:
             raise VerificationError(
                 f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
@@ -184,9 +183,9 @@ class LoadPlan:
         if self.settings.rfork_verify != "off":
             wrong = verify.wrong_spans([span.data for span in collection.spans], expected)
             if wrong:
-                names = [entry.name for entry in collection.entries if entry.span in wrong]
                 raise VerificationError(
-                    f"the bytes of {len(wrong)} of {len(expected)} tensors are not the seed's: {', '.join(names[:5])}"
+                    f"the bytes of {len(wrong)} of {len(expected)} tensors are not the seed's: "
+                    f"{_names(collection, wrong)}"
                 )
         apply_inline(collection, manifest)
         apply_state(model, manifest.state)
@@ -224,9 +223,7 @@ class LoadPlan:
         """Remember what a fork put there, with the seed's digests: what is passed on is vouched for by the first."""
         if self.no_seed_reason:
             return
-        local = collection.manifest(**self.manifest_identity())
-        paired = paired_digests(local, remote)
-        self.digests = [paired[number] for number in range(len(collection.spans))]
+        self.digests = list(self._digests_of(remote, collection).values())
         self.state = dict(remote.state)
         self._keep(collection)
 
@@ -236,7 +233,6 @@ class LoadPlan:
             self.collection = collection
             return
         self._loaded = collection.manifest(digests=self.digests, **self.manifest_identity())
-        self._loaded_nbytes = collection.nbytes
         # Post-processing may free this memory, so no registration of the fork may outlive it.
         self.reopen_engine = self.attempt.let_go() or self.reopen_engine
 
@@ -250,24 +246,26 @@ class LoadPlan:
         try:
             loading.synchronize(self.device)
             collection = collect(model, self.device)
-            now = collection.manifest(**self.manifest_identity())
-            pair(now, self._loaded)
+            pair(collection.manifest(**self.manifest_identity()), self._loaded)
         except ForkError as error:
             self.refuse_to_seed(
                 f"post-processing replaced tensors of the {self.layout} layout, and keeping both would take device "
                 f"memory: {error}"
             )
             return
-        paired = paired_digests(now, self._loaded)
-        self.digests = [paired[number] for number in range(len(collection.spans))]
+        self.digests = list(self._digests_of(self._loaded, collection).values())
         self.collection = collection
+
+    def _digests_of(self, manifest: Manifest, collection: Collection) -> dict[int, str]:
+        """What ``manifest`` says of each span of ``collection``, by span number in order; the two have been paired."""
+        return dict(sorted(paired_digests(collection.manifest(**self.manifest_identity()), manifest).items()))
 
     def nbytes_of(self, model: nn.Module) -> int:
         """Bytes of weights that ``model`` holds."""
         if self.collection is not None:
             return self.collection.nbytes
-        if self._loaded_nbytes:
-            return self._loaded_nbytes
+        if self._loaded is not None:
+            return self._loaded.nbytes
         return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def seed_manifest(self) -> Manifest:
@@ -291,10 +289,15 @@ class LoadPlan:
         loading.synchronize(self.device)
         wrong = verify.wrong_spans([span.data for span in self.collection.spans], dict(enumerate(self.digests)))
         if wrong:
-            names = [entry.name for entry in self.collection.entries if entry.span in wrong]
             raise ForkError(
-                f"post-processing wrote to {len(wrong)} tensors of the {self.layout} layout: {', '.join(names[:5])}"
+                f"post-processing wrote to {len(wrong)} tensors of the {self.layout} layout: "
+                f"{_names(self.collection, wrong)}"
             )
+
+
+def _names(collection: Collection, spans: list[int]) -> str:
+    """The first tensors that lie in ``spans``, for a message."""
+    return ", ".join([entry.name for entry in collection.entries if entry.span in spans][:5])
 
 
 def layout_for(settings: Settings, device: torch.device) -> str:

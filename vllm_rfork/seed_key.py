@@ -77,12 +77,3 @@ def build_fingerprint(facts: Mapping[str, Any]) -> str:
         allow_nan=False,
     )
     return hashlib.blake2b(canonical.encode("ascii"), digest_size=16).hexdigest()
-
-
-def differing_facts(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """One line per fact that differs, for the log: a refusal says why, not only that."""
-    return [
-        f"{name}: {theirs.get(name)!r} on the seed, {ours.get(name)!r} on the receiver"
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]

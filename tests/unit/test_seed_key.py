@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_rfork.messages import decode_text, encode_text
-from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, differing_facts
+from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 
 PINNED = {
     "/models/q$prod$kv_both$0$0": ("/models/q", "prod", WorkerIdentity("kv_both", 0, 0), "$"),
@@ -70,7 +70,3 @@ def test_every_fact_moves_the_fingerprint(changed: dict[str, object]) -> None:
 def test_what_is_not_plain_data_is_refused() -> None:
     with pytest.raises(TypeError):
         build_fingerprint({"object": object()})
-
-
-def test_differences_are_named() -> None:
-    assert differing_facts({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["b: 3 on the seed, 2 on the receiver"]
