@@ -8,6 +8,7 @@ out in an outage; all other unknown keys belong to the fallback loader. Must not
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from vllm_rfork.errors import ConfigError
 
 #: Option → environment variable that is asked when the extra config does not have it. The first five are the
-#: guide's; the token has one because a secret does not belong on a command line.
+#: guide's; the token has one because a secret does not belong on a command line, and the others because an
+#: orchestrator knows them (files that it mounts, the machine that it chose) and the extra config is the same for all.
 ENVIRONMENT: dict[str, str] = {
     "model_url": "MODEL_URL",
     "model_deploy_strategy_name": "MODEL_DEPLOY_STRATEGY_NAME",
@@ -27,7 +29,19 @@ ENVIRONMENT: dict[str, str] = {
     "rfork_seed_timeout_sec": "RFORK_SEED_TIMEOUT_SEC",
     "rfork_seed_key_separator": "RFORK_SEED_KEY_SEPARATOR",
     "rfork_token": "RFORK_TOKEN",
+    "rfork_token_file": "RFORK_TOKEN_FILE",
+    "rfork_labels": "RFORK_LABELS",
+    "rfork_seed_slots": "RFORK_SEED_SLOTS",
+    "rfork_tls_ca_file": "RFORK_TLS_CA_FILE",
+    "rfork_tls_cert_file": "RFORK_TLS_CERT_FILE",
+    "rfork_tls_key_file": "RFORK_TLS_KEY_FILE",
+    "rfork_seed_tls": "RFORK_SEED_TLS",
+    "rfork_seed_tls_name": "RFORK_SEED_TLS_NAME",
+    "rfork_seed_tls_client_ca_file": "RFORK_SEED_TLS_CLIENT_CA_FILE",
 }
+
+#: Two ways to say one thing: where the extra config uses either, neither is looked for in the environment.
+_EITHER = ("rfork_token", "rfork_token_file")
 
 #: Without these nothing can be matched: one WARNING, the default loader, no seed.
 NEEDED = ("model_url", "model_deploy_strategy_name", "rfork_scheduler_url")
@@ -45,6 +59,24 @@ def _one_line(value: str) -> str:
     if any(ord(character) < 32 for character in value):
         raise ValueError("control characters are not allowed")
     return value
+
+
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
+_MAX_LABELS = 15  # of 16 on the wire: ``host`` is added where it is not given
+
+
+def _labels(value: str) -> str:
+    """``host=a,rack=b`` without the labels that have no value: a variable may be empty on some machines."""
+    kept: dict[str, str] = {}
+    for pair in filter(None, (each.strip() for each in value.split(","))):
+        name, separator, text = (part.strip() for part in pair.partition("="))
+        if not separator or not _LABEL.match(name) or (text and not _LABEL.match(text)):
+            raise ValueError(f"{pair[:80]!r} is no label")
+        if text:
+            kept[name] = text
+    if len(kept) > _MAX_LABELS:
+        raise ValueError(f"{len(kept)} labels")
+    return ",".join(f"{name}={text}" for name, text in kept.items())
 
 
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -104,8 +136,27 @@ class Settings(BaseModel):
     rfork_fork_timeout_sec: PositiveSeconds = 600.0
     #: How long the planner may hold ``get_seed`` until a seed is free; 0: do not wait.
     rfork_seed_wait_sec: Seconds = 0.0
-    #: Bearer token for planner and seed services; better given in the environment.
+    #: Bearer token for planner and seed services; better given in the environment, or in a file.
     rfork_token: Annotated[Line, Field(repr=False)] = ""
+    #: The same from a file, re-read when it changes: one token a line. The first is sent, both are accepted.
+    rfork_token_file: Line = ""
+    #: Where this worker stands, ``host=a,rack=b,zone=c,nic=d``; planners choose near seeds by it. ``host`` is the
+    #: hostname where it is not given.
+    rfork_labels: Annotated[Line, AfterValidator(_labels)] = ""
+    #: Leases that this seed carries at once; 0: the planner's own number.
+    rfork_seed_slots: Annotated[int, Field(ge=0, le=1000)] = 0
+    #: PEM: the CAs that planner and seeds are checked against; empty: the system's.
+    rfork_tls_ca_file: Line = ""
+    #: PEM: this worker's certificate and chain, shown to planner and seeds, and the seed service's own.
+    rfork_tls_cert_file: Line = ""
+    #: PEM: its private key; empty: in the same file.
+    rfork_tls_key_file: Line = ""
+    #: off: seeds speak http. require: https only, own and others'. prefer: https where the other side has it.
+    rfork_seed_tls: Literal["off", "prefer", "require"] = "off"
+    #: The name that seeds' certificates must hold; empty: the address under which the seed is announced.
+    rfork_seed_tls_name: Line = ""
+    #: PEM: the own seed service asks callers for a certificate that one of these CAs signed.
+    rfork_seed_tls_client_ca_file: Line = ""
 
     @property
     def missing(self) -> list[str]:
@@ -144,23 +195,44 @@ def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[st
             raise ConfigError(str(key), "there is no such option", f"one of {known}")
         else:
             passed_through[key] = value
+    decided = set(ours).union(_EITHER if set(_EITHER) & set(ours) else ())
     for name, variable in ENVIRONMENT.items():
-        if name not in ours and environment.get(variable):
+        if name not in decided and environment.get(variable):
             ours[name] = _from_text(name, variable, environment[variable])
     try:
-        return ParsedConfig(Settings(**ours), passed_through)
+        settings = Settings(**ours)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
         raise ConfigError(name, first["msg"].lower(), _accepts(name)) from error
+    _check_together(settings)
+    return ParsedConfig(settings, passed_through)
+
+
+def _check_together(settings: Settings) -> None:
+    """What is right alone and wrong together.
+
+    Raises:
+        ConfigError: names the field that cannot be what it is.
+    """
+    if settings.rfork_token and settings.rfork_token_file:
+        raise ConfigError("rfork_token_file", "rfork_token is given as well", "a path, where there is no rfork_token")
+    if settings.rfork_tls_key_file and not settings.rfork_tls_cert_file:
+        raise ConfigError("rfork_tls_key_file", "there is no rfork_tls_cert_file", "a path beside the certificate's")
+    if settings.rfork_seed_tls != "off" and not settings.rfork_tls_cert_file:
+        raise ConfigError("rfork_seed_tls", "there is no rfork_tls_cert_file", "off, or a certificate beside it")
+    if settings.rfork_seed_tls_client_ca_file and settings.rfork_seed_tls != "require":
+        problem = f"rfork_seed_tls is {settings.rfork_seed_tls}, so callers need no certificate"
+        raise ConfigError("rfork_seed_tls_client_ca_file", problem, "a path, where rfork_seed_tls is require")
 
 
 def _from_text(name: str, variable: str, text: str) -> Any:
     """An environment variable's text as the type of its option."""
-    if Settings.model_fields[name].annotation is not float:
+    kind = Settings.model_fields[name].annotation
+    if kind not in (float, int):
         return text
     try:
-        return float(text)
+        return kind(text)
     except ValueError as error:
         raise ConfigError(f"{name} (from {variable})", "not a number", _accepts(name)) from error
 
@@ -178,4 +250,6 @@ def _accepts(name: str) -> str:
         "rfork_seed_port_base": "an integer from 0 to 65000",
         "rfork_max_batch_bytes": "an integer greater than 0",
         "rfork_token": "one line of text",
+        "rfork_labels": f"up to {_MAX_LABELS} labels like host=a,rack=b, names and values of 1 to 63 of A-Za-z0-9_.-",
+        "rfork_seed_slots": "an integer from 0 to 1000",
     }[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_rfork import messages
 from vllm_rfork.config import ENVIRONMENT, Settings, parse_config
 from vllm_rfork.errors import ConfigError
 
@@ -27,6 +28,30 @@ DEFAULTS = {
     "rfork_fork_timeout_sec": 600.0,
     "rfork_seed_wait_sec": 0.0,
     "rfork_token": "",
+    "rfork_token_file": "",
+    "rfork_labels": "",
+    "rfork_seed_slots": 0,
+    "rfork_tls_ca_file": "",
+    "rfork_tls_cert_file": "",
+    "rfork_tls_key_file": "",
+    "rfork_seed_tls": "off",
+    "rfork_seed_tls_name": "",
+    "rfork_seed_tls_client_ca_file": "",
+}
+
+#: Where any text will not do: what the environment holds, and another value for the extra config.
+VALUES = {
+    "rfork_seed_timeout_sec": ("7.5", 9),
+    "rfork_scheduler_url": ("http://a:1", "http://b:2"),
+    "rfork_labels": ("host=a", "host=b"),
+    "rfork_seed_slots": ("3", 4),
+    "rfork_seed_tls": ("require", "prefer"),
+}
+#: What an option needs beside it.
+BESIDE = {
+    "rfork_tls_key_file": {"rfork_tls_cert_file": "c"},
+    "rfork_seed_tls": {"rfork_tls_cert_file": "c"},
+    "rfork_seed_tls_client_ca_file": {"rfork_tls_cert_file": "c", "rfork_seed_tls": "require"},
 }
 
 
@@ -36,12 +61,11 @@ def test_defaults_are_the_documented_ones() -> None:
 
 @pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 def test_the_environment_is_a_fallback_and_the_extra_config_wins(name: str) -> None:
-    text = {"rfork_seed_timeout_sec": "7.5", "rfork_scheduler_url": "http://a:1"}.get(name, "from-environment")
-    given = {"rfork_seed_timeout_sec": 9, "rfork_scheduler_url": "http://b:2"}.get(name, "from-config")
-    environment = {ENVIRONMENT[name]: text}
-    from_environment = getattr(parse_config({}, environment).settings, name)
+    text, given = VALUES.get(name, ("from-environment", "from-config"))
+    environment, beside = {ENVIRONMENT[name]: text}, BESIDE.get(name, {})
+    from_environment = getattr(parse_config(beside, environment).settings, name)
     assert str(from_environment) == text
-    assert getattr(parse_config({name: given}, environment).settings, name) == given
+    assert getattr(parse_config({**beside, name: given}, environment).settings, name) == given
 
 
 @pytest.mark.parametrize(
@@ -71,6 +95,20 @@ def test_the_environment_is_a_fallback_and_the_extra_config_wins(name: str) -> N
         ("rfork_max_batch_bytes", 0, "greater than 0"),
         ("rfork_max_batch_bytes", 1.5, "greater than 0"),
         ("rfork_engine", 3, "one line of text"),
+        ("rfork_seed_slots", -1, "0 to 1000"),
+        ("rfork_seed_slots", 1001, "0 to 1000"),
+        ("rfork_seed_slots", True, "0 to 1000"),
+        ("rfork_labels", {"host": "a"}, "host=a,rack=b"),
+        ("rfork_labels", "host", "host=a,rack=b"),
+        ("rfork_labels", "=a", "host=a,rack=b"),
+        ("rfork_labels", "host=a b", "A-Za-z0-9_.-"),
+        ("rfork_labels", "host=" + "a" * 64, "1 to 63"),
+        ("rfork_labels", ",".join(f"l{number}=x" for number in range(16)), "up to 15"),
+        ("rfork_seed_tls", "on", "off, prefer, require"),
+        # right alone, wrong together
+        ("rfork_tls_key_file", "key.pem", "the certificate's"),
+        ("rfork_seed_tls", "prefer", "a certificate beside it"),
+        ("rfork_seed_tls_client_ca_file", "ca.pem", "rfork_seed_tls is require"),
     ],
 )
 def test_a_wrong_value_names_the_field_and_what_it_accepts(name: str, value: object, accepts: str) -> None:
@@ -87,9 +125,37 @@ def test_every_option_has_words_for_what_it_accepts() -> None:
             parse_config({name: object()}, {})
 
 
-def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
-    with pytest.raises(ConfigError, match="RFORK_SEED_TIMEOUT_SEC"):
-        parse_config({}, {"RFORK_SEED_TIMEOUT_SEC": "soon"})
+@pytest.mark.parametrize("variable", ["RFORK_SEED_TIMEOUT_SEC", "RFORK_SEED_SLOTS"])
+def test_a_wrong_value_in_the_environment_names_the_variable(variable: str) -> None:
+    with pytest.raises(ConfigError, match=variable):
+        parse_config({}, {variable: "soon"})
+
+
+def test_a_token_comes_from_one_place() -> None:
+    both = {"RFORK_TOKEN": "t", "RFORK_TOKEN_FILE": "/f"}
+    with pytest.raises(ConfigError, match="rfork_token_file"):
+        parse_config({}, both)
+    with pytest.raises(ConfigError, match="rfork_token_file"):
+        parse_config({"rfork_token": "t", "rfork_token_file": "/f"}, {})
+    settings = parse_config({"rfork_token_file": "/g"}, both).settings
+    assert (settings.rfork_token, settings.rfork_token_file) == ("", "/g")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("host=a,rack=b", "host=a,rack=b"),
+        (" host = a , rack=b ,", "host=a,rack=b"),
+        ("host=node-1,zone=", "host=node-1"),  # the downward API's text for a label that is not there
+        ("", ""),
+        (",".join(f"label-{number}.x_y={'v' * 63}" for number in range(15)), None),
+    ],
+)
+def test_labels_that_are_taken_are_labels_on_the_wire_and_leave_room_for_the_host(given: str, kept: str | None) -> None:
+    labels = parse_config({"rfork_labels": given}, {}).settings.rfork_labels
+    assert kept is None or labels == kept
+    assert messages.parse_labels(labels) == messages.parse_labels(given)
+    messages.parse_labels("added=a," + labels)
 
 
 @pytest.mark.parametrize("name", ["rfork_seed_timeout", "rfork_", "RFORK_ENGINE", "rfork_seed_timeout_secs"])

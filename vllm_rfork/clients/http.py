@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl as ssl_module
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp.http import HttpProcessingError
 from multidict import CIMultiDictProxy
 
+from vllm_rfork.clients.tls_advice import advice, ssl_error
+from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import ForkError
 
 #: What a message quotes of the other side's text, in characters.
@@ -59,14 +60,13 @@ class BoundedHttp:
     Args:
         service: what messages call the other side, such as ``planner``.
         error: makes the error that a failed exchange raises.
-        token: sent as ``Authorization: Bearer``; never part of a message.
-        ssl: context for ``https`` addresses, None for the system's trust.
+        credentials: its token is sent as ``Authorization: Bearer`` and is never part of a message; its TLS is for
+            ``https`` addresses.
     """
 
     service: str
     error: Callable[[str], ForkError]
-    token: str | None = None
-    ssl: ssl_module.SSLContext | None = None
+    credentials: Credentials = field(default_factory=Credentials)
 
     async def exchange(
         self,
@@ -77,11 +77,14 @@ class BoundedHttp:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
+        certified_name: str = "",
     ) -> Answer:
         """Send one request and return its answer, whatever the status.
 
         The body of a 200 is read only up to ``max_body_nbytes``, and not at all where that is 0: such an answer
         lies in its status and headers. Of any other answer the beginning of the text is taken along.
+        ``certified_name``, of an ``https`` address, is what the other side's certificate must hold in place of its
+        host.
 
         Raises:
             ForkError: made by ``error``; no answer within ``timeout_s`` seconds, no connection, an answer that is
@@ -89,11 +92,18 @@ class BoundedHttp:
         """
         what = f"{self.service} {without_credentials(url)}: {method}"
         sent = {"Accept-Encoding": "identity", "Connection": "close", **(headers or {})}
-        if self.token is not None:
-            sent["Authorization"] = f"Bearer {self.token}"
+        if token := self.credentials.token:
+            sent["Authorization"] = f"Bearer {token}"
         deadline = time.monotonic() + timeout_s
         exchange = self._exchange(
-            method, url, sent, params, what=what, max_body_nbytes=max_body_nbytes, deadline=deadline
+            method,
+            url,
+            sent,
+            params,
+            what=what,
+            max_body_nbytes=max_body_nbytes,
+            deadline=deadline,
+            certified_name=certified_name,
         )
         try:
             # One clock for name resolution, connecting, headers and body; aiohttp's own timeouts are off.
@@ -103,7 +113,13 @@ class BoundedHttp:
         except _FOREIGN as error:
             # Some of aiohttp's errors quote the address, user and password included.
             reason = type(error).__name__ if "@" in url else _reason(error)
-            raise self.error(f"{what} failed: {reason}") from error
+            clause = advice(
+                error,
+                tls=url.lower().startswith("https:"),
+                shows_certificate=bool(self.credentials.options.cert_file),
+                service=self.service,
+            )
+            raise self.error(f"{what} failed: {reason}{clause}") from error
 
     async def _exchange(
         self,
@@ -115,16 +131,25 @@ class BoundedHttp:
         what: str,
         max_body_nbytes: int,
         deadline: float,
+        certified_name: str,
     ) -> Answer:
         session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
-        tls = True if self.ssl is None else self.ssl
+        context = self.credentials.client_context()
         async with (
             session,
-            session.request(method, url, headers=headers, params=params, allow_redirects=False, ssl=tls) as response,
+            session.request(
+                method,
+                url,
+                headers=headers,
+                params=params,
+                allow_redirects=False,
+                ssl=True if context is None else context,
+                server_hostname=certified_name or None,
+            ) as response,
         ):
             body = bytearray()
             if response.status != 200:
@@ -154,6 +179,12 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     name = type(error).__name__
     return f"{name}: {text[:MAX_QUOTED_LENGTH]}" if text else name
+
+
+def went_away(error: ForkError) -> bool:
+    """Whether an exchange failed because nobody was there, or the connection broke off: soon it may work."""
+    cause = error.__cause__
+    return isinstance(cause, (aiohttp.ClientConnectionError, OSError)) and ssl_error(cause) is None
 
 
 def without_credentials(url: str) -> str:

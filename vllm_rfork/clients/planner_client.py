@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import ssl as ssl_module
+import math
+import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +20,8 @@ from typing import Any
 import msgspec
 
 from vllm_rfork import messages
-from vllm_rfork.clients.http import Answer, BoundedHttp, without_credentials
+from vllm_rfork.clients.http import Answer, BoundedHttp, went_away, without_credentials
+from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress
 
@@ -33,7 +36,13 @@ RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 #: The same for a withdrawal, which somebody waits for.
 WITHDRAW_PAUSES_S = (0.1, 0.3)
 
+#: Seconds between two questions to a planner that is away while a receiver waits.
+RETURN_PAUSE_S = 1.0
+
 _MAX_STATE_LENGTH = 256
+#: With ``Retry-After``: come back. The least pause holds for a planner that says 0.
+_PATIENCE = frozenset({429, 503})
+_LEAST_PAUSE_S = 0.2
 _RETRIED = frozenset({408, 429})
 
 
@@ -54,8 +63,8 @@ class PlannerClient:
         base_url: such as ``http://planner:1223``; may have a path.
         request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
         token: sent as ``Authorization: Bearer``.
-        ssl: for an ``https`` planner with a private certificate.
-        sleep: waits between retries; replaced in tests.
+        credentials: token and TLS, in place of ``token``.
+        sleep: waits between retries; replaced in tests, as are ``clock`` and ``jitter`` (a number from 0 to 1).
     """
 
     def __init__(
@@ -64,14 +73,18 @@ class PlannerClient:
         *,
         request_timeout_s: float = 10.0,
         token: str | None = None,
-        ssl: ssl_module.SSLContext | None = None,
+        credentials: Credentials | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._name = f"planner {without_credentials(self.base_url)}"
         self.request_timeout_s = request_timeout_s
-        self._http = BoundedHttp("planner", PlannerError, token, ssl)
+        self._http = BoundedHttp("planner", PlannerError, credentials or Credentials(Options(token=token or "")))
         self._sleep = sleep
+        self._clock = clock
+        self._jitter = jitter
         self._hyphens = False
         self._states: dict[SeedAddress, str] = {}
 
@@ -95,19 +108,23 @@ class PlannerClient:
             intent: id of this loading worker: "remember that I load if you have no seed for me".
             labels: this receiver's topology, ``host=a,rack=b``.
 
+        A planner that asks for patience (503 or 429 with ``Retry-After``: it starts, drains, or has lost its state's
+        server for a moment) is asked again, and so is one that goes away under a receiver that waits: as long as the
+        bound below allows, but no longer than ``request_timeout_s`` without any answer.
+
         Raises:
             NoSeedAvailable: the planner has none (404).
             PlannerError: no usable answer within ``request_timeout_s + wait_s`` seconds.
         """
         headers = {
             **self._key(seed_key, fingerprint),
-            **_given(messages.WAIT_SEC, f"{wait_s:g}" if wait_s > 0 else ""),
             **_given(messages.EXCLUDE, _joined(exclude)),
             **_given(messages.INTENT, intent),
             **_given(messages.LABELS, labels),
         }
-        deadline = time.monotonic() + self.request_timeout_s + max(wait_s, 0.0)
-        answer = await self._call("GET", messages.GET_SEED, headers, deadline)
+        started_at = self._clock()
+        deadline = started_at + self.request_timeout_s + max(wait_s, 0.0)
+        answer = await self._acquired(headers, started_at, max(wait_s, 0.0))
         if answer.status == 404:
             granted = messages.header(answer.headers, messages.INTENT) == messages.INTENT_GRANTED
             raise NoSeedAvailable(f"the planner has no free seed for key {seed_key!r}", intent_granted=granted)
@@ -244,6 +261,35 @@ class PlannerClient:
     async def close(self) -> None:
         """Nothing is kept open between calls; this is the end that a client with connections of its own needs."""
 
+    async def _acquired(self, headers: Mapping[str, str], started_at: float, wait_s: float) -> Answer:
+        """The answer to ``get_seed``, asked again while the planner is away for a moment; see :meth:`acquire`."""
+        deadline = started_at + self.request_timeout_s + wait_s
+        patient, away_since, now = wait_s > 0, math.inf, started_at
+        while True:
+            left_s = started_at + wait_s - now
+            waiting = _given(messages.WAIT_SEC, f"{left_s:g}" if left_s > 0 else "")
+            try:
+                answer = await self._call("GET", messages.GET_SEED, {**headers, **waiting}, deadline)
+            except PlannerError as error:
+                if not (patient and went_away(error)):
+                    raise
+                away_since = min(away_since, self._clock())
+                problem, pause_s = error, RETURN_PAUSE_S
+                over = min(deadline, away_since + self.request_timeout_s)
+            else:
+                asked_s = _retry_after_s(answer)
+                if asked_s is None:
+                    return answer
+                patient, away_since = True, math.inf
+                problem, pause_s, over = self._refused(messages.GET_SEED, answer), asked_s, deadline
+            # Spread out: all who were sent away were sent away at once.
+            pause_s *= 1 + self._jitter() / 2
+            if self._clock() + pause_s >= over:
+                raise problem
+            logger.info("RFork: %s; asking again in %.1f s", problem, pause_s)
+            await self._sleep(pause_s)
+            now = self._clock()
+
     # --- how a call is made -----------------------------------------------------------------------------------
 
     async def _call(self, method: str, path: str, headers: Mapping[str, str], deadline: float) -> Answer:
@@ -271,7 +317,7 @@ class PlannerClient:
                 raise PlannerError(
                     f"header {name} would be {len(value)} characters long, more than {messages.MAX_HEADER_LENGTH}"
                 )
-        left_s = deadline - time.monotonic()
+        left_s = deadline - self._clock()
         return await self._http.exchange(
             method, self.base_url + path, headers=headers, timeout_s=left_s, max_body_nbytes=max_body_nbytes
         )
@@ -288,7 +334,7 @@ class PlannerClient:
             else:
                 if answer.status not in _RETRIED and answer.status < 500:
                     return answer
-            if deadline is not None and time.monotonic() + pause_s >= deadline:
+            if deadline is not None and self._clock() + pause_s >= deadline:
                 break
             await self._sleep(pause_s)
         return await self._call("POST", path, headers, deadline or self._deadline())
@@ -332,7 +378,7 @@ class PlannerClient:
         return PlannerError(f"{self._name}: {path} answered {answer}")
 
     def _deadline(self) -> float:
-        return time.monotonic() + self.request_timeout_s
+        return self._clock() + self.request_timeout_s
 
     @staticmethod
     def _key(seed_key: str, fingerprint: str) -> dict[str, str]:
@@ -340,6 +386,14 @@ class PlannerClient:
             messages.SEED_KEY: messages.encode_text(seed_key),
             **_given(messages.FINGERPRINT, fingerprint),
         }
+
+
+def _retry_after_s(answer: Answer) -> float | None:
+    """How long the planner asks to be left alone; None where it does not, or says so in no number of seconds."""
+    text = answer.headers.get("Retry-After", "").strip()
+    if answer.status not in _PATIENCE or not re.fullmatch(r"[0-9]{1,6}", text):
+        return None
+    return max(float(text), _LEAST_PAUSE_S)
 
 
 def _given(name: str, value: str) -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ssl as ssl_module
+import time
 from collections.abc import Mapping
 
 import msgspec
 
 from vllm_rfork import messages
 from vllm_rfork.clients.http import Answer, BoundedHttp
+from vllm_rfork.clients.tls_advice import speaks_no_tls
+from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import SeedError
 from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, decode_manifest
 from vllm_rfork.messages import SeedAddress
@@ -26,15 +28,18 @@ class SeedClient:
     Args:
         request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
         token: sent as ``Authorization: Bearer``.
-        ssl: for seeds that serve https with a private certificate; None means plain http.
+        credentials: token and TLS, in place of ``token``. Its ``seed_tls`` says whether seeds are asked by http
+            (``off``), by https (``require``), or by https and, where a seed does not speak it, by http (``prefer``).
     """
 
     def __init__(
-        self, *, request_timeout_s: float = 10.0, token: str | None = None, ssl: ssl_module.SSLContext | None = None
+        self, *, request_timeout_s: float = 10.0, token: str | None = None, credentials: Credentials | None = None
     ) -> None:
         self.request_timeout_s = request_timeout_s
-        self._scheme = "http" if ssl is None else "https"
-        self._http = BoundedHttp("seed", SeedError, token, ssl)
+        credentials = credentials or Credentials(Options(token=token or ""))
+        self._tls = credentials.options.seed_tls
+        self._certified_name = credentials.options.seed_name
+        self._http = BoundedHttp("seed", SeedError, credentials)
 
     async def manifest(self, address: SeedAddress, seed_key: str, fingerprint: str) -> Manifest:
         """The seed's manifest, checked to be of ``seed_key`` and ``fingerprint`` and not to contradict itself.
@@ -105,11 +110,22 @@ class SeedClient:
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
     ) -> Answer:
-        return await self._http.exchange(
-            "GET",
-            self._scheme + address.base_url.removeprefix("http") + path,
-            headers=headers,
-            params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
-            timeout_s=self.request_timeout_s,
-            max_body_nbytes=max_body_nbytes,
-        )
+        deadline = time.monotonic() + self.request_timeout_s
+
+        async def get(tls: bool) -> Answer:
+            return await self._http.exchange(
+                "GET",
+                ("https" if tls else "http") + address.base_url.removeprefix("http") + path,
+                headers=headers,
+                params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
+                timeout_s=max(0.0, deadline - time.monotonic()),
+                max_body_nbytes=max_body_nbytes,
+                certified_name=self._certified_name if tls else "",
+            )
+
+        try:
+            return await get(self._tls != "off")
+        except SeedError as error:
+            if self._tls != "prefer" or not speaks_no_tls(error.__cause__):
+                raise
+        return await get(False)

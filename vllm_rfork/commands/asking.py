@@ -1,13 +1,13 @@
 """One question to a planner from the terminal: its address and token, and JSON back.
 
-A token comes from the environment alone, since a command line is read by everybody on the machine. Whatever the planner
-says is shown to a person's terminal, so :func:`shown` lets nothing through that would steer it.
+Token and TLS files come from the environment alone, under the names that a worker's have: a command line is read by
+everybody on the machine. Whatever the planner says is shown to a person's terminal, so :func:`shown` lets nothing
+through that would steer it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_rfork.clients.http import Answer, BoundedHttp
-from vllm_rfork.errors import PlannerError
+from vllm_rfork.config import parse_config
+from vllm_rfork.credentials import Credentials
+from vllm_rfork.errors import ConfigError, PlannerError
 
 URL_VARIABLE = "RFORK_SCHEDULER_URL"
 TOKEN_VARIABLE = "RFORK_TOKEN"  # noqa: S105 - the variable's name
@@ -56,13 +58,26 @@ def checked_url(url: str | None) -> str:
     return url.rstrip("/")
 
 
+def credentials() -> Credentials:
+    """Token and TLS as a worker with this environment would have them.
+
+    Raises:
+        click.UsageError: a variable is wrong, or a file that it names cannot be used.
+    """
+    try:
+        return Credentials.of(parse_config({}).settings)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def ask(url: str, path: str, *, timeout_s: float, params: dict[str, str] | None = None) -> Answer:
-    """``GET path``, with the token of the environment where there is one.
+    """``GET path``, with the token and the TLS files of the environment where there are any.
 
     Raises:
         PlannerError: no answer, or none that is HTTP.
+        click.UsageError: a variable is wrong, or a file that it names cannot be used.
     """
-    http = BoundedHttp("planner", PlannerError, os.environ.get(TOKEN_VARIABLE) or None)
+    http = BoundedHttp("planner", PlannerError, credentials())
     return asyncio.run(
         http.exchange("GET", url + path, timeout_s=timeout_s, params=params, max_body_nbytes=MAX_BODY_NBYTES)
     )
@@ -80,7 +95,9 @@ def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, 
     except PlannerError as error:
         raise click.ClickException(str(error)) from error
     if answer.status == 401:
-        raise click.ClickException(f"the planner wants a valid bearer token: set {TOKEN_VARIABLE}")
+        raise click.ClickException(
+            f"the planner wants a valid bearer token: set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE to a file with it"
+        )
     if answer.status != 200:
         raise click.ClickException(f"the planner answered {answer}")
     try:

@@ -7,13 +7,12 @@ of the command. Must not import torch, vLLM or an engine's package.
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_rfork.commands.asking import TOKEN_VARIABLE, URL_VARIABLE, ask
+from vllm_rfork.commands.asking import TOKEN_VARIABLE, URL_VARIABLE, ask, credentials
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import DEBUG_SNAPSHOT, HEALTHZ, READYZ
 
@@ -105,9 +104,9 @@ def _readiness(status: int, text: str) -> Finding:
 
 
 def _admission(status: int) -> Finding:
-    has_token = bool(os.environ.get(TOKEN_VARIABLE))
+    has_token = bool(credentials().token)
     if status in {401, 403}:
-        advice = f"set {TOKEN_VARIABLE} to a token that the planner knows"
+        advice = f"set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE, to a token that the planner knows"
         return Finding("planner token", FAIL, "refused" if has_token else "demanded, and none is set", advice)
     if status == 200 and has_token:
         return Finding("planner token", OK, "the planner takes calls with it")

@@ -1,0 +1,92 @@
+"""What to do about an exchange that failed because of TLS, in one clause for the message.
+
+OpenSSL says what it saw, in its own words; a person wants to know which option to set. Must not log or decide.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+
+import aiohttp
+
+#: OpenSSL's words for "what came was no TLS at all".
+_NO_TLS = frozenset(
+    {
+        "HTTP_REQUEST",
+        "PACKET_LENGTH_TOO_LONG",
+        "RECORD_LAYER_FAILURE",
+        "UNEXPECTED_MESSAGE",
+        "UNKNOWN_PROTOCOL",
+        "WRONG_VERSION_NUMBER",
+    }
+)
+#: Results of verification: https://docs.openssl.org/master/man3/X509_STORE_CTX_get_error/
+_WRONG_NAME = frozenset({62, 64})
+_WRONG_TIME = frozenset({9, 10})
+_BROKE_OFF = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError)
+
+
+def advice(error: BaseException, *, tls: bool, shows_certificate: bool, service: str) -> str:
+    """A clause that begins with a colon, or empty where TLS is not the reason.
+
+    Args:
+        tls: the exchange was one over https.
+        shows_certificate: this side has a certificate to show.
+        service: ``planner`` or ``seed``.
+    """
+    found = ssl_error(error)
+    if isinstance(found, ssl.SSLCertVerificationError):
+        return f": {_trust(found.verify_code, service)}"
+    if tls and found is not None:
+        return _refused(found.reason or "", shows_certificate, service)
+    if isinstance(error, _BROKE_OFF) and not isinstance(error, aiohttp.ClientConnectorError):
+        if tls and not shows_certificate:
+            return f" (so does a {service} that demands a client certificate: rfork_tls_cert_file)"
+        if not tls and service == "planner":
+            return " (so does a planner that speaks https only)"
+    return ""
+
+
+def speaks_no_tls(error: BaseException | None) -> bool:
+    """Whether an https exchange failed because the other side speaks plain http."""
+    found = None if error is None else ssl_error(error)
+    return found is not None and (found.reason or "") in _NO_TLS
+
+
+def ssl_error(error: BaseException) -> ssl.SSLError | None:
+    """The SSL error that ``error`` is, wraps or was raised from."""
+    return next((each for each in _wrapped(error) if isinstance(each, ssl.SSLError)), None)
+
+
+def _trust(verify_code: int, service: str) -> str:
+    if verify_code in _WRONG_NAME and service == "seed":
+        return "set rfork_seed_tls_name to the name that the seeds' certificates hold"
+    if verify_code in _WRONG_NAME:
+        return "rfork_scheduler_url must have a name that the planner's certificate holds"
+    if verify_code in _WRONG_TIME:
+        return f"renew the {service}'s certificate, or set this machine's clock"
+    return f"set rfork_tls_ca_file to a file with the CA that signed the {service}'s certificate"
+
+
+def _refused(reason: str, shows_certificate: bool, service: str) -> str:
+    if reason in _NO_TLS:
+        way = "set rfork_seed_tls to prefer or off" if service == "seed" else "use http://"
+        return f": the {service} does not speak TLS; {way}"
+    if "CERTIFICATE_REQUIRED" in reason or ("HANDSHAKE_FAILURE" in reason and not shows_certificate):
+        return f": the {service} demands a client certificate; set rfork_tls_cert_file and rfork_tls_key_file"
+    if "ALERT" in reason and ("UNKNOWN_CA" in reason or "CERTIFICATE" in reason):
+        return f": the {service} does not take the certificate in rfork_tls_cert_file; it trusts another CA"
+    return ""
+
+
+def _wrapped(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        for name in ("certificate_error", "os_error"):  # aiohttp keeps what it wraps under these
+            inner = getattr(error, name, None)
+            if isinstance(inner, BaseException):
+                yield inner
+        error = error.__cause__ or error.__context__

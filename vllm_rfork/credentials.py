@@ -1,0 +1,258 @@
+"""What this worker shows to planner and seeds, and what it asks of those who call it: bearer token and TLS.
+
+Files are looked at again when somebody asks, at most once a second, so that a secret which an orchestrator rotates is
+used without a restart; a file that cannot be used leaves the earlier content in place. Nothing here logs or raises a
+text that holds a token or a key. Must not know any path or header of the protocol, nor how requests are sent.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from vllm_rfork.config import Settings
+from vllm_rfork.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_RECHECK_S = 1.0
+_MAX_TOKENS = 2
+_MAX_TOKEN_FILE_NBYTES = 64 * 1024
+
+
+class Reloaded(Generic[T]):
+    """What ``read`` makes of some files, made anew when one of them has changed.
+
+    Args:
+        what: names it in the log.
+        read: raises ConfigError where the files cannot be used; so does the constructor then.
+        clock: replaced in tests.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        paths: tuple[str, ...],
+        read: Callable[[], T],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._what = what
+        self._paths = paths
+        self._read = read
+        self._clock = clock
+        self._checked_at = clock()
+        self._version = self._versions()  # before reading: a change in between is seen the next time
+        self._value = read()
+        self._problem = ""
+
+    def current(self) -> T:
+        """The latest usable content. Never raises."""
+        now = self._clock()
+        if self._paths and now - self._checked_at >= _RECHECK_S:
+            self._checked_at = now
+            self._refresh()
+        return self._value
+
+    def _refresh(self) -> None:
+        version = self._versions()
+        if version == self._version:
+            return
+        try:
+            self._value = self._read()
+        except ConfigError as error:
+            if str(error) != self._problem:
+                logger.warning("RFork: %s changed and cannot be used; the earlier stays: %s", self._what, error)
+            self._problem = str(error)  # and the version stays, so that it is tried again
+            return
+        self._version = version
+        self._problem = ""
+        logger.info("RFork: %s re-read", self._what)
+
+    def _versions(self) -> tuple[object, ...]:
+        return tuple(_version(path) for path in self._paths)
+
+
+def _version(path: str) -> object:
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of the same names, without their prefix; see ``config.py``."""
+
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    seed_tls: str = "off"
+    seed_name: str = ""
+    client_ca_file: str = ""
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether anything but the system's trust is wanted of a client."""
+        return bool(self.ca_file or self.cert_file)
+
+    @property
+    def tls_files(self) -> tuple[str, ...]:
+        """What a client's side of TLS is made from."""
+        return tuple(filter(None, (self.ca_file, self.cert_file, self.key_file)))
+
+
+class Credentials:
+    """Token and TLS of one worker; safe to use from several threads.
+
+    Raises:
+        ConfigError: a file that is named cannot be used; names the option.
+    """
+
+    def __init__(self, options: Options | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options = options = options or Options()
+        own = (options.token,) if options.token else ()
+        self._tokens = (
+            Reloaded("the token file", (options.token_file,), lambda: _read_tokens(options.token_file), clock)
+            if options.token_file
+            else Reloaded("the token", (), lambda: own, clock)
+        )
+        self._client = (
+            Reloaded("the TLS files", options.tls_files, lambda: client_context(options), clock)
+            if options.has_tls
+            else None
+        )
+        server_files = tuple(filter(None, (options.cert_file, options.key_file, options.client_ca_file)))
+        self._server = (
+            Reloaded("the seed service's TLS files", server_files, lambda: server_context(options), clock)
+            if options.seed_tls != "off"
+            else None
+        )
+
+    @classmethod
+    def of(cls, settings: Settings) -> Credentials:
+        """As ``settings`` say.
+
+        Raises:
+            ConfigError: see the class.
+        """
+        return cls(
+            Options(
+                token=settings.rfork_token,
+                token_file=settings.rfork_token_file,
+                ca_file=settings.rfork_tls_ca_file,
+                cert_file=settings.rfork_tls_cert_file,
+                key_file=settings.rfork_tls_key_file,
+                seed_tls=settings.rfork_seed_tls,
+                seed_name=settings.rfork_seed_tls_name,
+                client_ca_file=settings.rfork_seed_tls_client_ca_file,
+            )
+        )
+
+    @property
+    def token(self) -> str:
+        """The token to send; empty where there is none."""
+        tokens = self._tokens.current()
+        return tokens[0] if tokens else ""
+
+    def admit(self, authorization: str) -> bool:
+        """Whether a caller with this ``Authorization`` header may come in: with any of the tokens, or none is set."""
+        tokens = self._tokens.current()
+        if not tokens:
+            return True
+        scheme, _, given = authorization.partition(" ")
+        # All are compared whatever the first says, so that time tells nothing.
+        matches = [equal(given.strip(), each) for each in tokens]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def client_context(self) -> ssl.SSLContext | None:
+        """For https calls; None for the system's trust and no certificate of one's own."""
+        return None if self._client is None else self._client.current()
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """For the own seed service; None where it speaks http only."""
+        return None if self._server is None else self._server.current()
+
+
+def equal(one: str, other: str) -> bool:
+    """Compared in constant time: neither a token nor a key can be guessed letter by letter."""
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
+
+
+# --- what is made from files -----------------------------------------------------------------------------------------
+
+
+def client_context(options: Options) -> ssl.SSLContext:
+    """TLS 1.2 and later, with the CAs and the certificate of ``options``.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    try:
+        context = ssl.create_default_context(cafile=options.ca_file or None)
+    except (OSError, ValueError) as error:
+        raise _unusable("rfork_tls_ca_file", error, "a PEM file with CA certificates") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if options.cert_file:
+        _load_certificate(context, options)
+    return context
+
+
+def server_context(options: Options) -> ssl.SSLContext:
+    """TLS 1.2 and later with the certificate of ``options``; callers need one too where it names their CA.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_certificate(context, options)
+    if options.client_ca_file:
+        try:
+            context.load_verify_locations(options.client_ca_file)
+        except (OSError, ValueError) as error:
+            raise _unusable("rfork_seed_tls_client_ca_file", error, "a PEM file with CA certificates") from error
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, options: Options) -> None:
+    try:
+        # Without a password OpenSSL would ask the terminal for that of a key which has one.
+        context.load_cert_chain(options.cert_file, options.key_file or None, password=b"")
+    except (OSError, ValueError) as error:
+        accepts = "a PEM certificate that fits the key in rfork_tls_key_file, which has no password"
+        raise _unusable("rfork_tls_cert_file", error, accepts) from error
+
+
+def _read_tokens(path: str) -> tuple[str, ...]:
+    accepts = "a file with one token, or two while rotating, one a line"
+    try:
+        with Path(path).open("rb") as file:
+            lines = file.read(_MAX_TOKEN_FILE_NBYTES).decode("ascii").splitlines()
+    except OSError as error:
+        raise _unusable("rfork_token_file", error, accepts) from error
+    except UnicodeDecodeError:
+        raise ConfigError("rfork_token_file", "holds other characters than ASCII's", accepts) from None
+    tokens = tuple(line.strip() for line in lines if line.strip())
+    if not 1 <= len(tokens) <= _MAX_TOKENS:
+        raise ConfigError("rfork_token_file", f"holds {len(tokens)} tokens", accepts)
+    if not all(token.isprintable() for token in tokens):
+        raise ConfigError("rfork_token_file", "holds characters that no header may hold", accepts)
+    return tokens
+
+
+def _unusable(name: str, error: Exception, accepts: str) -> ConfigError:
+    reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+    return ConfigError(name, f"cannot be used ({reason})", accepts)
