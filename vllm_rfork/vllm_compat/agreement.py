@@ -1,0 +1,213 @@
+"""All ranks of one instance agree: either all of them fork, or the instance loads normally.
+
+A rank that forks beside one that reads storage would be ready no sooner, and a rank that waits for another's word
+without bound would hang a start. So every rank brings its word to a register in the store of torch's process group,
+which vLLM has initialised by the time a model is loaded, and takes what the register holds.
+
+The register is assigned once (``compare_set``): the last of the ranks that say yes writes yes; whoever says no, or
+has waited for its bound, writes no; whoever comes later, or tried to write something else, reads what stands there.
+There is no leader whose death would matter, and no two ranks can read different answers. What is left: a rank that
+cannot reach the store at all answers no by itself, while the others may have agreed. The store lives in rank 0's
+process, so that is an instance that is about to die; the weights of each rank are right all the same, since each
+proves its own.
+
+Must not read or write weights, and must not raise: an agreement that cannot be had is a no.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_rfork.vllm_compat.identity import is_draft
+
+logger = logging.getLogger(__name__)
+
+#: Characters of a reason that others are told.
+MAX_REASON_LENGTH = 500
+#: Seconds beyond a rank's bound after which a store that does not answer is given up.
+STORE_GRACE_S = 5.0
+
+_YES = "yes"
+_NO = "no: "
+#: Looking for the decision: often at first, since most agreements are reached at once, then less so.
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.1
+
+
+@dataclass
+class Agreement:
+    """One load of one model by the ranks of an instance. Every rank makes one for every load, in the same order.
+
+    Args:
+        rank: this process's rank in torch's default process group.
+        members: the ranks that load this model together, ascending; one, or none, means there is nobody to ask.
+        name: what tells this group's keys from others' in the same store.
+        connect: gives a torch ``Store`` that all members share; called when the first word is brought.
+    """
+
+    rank: int
+    members: Sequence[int]
+    name: str
+    connect: Callable[[], Any]
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    _store: Any = None
+    _load: str = ""
+    _broken: str = ""
+    _reached: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, vllm_config: Any, model_config: Any) -> Agreement:
+        """The agreement of the ranks that load ``model_config`` together with this one. Does no I/O.
+
+        A target is loaded by all ranks of the instance: tensor, context and pipeline parallel ranks, and the data
+        parallel ranks whose processes form one group with them (an MoE model's; those of other models are instances
+        of their own, and so are the replicas of elastic expert parallelism and of an external launcher). A draft is
+        loaded at one pipeline stage, by all its ranks.
+        """
+        import torch.distributed as dist
+
+        draft = is_draft(vllm_config, model_config)
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(0, (0,), "", _no_store)
+        rank = dist.get_rank()
+        members = members_of(vllm_config.parallel_config, rank, dist.get_world_size(), draft=draft)
+        role = "draft" if draft else "target"
+        return cls(rank, members, f"rfork/agreement/{role}/{members[0]}", _default_store)
+
+    def reach(self, stage: str, reason: str, timeout_s: float) -> str:
+        """Bring this rank's word on ``stage`` and return the instance's: empty for yes, else why not.
+
+        Every member calls this once for every stage; who does not come within another's bound makes the answer no.
+
+        Args:
+            stage: what is agreed on, in a word, the same on every rank. Coming back to a stage agrees anew.
+            reason: empty where this rank can, or could; else why not, passed on up to :data:`MAX_REASON_LENGTH`.
+            timeout_s: how long this rank waits for the others, in seconds; the call takes no longer than that and
+                :data:`STORE_GRACE_S`.
+
+        Returns:
+            The same text on every rank; a no names the rank whose word it was, or the ranks that did not come.
+        """
+        if len(self.members) < 2:
+            return reason
+        if self._broken:
+            return self._broken
+        self._reached[stage] += 1
+        key = f"{stage}.{self._reached[stage]}"
+        answer: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+        def exchange() -> None:
+            try:
+                answer.set_result(self._exchange(key, _shortened(reason), timeout_s))
+            except Exception as error:  # noqa: BLE001 - whatever a store raises; the caller turns it into a no
+                answer.set_exception(error)
+
+        # On a thread of its own: a store whose process hangs answers no call and breaks none off.
+        threading.Thread(target=exchange, name="rfork-agreement", daemon=True).start()
+        started = self.clock()
+        try:
+            decision = answer.result(timeout_s + STORE_GRACE_S)
+        except concurrent.futures.TimeoutError:
+            decision = f"rank {self.rank}: the store of the ranks did not answer within {timeout_s + STORE_GRACE_S:g} s"
+            self._broken = decision  # its thread may still be in a call; the others will not hear of this rank again
+        except Exception as error:  # noqa: BLE001
+            decision = f"rank {self.rank}: the store of the ranks failed: {_shortened(str(error))}"
+            self._broken = decision
+        logger.debug(
+            "RFork: %d ranks agreed on %s in %.2f s: %s", len(self.members), stage, self.clock() - started,
+            decision or "yes",
+        )  # fmt: skip
+        return decision
+
+    def _exchange(self, key: str, reason: str, timeout_s: float) -> str:
+        store = self._connected()
+        base = f"{self.name}/{self._load}/{key}"
+        register = f"{base}/decision"
+        store.set(f"{base}/came/{self.rank}", "1")  # before the word counts: who wrote yes is never called missing
+        if reason:
+            return self._decide(store, register, f"{_NO}rank {self.rank}: {reason}")
+        if store.add(f"{base}/yes", 1) == len(self.members):
+            return self._decide(store, register, _YES)
+        deadline = self.clock() + timeout_s
+        pause_s = _FIRST_LOOK_S
+        while not store.check([register]):
+            left_s = deadline - self.clock()
+            if left_s <= 0:
+                missing = [rank for rank in self.members if not store.check([f"{base}/came/{rank}"])]
+                return self._decide(store, register, _NO + _absent(missing, self.rank, timeout_s))
+            self.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _LAST_LOOK_S)
+        return _read(store.get(register))
+
+    @staticmethod
+    def _decide(store: Any, register: str, decision: str) -> str:
+        """Write ``decision`` where none stands yet; what stands there then is everybody's."""
+        return _read(store.compare_set(register, "", decision))
+
+    def _connected(self) -> Any:
+        """The store; and which load this is, by a count that every rank keeps in it for itself."""
+        if self._store is None:
+            store = self.connect()
+            self._load = str(store.add(f"{self.name}/loads/{self.rank}", 1))
+            self._store = store
+        return self._store
+
+
+def members_of(parallel: Any, rank: int, world_size: int, *, draft: bool) -> tuple[int, ...]:
+    """The ranks of torch's default group, of ``world_size`` processes, that load a model together with ``rank``.
+
+    vLLM orders ranks as replica x data x pipeline x context x tensor parallel.
+    """
+    stage = _size(parallel, "tensor_parallel_size") * _size(parallel, "prefill_context_parallel_size")
+    pipeline = stage * _size(parallel, "pipeline_parallel_size")
+    with_data = pipeline * _size(parallel, "data_parallel_size")
+    # The group holds data parallel ranks or it does not; a size that does not divide it is not its own.
+    instance = next((size for size in (with_data, pipeline) if world_size % size == 0), world_size)
+    first = rank // instance * instance
+    members = range(first, first + instance)
+    if not draft or instance % pipeline:
+        return tuple(members)
+    return tuple(other for other in members if other % pipeline // stage == rank % pipeline // stage)
+
+
+def _size(parallel: Any, name: str) -> int:
+    return int(getattr(parallel, name, 1) or 1)
+
+
+def _default_store() -> Any:
+    """The store of torch's default process group, by a connection of our own where it can be had.
+
+    A call that blocks would otherwise block the group's own use of the store in other threads.
+    """
+    from torch.distributed import distributed_c10d
+
+    store = distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def _no_store() -> Any:
+    raise RuntimeError("torch's process group is not initialised")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_REASON_LENGTH else text[: MAX_REASON_LENGTH - 1] + "…"
+
+
+def _absent(missing: list[int], rank: int, timeout_s: float) -> str:
+    """A no for ranks that did not come; ``missing`` may be empty where the last one is just now coming."""
+    who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing[:8]))}"
+    if not missing:
+        return f"rank {rank}: it waited {timeout_s:g} s for the others"
+    return f"{who}: not heard of within {timeout_s:g} s by rank {rank}"
+
+
+def _read(value: bytes | str) -> str:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else value
+    return "" if text == _YES else text.removeprefix(_NO)
