@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
+import socket
 import threading
 import time
 import uuid
@@ -20,6 +22,7 @@ from vllm_rfork import messages
 from vllm_rfork.background import BackgroundTask, background
 from vllm_rfork.clients import LeaseKeeper, PlannerClient, SeedClient
 from vllm_rfork.config import Settings
+from vllm_rfork.credentials import Credentials
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.table import engine_class
 from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerError
@@ -33,6 +36,8 @@ logger = logging.getLogger(__name__)
 MAX_SEEDS = 3
 #: How long the planner remembers that this worker loads from storage, unless renewed.
 INTENT_TTL_S = 60.0
+#: What taking it back may cost a start, in seconds; a planner that is slower than that hears of it all the same.
+TAKE_BACK_S = 1.0
 
 #: Buffers and engines of reads that could not be ended. They belong to the wire for the rest of the process's life.
 _given_up: list[Any] = []
@@ -57,6 +62,15 @@ class Target:
     untouched: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class _Grant:
+    """A lease, what renews it, and when it was given (``time.monotonic``)."""
+
+    lease: Lease
+    keeper: LeaseKeeper
+    since: float
+
+
 class Attempt:
     """Makes a worker ready to fork while its model is still being built; see the module's docstring.
 
@@ -72,12 +86,20 @@ class Attempt:
         self.times = StageTimes()
         self.intent = uuid.uuid4().hex if settings.rfork_become_seed else ""
         self.seed: SeedAddress | None = None
+        self._reserved: _Grant | None = None
+        self._failed: list[SeedAddress] = []
+        self._last: ForkError | None = None
+        self._deadline = 0.0
         timeout_s = settings.rfork_request_timeout_sec
-        token = settings.rfork_token or None
-        self._planner = PlannerClient(settings.rfork_scheduler_url, request_timeout_s=timeout_s, token=token)
-        self._seeds = SeedClient(request_timeout_s=timeout_s, token=token)
+        self.credentials = Credentials.of(settings)
+        self.labels = settings.labels(socket.gethostname())
+        self._planner = PlannerClient(
+            settings.rfork_scheduler_url, request_timeout_s=timeout_s, credentials=self.credentials
+        )
+        self._seeds = SeedClient(request_timeout_s=timeout_s, credentials=self.credentials)
         self._engine_config = engine_config
         self._intending: BackgroundTask | None = None
+        self._intent_stands = False  # the planner may remember the intent
         self._registered: Any = None  # what keeps registered memory alive until the engine is closed
         self._opening: concurrent.futures.Future[TransferEngine] = concurrent.futures.Future()
         # A daemon, not an executor's thread: a native call that never returns must not keep the process alive.
@@ -110,46 +132,121 @@ class Attempt:
                 self.engine_name, "open", f"not open after {self._engine_config.timeout_s + 1.0:g} s"
             ) from error
 
+    def reserve(self, fingerprint: str) -> None:
+        """Take a lease now for a :meth:`run` that comes later; it is renewed meanwhile.
+
+        Raises:
+            NoSeedAvailable: the planner has none.
+            ForkError: the engine cannot be opened, or the planner cannot be asked.
+        """
+        self.engine()  # before a lease is asked for: without an engine it would be held for nothing
+        self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
+        self._reserved = self._grant(fingerprint)
+
+    def peek(self, fingerprint: str) -> Manifest:
+        """The manifest of the reserved seed; a seed that does not give one is exchanged for another.
+
+        Raises:
+            ForkError: no seed gave one; nothing is reserved any more.
+        """
+        while True:
+            grant = self._reserved
+            if grant is None:
+                raise PlannerError("no seed is reserved")
+            try:
+                with self.times.stage("metadata"):
+                    return background().call(
+                        self._seeds.manifest(grant.lease.seed, self.seed_key, fingerprint),
+                        self.settings.rfork_request_timeout_sec + 1.0,
+                    )
+            except TimeoutError as error:
+                self.give_back()
+                raise ForkError("the background thread of this process does not answer") from error
+            except ForkError as error:
+                self._reserved = None
+                self._end_grant(grant, error)
+                self._failed_with(grant, error)
+                self._reserved = self._grant(fingerprint)
+
+    def give_back(self) -> None:
+        """Release what is reserved, unused; the seed is not to blame. Idempotent."""
+        grant, self._reserved = self._reserved, None
+        if grant is not None:
+            self._end_grant(grant, None)
+
     def run(self, target: Target) -> Manifest:
-        """Fork into the target's spans from the first seed that works.
+        """Fork into the target's spans from the first seed that works, beginning with the one that is reserved.
 
         Raises:
             NoSeedAvailable: the planner has none.
             ForkError: the last seed's error; ``mutated`` where any attempt may have written.
         """
-        deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
-        failed: list[SeedAddress] = []
-        last: ForkError | None = None
-        engine = self.engine()  # before a lease is asked for: without an engine it would be held for nothing
+        engine = self.engine()
+        # From here on again: what post-processing took between a reservation and now is not the fork's time.
+        self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
         while True:
+            grant, self._reserved = self._reserved, None
+            if grant is None:
+                grant = self._grant(target.local.fingerprint)
             try:
-                lease = self._acquire(target.local.fingerprint, failed)
-            except ForkError as error:
-                raise (self._after(last, error) if last else error) from error
-            if last is not None and lease.seed in failed:
-                # A planner that does not know RFORK-EXCLUDE gave the same seed again.
-                self._release(lease, last, 0, 0.0)
-                raise last
-            started = time.monotonic()
-            try:
-                manifest = self._fork_once(engine, lease, target, deadline)
+                manifest = self._fork_once(engine, grant, target)
             except BaseException as error:
-                self._release(lease, error, 0, time.monotonic() - started)
+                self._end_grant(grant, error)
                 if not isinstance(error, Exception):
                     raise
                 if not isinstance(error, ForkError):
                     # Foreign code runs in a fork, and whatever it raises must end in a correct model.
                     raise ForkError(f"unexpected {type(error).__name__}: {error}", mutated=True) from error
-                error.mutated = error.mutated or (last is not None and last.mutated)
-                last = error
-                failed.append(lease.seed)
-                if not error.retry_elsewhere or len(failed) == MAX_SEEDS or time.monotonic() >= deadline:
-                    raise
-                logger.warning("RFork: seed %s failed (%s), asking for another", lease.seed, str(error))
+                self._failed_with(grant, error)
                 continue
-            self._release(lease, None, manifest.nbytes, time.monotonic() - started)
-            self.seed = lease.seed
+            self._end_grant(grant, None, manifest.nbytes)
+            self.seed = grant.lease.seed
             return manifest
+
+    def _grant(self, fingerprint: str) -> _Grant:
+        """A lease that is being renewed.
+
+        Raises:
+            ForkError: there is none; where a seed has failed before, that seed's error, which is what a log should
+                name.
+        """
+        last = self._last
+        try:
+            lease = self._acquire(fingerprint, self._failed)
+        except ForkError as error:
+            raise (self._after(last, error) if last else error) from error
+        grant = _Grant(lease, LeaseKeeper(self._planner, lease), time.monotonic())
+        if last is not None and lease.seed in self._failed:
+            # A planner that does not know RFORK-EXCLUDE gave the same seed again.
+            self._end_grant(grant, last)
+            raise last
+        try:
+            background().call(grant.keeper.start(), self.settings.rfork_request_timeout_sec)
+        except TimeoutError as error:
+            self._end_grant(grant, error)
+            raise PlannerError("the background thread of this process does not answer") from error
+        return grant
+
+    def _failed_with(self, grant: _Grant, error: ForkError) -> None:
+        """Remember the seed's failure and return where another may be asked for; raise ``error`` where not."""
+        error.mutated = error.mutated or (self._last is not None and self._last.mutated)
+        self._last = error
+        self._failed.append(grant.lease.seed)
+        if not error.retry_elsewhere or len(self._failed) == MAX_SEEDS or time.monotonic() >= self._deadline:
+            raise error
+        logger.warning("RFork: seed %s failed (%s), asking for another", grant.lease.seed, str(error))
+
+    def _end_grant(self, grant: _Grant, error: BaseException | None, nbytes: int | None = None) -> None:
+        """Stop renewing and release, in the background. Without an error and ``nbytes`` the lease was not used."""
+        outcome: dict[str, Any] = {}
+        if error is not None or nbytes is not None:
+            outcome = {
+                "result": messages.RESULT_OK if error is None else messages.RESULT_FAILED,
+                "nbytes": nbytes or 0,
+                "seconds": time.monotonic() - grant.since,
+                "cause": "" if error is None else type(error).__name__,
+            }
+        background().spawn(self._released(grant, **outcome), "rfork-release")
 
     @staticmethod
     def _after(last: ForkError, error: ForkError) -> ForkError:
@@ -160,13 +257,22 @@ class Attempt:
         wait_s = self.settings.rfork_seed_wait_sec
         with self.times.stage("planner"):
             try:
-                return background().call(
+                self._intent_stands = bool(self.intent)
+                lease = background().call(
                     self._planner.acquire(
-                        self.seed_key, fingerprint=fingerprint, wait_s=wait_s, exclude=failed, intent=self.intent
+                        self.seed_key,
+                        fingerprint=fingerprint,
+                        wait_s=wait_s,
+                        exclude=failed,
+                        intent=self.intent,
+                        labels=self.labels,
                     ),
                     self.settings.rfork_request_timeout_sec + wait_s + 1.0,
                 )
+                self._intent_stands = False
+                return lease
             except NoSeedAvailable as error:
+                self._intent_stands = error.intent_granted
                 if error.intent_granted:
                     self._intending = background().spawn(self._keep_intent(fingerprint), "rfork-intent")
                 raise
@@ -182,10 +288,8 @@ class Attempt:
             except PlannerError as error:
                 logger.debug("RFork: the intent could not be renewed: %s", error)
 
-    def _fork_once(self, engine: TransferEngine, lease: Lease, target: Target, deadline: float) -> Manifest:
-        keeper = LeaseKeeper(self._planner, lease)
+    def _fork_once(self, engine: TransferEngine, grant: _Grant, target: Target) -> Manifest:
         try:
-            background().call(keeper.start(), self.settings.rfork_request_timeout_sec)
             if not engine.registered_nbytes:
                 with self.times.stage("registration"):
                     engine.register(target.local.regions)
@@ -195,12 +299,12 @@ class Attempt:
                 engine=engine,
                 seeds=self._seeds,
                 request_timeout_s=self.settings.rfork_request_timeout_sec,
-                timeout_s=max(0.0, deadline - time.monotonic()),
+                timeout_s=max(0.0, self._deadline - time.monotonic()),
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
                 progress=target.progress,
                 untouched=target.untouched,
             )
-            manifest = fork(request, keeper, self.times)
+            manifest = fork(request, grant.keeper, self.times)
             with self.times.stage("verify"):
                 try:
                     target.verify(manifest)
@@ -214,21 +318,13 @@ class Attempt:
                 self._registered = None
                 _close(engine, target.keep)
             raise
-        finally:
-            background().call(keeper.stop(), self.settings.rfork_request_timeout_sec)
 
-    def _release(self, lease: Lease, error: BaseException | None, nbytes: int, seconds: float) -> None:
-        result = messages.RESULT_OK if error is None else messages.RESULT_FAILED
-        cause = "" if error is None else type(error).__name__
-        background().spawn(
-            self._released(lease, result=result, nbytes=nbytes, seconds=seconds, cause=cause), "rfork-release"
-        )
-
-    async def _released(self, lease: Lease, **outcome: Any) -> None:
+    async def _released(self, grant: _Grant, **outcome: Any) -> None:
+        await grant.keeper.stop()  # first, so that no renewal follows the release
         try:
-            await self._planner.release(lease, **outcome)
+            await self._planner.release(grant.lease, **outcome)
         except PlannerError as error:
-            logger.warning("RFork: the lease on seed %s could not be released: %s", lease.seed, error)
+            logger.warning("RFork: the lease on seed %s could not be released: %s", grant.lease.seed, error)
 
     def hand_over_engine(self) -> TransferEngine:
         """The engine for the seed that this worker becomes: the open one, or a new one where that was closed.
@@ -279,9 +375,25 @@ class Attempt:
                 logger.debug("RFork: %s", error)
             self._intending = None
 
-    def close(self) -> None:
-        """Close the engine, unless a seed has it, and end the intent. Idempotent."""
+    def take_back_intent(self) -> None:
+        """This worker will not be a seed: state no intent any more, and let nobody wait for it. Idempotent."""
         self.end_intent()
+        intent, self.intent = self.intent, ""
+        if self._intent_stands:
+            self._intent_stands = False
+            taking = background().spawn(self._taken_back(intent), "rfork-intent")
+            with contextlib.suppress(TimeoutError):  # a process that is about to exit should have said it
+                taking.wait(TAKE_BACK_S)
+
+    async def _taken_back(self, intent: str) -> None:
+        try:
+            await self._planner.intend(self.seed_key, intent, ttl_s=0.0)
+        except PlannerError as error:
+            logger.debug("RFork: the intent could not be taken back, and expires: %s", error)
+
+    def close(self) -> None:
+        """This worker is no seed: close the engine and take the intent back. Idempotent."""
+        self.take_back_intent()
         self.close_engine()
 
 

@@ -1,9 +1,10 @@
 """``--load-format rfork``: fork or fall back, then become a seed.
 
 vLLM's own ``BaseModelLoader.load_model`` stays in charge: it builds the structure, calls :meth:`load_weights`, and
-post-processes, in every version and with every platform's patches. Forking happens inside ``load_weights``, where
-the default loader would read storage; that is the moment at which the ``checkpoint`` layout stands in memory. The
-one ``except ForkError`` of the package is here.
+post-processes, in every version and with every platform's patches. In the ``checkpoint`` layout forking happens
+inside ``load_weights``, where the default loader would read storage; in the ``runtime`` layout ``load_weights``
+reserves a seed and puts dummy weights in, and the fork goes over what post-processing made of them. The one
+``except ForkError`` of the package is here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vllm_rfork import seeding
 from vllm_rfork.attempt import Target
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ForkError, NoSeedAvailable
-from vllm_rfork.plan import LoadPlan
+from vllm_rfork.plan import RUNTIME, LoadPlan
 from vllm_rfork.progress import forking_progress
 from vllm_rfork.vllm_compat import loading
 from vllm_rfork.vllm_compat.registries import Registries
@@ -93,6 +94,8 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         try:
             try:
                 model = self._build(plan, vllm_config, model_config, prefix)
+                if plan.holds_dummies:
+                    self._fork_over(plan, model)
             except _StartOver:
                 # Outside the handler's frame the failed model has no references left.
                 model = None
@@ -100,7 +103,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 plan.attempt.close_engine()
                 registries.restore()
                 loading.release_memory(plan.device)
-                plan.may_fork = False
+                plan.may_fork, plan.holds_dummies = False, False
                 model = self._build(plan, vllm_config, model_config, prefix)
         except BaseException:
             plan.attempt.close()
@@ -120,37 +123,43 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         self._loading.plan = plan
         try:
             model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        except Exception as error:
+            if not plan.holds_dummies or isinstance(error, _StartOver):
+                raise
+            # Some post-processing validates what it is given, and no dummy is good enough for it.
+            reason = f"post-processing does not bear dummy weights: {type(error).__name__}: {error}"
+            self._fell_back(plan, ForkError(reason, mutated=True))
+            raise _StartOver from None
         finally:
             self._loading.plan = None
         return model
 
     def _fill(self, plan: LoadPlan, model: nn.Module, model_config: Any) -> None:
-        """Bring the checkpoint's bytes into ``model``, by a fork if possible."""
+        """Bring the checkpoint's bytes into ``model``, by a fork if possible, or dummies for a fork to come."""
         if plan.may_fork:
             try:
-                self._fork(plan, model)
+                if plan.unreachable is not None:
+                    raise plan.unreachable
+                if plan.layout == RUNTIME:
+                    plan.reserve()
+                    plan.fill_with_dummies(model, model_config)
+                else:
+                    self._fork(plan, model)
                 return
             except NoSeedAvailable as reason:
                 logger.info("RFork: %s: loading from storage", reason)
             except ForkError as error:
-                logger.warning(
-                    "RFork: falling back to load_format=%s: %s: %s",
-                    plan.settings.rfork_fallback_load_format,
-                    type(error).__name__,
-                    str(error),  # the error itself would keep the model, wherever somebody keeps log records
-                )
-                plan.reopen_engine = True
-                plan.attempt.let_go()  # while the model that is registered is still here
+                self._fell_back(plan, error)
                 if error.mutated:
                     raise _StartOver from None
         storage = self._storage()
         if loading.loads_whole_models(storage):
             raise _StartOver
-        before = plan.state_before(model)
+        plan.state_before(model)
         started = time.perf_counter()
         storage.load_weights(model, model_config)
         seconds = time.perf_counter() - started
-        plan.capture_loaded(model, before)
+        plan.capture_loaded(model)
         nbytes = plan.nbytes_of(model)
         logger.info(
             "RFork: loaded %d bytes (%.2f GB) from storage in %.2f s (%.2f GB/s), load_format=%s",
@@ -161,10 +170,30 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             plan.settings.rfork_fallback_load_format,
         )
 
+    @staticmethod
+    def _fell_back(plan: LoadPlan, error: ForkError) -> None:
+        """Say why there is no fork, and let go of everything that was for it while the model is still here."""
+        logger.warning(
+            "RFork: falling back to load_format=%s: %s: %s",
+            plan.settings.rfork_fallback_load_format,
+            type(error).__name__,
+            str(error),  # the error itself would keep the model, wherever somebody keeps log records
+        )
+        plan.reopen_engine = True
+        plan.attempt.give_back()
+        plan.attempt.let_go()
+
+    def _fork_over(self, plan: LoadPlan, model: nn.Module) -> None:
+        """Fork into the structure that post-processing has made of dummy weights."""
+        try:
+            self._fork(plan, model)
+        except ForkError as error:
+            self._fell_back(plan, error)
+            raise _StartOver from None
+        plan.holds_dummies = False
+
     def _fork(self, plan: LoadPlan, model: nn.Module) -> None:
         started = time.perf_counter()
-        if plan.unreachable is not None:
-            raise plan.unreachable
         collection = plan.collect_empty(model)
         local = collection.manifest(**plan.manifest_identity())
         with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:

@@ -69,7 +69,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a receiver needs to read one seed.
 
     ``endpoint`` is how ``engine`` reaches the seed (opaque text); ``state`` is the Python-side state that
-    loading set (``path.attribute`` → plain value); ``epoch`` names one life of the seed with unchanged weights.
+    loading set (``path.attribute`` → plain value), ``state_gone`` what was plain before and is not any more;
+    ``epoch`` names one life of the seed with unchanged weights.
     """
 
     version: int = MANIFEST_VERSION
@@ -83,6 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...]
     tensors: tuple[TensorEntry, ...]
     state: dict[str, Any] = {}
+    state_gone: tuple[str, ...] = ()
     digest_algorithm: str = ""
 
     @property

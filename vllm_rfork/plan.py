@@ -7,6 +7,7 @@ opening thread belongs to the attempt.
 from __future__ import annotations
 
 import concurrent.futures
+import ipaddress
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from vllm_rfork import verify
+from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by
 from vllm_rfork.attempt import Attempt
 from vllm_rfork.config import Settings
 from vllm_rfork.engines.base import EngineConfig
@@ -27,12 +29,20 @@ from vllm_rfork.errors import ConfigError, ForkError, PlannerError, Verification
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 from vllm_rfork.segments import pair, paired_digests
-from vllm_rfork.tensors import Collection, apply_inline, apply_state, changed_state, collect, state_of
+from vllm_rfork.state import apply_state, changed_state, gone_state, match_state, state_of
+from vllm_rfork.tensors import Collection, apply_inline, collect
 from vllm_rfork.vllm_compat import loading
 from vllm_rfork.vllm_compat.identity import fingerprint_facts, worker_identity
 from vllm_rfork.walk import Plain
 
 logger = logging.getLogger(__name__)
+
+#: Bytes as they stand before post-processing, and after it.
+CHECKPOINT, RUNTIME = "checkpoint", "runtime"
+
+#: Device types on which the runtime layout cannot work: post-processing for the processor hides packed weights in
+#: native objects.
+NO_RUNTIME = frozenset({"cpu"})
 
 #: Device types on which a seed keeps the loaded tensors beside what post-processing makes of them. Elsewhere memory
 #: is what a deployment is sized by, and keeping weights twice could fail a start that works without us.
@@ -49,10 +59,12 @@ class LoadPlan:
     Attributes:
         reopen_engine: it was closed, or may hold registrations of an attempt that failed; a seed needs a fresh one.
         may_fork: false once an attempt has failed in a way that made the model unusable.
+        holds_dummies: the model was filled with dummy weights, and no fork has replaced them yet.
         no_seed_reason: why this worker must not become a seed; empty where it may.
         unreachable: the planner's name could not be looked up in time: there is nobody to ask for a seed.
         shared_storages: where the memory lies that other models of this process use already.
-        collection, digests, state: the layout as loaded, captured for the seed; the collection keeps it alive.
+        built: the Python-side state as built, before anything was loaded.
+        collection, digests, state, state_gone: the layout, captured for the seed; the collection keeps it alive.
     """
 
     settings: Settings
@@ -63,16 +75,21 @@ class LoadPlan:
     layout: str
     attempt: Attempt
     advertise_host: str
+    load_config: Any
     shows_progress: bool
     may_fork: bool = True
+    holds_dummies: bool = False
     no_seed_reason: str = ""
     reopen_engine: bool = False
     unreachable: PlannerError | None = None
     shared_storages: frozenset[int] = frozenset()
+    built: dict[str, Plain] = field(default_factory=dict)
     collection: Collection | None = None
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
+    state_gone: tuple[str, ...] = ()
     _loaded: Manifest | None = None
+    _weights: dict[str, Held] = field(default_factory=dict)
 
     @classmethod
     def make(cls, settings: Settings, vllm_config: Any, model_config: Any, *, rank_shows: bool) -> LoadPlan:
@@ -104,8 +121,9 @@ class LoadPlan:
             host = advertise_host(settings)
         except TimeoutError as error:
             # The whole bound has been used up, and a call to the planner would look the name up again.
-            host, unreachable = "127.0.0.1", PlannerError(str(error))
-        config = EngineConfig(device=device_text(device), host=host, timeout_s=settings.rfork_seed_timeout_sec)
+            host, unreachable = "", PlannerError(str(error))
+        # Without an address of its own a worker can still read from others.
+        config = EngineConfig(device=device_text(device), host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec)
         plan = cls(
             settings=settings,
             device=device,
@@ -115,14 +133,16 @@ class LoadPlan:
             layout=layout,
             attempt=Attempt(settings, seed_key, engine_name, config),
             advertise_host=host,
+            load_config=vllm_config.load_config,
             shows_progress=rank_shows and loading.is_first_rank(),
             no_seed_reason="" if settings.rfork_become_seed else "rfork_become_seed is false",
             unreachable=unreachable,
         )
         logger.info("RFork: seed key %s, fingerprint %s, engine %s", seed_key, plan.fingerprint, engine_name)
         logger.debug("RFork: the fingerprint covers %s", facts)
-        if unreachable is not None:
-            plan.refuse_to_seed(f"its own address is not known: {unreachable}")
+        if not host:
+            reason = unreachable or "there is no route to the planner (set rfork_seed_advertise_host)"
+            plan.refuse_to_seed(f"its own address is not known: {reason}")
         if reason := loading.never_a_seed(vllm_config):
             plan.refuse_to_seed(reason)
         return plan
@@ -131,6 +151,7 @@ class LoadPlan:
         """Remember why this worker will not be a seed; said once, when it would have become one."""
         if not self.no_seed_reason:
             self.no_seed_reason = reason
+        self.attempt.take_back_intent()
 
     def manifest_identity(self) -> dict[str, Any]:
         """The fields of a manifest that do not come from tensors; endpoint and epoch are the seed's to fill."""
@@ -145,12 +166,13 @@ class LoadPlan:
         }
 
     def collect_empty(self, model: nn.Module) -> Collection:
-        """The structure as built, before anything was loaded into it.
+        """The structure that a fork fills: as built, or as post-processed from dummy weights.
 
         Raises:
             ForkError: this model cannot be forked in this layout.
         """
         self._check_layout(model)
+        loading.synchronize(self.device)
         return collect(model, self.device)
 
     def shared_spans(self, collection: Collection) -> frozenset[int]:
@@ -160,7 +182,7 @@ class LoadPlan:
         )
 
     def _check_layout(self, model: nn.Module) -> None:
-        if loading.quantizes_online(model):
+        if self.layout == CHECKPOINT and loading.quantizes_online(model):
             raise ForkError(
                 "weights are quantized while they are loaded, so the checkpoint layout never stands in memory"
             )
@@ -188,30 +210,59 @@ class LoadPlan:
                     f"{_names(collection, wrong)}"
                 )
         apply_inline(collection, manifest)
-        apply_state(model, manifest.state)
+        if self.layout == RUNTIME:
+            match_state(model, self.built, manifest.state, manifest.state_gone)
+        else:
+            apply_state(model, manifest.state)
 
-    def state_before(self, model: nn.Module) -> dict[str, Plain]:
-        """The Python-side state before loading, so that what loading changes can be told; empty where no seed."""
+    def reserve(self) -> None:
+        """Take a lease before the model is touched, for a fork after post-processing.
+
+        Raises:
+            NoSeedAvailable, ForkError: there is nothing to fork from.
+        """
+        self.attempt.reserve(self.fingerprint)
+
+    def fill_with_dummies(self, model: nn.Module, model_config: Any) -> None:
+        """Put valid weights that mean nothing into ``model``, for post-processing to give it the seed's structure.
+
+        Raises:
+            ForkError: no seed is there any more, the model cannot be looked at, or it takes no dummies; from the
+                first write on ``mutated``.
+        """
+        remote = self.attempt.peek(self.fingerprint)
+        self.built = state_of(model)
+        self.holds_dummies = True
+        loading.fill_with_dummies(model, model_config, self.load_config)
+        loading.tie_dummies(model, tied=loading.heads_tied(model, {entry.name: entry.span for entry in remote.tensors}))
+
+    def state_before(self, model: nn.Module) -> None:
+        """Remember the Python-side state before loading, so that what loading changes can be told."""
         if self.no_seed_reason:
-            return {}
+            return
         try:
-            return state_of(model)
+            self.built = state_of(model)
         except ForkError as error:
             self.refuse_to_seed(str(error))
-            return {}
 
-    def capture_loaded(self, model: nn.Module, before: dict[str, Plain]) -> None:
+    def capture_loaded(self, model: nn.Module) -> None:
         """Remember what storage put into ``model``: references to the tensors, their digests, the changed state."""
         if self.no_seed_reason:
+            return
+        if self.layout == RUNTIME:
+            try:
+                self._weights = held_by(model)
+            except ForkError as error:
+                self.refuse_to_seed(str(error))
             return
         try:
             self._check_layout(model)
             loading.synchronize(self.device)
             collection = collect(model, self.device)
             after = state_of(model)
-            if gone := sorted(before.keys() - after.keys()):
+            if gone := gone_state(self.built, after):
                 raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
-            self.state = dict(changed_state(before, after))
+            self.state = dict(changed_state(self.built, after))
         except ForkError as error:
             self.refuse_to_seed(str(error))
             return
@@ -224,8 +275,11 @@ class LoadPlan:
         if self.no_seed_reason:
             return
         self.digests = list(self._digests_of(remote, collection).values())
-        self.state = dict(remote.state)
-        self._keep(collection)
+        self.state, self.state_gone = dict(remote.state), remote.state_gone
+        if self.layout == RUNTIME:
+            self.collection = collection  # it stands; nothing replaces it any more
+        else:
+            self._keep(collection)
 
     def _keep(self, collection: Collection) -> None:
         """Keep the loaded tensors, or, where that would cost device memory, only what they were."""
@@ -237,23 +291,48 @@ class LoadPlan:
         self.reopen_engine = self.attempt.let_go() or self.reopen_engine
 
     def settle(self, model: nn.Module) -> None:
-        """After post-processing, where the loaded tensors were not kept: see whether they are still all there.
+        """After post-processing: capture the runtime layout, or see whether all that was loaded is still there.
 
-        Where one was replaced, this worker will not be a seed; the reason says which.
+        Where something cannot be vouched for, this worker will not be a seed; the reason says which.
         """
-        if self._loaded is None or self.no_seed_reason:
+        if self.no_seed_reason or self.collection is not None:
             return
+        if self.layout == RUNTIME:
+            self._capture_runtime(model)
+        elif self._loaded is not None:
+            self._find_loaded(model, self._loaded)
+
+    def _capture_runtime(self, model: nn.Module) -> None:
+        """Remember the post-processed model that was loaded from storage, if every weight in it is accounted for."""
         try:
             loading.synchronize(self.device)
             collection = collect(model, self.device)
-            pair(collection.manifest(**self.manifest_identity()), self._loaded)
+            if collection.opaque:
+                raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
+            check_accounted(self._weights, held_by(model))
+            after = state_of(model)
+            state = changed_state(self.built, after)
+            check_no_addresses(collection, state)
+        except ForkError as error:
+            self.refuse_to_seed(f"the {self.layout} layout cannot be vouched for: {error}")
+            return
+        with self.attempt.times.stage("digest"):
+            self.digests = verify.digests(span.data for span in collection.spans)
+        self.state, self.state_gone = dict(state), gone_state(self.built, after)
+        self.collection = collection
+
+    def _find_loaded(self, model: nn.Module, loaded: Manifest) -> None:
+        try:
+            loading.synchronize(self.device)
+            collection = collect(model, self.device)
+            pair(collection.manifest(**self.manifest_identity()), loaded)
         except ForkError as error:
             self.refuse_to_seed(
                 f"post-processing replaced tensors of the {self.layout} layout, and keeping both would take device "
                 f"memory: {error}"
             )
             return
-        self.digests = list(self._digests_of(self._loaded, collection).values())
+        self.digests = list(self._digests_of(loaded, collection).values())
         self.collection = collection
 
     def _digests_of(self, manifest: Manifest, collection: Collection) -> dict[int, str]:
@@ -276,7 +355,9 @@ class LoadPlan:
         """
         if self.collection is None:
             raise ForkError("no weights were captured")
-        return self.collection.manifest(digests=self.digests, state=self.state, **self.manifest_identity())
+        return self.collection.manifest(
+            digests=self.digests, state=self.state, state_gone=self.state_gone, **self.manifest_identity()
+        )
 
     def recheck(self) -> None:
         """Prove that nothing has written to the captured memory since; version counters do not see all writes.
@@ -290,7 +371,7 @@ class LoadPlan:
         wrong = verify.wrong_spans([span.data for span in self.collection.spans], dict(enumerate(self.digests)))
         if wrong:
             raise ForkError(
-                f"post-processing wrote to {len(wrong)} tensors of the {self.layout} layout: "
+                f"since they were captured, {len(wrong)} tensors of the {self.layout} layout have been written to: "
                 f"{_names(self.collection, wrong)}"
             )
 
@@ -306,9 +387,15 @@ def layout_for(settings: Settings, device: torch.device) -> str:
     Raises:
         ConfigError: the layout does not work there.
     """
-    if settings.rfork_layout == "runtime":
-        raise ConfigError("rfork_layout", "the runtime layout is not there yet", "auto or checkpoint")
-    return "checkpoint"
+    if settings.rfork_layout == "auto":
+        return CHECKPOINT if device.type in NO_RUNTIME else RUNTIME
+    if settings.rfork_layout == RUNTIME and device.type in NO_RUNTIME:
+        raise ConfigError(
+            "rfork_layout",
+            f"runtime does not work on {device.type}: post-processing hides packed weights in native objects",
+            "auto or checkpoint",
+        )
+    return settings.rfork_layout
 
 
 def device_text(device: torch.device) -> str:
@@ -324,14 +411,21 @@ def device_text(device: torch.device) -> str:
 def advertise_host(settings: Settings) -> str:
     """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or the route to the planner.
 
+    Empty where there is none of them, or only a loopback address for a planner that is elsewhere: announced to
+    others, that would send them to themselves.
+
     Raises:
         TimeoutError: the planner's name could not be looked up within ``rfork_request_timeout_sec``.
     """
-    if settings.rfork_seed_advertise_host:
-        return settings.rfork_seed_advertise_host
-    if host := os.environ.get("VLLM_HOST_IP"):
-        return host
     parts = urllib.parse.urlsplit(settings.rfork_scheduler_url)
+    if host := settings.rfork_seed_advertise_host:
+        if is_loopback(host) and not is_loopback(parts.hostname or ""):
+            logger.warning(
+                "RFork: rfork_seed_advertise_host is %s: no other machine can fork from this worker under that", host
+            )
+        return host
+    if (host := os.environ.get("VLLM_HOST_IP", "")) and not is_loopback(host):
+        return host
     try:
         family, kind, _, _, address = _look_up(
             parts.hostname or "", parts.port or 80, settings.rfork_request_timeout_sec
@@ -342,8 +436,16 @@ def advertise_host(settings: Settings) -> str:
     except TimeoutError:
         raise
     except OSError as error:
-        logger.warning("RFork: no route to the planner at %s (%s); seeds announce 127.0.0.1", parts.hostname, error)
-        return "127.0.0.1"
+        logger.warning("RFork: no route to the planner at %s: %s", parts.hostname, error)
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, an address or ``localhost``, is this machine's own, by its spelling alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
 
 
 def _look_up(host: str, port: int, timeout_s: float) -> Any:

@@ -17,10 +17,12 @@ from torch import nn
 
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
-from vllm_rfork.walk import Leaf, Plain, assign, walk
+from vllm_rfork.walk import Leaf, Opaque, walk
 
 #: A tensor off the engine's device travels inside the manifest up to this size, in bytes: scales and index tables.
 MAX_INLINE_NBYTES = 256 * 1024
+#: 64-bit integer tensors up to this many elements may be tables of pointers; index tables of that size are rare.
+MAX_ADDRESSES = 65_536
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Collection:
     """What :func:`collect` found.
 
     ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
-    maps the names of inline tensors to the tensors.
+    maps the names of inline tensors to the tensors; ``opaque`` names native objects whose memory cannot be seen;
+    ``integers`` are the tensors that are small enough to be tables of addresses.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -45,6 +48,8 @@ class Collection:
     regions: tuple[Region, ...]
     span_regions: tuple[int, ...]
     inline: dict[str, torch.Tensor] = field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
+    integers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +80,9 @@ def collect(model: nn.Module, device: torch.device) -> Collection:
     Raises:
         ForkError: a tensor has no memory yet, no plain strided memory, or a lot of memory on another device.
     """
-    found = [leaf for leaf in walk(model) if isinstance(leaf.value, torch.Tensor)]
+    leaves = list(walk(model))
+    found = [leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor)]
+    opaque = tuple(f"{leaf.name} ({leaf.value.kind})" for leaf in leaves if isinstance(leaf.value, Opaque))
     on_device: list[tuple[str, torch.Tensor]] = []
     inline: dict[str, torch.Tensor] = {}
     empty: set[str] = set()
@@ -95,43 +102,8 @@ def collect(model: nn.Module, device: torch.device) -> Collection:
     spans, span_of = _spans(on_device)
     regions, span_regions = _regions(spans)
     entries = tuple(_entry(leaf, spans, span_of, inline, empty) for leaf in found)
-    return Collection(entries, spans, regions, span_regions, inline)
-
-
-def state_of(model: nn.Module) -> dict[str, Plain]:
-    """Every plain value reachable from ``model``, by name."""
-    return {leaf.name: leaf.value for leaf in walk(model) if not isinstance(leaf.value, torch.Tensor)}
-
-
-def changed_state(before: dict[str, Plain], after: dict[str, Plain]) -> dict[str, Plain]:
-    """What loading set: values that are new or differ. NaN counts as equal to itself."""
-    return {name: value for name, value in after.items() if name not in before or not _same(before[name], value)}
-
-
-def apply_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Make ``model`` hold ``state`` as the seed's does.
-
-    Raises:
-        ForkError: a place does not exist here or cannot be written, or a value is not plain.
-    """
-    if not state:
-        return
-    leaves = {leaf.name: leaf for leaf in walk(model) if not isinstance(leaf.value, torch.Tensor)}
-    modules = dict(model.named_modules())
-    for name, value in state.items():
-        if not (value is None or isinstance(value, (bool, int, float, str))):
-            raise ForkError(f"state {name} of the seed is not a plain value", mutated=True)
-        leaf = leaves.get(name)
-        if leaf is None:
-            # Loading may add an attribute that construction does not make.
-            owner_name, _, key = name.rpartition(".")
-            owner = modules.get(owner_name)
-            if owner is None or not key.isidentifier():  # an element of a container that is not here
-                raise ForkError(f"state {name} of the seed has no place here", mutated=True)
-            leaf = Leaf(name, owner, key, None)
-        elif _same(leaf.value, value):
-            continue
-        assign(leaf, value)
+    integers = {name: tensor for name, tensor in on_device if _may_be_addresses(tensor)}
+    return Collection(entries, spans, regions, span_regions, inline, opaque, integers)
 
 
 def apply_inline(collection: Collection, manifest: Manifest) -> None:
@@ -151,10 +123,6 @@ def apply_inline(collection: Collection, manifest: Manifest) -> None:
         target.copy_(source)
 
 
-def _same(one: Plain, other: Any) -> bool:
-    return type(one) is type(other) and (one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
-
-
 def _plain(leaf: Leaf) -> torch.Tensor:
     """The leaf's tensor without its subclass, sharing memory.
 
@@ -172,6 +140,10 @@ def _plain(leaf: Leaf) -> torch.Tensor:
     if plain.is_conj() or plain.is_neg():
         raise ForkError(f"tensor {leaf.name} is a lazy conjugate or negative view")
     return plain
+
+
+def _may_be_addresses(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.uint64) and tensor.numel() <= MAX_ADDRESSES
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -93,8 +93,17 @@ Plain = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """Stands for a native object whose memory cannot be seen: packed weights may lie in it."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
 class Leaf:
-    """A tensor or a plain value: where it is called ``name``, and the ``owner`` and ``key`` under which it is held."""
+    """A tensor, a plain value or :class:`Opaque`: where it is called ``name``, and the ``owner`` and ``key`` under
+    which it is held.
+    """
 
     name: str
     owner: Any
@@ -216,6 +225,8 @@ class _Walker:
             yield from self._function(value.__func__, name, depth)
         elif isinstance(value, types.FunctionType):
             yield from self._function(value, name, depth)
+        elif isinstance(value, torch.ScriptObject):
+            yield Leaf(name, owner, key, Opaque(type(value).__name__))
         elif self._is_helper(value):
             yield from self._helper(value, name, depth)
 
@@ -234,11 +245,18 @@ class _Walker:
     @staticmethod
     def _is_helper(value: Any) -> bool:
         kind = type(value)
-        root = (kind.__module__ or "").partition(".")[0]
-        # Configurations are shared by the whole process and describe weights without holding any.
-        return root not in _FOREIGN and not kind.__name__.endswith("Config")
+        module = kind.__module__ or ""
+        # vLLM's own settings are shared by the whole process and describe weights without holding any.
+        return module.partition(".")[0] not in _FOREIGN and not module.startswith("vllm.config")
 
     def _helper(self, value: Any, name: str, depth: int) -> Iterator[Leaf]:
+        leaves = self._attributes(value, name, depth)
+        if type(value).__name__.endswith("Config"):
+            # A layer's quantization may hold its scales; its plain values are settings, which the fingerprint covers.
+            leaves = (leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor))
+        yield from leaves
+
+    def _attributes(self, value: Any, name: str, depth: int) -> Iterator[Leaf]:
         attributes = dict(getattr(value, "__dict__", {}))
         for kind in type(value).__mro__:
             slots = kind.__dict__.get("__slots__", ())

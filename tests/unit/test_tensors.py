@@ -15,7 +15,8 @@ from torch import nn
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest import check_manifest, decode_manifest, encode_manifest
 from vllm_rfork.segments import pair
-from vllm_rfork.tensors import apply_inline, apply_state, changed_state, collect, state_of
+from vllm_rfork.state import apply_state, changed_state, state_of
+from vllm_rfork.tensors import apply_inline, collect
 
 CPU = torch.device("cpu")
 IDENTITY = {

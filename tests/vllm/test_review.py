@@ -28,7 +28,7 @@ from vllm_rfork.engines.memory import MemoryEngine, open_engines
 from vllm_rfork.errors import ConfigError, EngineError, ForkError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.segments import Segment
-from vllm_rfork.tensors import apply_state
+from vllm_rfork.state import apply_state
 from vllm_rfork.vllm_compat.identity import fingerprint_facts
 
 pytestmark = pytest.mark.vllm

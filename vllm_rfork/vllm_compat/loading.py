@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,56 @@ def quantizes_online(model: nn.Module) -> bool:
     return any(
         getattr(getattr(module, "quant_method", None), "uses_meta_device", False) for module in model.modules()
     ) or any(parameter.is_meta for parameter in model.parameters())
+
+
+def fill_with_dummies(model: nn.Module, model_config: Any, load_config: Any) -> None:
+    """Fill ``model`` as ``--load-format dummy`` does, so that post-processing runs on it in every quantization method.
+
+    Integers, which that leaves as they lie in memory, become 0: group indices and packed weights are used as indices.
+    """
+    for parameter in model.parameters():  # buffers are made by construction and mean something
+        if not (parameter.is_meta or parameter.is_floating_point() or parameter.is_complex()):
+            parameter.data.zero_()
+    loader = storage_loader(load_config, "dummy", {})
+    loader.load_weights(model, model_config)
+
+
+def heads_tied(model: nn.Module, span_of: Mapping[str, int]) -> bool:
+    """Whether the seed, which has each tensor in the span that ``span_of`` says, computes its output with its input
+    embeddings.
+    """
+    head, embedding = _head_and_embedding(model)
+    # Where both are one module, the head has no name of its own.
+    return head != "" and span_of.get(f"{head}.weight") in (None, span_of.get(f"{embedding}.weight"))
+
+
+def tie_dummies(model: nn.Module, *, tied: bool) -> None:
+    """Make output head and input embeddings equal or unlike each other, whichever ``tied`` says.
+
+    From 0.29 on post-processing compares the two by value and shares their memory where they are equal, and dummy
+    weights of one shape all are.
+    """
+    head_name, embedding_name = _head_and_embedding(model)
+    if not head_name:
+        return
+    head, embedding = model.get_submodule(head_name).weight, model.get_submodule(embedding_name).weight
+    if head.is_meta or embedding.is_meta or head.dtype.itemsize < 2:  # quantized ones are not compared
+        return
+    if head.data_ptr() != embedding.data_ptr() and head.shape == embedding.shape:
+        head.data.copy_(embedding.data)
+        if not tied:
+            head.data.add_(1.0)
+
+
+def _head_and_embedding(model: nn.Module) -> tuple[str, str]:
+    """Names of the one output head and the one input embedding, as vLLM looks for them; empty where there are more."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, VocabParallelEmbedding)]
+    plain = [(name, module) for name, module in found if isinstance(getattr(module, "weight", None), torch.Tensor)]
+    heads = [name for name, module in plain if isinstance(module, ParallelLMHead)]
+    embeddings = [name for name, module in plain if not isinstance(module, ParallelLMHead)]
+    return (heads[0], embeddings[0]) if len(heads) == len(embeddings) == 1 else ("", "")
 
 
 def target_device(vllm_config: Any) -> torch.device:

@@ -1,0 +1,113 @@
+"""What a seed has to account for before it may offer post-processed memory (the ``runtime`` layout).
+
+Post-processing replaces, repacks and empties weights. What it derives usually lies in tensors that the walk finds;
+where it does not (a packed copy inside a native object), the tensors that are left are equal on both sides and the
+model that computes from the hidden copy is wrong. So everything that was loaded must still be there, or something must
+have taken its place nearby. And nothing of what is offered may be an address: it would mean other memory elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest import Region
+from vllm_rfork.tensors import Collection
+from vllm_rfork.walk import Plain, walk
+
+#: A replacement has at least this share of the bytes that it replaces. Repacking keeps them all, and what it drops
+#: beside them (group indices, zero points) is small; a bias or a scale that stays behind is far less.
+REPLACED_SHARE = 0.5
+#: How many levels above the module that lost a weight its replacement may lie: a latent-attention projection is folded
+#: into the attention's ``impl``, two levels away.
+LEVELS_UP = 2
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tensor at one moment: enough to tell whether it was replaced. Meta tensors have a size too."""
+
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def held_by(model: nn.Module) -> dict[str, Held]:
+    """Every tensor reachable from ``model``, by name.
+
+    Raises:
+        ForkError: the model cannot be walked.
+    """
+    held = {}
+    for leaf in walk(model):
+        tensor = leaf.value
+        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            held[leaf.name] = Held(tensor.numel() * tensor.element_size(), tensor.dtype, tuple(tensor.shape))
+    return held
+
+
+def check_accounted(loaded: dict[str, Held], runtime: dict[str, Held]) -> None:
+    """Prove that each tensor that was ``loaded`` is still there in ``runtime``, or that something replaced it.
+
+    Raises:
+        ForkError: names the tensors that went without a replacement.
+    """
+    lost = {name: held.nbytes for name, held in loaded.items() if held.nbytes and not _nbytes(runtime, name)}
+    if not lost:
+        return
+    made = {name: held.nbytes for name, held in runtime.items() if held.nbytes and loaded.get(name) != held}
+    # A tensor that was repacked in place counts on both sides, or its growth would pay for a neighbour's loss.
+    spent = {name: held.nbytes for name, held in loaded.items() if held.nbytes and (name in made or name in lost)}
+    orphans = [name for name in lost if not any(_pays(owner, made, spent) for owner in _owners(name))]
+    if orphans:
+        more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
+        raise ForkError(
+            f"post-processing emptied {', '.join(orphans[:5])}{more}, and no tensor that could be offered took the place"
+        )
+
+
+def _nbytes(held: dict[str, Held], name: str) -> int:
+    return held[name].nbytes if name in held else 0
+
+
+def _owners(name: str) -> Iterator[str]:
+    """The module that holds ``name`` and those above it, nearest first; the whole model never counts."""
+    parts = name.split(".")[:-1]
+    for level in range(LEVELS_UP + 1):
+        if len(parts) > level:
+            yield ".".join(parts[: len(parts) - level]) + "."
+
+
+def _pays(owner: str, made: dict[str, int], spent: dict[str, int]) -> bool:
+    gained = sum(nbytes for name, nbytes in made.items() if name.startswith(owner))
+    wanted = sum(nbytes for name, nbytes in spent.items() if name.startswith(owner))
+    return gained >= wanted * REPLACED_SHARE
+
+
+def check_no_addresses(collection: Collection, state: dict[str, Plain]) -> None:
+    """Prove that neither tensors nor values hold addresses of the memory that is offered.
+
+    Raises:
+        ForkError: names the first that does.
+    """
+    for name, tensor in collection.integers.items():
+        if _any_inside(tensor, collection.regions):
+            raise ForkError(f"tensor {name} holds addresses of this process's memory, which mean nothing in another")
+    for name, value in state.items():
+        if type(value) is int and any(_inside(value, region) for region in collection.regions):
+            raise ForkError(f"state {name} is an address in this process's memory, which means nothing in another")
+
+
+def _inside(value: int, region: Region) -> bool:
+    return region.address <= value < region.address + region.nbytes
+
+
+def _any_inside(tensor: torch.Tensor, regions: Iterable[Region]) -> bool:
+    low = min(region.address for region in regions)
+    values = tensor.reshape(-1).view(torch.int64)
+    suspects = values[values >= low].tolist()
+    return any(_inside(value, region) for value in suspects for region in regions)

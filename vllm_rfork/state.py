@@ -1,0 +1,99 @@
+"""The Python-side state of a model: plain values that loading and post-processing leave beside the tensors.
+
+A memory copy does not carry them, so they travel in the manifest: what changed between the structure as built and the
+moment at which the seed vouches for it, and what was there before and is no plain value any more. The receiver makes
+its own the same or refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_rfork.errors import ForkError, ManifestMismatch
+from vllm_rfork.walk import Leaf, Opaque, Plain, assign, walk
+
+
+def state_of(model: nn.Module) -> dict[str, Plain]:
+    """Every plain value reachable from ``model``, by name."""
+    return {leaf.name: leaf.value for leaf in _plain_leaves(model)}
+
+
+def changed_state(before: dict[str, Plain], after: dict[str, Plain]) -> dict[str, Plain]:
+    """What loading set: values that are new or differ. NaN counts as equal to itself."""
+    return {name: value for name, value in after.items() if name not in before or not _same(before[name], value)}
+
+
+def gone_state(before: dict[str, Plain], after: dict[str, Plain]) -> tuple[str, ...]:
+    """What was a plain value and is none any more: deleted, or replaced by a tensor or an object; sorted."""
+    return tuple(sorted(before.keys() - after.keys()))
+
+
+def apply_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Make ``model`` hold ``state`` as the seed's does.
+
+    Raises:
+        ForkError: a place does not exist here or cannot be written, or a value is not plain.
+    """
+    if not state:
+        return
+    leaves = {leaf.name: leaf for leaf in _plain_leaves(model)}
+    modules = dict(model.named_modules())
+    for name, value in state.items():
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise ForkError(f"state {name} of the seed is not a plain value", mutated=True)
+        leaf = leaves.get(name)
+        if leaf is None:
+            # Loading may add an attribute that construction does not make.
+            owner_name, _, key = name.rpartition(".")
+            owner = modules.get(owner_name)
+            if owner is None or not key.isidentifier():  # an element of a container that is not here
+                raise ForkError(f"state {name} of the seed has no place here", mutated=True)
+            leaf = Leaf(name, owner, key, None)
+        elif _same(leaf.value, value):
+            continue
+        assign(leaf, value)
+
+
+def match_state(model: nn.Module, built: dict[str, Plain], state: dict[str, Any], gone: Iterable[str]) -> None:
+    """Make ``model``, which was post-processed from other bytes, hold what the seed's holds; then look again.
+
+    Args:
+        built: this model's state as built, which by the fingerprint was the seed's too.
+        state: the seed's changes since then.
+        gone: what was plain when the seed was built and is no longer.
+
+    Raises:
+        ManifestMismatch: state differs that cannot be set; the error lists all of it.
+        ForkError: a place cannot be written.
+    """
+    wanted = {**built, **state}
+    for name in gone:
+        wanted.pop(name, None)
+    own = state_of(model)
+    missing = sorted(wanted.keys() - own.keys())
+    # Values that post-processing wrote here and not on the seed go back to what they were as built.
+    apply_state(model, {name: wanted[name] for name in wanted if name in own or name in missing})
+    now = state_of(model)
+    differences = [f"state {name}: only the receiver has it" for name in sorted(now.keys() - wanted.keys())]
+    differences += [f"state {name}: only the seed has it" for name in sorted(wanted.keys() - now.keys())]
+    differences += [
+        f"state {name}: {wanted[name]!r} on the seed, {now[name]!r} on the receiver"
+        for name in sorted(wanted.keys() & now.keys())
+        if not _same(now[name], wanted[name])
+    ]
+    if differences:
+        error = ManifestMismatch(differences)
+        error.mutated = True
+        raise error
+
+
+def _plain_leaves(model: nn.Module) -> Iterator[Leaf]:
+    return (leaf for leaf in walk(model) if not isinstance(leaf.value, (torch.Tensor, Opaque)))
+
+
+def _same(one: Plain, other: Any) -> bool:
+    return type(one) is type(other) and (one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
