@@ -163,6 +163,18 @@ class Settings(BaseModel):
         """The options without which nothing can be matched and which are not set."""
         return [name for name in NEEDED if not getattr(self, name)]
 
+    def labels(self, hostname: str) -> str:
+        """What this worker says of where it stands: ``rfork_labels``, and the hostname where they name no host.
+
+        Workers with one hostname are on one machine, in one pod, or (in containers of other kinds) alone: never on
+        two machines, unless nobody gave those a name.
+        """
+        given = self.rfork_labels
+        named = any(each.startswith("host=") for each in given.split(","))
+        if named or not _LABEL.match(hostname) or hostname.partition(".")[0] == "localhost":
+            return given
+        return f"host={hostname}" + (f",{given}" if given else "")
+
 
 @dataclass(frozen=True)
 class ParsedConfig:

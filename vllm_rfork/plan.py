@@ -6,13 +6,7 @@ opening thread belongs to the attempt.
 
 from __future__ import annotations
 
-import concurrent.futures
-import ipaddress
 import logging
-import os
-import socket
-import threading
-import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +21,7 @@ from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.table import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, PlannerError, VerificationError
 from vllm_rfork.manifest import Manifest
+from vllm_rfork.own_address import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 from vllm_rfork.segments import pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, gone_state, match_state, state_of
@@ -123,7 +118,9 @@ class LoadPlan:
             # The whole bound has been used up, and a call to the planner would look the name up again.
             host, unreachable = "", PlannerError(str(error))
         # Without an address of its own a worker can still read from others.
-        config = EngineConfig(device=device_text(device), host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec)
+        config = EngineConfig(
+            device=device_text(device), host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec
+        )
         plan = cls(
             settings=settings,
             device=device,
@@ -406,67 +403,3 @@ def device_text(device: torch.device) -> str:
     if index is None:
         index = getattr(torch, device.type).current_device()
     return f"{device.type}:{index}"
-
-
-def advertise_host(settings: Settings) -> str:
-    """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or the route to the planner.
-
-    Empty where there is none of them, or only a loopback address for a planner that is elsewhere: announced to
-    others, that would send them to themselves.
-
-    Raises:
-        TimeoutError: the planner's name could not be looked up within ``rfork_request_timeout_sec``.
-    """
-    parts = urllib.parse.urlsplit(settings.rfork_scheduler_url)
-    if host := settings.rfork_seed_advertise_host:
-        if is_loopback(host) and not is_loopback(parts.hostname or ""):
-            logger.warning(
-                "RFork: rfork_seed_advertise_host is %s: no other machine can fork from this worker under that", host
-            )
-        return host
-    if (host := os.environ.get("VLLM_HOST_IP", "")) and not is_loopback(host):
-        return host
-    try:
-        family, kind, _, _, address = _look_up(
-            parts.hostname or "", parts.port or 80, settings.rfork_request_timeout_sec
-        )
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # a datagram socket: finds the route, sends nothing
-            return str(probe.getsockname()[0])
-    except TimeoutError:
-        raise
-    except OSError as error:
-        logger.warning("RFork: no route to the planner at %s: %s", parts.hostname, error)
-        return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host``, an address or ``localhost``, is this machine's own, by its spelling alone."""
-    try:
-        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
-
-
-def _look_up(host: str, port: int, timeout_s: float) -> Any:
-    """The first datagram address of ``host``; the lookup blocks as long as the resolver likes, so a thread does it.
-
-    Raises:
-        TimeoutError: no answer within ``timeout_s`` seconds.
-        OSError: there is no such name.
-    """
-    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def look_up() -> None:
-        try:
-            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0])
-        except (OSError, UnicodeError) as error:
-            answer.set_exception(OSError(str(error)))
-
-    threading.Thread(target=look_up, name="rfork-lookup", daemon=True).start()
-    try:
-        return answer.result(timeout_s)
-    except concurrent.futures.TimeoutError as error:
-        raise TimeoutError(
-            f"the planner's host {host} was not found within {timeout_s:g} s (rfork_request_timeout_sec)"
-        ) from error
