@@ -2,7 +2,9 @@
 
 It lives inside a worker that serves a model, so whoever connects must not be able to hold memory, descriptors or
 the event loop: one request per connection, no request bodies, a deadline for the request's head and one for the
-answer, and an answer that is written piece by piece as the reader takes it. Must not know any path of the protocol.
+answer, and an answer that is written piece by piece as the reader takes it. Where it has a certificate, the first byte
+says whether a caller speaks TLS, so that one which does not is told so in words. Must not know any path of the
+protocol.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import time
 import weakref
 from collections.abc import Awaitable, Callable
@@ -25,6 +28,10 @@ _quiet = logging.getLogger(__name__ + ".requests")
 _quiet.setLevel(logging.CRITICAL + 1)
 
 _CHUNK_NBYTES = 256 * 1024
+#: What a TLS connection begins with: a record of type handshake.
+_TLS_BEGINS = b"\x16"
+#: After an accept that failed, for want of descriptors most likely.
+_ACCEPT_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,31 @@ class Reply:
 Handler = Callable[[web.BaseRequest], Awaitable[Reply]]
 
 
+@dataclass(frozen=True)
+class Tls:
+    """How connections are encrypted.
+
+    Attributes:
+        context: asked for each connection, so that a renewed certificate is used from then on.
+        plain_too: callers that speak plain HTTP are answered as well; else they get 426.
+        wants_certificate: callers that showed none get 403. The context must ask for it and check it, and not break
+            the handshake off where there is none: that would tell the caller nothing.
+    """
+
+    context: Callable[[], ssl.SSLContext]
+    plain_too: bool = False
+    wants_certificate: bool = False
+
+
 class BoundedServer:
     """Serves ``handler`` on one listening socket; made, started and stopped on one event loop."""
 
-    def __init__(self, handler: Handler, bounds: Bounds) -> None:
+    def __init__(self, handler: Handler, bounds: Bounds, tls: Tls | None = None) -> None:
         self._handler = handler
         self._bounds = bounds
+        self._tls = tls
+        self._accepting: asyncio.Task[None] | None = None
+        self._opening: set[asyncio.Task[None]] = set()
         self._connections: dict[asyncio.BaseTransport, _Connection] = {}
         self._http: web.Server | None = None
         self._server: asyncio.AbstractServer | None = None
@@ -95,9 +121,11 @@ class BoundedServer:
                 max_field_size=self._bounds.max_header_nbytes,
                 lingering_time=1.0,
             )
-            self._server = await loop.create_server(
-                lambda: _Connection(self._connections, self._bounds, http()), sock=listener
-            )
+            if self._tls is None:
+                self._server = await loop.create_server(lambda: self._connection(http), sock=listener)
+            else:
+                listener.listen(self._bounds.max_connections)
+                self._accepting = asyncio.create_task(self._accept_for_ever(listener, http, self._tls))
             self._http = http
         except BaseException:
             listener.close()
@@ -109,14 +137,68 @@ class BoundedServer:
         """Stop listening and drop every connection. Stopping twice does nothing."""
         server, self._server = self._server, None
         http, self._http = self._http, None
+        accepting, self._accepting = self._accepting, None
         if server is not None:
             server.close()
+        if accepting is not None:
+            opening = {accepting, *self._opening}
+            for task in opening:
+                task.cancel()
+            await asyncio.wait(opening)
         for connection in list(self._connections.values()):
             connection.drop("the service stops")
         if http is not None:
             await http.shutdown(timeout=1.0)
         if server is not None:
             await server.wait_closed()
+
+    def _connection(self, http: web.Server) -> _Connection:
+        return _Connection(self._connections, self._bounds, http())
+
+    # --- with TLS ------------------------------------------------------------------------------------------------
+
+    async def _accept_for_ever(self, listener: socket.socket, http: web.Server, tls: Tls) -> None:
+        """Take connections one by one; what follows is done beside, within its own bounds."""
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    connection, _ = await loop.sock_accept(listener)
+                except OSError as error:
+                    logger.warning("The service takes no connection for a moment: %s", error)
+                    await asyncio.sleep(_ACCEPT_PAUSE_S)
+                    continue
+                if len(self._opening) + len(self._connections) >= 4 * self._bounds.max_connections:
+                    connection.close()
+                    continue
+                opening = asyncio.create_task(self._open(connection, http, tls))
+                self._opening.add(opening)
+                opening.add_done_callback(self._opening.discard)
+
+    async def _open(self, connection: socket.socket, http: web.Server, tls: Tls) -> None:
+        """See what the caller speaks, shake hands, and hand the connection over."""
+        loop = asyncio.get_running_loop()
+        timeout_s = self._bounds.head_timeout_s
+        try:
+            encrypted = await asyncio.wait_for(_begins_tls(connection), timeout_s)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, (OSError, asyncio.TimeoutError)):
+                logger.debug("A connection came to nothing: %s: %s", type(error).__name__, error)
+                return
+            raise
+        # From here on the socket is the transport's to close.
+        try:
+            await loop.connect_accepted_socket(
+                lambda: self._connection(http),
+                connection,
+                ssl=tls.context() if encrypted else None,
+                ssl_handshake_timeout=timeout_s if encrypted else None,
+            )
+        except OSError as error:  # ssl.SSLError is one
+            logger.debug("A connection came to nothing: %s: %s", type(error).__name__, error)
+
+    # --- answers -------------------------------------------------------------------------------------------------
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = None if request.transport is None else self._connections.get(request.transport)
@@ -143,6 +225,8 @@ class BoundedServer:
         return response
 
     async def _reply(self, request: web.BaseRequest) -> Reply:
+        if self._tls is not None and (refusal := _refused(self._tls, request)):
+            return refusal
         if request.method != "GET":
             return Reply(405, "this service answers GET only", headers=(("Allow", "GET"),))
         if request.body_exists:
@@ -154,6 +238,33 @@ class BoundedServer:
         except Exception:
             logger.exception("A request for %s failed", request.path[:200])
             return Reply(500, "internal error")
+
+
+def _refused(tls: Tls, request: web.BaseRequest) -> Reply | None:
+    """What a caller is told whose connection is not as ``tls`` wants it."""
+    ssl_object = None if request.transport is None else request.transport.get_extra_info("ssl_object")
+    if ssl_object is None:
+        told = Reply(426, "this service speaks https only", headers=(("Upgrade", "TLS/1.2, HTTP/1.1"),))
+        return None if tls.plain_too else told
+    if tls.wants_certificate and not ssl_object.getpeercert(binary_form=True):
+        return Reply(403, "this service demands a client certificate (rfork_tls_cert_file)")
+    return None
+
+
+async def _begins_tls(connection: socket.socket) -> bool:
+    """Whether the peer begins with TLS; what it sent stays where it is."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    while True:
+        loop.add_reader(connection, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(connection)
+        try:
+            return connection.recv(1, socket.MSG_PEEK) == _TLS_BEGINS
+        except BlockingIOError:
+            readable.clear()  # it was not there after all
 
 
 class _Connection(asyncio.Protocol):

@@ -184,6 +184,13 @@ class Credentials:
         """For the own seed service; None where it speaks http only."""
         return None if self._server is None else self._server.current()
 
+    def needed_server_context(self) -> ssl.SSLContext:
+        """As :meth:`server_context`, for one that there is."""
+        context = self.server_context()
+        if context is None:
+            raise ValueError("the seed service has no TLS")
+        return context
+
 
 def equal(one: str, other: str) -> bool:
     """Compared in constant time: neither a token nor a key can be guessed letter by letter."""
@@ -210,7 +217,10 @@ def client_context(options: Options) -> ssl.SSLContext:
 
 
 def server_context(options: Options) -> ssl.SSLContext:
-    """TLS 1.2 and later with the certificate of ``options``; callers need one too where it names their CA.
+    """TLS 1.2 and later with the certificate of ``options``; asks callers for one where it names their CA.
+
+    A caller that shows none is let through the handshake, so that the service can tell it in words; one that shows
+    what the CA did not sign is not.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -223,7 +233,7 @@ def server_context(options: Options) -> ssl.SSLContext:
             context.load_verify_locations(options.client_ca_file)
         except (OSError, ValueError) as error:
             raise _unusable("rfork_seed_tls_client_ca_file", error, "a PEM file with CA certificates") from error
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from vllm_rfork.background import BackgroundTask, background
 from vllm_rfork.clients import PlannerClient
+from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import ForkError, SeedError
 from vllm_rfork.heartbeat import Heartbeat
@@ -33,11 +34,11 @@ logger = logging.getLogger(__name__)
 class SeedConfig:
     """How the seed reaches the world; all times in seconds.
 
-    ``port`` 0 means random; ``planner`` is a factory, since the watcher and the loop each need a client's settings.
+    ``port`` 0 means random; ``slots`` None leaves the number to the planner.
     """
 
     planner_url: str
-    token: str
+    credentials: Credentials
     bind_host: str
     advertise_host: str
     port: int
@@ -45,6 +46,8 @@ class SeedConfig:
     request_timeout_s: float
     ready_timeout_s: float
     heartbeat_interval_s: float
+    labels: str = ""
+    slots: int | None = None
 
 
 @dataclass
@@ -114,14 +117,15 @@ class Seed:
         self.manifest = msgspec.structs.replace(self.manifest, endpoint=self.engine.endpoint, epoch=epoch)
         config = self.config
         client = PlannerClient(
-            config.planner_url, request_timeout_s=config.request_timeout_s, token=config.token or None
+            config.planner_url, request_timeout_s=config.request_timeout_s, credentials=config.credentials
         )
         service = SeedService(
             seed_key=self.manifest.seed_key,
             offer=Offer(self.manifest),
             bind_host=config.bind_host,
             port=config.port,
-            token=config.token or None,
+            credentials=config.credentials,
+            advertised_host=config.advertise_host,
             ready_timeout_s=config.ready_timeout_s,
         )
         self._parts.service = service
@@ -141,6 +145,8 @@ class Seed:
             interval_s=config.heartbeat_interval_s,
             fingerprint=self.manifest.fingerprint,
             epoch=epoch,
+            slots=config.slots,
+            labels=config.labels,
             intent=self.intent,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
@@ -209,14 +215,16 @@ class Seed:
 
 #: Engines that could not be closed, with the memory that peers may still read through them.
 _given_up: list[tuple[TransferEngine, Any]] = []
-_watchers: dict[tuple[str, str], Watcher] = {}
+_watchers: dict[tuple[str, Options], Watcher] = {}
 _watchers_lock = threading.Lock()
 
 
 def watcher_of(config: SeedConfig) -> Watcher:
     """The process's watcher for one planner; started on first use, shared by target and draft."""
     with _watchers_lock:
-        key = (config.planner_url, config.token)
+        key = (config.planner_url, config.credentials.options)
         if key not in _watchers:
-            _watchers[key] = Watcher.start(config.planner_url, config.token or None, config.request_timeout_s)
+            _watchers[key] = Watcher.start(
+                config.planner_url, None, config.request_timeout_s, credentials=config.credentials
+            )
         return _watchers[key]

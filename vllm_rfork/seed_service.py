@@ -8,7 +8,6 @@ returns no address is given out any more. Must not import torch or vLLM, nor kno
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import time
@@ -19,8 +18,10 @@ import msgspec
 from aiohttp import web
 
 from vllm_rfork import messages
-from vllm_rfork.bounded_server import BoundedServer, Bounds, Reply
+from vllm_rfork.bounded_server import BoundedServer, Bounds, Reply, Tls
 from vllm_rfork.clients import SeedClient
+from vllm_rfork.clients.tls_advice import ssl_error
+from vllm_rfork.credentials import Credentials, Options, equal
 from vllm_rfork.errors import SeedError
 from vllm_rfork.installed_base import InstalledBase, info_payload, shape_payload
 from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
@@ -72,6 +73,8 @@ class SeedService:
         bind_host: address or name to listen on.
         port: 0 takes a free one.
         token: demanded as ``Authorization: Bearer`` on every call; the installed base sends none.
+        credentials: token and TLS, in place of ``token``.
+        advertised_host: where receivers reach it; its certificate must be good for that, or for ``seed_name``.
         ready_timeout_s: ``rfork_seed_timeout_sec``.
         bounds: what callers may take.
         encoders: replaced in tests.
@@ -85,6 +88,8 @@ class SeedService:
         bind_host: str = "0.0.0.0",  # noqa: S104 - rfork_seed_bind_host's documented default: peers are elsewhere
         port: int = 0,
         token: str | None = None,
+        credentials: Credentials | None = None,
+        advertised_host: str = "",
         ready_timeout_s: float = 30.0,
         bounds: Bounds | None = None,
         encoders: Mapping[int, Callable[[Manifest], bytes]] = ENCODERS,
@@ -92,10 +97,11 @@ class SeedService:
         self.seed_key = seed_key
         self.bind_host = bind_host
         self.port = port
-        self._token = token
+        self._credentials = credentials or Credentials(Options(token=token or ""))
+        self._advertised_host = advertised_host
         self._ready_timeout_s = ready_timeout_s
         self._encoders = encoders
-        self._server = BoundedServer(self._handle, bounds or Bounds())
+        self._server = BoundedServer(self._handle, bounds or Bounds(), _tls(self._credentials))
         # Replaced as a whole and read once per request, so that no answer mixes two epochs.
         self._state: _Offered | _Suspended = self._encoded(offer)
         self._paths: dict[str, Callable[[web.BaseRequest, bool], Reply]] = {
@@ -127,7 +133,8 @@ class SeedService:
         except BaseException:
             await self._server.stop()
             raise
-        logger.info("Seed service answers on %s:%d for key %s", self.bind_host, self.port, self.seed_key)
+        scheme = "http" if self._credentials.server_context() is None else "https"
+        logger.info("Seed service answers %s on %s:%d for key %s", scheme, self.bind_host, self.port, self.seed_key)
         return self.port
 
     async def stop(self) -> None:
@@ -149,12 +156,16 @@ class SeedService:
         deadline = time.monotonic() + self._ready_timeout_s
         last: SeedError | None = None
         while (left_s := deadline - time.monotonic()) > 0:
-            client = SeedClient(request_timeout_s=left_s, token=self._token)
+            client = SeedClient(
+                request_timeout_s=left_s, credentials=self._credentials, certified_name=self._advertised_host
+            )
             try:
                 if await client.healthy(messages.SeedAddress(host, self.port, 0), self.seed_key):
                     return
             except SeedError as error:
                 last = error
+                if ssl_error(error) is not None:
+                    break  # receivers with the same files would not take it either, and waiting does not change that
             await asyncio.sleep(_PROBE_PAUSE_S)
         raise SeedError(
             f"the seed service on {self.bind_host}:{self.port} did not answer its own health check within "
@@ -188,7 +199,7 @@ class SeedService:
     # --- answers -------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: web.BaseRequest) -> Reply:
-        if not self._authorized(request):
+        if not self._credentials.admit(request.headers.get("Authorization", "")):
             return Reply(401, "missing or wrong token", headers=(("WWW-Authenticate", "Bearer"),))
         if request.path == messages.SEED_FETCH:
             return Reply(200, '{"status":"ok"}', _JSON)
@@ -198,13 +209,7 @@ class SeedService:
         keys = request.query.getall(messages.SEED_KEY_PARAM, [])
         if len(keys) != 1:
             return Reply(400, f"exactly one {messages.SEED_KEY_PARAM} is needed")
-        return answer(request, _equal(keys[0], self.seed_key))
-
-    def _authorized(self, request: web.BaseRequest) -> bool:
-        if self._token is None:
-            return True
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and _equal(token.strip(), self._token)
+        return answer(request, equal(keys[0], self.seed_key))
 
     def _health(self, request: web.BaseRequest, ours: bool) -> Reply:
         if not ours:
@@ -239,7 +244,7 @@ class SeedService:
         if isinstance(state, _Suspended):
             return Reply(409, _refusal(state))
         theirs = messages.header(request.headers, messages.FINGERPRINT)
-        if theirs is not None and not _equal(theirs, messages.encode_text(state.fingerprint)):
+        if theirs is not None and not equal(theirs, messages.encode_text(state.fingerprint)):
             return Reply(
                 409,
                 f"this seed's fingerprint is {state.fingerprint}, not the receiver's: versions, dtype, quantization, "
@@ -263,6 +268,12 @@ def _refusal(state: _Suspended) -> str:
     return f"this seed no longer vouches for its weights: {state.reason}"
 
 
-def _equal(one: str, other: str) -> bool:
-    """Compared in constant time: neither a token nor a key can be guessed letter by letter."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
+def _tls(credentials: Credentials) -> Tls | None:
+    options = credentials.options
+    if options.seed_tls == "off":
+        return None
+    return Tls(
+        credentials.needed_server_context,
+        plain_too=options.seed_tls == "prefer",
+        wants_certificate=bool(options.client_ca_file),
+    )

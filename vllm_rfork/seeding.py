@@ -81,7 +81,7 @@ def _make(plan: LoadPlan) -> Seed:
     settings = plan.settings
     config = SeedConfig(
         planner_url=settings.rfork_scheduler_url,
-        token=settings.rfork_token,
+        credentials=plan.attempt.credentials,
         bind_host=settings.rfork_seed_bind_host,
         advertise_host=plan.advertise_host,
         port=seed_port(settings, plan.identity),
@@ -89,6 +89,8 @@ def _make(plan: LoadPlan) -> Seed:
         request_timeout_s=settings.rfork_request_timeout_sec,
         ready_timeout_s=settings.rfork_seed_timeout_sec,
         heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
+        labels=plan.attempt.labels,
+        slots=settings.rfork_seed_slots or None,
     )
     return Seed(
         config=config,

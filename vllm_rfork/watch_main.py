@@ -8,7 +8,8 @@ It is started by :mod:`vllm_rfork.watcher` as ``python -I -S watch_main.py``: no
 only the standard library's light half, since one such process idles beside every worker. So it must not import
 anything of the package, and knows nothing of the protocol but what a status means. Lines on its standard input:
 
-    {"worker": pid, "timeout_s": s, "pauses_s": [s, ...], "again_after_s": s}           the first line
+    {"worker": pid, "timeout_s": s, "pauses_s": [s, ...], "again_after_s": s,           the first line
+     "token_file": path, "ca_file": path, "cert_file": path, "key_file": path}          empty where there is none
     {"watch": id, "host": h, "port": p, "tls": bool, "requests": [text, ...]}           the same id replaces
     {"forget": id}
     {"done": true}                                                                      exit, send nothing
@@ -74,6 +75,7 @@ class Orders:
     def __init__(self) -> None:
         self.config: dict[str, Any] = {}
         self.watched: dict[str, dict[str, Any]] = {}
+        self.context: Any = None
         self.done = False
         self.ended = False
         self._rest = b""
@@ -95,8 +97,10 @@ class Orders:
             self.config = order
         elif "watch" in order:
             self.watched[order["watch"]] = order
-            if order["tls"]:
-                import ssl  # noqa: F401 - now: when it is needed there may be no memory and no file system
+            if order["tls"] and self.context is None:
+                # Now: when it is needed there may be no memory and no file system.
+                with contextlib.suppress(OSError, ValueError):
+                    self.context = tls_context(self.config)
         elif "forget" in order:
             self.watched.pop(order["forget"], None)
         elif "done" in order:
@@ -121,9 +125,44 @@ def wait(orders: Orders) -> None:
                 poll.register(worker.pidfd, select.POLLIN)
 
 
+def equipped(orders: Orders) -> dict[str, Any]:
+    """The configuration with ``token`` and ``tls``, from files as they are now, or as they were when there were any."""
+    config = {**orders.config, "token": "", "tls": orders.context}
+    if path := config.get("token_file"):
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+            config["token"] = next(filter(None, (line.strip() for line in file.read(65536).splitlines())), "")
+    if orders.context is not None:
+        with contextlib.suppress(OSError, ValueError):
+            config["tls"] = tls_context(config)
+    return config
+
+
+def authorized(request: str, token: str) -> str:
+    """``request`` with ``token`` in place of the one that it was made with."""
+    if not token or not token.isprintable():
+        return request
+    lines = [line for line in request.split("\r\n") if not line.lower().startswith("authorization:")]
+    return "\r\n".join([lines[0], f"Authorization: Bearer {token}", *lines[1:]])
+
+
+def tls_context(config: dict[str, Any]) -> Any:
+    """What https needs.
+
+    Raises:
+        OSError, ValueError: a file cannot be used.
+    """
+    import ssl
+
+    context = ssl.create_default_context(cafile=config.get("ca_file") or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cert_file := config.get("cert_file"):
+        context.load_cert_chain(cert_file, config.get("key_file") or None, password=b"")
+    return context
+
+
 def withdraw_all(orders: Orders) -> None:
     """Send every watched seed's request at once; return when all are settled or given up."""
-    config = orders.config
+    config = equipped(orders)
     threads = [
         threading.Thread(target=withdraw, args=(order, config), daemon=True) for order in orders.watched.values()
     ]
@@ -150,7 +189,9 @@ def settle(order: dict[str, Any], config: dict[str, Any]) -> bool:
         status = 400
         for request in order["requests"]:  # the spellings of the header names: a 400 asks for the next one
             try:
-                status = post(order["host"], order["port"], order["tls"], request, config["timeout_s"])
+                tls = (config.get("tls") or tls_context(config)) if order["tls"] else None
+                text = authorized(request, config.get("token", ""))
+                status = post(order["host"], order["port"], tls, text, config["timeout_s"])
             except (OSError, ValueError):
                 status = 503
             if status != 400:
@@ -163,8 +204,8 @@ def settle(order: dict[str, Any], config: dict[str, Any]) -> bool:
     return False
 
 
-def post(host: str, port: int, tls: bool, request: str, timeout_s: float) -> int:
-    """Send ``request`` as it is and return the answer's status.
+def post(host: str, port: int, tls: Any, request: str, timeout_s: float) -> int:
+    """Send ``request`` as it is, through ``tls`` where it is an SSL context, and return the answer's status.
 
     Raises:
         OSError: no connection, or no answer within ``timeout_s`` seconds.
@@ -174,10 +215,8 @@ def post(host: str, port: int, tls: bool, request: str, timeout_s: float) -> int
     with socket.create_connection((host, port), timeout_s) as connection:
         stream: socket.socket = connection
         if tls:
-            import ssl
-
             connection.settimeout(max(0.001, deadline - time.monotonic()))
-            stream = ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+            stream = tls.wrap_socket(connection, server_hostname=host)
         with stream:
             stream.sendall(request.encode())
             answer = b""

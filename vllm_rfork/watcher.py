@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_rfork import messages
+from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import SeedError
 from vllm_rfork.messages import SeedAddress
 
@@ -97,13 +98,26 @@ class Watcher:
     """Orders to the watcher process. Safe to use from any thread; made by :meth:`start`."""
 
     def __init__(
-        self, planner_url: str, token: str | None, request_timeout_s: float, *, pauses_s: Sequence[float] = PAUSES_S
+        self,
+        planner_url: str,
+        token: str | None,
+        request_timeout_s: float,
+        *,
+        credentials: Credentials | None = None,
+        pauses_s: Sequence[float] = PAUSES_S,
     ) -> None:
-        self._planner = _Planner.parse(planner_url, token)
+        credentials = credentials or Credentials(Options(token=token or ""))
+        options = credentials.options
+        self._planner = _Planner.parse(planner_url, credentials.token or None)
         self._config = {
             "timeout_s": min(request_timeout_s, _MAX_ATTEMPT_S),
             "pauses_s": list(pauses_s),
             "again_after_s": _AGAIN_AFTER_S,
+            # It looks at the files when it needs them: they may have been renewed by then.
+            "token_file": options.token_file,
+            "ca_file": options.ca_file,
+            "cert_file": options.cert_file,
+            "key_file": options.key_file,
         }
         self._start_timeout_s = max(10.0, request_timeout_s)
         self._lock = threading.Lock()
@@ -113,19 +127,26 @@ class Watcher:
 
     @classmethod
     def start(
-        cls, planner_url: str, token: str | None, request_timeout_s: float, *, pauses_s: Sequence[float] = PAUSES_S
+        cls,
+        planner_url: str,
+        token: str | None,
+        request_timeout_s: float,
+        *,
+        credentials: Credentials | None = None,
+        pauses_s: Sequence[float] = PAUSES_S,
     ) -> Watcher:
         """Start a watcher that withdraws from the planner at ``planner_url``.
 
         Args:
             token: sent as ``Authorization: Bearer``.
             request_timeout_s: bound of one attempt in seconds, at most 5; also of the start, at least 10.
+            credentials: token and TLS, in place of ``token``.
             pauses_s: seconds before each further attempt.
 
         Raises:
             SeedError: the process could not be started.
         """
-        watcher = cls(planner_url, token, request_timeout_s, pauses_s=pauses_s)
+        watcher = cls(planner_url, token, request_timeout_s, credentials=credentials, pauses_s=pauses_s)
         with watcher._lock:
             watcher._process = watcher._started()
         return watcher

@@ -356,7 +356,7 @@ def connects(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except ConnectionRefusedError:
         return False
-    except TimeoutError:  # a listener whose queue is full
+    except (TimeoutError, ConnectionResetError):  # a listener whose queue is full, or that was just closed
         return True
     return True
 

@@ -30,15 +30,21 @@ class SeedClient:
         token: sent as ``Authorization: Bearer``.
         credentials: token and TLS, in place of ``token``. Its ``seed_tls`` says whether seeds are asked by http
             (``off``), by https (``require``), or by https and, where a seed does not speak it, by http (``prefer``).
+        certified_name: what a seed's certificate must hold where ``seed_name`` is empty; else the address asked.
     """
 
     def __init__(
-        self, *, request_timeout_s: float = 10.0, token: str | None = None, credentials: Credentials | None = None
+        self,
+        *,
+        request_timeout_s: float = 10.0,
+        token: str | None = None,
+        credentials: Credentials | None = None,
+        certified_name: str = "",
     ) -> None:
         self.request_timeout_s = request_timeout_s
         credentials = credentials or Credentials(Options(token=token or ""))
         self._tls = credentials.options.seed_tls
-        self._certified_name = credentials.options.seed_name
+        self._certified_name = credentials.options.seed_name or certified_name
         self._http = BoundedHttp("seed", SeedError, credentials)
 
     async def manifest(self, address: SeedAddress, seed_key: str, fingerprint: str) -> Manifest:
