@@ -392,7 +392,8 @@ class Attempt:
             logger.debug("RFork: the intent could not be taken back, and expires: %s", error)
 
     def close(self) -> None:
-        """This worker is no seed: close the engine and take the intent back. Idempotent."""
+        """This worker is no seed: close the engine, give back what is reserved, take the intent back. Idempotent."""
+        self.give_back()
         self.take_back_intent()
         self.close_engine()
 

@@ -21,8 +21,10 @@ from vllm_rfork import seeding
 from vllm_rfork.attempt import Target
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ForkError, NoSeedAvailable
-from vllm_rfork.plan import RUNTIME, LoadPlan
+from vllm_rfork.manifest import Manifest
+from vllm_rfork.plan import LoadPlan
 from vllm_rfork.progress import forking_progress
+from vllm_rfork.tensors import Collection
 from vllm_rfork.vllm_compat import loading
 from vllm_rfork.vllm_compat.registries import Registries
 
@@ -105,11 +107,12 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 loading.release_memory(plan.device)
                 plan.may_fork, plan.holds_dummies = False, False
                 model = self._build(plan, vllm_config, model_config, prefix)
-        except BaseException:
+        except BaseException as error:
+            plan.tell_others(error)
             plan.attempt.close()
             raise
         plan.settle(model)
-        seeding.become_seed(plan)
+        seeding.become_seed(plan, model)
         return model
 
     def _build(self, plan: LoadPlan, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
@@ -138,13 +141,11 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         """Bring the checkpoint's bytes into ``model``, by a fork if possible, or dummies for a fork to come."""
         if plan.may_fork:
             try:
-                if plan.unreachable is not None:
-                    raise plan.unreachable
-                if plan.layout == RUNTIME:
-                    plan.reserve()
+                collection = plan.prepare(model)
+                if collection is None:
                     plan.fill_with_dummies(model, model_config)
                 else:
-                    self._fork(plan, model)
+                    self._fork(plan, model, collection)
                 return
             except NoSeedAvailable as reason:
                 logger.info("RFork: %s: loading from storage", reason)
@@ -179,6 +180,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             type(error).__name__,
             str(error),  # the error itself would keep the model, wherever somebody keeps log records
         )
+        plan.tell_others(error)
         plan.reopen_engine = True
         plan.attempt.give_back()
         plan.attempt.let_go()
@@ -186,26 +188,16 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
     def _fork_over(self, plan: LoadPlan, model: nn.Module) -> None:
         """Fork into the structure that post-processing has made of dummy weights."""
         try:
-            self._fork(plan, model)
+            self._fork(plan, model, None)
         except ForkError as error:
             self._fell_back(plan, error)
             raise _StartOver from None
         plan.holds_dummies = False
 
-    def _fork(self, plan: LoadPlan, model: nn.Module) -> None:
+    def _fork(self, plan: LoadPlan, model: nn.Module, prepared: Collection | None) -> None:
+        """Fork into ``prepared``, or into the model as it stands now."""
         started = time.perf_counter()
-        collection = plan.collect_empty(model)
-        local = collection.manifest(**plan.manifest_identity())
-        with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:
-            remote = plan.attempt.run(
-                Target(
-                    local,
-                    lambda manifest: plan.accept(model, collection, manifest),
-                    collection,
-                    progress,
-                    untouched=plan.shared_spans(collection),
-                )
-            )
+        collection, remote = plan.agreed_fork(lambda: self._read(plan, model, prepared or plan.collect_empty(model)))
         plan.capture_forked(collection, remote)
         if plan.no_seed_reason:
             plan.attempt.let_go()  # nobody will keep for it what post-processing replaces
@@ -221,3 +213,18 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             plan.layout,
             plan.attempt.times,
         )
+
+    @staticmethod
+    def _read(plan: LoadPlan, model: nn.Module, collection: Collection) -> tuple[Collection, Manifest]:
+        local = collection.manifest(**plan.manifest_identity())
+        with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:
+            remote = plan.attempt.run(
+                Target(
+                    local,
+                    lambda manifest: plan.accept(model, collection, manifest),
+                    collection,
+                    progress,
+                    untouched=plan.shared_spans(collection),
+                )
+            )
+        return collection, remote

@@ -7,8 +7,9 @@ opening thread belongs to the attempt.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,10 +28,16 @@ from vllm_rfork.segments import pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, gone_state, match_state, state_of
 from vllm_rfork.tensors import Collection, apply_inline, collect
 from vllm_rfork.vllm_compat import loading
+from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.identity import fingerprint_facts, worker_identity
 from vllm_rfork.walk import Plain
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: What the ranks of one instance agree on: that each has a seed, and that each has forked.
+SEED_STAGE, FORK_STAGE = "seed", "fork"
 
 #: Bytes as they stand before post-processing, and after it.
 CHECKPOINT, RUNTIME = "checkpoint", "runtime"
@@ -72,6 +79,7 @@ class LoadPlan:
     advertise_host: str
     load_config: Any
     shows_progress: bool
+    agreement: Agreement
     may_fork: bool = True
     holds_dummies: bool = False
     no_seed_reason: str = ""
@@ -83,6 +91,7 @@ class LoadPlan:
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     state_gone: tuple[str, ...] = ()
+    _owes_word: bool = False
     _loaded: Manifest | None = None
     _weights: dict[str, Held] = field(default_factory=dict)
 
@@ -131,6 +140,7 @@ class LoadPlan:
             attempt=Attempt(settings, seed_key, engine_name, config),
             advertise_host=host,
             load_config=vllm_config.load_config,
+            agreement=Agreement.of(vllm_config, model_config),
             shows_progress=rank_shows and loading.is_first_rank(),
             no_seed_reason="" if settings.rfork_become_seed else "rfork_become_seed is false",
             unreachable=unreachable,
@@ -212,13 +222,54 @@ class LoadPlan:
         else:
             apply_state(model, manifest.state)
 
-    def reserve(self) -> None:
-        """Take a lease before the model is touched, for a fork after post-processing.
+    def prepare(self, model: nn.Module) -> Collection | None:
+        """What must be there before the model is touched: a lease, and in the checkpoint layout the spans to fill.
 
         Raises:
-            NoSeedAvailable, ForkError: there is nothing to fork from.
+            NoSeedAvailable, ForkError: there is nothing to fork from, or another rank of this instance has nothing.
         """
-        self.attempt.reserve(self.fingerprint)
+
+        def prepared() -> Collection | None:
+            if self.unreachable is not None:
+                raise self.unreachable
+            collection = self.collect_empty(model) if self.layout == CHECKPOINT else None
+            self.attempt.reserve(self.fingerprint)
+            return collection
+
+        settings = self.settings
+        bound_s = settings.rfork_seed_wait_sec + settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec
+        collection = self._agreed(SEED_STAGE, prepared, bound_s)
+        self._owes_word = True
+        return collection
+
+    def agreed_fork(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns, if it and the other ranks' succeed; all ranks of an instance fork or none does.
+
+        Raises:
+            ForkError: it failed here, or on another rank.
+        """
+        return self._agreed(FORK_STAGE, action, self.settings.rfork_fork_timeout_sec)
+
+    def tell_others(self, error: BaseException) -> None:
+        """Tell the other ranks that there will be no fork here, where they are owed a word. Idempotent."""
+        if self._owes_word:
+            self._owes_word = False
+            reason = f"{type(error).__name__}: {error}"
+            self.agreement.reach(FORK_STAGE, reason, self.settings.rfork_request_timeout_sec)
+
+    def _agreed(self, stage: str, action: Callable[[], T], bound_s: float) -> T:
+        try:
+            result = action()
+        except ForkError as error:
+            self._owes_word = False
+            self.agreement.reach(stage, f"{type(error).__name__}: {error}", bound_s)
+            raise
+        self._owes_word = False
+        if reason := self.agreement.reach(stage, "", bound_s):
+            raise ForkError(
+                f"not every rank of this instance could fork ({stage}): {reason}", mutated=stage == FORK_STAGE
+            )
+        return result
 
     def fill_with_dummies(self, model: nn.Module, model_config: Any) -> None:
         """Put valid weights that mean nothing into ``model``, for post-processing to give it the seed's structure.
