@@ -18,6 +18,7 @@ from vllm_rfork import verify
 from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by
 from vllm_rfork.attempt import Attempt
 from vllm_rfork.config import Settings
+from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.table import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, PlannerError, VerificationError
@@ -128,7 +129,7 @@ class LoadPlan:
             host, unreachable = "", PlannerError(str(error))
         # Without an address of its own a worker can still read from others.
         config = EngineConfig(
-            device=device_text(device), host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec
+            device=device_side(device).text, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec
         )
         plan = cls(
             settings=settings,
@@ -179,7 +180,7 @@ class LoadPlan:
             ForkError: this model cannot be forked in this layout.
         """
         self._check_layout(model)
-        loading.synchronize(self.device)
+        device_side(self.device).synchronize()
         return collect(model, self.device)
 
     def shared_spans(self, collection: Collection) -> frozenset[int]:
@@ -305,7 +306,7 @@ class LoadPlan:
             return
         try:
             self._check_layout(model)
-            loading.synchronize(self.device)
+            device_side(self.device).synchronize()
             collection = collect(model, self.device)
             after = state_of(model)
             if gone := gone_state(self.built, after):
@@ -353,7 +354,7 @@ class LoadPlan:
     def _capture_runtime(self, model: nn.Module) -> None:
         """Remember the post-processed model that was loaded from storage, if every weight in it is accounted for."""
         try:
-            loading.synchronize(self.device)
+            device_side(self.device).synchronize()
             collection = collect(model, self.device)
             if collection.opaque:
                 raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
@@ -371,7 +372,7 @@ class LoadPlan:
 
     def _find_loaded(self, model: nn.Module, loaded: Manifest) -> None:
         try:
-            loading.synchronize(self.device)
+            device_side(self.device).synchronize()
             collection = collect(model, self.device)
             pair(collection.manifest(**self.manifest_identity()), loaded)
         except ForkError as error:
@@ -415,7 +416,7 @@ class LoadPlan:
         """
         if self.collection is None:
             raise ForkError("no weights were captured")
-        loading.synchronize(self.device)
+        device_side(self.device).synchronize()
         wrong = verify.wrong_spans([span.data for span in self.collection.spans], dict(enumerate(self.digests)))
         if wrong:
             raise ForkError(
@@ -444,13 +445,3 @@ def layout_for(settings: Settings, device: torch.device) -> str:
             "auto or checkpoint",
         )
     return settings.rfork_layout
-
-
-def device_text(device: torch.device) -> str:
-    """``cpu``, ``cuda:1``: the index as this process counts, which is what engines want."""
-    if device.type == "cpu":
-        return "cpu"
-    index = device.index
-    if index is None:
-        index = getattr(torch, device.type).current_device()
-    return f"{device.type}:{index}"

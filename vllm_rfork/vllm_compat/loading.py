@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_rfork.devices.choice import device_side
+
 
 def storage_loader(load_config: Any, load_format: str, passed_through: dict[str, Any]) -> Any:
     """The loader that reads storage: ``load_config`` with another format and the keys that are not ours.
@@ -99,19 +101,14 @@ def target_device(vllm_config: Any) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for everything that was queued on ``device``: asynchronous layout conversions must have finished before
-    an address is registered or a byte is digested."""
-    backend = getattr(torch, device.type, None)
-    if device.type != "cpu" and backend is not None:
-        backend.synchronize(device)
+    """Wait for everything that was queued on ``device``."""
+    device_side(device).synchronize()
 
 
 def release_memory(device: torch.device) -> None:
     """Give freed memory back after a model has been dropped, as vLLM does around loading."""
     gc.collect()
-    backend = getattr(torch, device.type, None)
-    if device.type != "cpu" and backend is not None:
-        backend.empty_cache()
+    device_side(device).empty_cache()
 
 
 def never_a_seed(vllm_config: Any) -> str:
