@@ -231,7 +231,7 @@ def _check_together(settings: Settings) -> None:
         raise ConfigError("rfork_token_file", "rfork_token is given as well", "a path, where there is no rfork_token")
     if settings.rfork_tls_key_file and not settings.rfork_tls_cert_file:
         raise ConfigError("rfork_tls_key_file", "there is no rfork_tls_cert_file", "a path beside the certificate's")
-    if settings.rfork_seed_tls != "off" and not settings.rfork_tls_cert_file:
+    if settings.rfork_seed_tls != "off" and settings.rfork_become_seed and not settings.rfork_tls_cert_file:
         raise ConfigError("rfork_seed_tls", "there is no rfork_tls_cert_file", "off, or a certificate beside it")
     if settings.rfork_seed_tls_client_ca_file and settings.rfork_seed_tls != "require":
         problem = f"rfork_seed_tls is {settings.rfork_seed_tls}, so callers need no certificate"

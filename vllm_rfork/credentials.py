@@ -136,7 +136,7 @@ class Credentials:
         server_files = tuple(filter(None, (options.cert_file, options.key_file, options.client_ca_file)))
         self._server = (
             Reloaded("the seed service's TLS files", server_files, lambda: server_context(options), clock)
-            if options.seed_tls != "off"
+            if options.seed_tls != "off" and options.cert_file
             else None
         )
 
@@ -181,7 +181,7 @@ class Credentials:
         return None if self._client is None else self._client.current()
 
     def server_context(self) -> ssl.SSLContext | None:
-        """For the own seed service; None where it speaks http only."""
+        """For the own seed service; None where it speaks http only, or there is no certificate and so no service."""
         return None if self._server is None else self._server.current()
 
     def needed_server_context(self) -> ssl.SSLContext:

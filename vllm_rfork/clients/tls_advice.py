@@ -84,9 +84,10 @@ def _wrapped(error: BaseException | None) -> Iterator[BaseException]:
     for _ in range(8):
         if error is None:
             return
-        yield error
-        for name in ("certificate_error", "os_error"):  # aiohttp keeps what it wraps under these
+        # What aiohttp wraps comes first: its own classes are SSL errors too, and have none of their attributes.
+        for name in ("certificate_error", "os_error"):
             inner = getattr(error, name, None)
             if isinstance(inner, BaseException):
                 yield inner
+        yield error
         error = error.__cause__ or error.__context__
