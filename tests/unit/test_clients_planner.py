@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.planner.processes import PlannerUnderTest
 from tests.unit.interop_planners import (
     HyphenPlanner,
     OldPlanner,
@@ -521,3 +522,166 @@ async def test_after_calls_no_connection_stays_open() -> None:
             await client.announce(KEY, SEED)
         await client.close()
     assert len(open_connections) == 3  # one each, none reused
+
+
+# --- planners that are away for a moment ------------------------------------------------------------------------------
+
+
+class Time:
+    """A clock that sleeping moves, and what ``get_seed`` is answered with at which second."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.paused_s: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, delay_s: float) -> None:
+        self.paused_s.append(delay_s)
+        self.now += delay_s
+
+    def client(self, url: str, request_timeout_s: float = 10.0, jitter: float = 0.0) -> PlannerClient:
+        return PlannerClient(
+            url, request_timeout_s=request_timeout_s, sleep=self.sleep, clock=self, jitter=lambda: jitter
+        )
+
+
+def busy(*answers: tuple[int, str | None]) -> tuple[web.Application, list[web.Request]]:
+    """A planner that answers ``get_seed`` with each status and ``Retry-After`` in turn, and then the last for ever."""
+    seen: list[web.Request] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append(request)
+        status, retry_after = answers[min(len(seen), len(answers)) - 1]
+        headers = {} if retry_after is None else {"Retry-After": retry_after}
+        if status == 200:
+            headers |= {"SEED_IP": "10.0.0.1", "SEED_PORT": "8080", "SEED_RANK": "0", "USER_ID": "u1"}
+        return web.Response(status=status, headers=headers, text="the planner is being stopped")
+
+    app = web.Application()
+    app.router.add_get("/get_seed", handle)
+    return app, seen
+
+
+async def test_a_planner_that_asks_for_patience_is_asked_again_when_it_said() -> None:
+    app, seen = busy((503, "1"), (429, "3"), (200, None))
+    passing = Time()
+    async with serve(app) as url:
+        assert (await passing.client(url).acquire(KEY)).seed == SEED
+    assert passing.paused_s == [1.0, 3.0]
+    assert len(seen) == 3
+
+
+async def test_those_who_were_sent_away_together_do_not_come_back_together() -> None:
+    app, _ = busy((503, "2"), (200, None))
+    passing = Time()
+    async with serve(app) as url:
+        await passing.client(url, jitter=1.0).acquire(KEY)
+    assert passing.paused_s == [3.0]
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 60.0])
+@pytest.mark.parametrize("retry_after", ["0", "1", "4"])
+async def test_patience_ends_with_the_bound_of_the_call(wait_s: float, retry_after: str) -> None:
+    app, _ = busy((503, retry_after))
+    passing = Time()
+    async with serve(app) as url:
+        with pytest.raises(PlannerError, match="503"):
+            await passing.client(url).acquire(KEY, wait_s=wait_s)
+    assert 10 + wait_s - 4 <= passing.now - 1000 < 10 + wait_s
+
+
+async def test_a_planner_that_wants_more_patience_than_there_is_is_not_waited_for() -> None:
+    app, seen = busy((503, "3600"))
+    passing = Time()
+    async with serve(app) as url:
+        with pytest.raises(PlannerError, match="503"):
+            await passing.client(url).acquire(KEY, wait_s=60)
+    assert (passing.paused_s, len(seen)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after"),
+    [(503, None), (503, "soon"), (503, "-1"), (503, "1e3"), (500, "1"), (401, "1"), (302, "1")],
+)
+async def test_no_other_refusal_is_asked_again(status: int, retry_after: str | None) -> None:
+    app, seen = busy((status, retry_after))
+    passing = Time()
+    async with serve(app) as url:
+        with pytest.raises(PlannerError, match=str(status)):
+            await passing.client(url).acquire(KEY, wait_s=60)
+    assert (passing.paused_s, len(seen)) == ([], 1)
+
+
+async def test_what_is_left_of_the_wait_is_asked_for_the_next_time() -> None:
+    app, seen = busy((503, "30"), (503, "50"), (404, None))
+    passing = Time()
+    async with serve(app) as url:
+        with pytest.raises(NoSeedAvailable):
+            await passing.client(url, request_timeout_s=30.0).acquire(KEY, wait_s=60, intent="i1")
+    assert [request.headers.get("RFORK-WAIT-SEC") for request in seen] == ["60", "30", None]
+    assert {request.headers["RFORK-INTENT"] for request in seen} == {"i1"}
+
+
+async def test_a_planner_that_dies_under_a_waiting_receiver_is_asked_again_once_it_is_back() -> None:
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        if connections == 3:
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nSEED_IP: 10.0.0.1\r\nSEED_PORT: 8080\r\nSEED_RANK: 0\r\nUSER_ID: u\r\n"
+                b"Content-Length: 0\r\n\r\n"
+            )
+        writer.close()
+
+    passing = Time()
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert (await passing.client(url).acquire(KEY, wait_s=60)).seed == SEED
+    assert set(passing.paused_s) == {1.0}
+
+
+async def test_a_planner_that_nobody_can_reach_costs_one_request_timeout_however_long_the_wait() -> None:
+    passing = Time()
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(PlannerError):
+        await passing.client(url).acquire(KEY, wait_s=600)
+    assert passing.now - 1000 <= 10
+    with pytest.raises(PlannerError):
+        await passing.client(url).acquire(KEY)
+    assert passing.now - 1000 <= 10, "a receiver that does not wait is not made to"
+
+
+async def test_a_planner_that_drains_and_one_that_comes_after_it_serve_a_waiting_receiver() -> None:
+    """The real one: it sends a waiting receiver away, and is gone; its successor has the seed."""
+    port = free_port()
+    first = PlannerUnderTest("--trust-announced-address", "--drain-sec", "2", port=port).until_ready()
+    client = PlannerClient(first.url, request_timeout_s=TEST_LIMIT_S)
+    await client.intend(KEY, "somebody", ttl_s=60)
+    waiting = asyncio.create_task(client.acquire(KEY, wait_s=TEST_LIMIT_S, intent="i1"))
+    second: PlannerUnderTest | None = None
+    try:
+        await until_waiting(client)
+        assert await asyncio.to_thread(first.stop) == 0
+        assert not waiting.done(), "it must not give up while there is time"
+        second = await asyncio.to_thread(PlannerUnderTest("--trust-announced-address", port=port).until_ready)
+        await client.announce(KEY, SEED)
+        assert (await asyncio.wait_for(waiting, TEST_LIMIT_S)).seed == SEED
+    finally:
+        waiting.cancel()
+        first.kill()
+        if second is not None:
+            second.stop()
+
+
+async def until_waiting(client: PlannerClient) -> None:
+    for _ in range(1000):
+        if (await client.snapshot())["waiting"]:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nobody ever stood in line")
