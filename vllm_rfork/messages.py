@@ -45,6 +45,9 @@ READYZ = "/readyz"
 METRICS = "/metrics"
 #: Planner: its calls, described for programs.
 OPENAPI = "/openapi.json"
+#: Planner: a page for people, and what it shows, with ``SEED_KEY`` of that key alone.
+DASHBOARD = "/"
+DASHBOARD_DATA = "/dashboard.json"
 #: The versioned manifest on the seed service.
 SEED_MANIFEST = "/rfork_manifest"
 #: Its query parameter: the newest manifest version that the receiver reads; the seed answers in that or an older one.

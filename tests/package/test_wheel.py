@@ -72,6 +72,13 @@ def test_entry_points(wheel: Path, installed: Path) -> None:
     }
 
 
+def test_the_dashboards_page_travels_and_is_found(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {f"vllm_rfork/planner/page/{name}" for name in ("index.html", "style.css", "script.js")} <= names
+    run(installed, "-c", "from vllm_rfork.planner.dashboard import load_page; assert load_page().body", cwd=tmp_path)
+
+
 def site_packages(python: Path) -> Path:
     return Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
 

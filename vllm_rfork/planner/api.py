@@ -6,6 +6,7 @@ only to those who ask. Must not decide anything about seeds and leases itself, a
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -15,8 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 from aiohttp import web
 
-from vllm_rfork import messages
+from vllm_rfork import __version__, messages
 from vllm_rfork.messages import BadMessage, header
+from vllm_rfork.planner import dashboard
 from vllm_rfork.planner.access import AddressCheck, Tokens
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.openapi import description
@@ -39,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.Response]]
 
-#: Calls that need no token: probes have none.
-OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ})
+#: Calls that need no token: probes have none, and neither has a browser until the page has asked for it.
+OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ, messages.DASHBOARD})
 #: Bounds of the headers that carry free text, in characters.
 MAX_ID_LENGTH = 256
 MAX_EXCLUDED = 256
@@ -69,6 +71,8 @@ class Api:
         self._metrics = metrics
         self._tokens = tokens
         self._addresses = AddressCheck(settings.trust_announced_address)
+        self._page = dashboard.load_page()
+        self._board = dashboard.Board(self._overview)
         #: set by the owner once the planner takes requests, and cleared when it drains
         self.ready = False
         self.routes: dict[str, dict[str, Handler]] = {
@@ -83,6 +87,8 @@ class Api:
             messages.METRICS: {"GET": self.metrics},
             messages.DEBUG_SNAPSHOT: {"GET": self.snapshot},
             messages.OPENAPI: {"GET": self.openapi},
+            messages.DASHBOARD: {"GET": self.dashboard},
+            messages.DASHBOARD_DATA: {"GET": self.dashboard_data},
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -245,6 +251,35 @@ class Api:
         """All of these, described for programs."""
         return _json(description())
 
+    async def dashboard(self, request: web.BaseRequest) -> web.Response:
+        """The page for people. It holds nothing of the fleet, and is the same for everybody."""
+        return _zipped(request, self._page.body, self._page.headers)
+
+    async def dashboard_data(self, request: web.BaseRequest) -> web.Response:
+        """What the page shows: the fleet, or one key of it."""
+        key = None if header(request.headers, messages.SEED_KEY) is None else self._key(request.headers)
+        try:
+            body = await self._board.answer(key)
+        except dashboard.TooMany as error:
+            raise Refused(429, str(error), {"Retry-After": "5"}) from error
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        return _zipped(request, body, {**headers, "Content-Encoding": "gzip"})
+
+    async def _overview(self, key: str | None) -> bytes:
+        planner = {
+            "version": __version__,
+            "store": self._settings.store.partition(":")[0],
+            "policy": self._settings.policy,
+            "ready": self.ready,
+            "lease_ttl_s": self._settings.lease_ttl_sec,
+            "stale_s": self._settings.stale_after_sec,
+            "held_requests": len(self._room),
+            "every_s": dashboard.EVERY_S,
+            "limit": dashboard.LIMIT,
+        }
+        shown = await self._store.overview(key=key, limit=dashboard.LIMIT)
+        return _encoded({"planner": planner, "key": key, **shown})
+
     # --- headers -------------------------------------------------------------------------------------------------
     def _key(self, headers: Mapping[str, str]) -> str:
         key = messages.seed_key(headers)
@@ -304,9 +339,22 @@ def _as_words(surrogate: re.Match[str]) -> str:
     return f"\\\\u{ord(surrogate[0]):04x}"
 
 
-def _json(data: object) -> web.Response:
+def _encoded(data: object) -> bytes:
+    """JSON, whatever characters the keys hold."""
     try:
-        body = msgspec.json.encode(data)
+        return msgspec.json.encode(data)
     except UnicodeEncodeError:  # a key that arrived as bytes other than UTF-8 holds surrogates: no text in JSON
-        body = _SURROGATE.sub(_as_words, json.dumps(data, ensure_ascii=False)).encode("utf-8")
-    return web.Response(body=body, content_type="application/json")
+        return _SURROGATE.sub(_as_words, json.dumps(data, ensure_ascii=False)).encode("utf-8")
+
+
+def _json(data: object) -> web.Response:
+    return web.Response(body=_encoded(data), content_type="application/json")
+
+
+def _zipped(request: web.BaseRequest, body: bytes, headers: Mapping[str, str]) -> web.Response:
+    """``body``, which is compressed, as it is, or plain for the rare caller that does not take it so."""
+    headers = {**headers, "Vary": "Accept-Encoding"}
+    if "gzip" not in request.headers.get("Accept-Encoding", ""):
+        del headers["Content-Encoding"]
+        body = gzip.decompress(body)
+    return web.Response(body=body, headers=headers)

@@ -1,4 +1,5 @@
--- Every decision of the planner over Redis: memory_store.py, ledger.py and fleet.py in Redis's words.
+-- Every decision of the planner over Redis: memory_store.py, ledger.py and fleet.py in Redis's words. views.lua, which
+-- follows it in one script, has what people look at, and runs the operation.
 --
 -- KEYS[1]  any key of the fleet, "{prefix}:meta"; all others share its hash tag and thus its cluster slot
 -- ARGV[1]  the operation        ARGV[2]  the rules (JSON)        ARGV[3]  the operation's arguments (JSON)
@@ -160,8 +161,9 @@ local function forget(seed)
 end
 
 -- ---- leases, waiters, intents -----------------------------------------------------------------------------------
-local function unlink_lease(id, name)
+local function unlink_lease(id, name, key)
   call("DEL", P .. "lease:" .. id)
+  if key ~= "" then call("ZREM", P .. "held:" .. key, id) end
   call("SREM", P .. "of:" .. name, id)
   undue("lease", id, "")
   count("leases", -1)
@@ -170,6 +172,7 @@ end
 local function add_lease(id, name, key, receiver, ttl, ticket)
   call("HSET", P .. "lease:" .. id, "name", name, "key", key, "receiver", receiver, "at", fixed(now), "ticket", ticket)
   call("SADD", P .. "of:" .. name, id)
+  if key ~= "" then call("ZADD", P .. "held:" .. key, fixed(now), id) end
   due("lease", id, "", now + ttl)
   count("leases", 1)
 end
@@ -257,12 +260,12 @@ local function read_waiter(ticket)
   return waiter
 end
 
--- tickets of a key in order, of every fingerprint that a seed with `fp` suits ("": all)
-local function tickets(key, fp)
+-- tickets of a key in order, of every fingerprint that a seed with `fp` suits ("": all); the first `most` or all
+local function tickets(key, fp, most)
   local prints = fp ~= "" and {fp, ""} or call("SMEMBERS", P .. "lines:" .. key)
   local all = {}
   for _, print in ipairs(prints) do
-    local flat = call("ZRANGE", P .. "line:" .. key .. SEP .. print, 0, -1, "WITHSCORES")
+    local flat = call("ZRANGE", P .. "line:" .. key .. SEP .. print, 0, (most or 0) - 1, "WITHSCORES")
     for i = 1, #flat, 2 do all[#all + 1] = {flat[i], tonumber(flat[i + 1])} end
   end
   if #prints > 1 then table.sort(all, function(a, b) return a[2] < b[2] end) end
@@ -330,7 +333,7 @@ end
 local function drop_seed(seed, reason)
   for _, id in ipairs(call("SMEMBERS", P .. "of:" .. seed.name)) do
     local ticket = call("HGET", P .. "lease:" .. id, "ticket")
-    unlink_lease(id, seed.name)
+    unlink_lease(id, seed.name, seed.key)
     count_lease(seed, -1)
     forget_ticket(ticket or "")
     observe("lease_dropped", seed.key, seed.name)
@@ -345,8 +348,8 @@ local function drop_seed(seed, reason)
   observe("seed_dropped", seed.key, seed.name, reason)
 end
 
-local function drop_lease(id, name)
-  unlink_lease(id, name)
+local function drop_lease(id, name, key)
+  unlink_lease(id, name, key)
   local seed = read_seed(name)
   if not seed then return end
   count_lease(seed, -1)
@@ -375,7 +378,7 @@ local fall_due = {
     if not lease then return end
     observe("lease_expired", lease.key, lease.name)
     if lease.ticket ~= "" then forget_ticket(lease.ticket) else remember(lease, "expired") end
-    drop_lease(id, lease.name)
+    drop_lease(id, lease.name, lease.key)
   end,
   seed = function(name)
     local seed = read_seed(name)
@@ -484,6 +487,7 @@ function operations.announce()
     call("SADD", P .. "nic:" .. seed.nic, seed.name)
     for _, id in ipairs(call("SMEMBERS", P .. "of:" .. seed.name)) do
       call("HSET", P .. "lease:" .. id, "key", seed.key)
+      call("ZADD", P .. "held:" .. seed.key, call("HGET", P .. "lease:" .. id, "at"), id)
       count_lease(seed, 1)
     end
     observe("seed_added", seed.key, seed.name)
@@ -605,7 +609,7 @@ function operations.release()
       write(seed, "failures", "aside")
     end
   end
-  drop_lease(args.user_id, lease.name)
+  drop_lease(args.user_id, lease.name, lease.key)
   return {key = lease.key, held_s = now - tonumber(lease.at)}
 end
 
@@ -649,74 +653,3 @@ function operations.leave()
   call("ZREM", P .. "replicas", args.replica)
   return {}
 end
-
--- ---- for people -------------------------------------------------------------------------------------------------
-local function totals_of(key)
-  local sums = hash(P .. "k:" .. key) or {}
-  local since
-  for _, print in ipairs(call("SMEMBERS", P .. "lines:" .. key)) do
-    local first = call("ZRANGE", P .. "line:" .. key .. SEP .. print, 0, 0)[1]
-    local at = first and tonumber(call("HGET", P .. "w:" .. first, "since") or "")
-    if at and (not since or at < since) then since = at end
-  end
-  return {
-    seeds = call("SCARD", P .. "ks:" .. key), draining = call("SCARD", P .. "drain:" .. key),
-    aside = call("SCARD", P .. "aside:" .. key), slots = tonumber(sums.slots or "0"),
-    leases = tonumber(sums.leases or "0"), waiting = tonumber(sums.waiting or "0"),
-    intents = call("HLEN", P .. "int:" .. key), oldest_wait_s = since and now - since or 0,
-  }
-end
-
-function operations.totals()
-  local all = {}
-  for _, key in ipairs(call("SMEMBERS", P .. "keys")) do all[key] = totals_of(key) end
-  return {totals = all}
-end
-
-function operations.snapshot()
-  local keys = args.key and {args.key} or call("SMEMBERS", P .. "keys")
-  table.sort(keys)
-  local out = {
-    state = meta.state, born_s = now - meta.born, now = fixed(now), totals = {}, seeds = {}, leases = {},
-    waiting = {}, intents = {}, history = {},
-  }
-  for number, key in ipairs(keys) do
-    if number > args.limit then break end
-    if not shelf_is_empty(key) then out.totals[key] = totals_of(key) end
-    for _, name in ipairs(call("SMEMBERS", P .. "ks:" .. key)) do
-      if #out.seeds >= args.limit then break end
-      local seed = read_seed(name)
-      seed.buckets = nil
-      out.seeds[#out.seeds + 1] = seed
-      for _, id in ipairs(call("SMEMBERS", P .. "of:" .. name)) do
-        if #out.leases >= args.limit then break end
-        local lease = hash(P .. "lease:" .. id)
-        lease.id, lease.expires = id, call("ZSCORE", P .. "due", "lease" .. SEP .. id .. SEP)
-        out.leases[#out.leases + 1] = lease
-      end
-    end
-    for place, pair in ipairs(tickets(key, "")) do
-      if #out.waiting >= args.limit then break end
-      local waiter = read_waiter(pair[1])
-      waiter.place, waiter.exclude, waiter.result = place, nil, nil
-      out.waiting[#out.waiting + 1] = waiter
-    end
-    local flat = call("HGETALL", P .. "int:" .. key)
-    for i = 1, #flat, 2 do
-      if #out.intents >= args.limit then break end
-      out.intents[#out.intents + 1] = {key = key, intent = flat[i], fingerprint = flat[i + 1]}
-    end
-  end
-  for _, text in ipairs(call("LRANGE", P .. "history", 0, -1)) do
-    if #out.history >= args.limit then break end
-    local past = cjson.decode(text)
-    if not args.key or past.key == args.key then out.history[#out.history + 1] = past end
-  end
-  for name, list in pairs(out) do if type(list) == "table" and next(list) == nil then out[name] = nil end end
-  return out
-end
-
-begin()
-local result = operations[ARGV[1]]()
-finish()
-return cjson.encode({r = result, ev = #events > 0 and events or nil})

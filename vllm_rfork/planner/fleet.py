@@ -92,8 +92,9 @@ class Shelf:
     intent_counts: Counter[str] = field(default_factory=Counter)
     draining: set[str] = field(default_factory=set)
     aside: set[str] = field(default_factory=set)
+    #: the leases of these seeds, in the order of their grant
+    leases: dict[str, Lease] = field(default_factory=dict)
     slots: int = 0
-    leases: int = 0
 
     def is_empty(self) -> bool:
         """Nothing here is worth remembering."""
@@ -220,7 +221,7 @@ class Shelf:
             draining=len(self.draining),
             aside=len(self.aside),
             slots=self.slots,
-            leases=self.leases,
+            leases=len(self.leases),
             waiting=sum(map(len, self.lines.values())),
             intents=len(self.intents),
             oldest_wait_s=now - oldest.since if oldest else 0.0,

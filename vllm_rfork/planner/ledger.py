@@ -82,7 +82,7 @@ class Ledger:
         self._nic_seeds.setdefault(seed.nic, set()).add(name)
         for user_id in self.leases_of.get(name, ()):
             self.leases[user_id].key = seed.key
-            self._count(seed, 1)
+            self._count(seed, self.leases[user_id])
         return seed
 
     def update_seed(self, seed: Seed, new: Announcement) -> None:
@@ -105,7 +105,7 @@ class Ledger:
         for user_id in lost:
             lease = self.leases[user_id]
             self._unlink_lease(lease)
-            self._count(seed, -1)
+            self._uncount(seed, lease)
             self.forget_ticket(lease.ticket)
         self.shelves[seed.key].forget(seed)
         del self.seeds[seed.name]
@@ -156,7 +156,7 @@ class Ledger:
         self.leases_of.setdefault(lease.name, set()).add(lease.user_id)
         self.due.set(("lease", lease.user_id, ""), lease.expires_at)
         if lease.name in self.seeds:
-            self._count(self.seeds[lease.name], 1)
+            self._count(self.seeds[lease.name], lease)
 
     def put_off(self, lease: Lease) -> None:
         """Its full TTL again from now."""
@@ -168,7 +168,7 @@ class Ledger:
         self._unlink_lease(lease)
         seed = self.seeds.get(lease.name)
         if seed is not None:
-            self._count(seed, -1)
+            self._uncount(seed, lease)
         return seed
 
     def _unlink_lease(self, lease: Lease) -> None:
@@ -179,10 +179,15 @@ class Ledger:
         if not siblings:
             del self.leases_of[lease.name]
 
-    def _count(self, seed: Seed, change: int) -> None:
-        seed.leases += change
-        self.shelves[seed.key].leases += change
-        self._nic_leases[seed.nic] += change
+    def _count(self, seed: Seed, lease: Lease) -> None:
+        seed.leases += 1
+        self.shelves[seed.key].leases[lease.user_id] = lease
+        self._nic_leases[seed.nic] += 1
+
+    def _uncount(self, seed: Seed, lease: Lease) -> None:
+        seed.leases -= 1
+        del self.shelves[seed.key].leases[lease.user_id]
+        self._nic_leases[seed.nic] -= 1
 
     # --- waiters and intents -------------------------------------------------------------------------------------
     def add_waiter(self, ask: Ask, grace_s: float) -> Waiter:

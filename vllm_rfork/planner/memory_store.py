@@ -7,13 +7,14 @@ in Redis's words, and one contract suite holds both to the same behaviour.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.planner import views
+from vllm_rfork.planner import overview, views
 from vllm_rfork.planner.fleet import Lease, Seed, Shelf
 from vllm_rfork.planner.ledger import Ledger
 from vllm_rfork.planner.store import (
@@ -306,6 +307,19 @@ class MemoryStore(Store):
         """See the port."""
         with self._decision as books:
             return views.snapshot(books, self._history, key=key, limit=limit)
+
+    async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
+        """See the port."""
+        tally = overview.Tally()
+        names = list(self._ledger.shelves)
+        for at in range(0, len(names), overview.BATCH):
+            with self._decision as books:
+                for name in names[at : at + overview.BATCH]:
+                    if (shelf := books.shelves.get(name)) is not None:
+                        tally.add(name, shelf.totals(books.now))
+            await asyncio.sleep(0)
+        with self._decision as books:
+            return overview.overview(books, self._history, tally, key=key, limit=limit)
 
 
 class _Decision:

@@ -235,6 +235,15 @@ def _operating_paths() -> dict[str, dict[str, _Data]]:
         }
 
     metrics = {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    page = {"description": "The page.", "content": {"text/html": {"schema": {"type": "string"}}}}
+    overview = _call(
+        "dashboardData",
+        "What the page shows, a second old at most while few look: of each list as much as a person reads.",
+        _json("The fleet, or one key of it.", {"$ref": "#/components/schemas/Overview"}),
+        "400 429 503",
+        takes=[messages.SEED_KEY],
+    )
+    overview["responses"]["429"] = _text("Too many people look: ask again later.", _RETRY_AFTER)
     query = [
         {
             "name": "key",
@@ -275,6 +284,8 @@ def _operating_paths() -> dict[str, dict[str, _Data]]:
             )
         },
         messages.OPENAPI: {"get": _call("openapi", "This description.", _json("It.", {"type": "object"}), "")},
+        messages.DASHBOARD: {"get": _call("dashboard", "A page for people, without data.", page, "", is_open=True)},
+        messages.DASHBOARD_DATA: {"get": overview},
     }
 
 
@@ -294,6 +305,28 @@ def _snapshot() -> _Data:
     }
 
 
+def _overview() -> _Data:
+    counted = ("seeds", "draining", "aside", "slots", "leases", "waiting", "intents")
+    counts = {**{name: {"type": "integer", "minimum": 0} for name in counted}, "oldest_wait_s": {"type": "number"}}
+    lists = ("seeds", "leases", "waiting", "intents", "history", "causes")
+    key = {"type": "object", "required": ["key", *counts], "properties": {"key": {"type": "string"}, **counts}}
+    fleet = {**counts, "keys": {"type": "integer", "minimum": 0}}
+    return {
+        "type": "object",
+        "required": ["planner", "key", "state", "age_s", "fleet", "keys", "forks", *lists],
+        "properties": {
+            "planner": {"type": "object", "description": "Version, settings, and whether it takes requests."},
+            "key": {"type": ["string", "null"], "description": "The key that was asked for."},
+            "state": {"type": "string", "description": "Id of the planner's memory."},
+            "age_s": {"type": "number", "minimum": 0},
+            "fleet": {"type": "object", "required": [*fleet], "properties": fleet, "description": "All keys together."},
+            "keys": {"type": "array", "items": key, "description": "The most urgent first."},
+            "forks": {"type": "object", "description": "Counts over the past forks that are looked back at."},
+            **{name: {"type": "array", "items": {"type": "object"}} for name in lists},
+        },
+    }
+
+
 def description() -> _Data:
     """The whole description, made anew: the caller may change it."""
     return {
@@ -308,7 +341,7 @@ def description() -> _Data:
         },
         "paths": _paths(),
         "components": {
-            "schemas": {"Snapshot": _snapshot()},
+            "schemas": {"Snapshot": _snapshot(), "Overview": _overview()},
             "securitySchemes": {
                 "token": {
                     "type": "http",

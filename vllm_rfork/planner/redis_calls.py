@@ -19,6 +19,8 @@ from vllm_rfork.planner.store import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
+#: One script in two files.
+SCRIPT = ("decisions.lua", "views.lua")
 TIMEOUT_S = 5.0
 _MAX_BATCH = 64
 _MAX_WAITING = 50_000
@@ -32,7 +34,8 @@ class ScriptCalls:
     def __init__(self, client: redis.asyncio.Redis, key: str) -> None:
         self._client = client
         self._key = key
-        self._source = resources.files(__package__).joinpath("decisions.lua").read_text(encoding="utf-8")
+        folder = resources.files(__package__)
+        self._source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPT)
         self._sha = ""
         self._waiting: list[_Call] = []
         self._sender: asyncio.Task[None] | None = None

@@ -24,7 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from vllm_rfork.messages import SeedAddress, decode_text, encode_text
-from vllm_rfork.planner import views
+from vllm_rfork.planner import overview, views
 from vllm_rfork.planner.policy import buckets, nic_of
 from vllm_rfork.planner.redis_calls import ScriptCalls
 from vllm_rfork.planner.store import (
@@ -217,6 +217,28 @@ class RedisStore(Store):
         return views.snapshot_from_redis(
             await self._decide("snapshot", limit=min(limit, MAX_SNAPSHOT), **wanted), self.rules.policy.name
         )
+
+    async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
+        """See the port."""
+        tally, cursor = overview.Tally(), "0"
+        while True:
+            found = await self._decide("tally", cursor=cursor, count=overview.BATCH)
+            for name, totals in found["totals"].items():
+                tally.add(decode_text(name), _totals(totals))
+            cursor = found["cursor"]
+            if cursor == "0":
+                break
+        choice = overview.choose(tally, key, min(limit, MAX_SNAPSHOT))
+        found = await self._decide(
+            "overview",
+            keys=[_ascii(each) for each in choice.chosen],
+            seeds=choice.seeds,
+            leases=choice.leases,
+            waiting=choice.waiting,
+            limit=choice.limit,
+            past=overview.LOOK_BACK,
+        )
+        return overview.overview_from_redis(found, tally, choice, key=key)
 
     # --- Redis ---------------------------------------------------------------------------------------------------
     async def _decide(self, operation: str, **arguments: Any) -> dict[str, Any]:

@@ -72,9 +72,9 @@ def snapshot(books: Ledger, history: Sequence[PastFork], *, key: str | None, lim
         "age_s": round(now - books.born_at, 1),
         "policy": books.rules.policy.name,
         "keys": {shelf.key: asdict(shelf.totals(now)) for shelf in chosen[:limit]},
-        "seeds": [_seed(each, now) for each in seeds],
-        "leases": [_lease(each, now) for each in itertools.islice(held, limit)],
-        "waiting": [_waiter(place, each, now) for place, each in itertools.islice(waiting, limit)],
+        "seeds": [seed_entry(each, now) for each in seeds],
+        "leases": [lease_entry(each, now) for each in itertools.islice(held, limit)],
+        "waiting": [waiter_entry(place, each, now) for place, each in itertools.islice(waiting, limit)],
         "intents": [
             {"key": name, "intent": intent, "fingerprint": print_}
             for name, intent, print_ in itertools.islice(intents, limit)
@@ -83,7 +83,8 @@ def snapshot(books: Ledger, history: Sequence[PastFork], *, key: str | None, lim
     }
 
 
-def _seed(seed: Seed, now: float) -> dict[str, Any]:
+def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
+    """One seed, for people."""
     return {
         "key": seed.key,
         "seed": seed.name,
@@ -104,7 +105,8 @@ def _seed(seed: Seed, now: float) -> dict[str, Any]:
     }
 
 
-def _lease(lease: Lease, now: float) -> dict[str, Any]:
+def lease_entry(lease: Lease, now: float) -> dict[str, Any]:
+    """One lease, for people."""
     return {
         "lease": lease_id(lease.user_id),
         "key": lease.key,
@@ -115,7 +117,8 @@ def _lease(lease: Lease, now: float) -> dict[str, Any]:
     }
 
 
-def _waiter(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
+def waiter_entry(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
+    """One waiting receiver and its place in its key's line, for people."""
     return {
         "key": waiter.ask.key,
         "place": place,
@@ -128,7 +131,7 @@ def _waiter(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
 
 
 def snapshot_from_redis(found: Mapping[str, Any], policy: str) -> dict[str, Any]:
-    """The same data from the records of ``decisions.lua``, whose fields are text."""
+    """The same data from the records of ``views.lua``, whose fields are text."""
     now = float(found["now"])
 
     def entries(name: str) -> list[dict[str, Any]]:
@@ -164,7 +167,7 @@ def snapshot_from_redis(found: Mapping[str, Any], policy: str) -> dict[str, Any]
             for each in entries("waiting")
         ],
         "intents": [{name: decode_text(value) for name, value in each.items()} for each in entries("intents")],
-        "history": [_past_from_redis(each, now) for each in entries("history")],
+        "history": [past_from_redis(each, now) for each in entries("history")],
     }
 
 
@@ -189,7 +192,8 @@ def _seed_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
     }
 
 
-def _past_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
+def past_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """:func:`past_fork` of a record of the scripts."""
     fields = dict(each)
     for name in ("key", "receiver", "cause"):
         fields[name] = decode_text(fields[name])

@@ -1,0 +1,251 @@
+"""The dashboard as people see it: planner processes, a real Chromium, and a fleet that comes and goes over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import aiohttp
+import pytest
+
+from tests.planner import browser
+from tests.planner.browser import DESKTOP, PHONE, Chromium, Page
+from tests.planner.processes import PlannerUnderTest, call
+from tests.planner.redis_server import RedisServer
+from vllm_rfork.messages import encode_text
+
+TOKEN = "a-token-that-nobody-may-see"
+KEY = "/models/q$prod$kv_both$0$0"
+HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>\u202eevil\"'&amp;"
+#: True where nothing is wider than the window.
+FITS = "document.documentElement.scrollWidth <= {0} && innerWidth === {0}"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    started = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield started
+    started.stop()
+
+
+@contextlib.contextmanager
+def planner(*flags: str, port: int = 0, **environ: str) -> Iterator[PlannerUnderTest]:
+    process = PlannerUnderTest(*flags, port=port, **environ).until_ready()
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+class Workers:
+    """Those who speak to the planner in the test's name."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, token: str = "") -> None:
+        self.url = url
+        self.session = session
+        self.authorization = {"Authorization": f"Bearer {token}"} if token else {}
+        self._waiting: list[asyncio.Task[tuple[int, dict[str, str]]]] = []
+
+    async def tell(self, method: str, path: str, key: str = "", **headers: str) -> dict[str, str]:
+        sent = {**self.authorization, **headers} | ({"SEED_KEY": encode_text(key)} if key else {})
+        status, answer = await call(self.session, method, self.url + path, **sent)
+        assert status == 200, (status, path)
+        return answer
+
+    async def announce(self, key: str, port: int, **headers: str) -> None:
+        seed = {"SEED_IP": "127.0.0.1", "SEED_PORT": str(port), "SEED_RANK": "0", "SEED_REFCNT": "0"}
+        await self.tell("POST", "/add_seed", key, **seed, **headers)
+
+    async def lease(self, key: str) -> dict[str, str]:
+        answer = await self.tell("GET", "/get_seed", key)
+        return {name: answer[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
+
+    async def end(self, lease: dict[str, str], result: str = "ok", **told: str) -> None:
+        await self.tell("POST", "/put_seed", **lease, **{"RFORK-RESULT": result}, **told)
+
+    def wait(self, key: str) -> None:
+        headers = {**self.authorization, "SEED_KEY": encode_text(key), "RFORK-WAIT-SEC": "60"}
+        task = asyncio.create_task(call(self.session, "GET", self.url + "/get_seed", **headers))
+        self._waiting.append(task)
+
+    async def leave(self) -> None:
+        for task in self._waiting:
+            task.cancel()
+        await asyncio.gather(*self._waiting, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def workers(process: PlannerUnderTest, token: str = "") -> AsyncIterator[Workers]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        some = Workers(process.url, session, token)
+        try:
+            yield some
+        finally:
+            await some.leave()
+
+
+def complains_of_nothing(page: Page, url: str) -> bool:
+    """It asked its own planner alone, and neither it nor the browser found fault."""
+    assert page.errors == []
+    assert {each.split("#")[0] for each in page.requests if not each.startswith("data:")} <= {
+        f"{url}/",
+        f"{url}/dashboard.json",
+    }
+    return True
+
+
+@pytest.mark.parametrize("store", ["memory", "redis"])
+async def test_a_fleet_comes_into_view_without_a_reload(
+    chromium: Chromium, store: str, request: pytest.FixtureRequest
+) -> None:
+    flags = ["--failures-before-backoff", "1", "--backoff-sec", "300"]
+    if store == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        flags += ["--store", server.url, "--redis-prefix", "dashboard"]
+    with planner(*flags) as process:
+        async with workers(process) as fleet, chromium.page(DESKTOP) as desktop, chromium.page(PHONE) as phone:
+            for page, size in ((desktop, DESKTOP), (phone, PHONE)):
+                await page.go(process.url + "/")
+                await page.shows("#seeds", "No seed is known")
+                await page.shows("#live", "live")
+                await page.until(FITS.format(size[0]))
+                await page.run("window.before = 1")
+
+            await fleet.announce(KEY, 5000, **{"RFORK-LABELS": "host=h7,rack=r2"})
+            await fleet.announce("other$key", 5001)
+            held = await fleet.lease(KEY)
+            fleet.wait(KEY)
+            await fleet.tell("POST", "/rfork_intent", "a$third", **{"RFORK-INTENT": "worker-9"})
+            for page in (desktop, phone):
+                await page.shows("#keys", KEY, "other$key", "a$third", "1 / 1")
+                await page.shows("#seeds", "127.0.0.1:5000:0", "host=h7 rack=r2", "busy", "free")
+                await page.shows("#leases", "127.0.0.1:5000:0", KEY)
+                await page.shows("#waiting", "1 of 1", "1 m 00 s", KEY)
+                await page.shows("#intents", "worker-9", "a$third")
+                assert "2" in await page.text("#tile-seeds")
+                assert await page.run("document.title") == "1 waiting · RFork planner"
+
+            await fleet.end(held, **{"RFORK-NBYTES": "15000000000", "RFORK-SECONDS": "1.25"})
+            failed = await fleet.lease("other$key")
+            await fleet.end(failed, "failed", **{"RFORK-CAUSE": "EngineError"})
+            for page, size in ((desktop, DESKTOP), (phone, PHONE)):
+                await page.shows("#history", "15 GB", "1.25 s", "12.0", "failed")
+                await page.shows("#causes", "EngineError", "127.0.0.1:5001:0")
+                await page.shows("#seeds", "aside for", "1 failures in a row")
+                await page.shows("#waiting", "Nobody waits")
+                await page.until(FITS.format(size[0]))
+                assert await page.run("window.before") == 1, "it was reloaded"
+                assert complains_of_nothing(page, process.url)
+
+
+async def test_ages_go_on_and_a_key_can_be_looked_at_alone(chromium: Chromium) -> None:
+    with planner() as process:
+        async with workers(process) as fleet, chromium.page(PHONE) as page:
+            for number in range(130):
+                await fleet.announce(f"key-{number:03d}-" + "x" * 120, 5000 + number)
+            key = "the$only one äöü"
+            await fleet.announce(key, 6000)
+            held = await fleet.lease(key)
+            await page.go(process.url)
+            await page.shows("#keys", key, "Show 94 more", "100 of 131 keys are listed")
+            await page.shows("#seeds", "of 131 are listed, those in trouble first")
+            age = "document.querySelector('#leases [data-zero]').textContent"
+            first = await page.run(age)
+            await page.until(f"{age} !== {first!r}", "the lease's age stands still")
+            await page.click("#keys button")
+            assert await page.run("document.querySelectorAll('#keys tbody tr').length") == 100
+            await page.until(FITS.format(PHONE[0]), "long keys make it scroll sideways")
+
+            await page.type("#filter", "key-127-" + "x" * 120)  # one that is not listed
+            await page.shows("#chosen", "key-127")
+            await page.shows("#leases", "Nobody forks")
+            await page.shows("#tile-seeds", "1")
+            assert await page.run("document.querySelectorAll('#seeds tbody tr').length") == 1
+
+            await page.click("#chosen a")
+            await page.until("document.querySelector('#chosen').hidden")
+            await page.go(f"{process.url}/#key={quote(key)}")
+            await page.shows("#chosen", key)
+            await page.shows("#leases", held["SEED_PORT"])
+            assert complains_of_nothing(page, process.url)
+
+
+async def test_what_others_chose_is_text_and_nothing_else(chromium: Chromium) -> None:
+    with planner("--trust-announced-address") as process:
+        async with workers(process) as fleet, chromium.page(DESKTOP) as page:
+            await fleet.announce(HOSTILE, 5000)
+            held = await fleet.lease(HOSTILE)
+            await fleet.end(held, "failed", **{"RFORK-CAUSE": encode_text(HOSTILE)})
+            await fleet.lease(HOSTILE)
+            fleet.wait(HOSTILE)
+            await fleet.tell("POST", "/rfork_intent", HOSTILE, **{"RFORK-INTENT": encode_text(HOSTILE)})
+            await page.go(f"{process.url}/#key={quote(HOSTILE)}")
+            shown = HOSTILE.replace("\u202e", "\N{REPLACEMENT CHARACTER}")
+            for place in ("#chosen", "#keys", "#seeds", "#leases", "#waiting", "#intents", "#history", "#causes"):
+                await page.shows(place, shown)
+            assert await page.run("document.querySelectorAll('img').length") == 0
+            assert await page.run("document.querySelectorAll('script').length") == 1
+            assert await page.run("window.hacked === undefined")
+            assert complains_of_nothing(page, process.url)
+            # Even a page that went wrong could not run it: the browser refuses to parse text as HTML here.
+            refused = "(() => { try { document.body.innerHTML = 'x'; return 'parsed' } catch (e) { return e.name } })()"
+            assert await page.run(refused) == "TypeError"
+
+
+async def test_without_the_token_nothing_is_shown_and_it_is_kept_in_the_tab_alone(chromium: Chromium) -> None:
+    with planner(RFORK_TOKEN=TOKEN) as process:
+        async with workers(process, TOKEN) as fleet, chromium.page(PHONE) as page:
+            await fleet.announce(KEY, 5000)
+            await page.go(process.url)
+            await page.shows("#door", "asks for a token")
+            assert not await page.text("#board")
+            await page.until(FITS.format(PHONE[0]))
+            await page.type("#token", "wrong")
+            await page.shows("#trouble", "does not know this token")
+            assert KEY not in await page.text("body")
+            await page.type("#token", TOKEN)
+            await page.shows("#keys", KEY)
+            assert await page.text("#door") == ""
+            await page.command("Page.reload")
+            await page.shows("#keys", KEY)
+            assert (
+                await page.run("[document.cookie, localStorage.length, location.href].join()") == f",0,{process.url}/"
+            )
+            assert not [each for each in page.requests if TOKEN in each]
+            assert TOKEN not in await page.run("document.documentElement.outerHTML")
+            await page.click("#forget")
+            await page.shows("#door", "asks for a token")
+            assert await page.run("sessionStorage.length") == 0
+            assert KEY not in await page.run("document.documentElement.outerHTML")
+            assert page.errors == []
+
+
+async def test_a_planner_that_goes_away_is_said_and_comes_back_by_itself(chromium: Chromium) -> None:
+    with planner() as process:
+        async with workers(process) as fleet, chromium.page(DESKTOP) as page:
+            await fleet.announce(KEY, 5000)
+            await page.go(process.url)
+            await page.shows("#seeds", "127.0.0.1:5000:0")
+            await page.run("window.before = 1")
+            process.kill()
+            await page.shows("#trouble", "The planner does not answer", "What you see is", "Trying again")
+            await page.shows("#live", "no answer")
+            assert KEY in await page.text("#keys"), "the last state stays readable"
+            with planner(port=process.port) as again:
+                await page.shows("#notice", "come back with their next heartbeat")
+                await page.shows("#seeds", "No seed is known")
+                await page.shows("#live", "live")
+                assert await page.text("#trouble") == ""
+                await fleet.announce(KEY, 5000)
+                await page.shows("#seeds", "127.0.0.1:5000:0")
+                assert await page.run("window.before") == 1
+                assert complains_of_nothing(page, again.url)
+
+
+def test_a_machine_without_chromium_is_told_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AssertionError, match="apt-get install chromium"):
+        browser.program()

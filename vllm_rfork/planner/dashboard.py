@@ -1,0 +1,163 @@
+"""The dashboard: one page of the planner's own, and the data that it shows, bounded in what both may cost.
+
+The page is public and says nothing about the fleet; the data is the store's overview, for callers with the token.
+However many people look, an overview is made once for all who ask for the same, never more often than once a second,
+and never for more than a small part of the planner's time. Must not decide anything, nor keep more than last answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+#: Entries of each list on the page.
+LIMIT = 100
+#: A page asks again after so many seconds.
+EVERY_S = 1.0
+#: An answer is given again for so long.
+FRESH_S = 1.0
+#: After an overview that took a second, none is made for this many.
+REST = 20.0
+#: The longest rest, in seconds, however long an overview took.
+MAX_REST_S = 10.0
+#: Answers a second, over all who look; more are told to come back later.
+ANSWERS_PER_S = 40.0
+#: Different selections of a key that are remembered.
+MAX_VIEWS = 16
+
+_FOLDER = "page"
+
+
+class TooMany(Exception):
+    """More people look than are answered in time; ``str()`` says so. HTTP 429."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page, compressed, and the headers that go with it."""
+
+    body: bytes
+    headers: Mapping[str, str]
+
+
+def load_page() -> Page:
+    """The page from the package's own files, with its style and script in it.
+
+    The policy lets the page load nothing, run and style itself by exactly these two texts, and speak to its own planner
+    alone. ``require-trusted-types-for`` makes the browser refuse data that is about to be parsed as HTML.
+    """
+    folder = resources.files(__package__).joinpath(_FOLDER)
+    html, style, script = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "style.css", "script.js")
+    )
+    body = html.replace("/*style*/", style).replace("/*script*/", script)
+    policy = (
+        "default-src 'none'",
+        f"script-src '{_digest(script)}'",
+        f"style-src '{_digest(style)}'",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+    return Page(
+        gzip.compress(body.encode("utf-8"), mtime=0),
+        {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Encoding": "gzip",
+            "Content-Security-Policy": "; ".join(policy),
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-cache",
+        },
+    )
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+class Board:
+    """Answers all who look, each ``key`` (or all keys: None) by one overview that they share.
+
+    Args:
+        make: one overview, encoded.
+        clock: seconds that never go backwards.
+        sleep: waits for so many of them.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str | None], Awaitable[bytes]],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._make = make
+        self._clock = clock
+        self._sleep = sleep
+        self._answers: OrderedDict[str | None, tuple[float, bytes]] = OrderedDict()
+        self._making: dict[str | None, asyncio.Task[bytes]] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._rests_until = 0.0
+        self._allowance = ANSWERS_PER_S
+        self._counted_at = clock()
+
+    async def answer(self, key: str | None) -> bytes:
+        """The overview, compressed; not older than the time it takes to make one and to rest after it.
+
+        Raises:
+            TooMany: too many look, or at too many different keys.
+            StoreUnavailable: the store does not answer.
+        """
+        self._count()
+        known = self._answers.get(key)
+        if known is not None and self._clock() - known[0] < FRESH_S:
+            return known[1]
+        task = self._making.get(key)
+        if task is None:
+            if len(self._making) >= MAX_VIEWS:
+                raise TooMany("too many different keys are looked at")
+            task = self._making[key] = asyncio.get_running_loop().create_task(self._make_one(key))
+            task.add_done_callback(lambda done: self._made(key, done))
+        # One that looks and goes away must not take it from the others.
+        return await asyncio.shield(task)
+
+    def _made(self, key: str | None, done: asyncio.Task[bytes]) -> None:
+        del self._making[key]
+        if not done.cancelled():
+            done.exception()  # looked at, also where everybody who waited has gone away
+
+    async def _make_one(self, key: str | None) -> bytes:
+        async with self._one_at_a_time:
+            await self._sleep(max(0.0, min(self._rests_until - self._clock(), MAX_REST_S)))
+            started_at = self._clock()
+            try:
+                body = gzip.compress(await self._make(key), 3)
+            finally:
+                ended_at = self._clock()
+                self._rests_until = ended_at + REST * (ended_at - started_at)
+        self._answers[key] = (ended_at, body)
+        self._answers.move_to_end(key)
+        while len(self._answers) > MAX_VIEWS:
+            self._answers.popitem(last=False)
+        return body
+
+    def _count(self) -> None:
+        now = self._clock()
+        self._allowance = min(ANSWERS_PER_S, self._allowance + (now - self._counted_at) * ANSWERS_PER_S)
+        self._counted_at = now
+        if self._allowance < 1:
+            raise TooMany("too many people look at the dashboard")
+        self._allowance -= 1
