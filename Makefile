@@ -18,7 +18,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner demo format clean distclean
+.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +62,9 @@ bench: setup standin ## weights phase: default loader, forks and memcpy side by 
 
 bench-planner: setup ## one planner process beside the mock: cycles, heartbeats, waiting receivers, Redis
 	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)
+
+bench-digest: setup ## digests beside a plain sum and a copy: make bench-digest BENCH_ARGS="--device cuda --gib 8"
+	$(BIN)/python -m bench.digest $(BENCH_ARGS)
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi

@@ -60,9 +60,11 @@ def main() -> None:
     table.add_row("fixed costs: " + ", ".join(FIXED), *(f"{value:.3f}" for value in sums), style="bold")
     console.print(table)
 
-    table = Table("host memory", "GB/s", "of memcpy")
+    table = Table("host memory", "GB/s", "of memcpy", "times as long as a plain sum")
     for name, rate in machine.items():
-        table.add_row(name, f"{rate:.2f}", f"{rate / machine['memcpy']:.2f}")
+        threads = name.partition(", ")[2]
+        plain = machine["plain sum, " + threads if threads else "plain sum"]
+        table.add_row(name, f"{rate:.2f}", f"{rate / machine['memcpy']:.2f}", f"{plain / rate:.2f}")
     console.print(table)
 
     table = Table("peak memory of a load", "GB", "over the default loader")

@@ -10,6 +10,9 @@ import torch
 
 from vllm_rfork import verify
 
+#: As large as a matrix of a model of 7B parameters.
+SPAN_NBYTES = 32 << 20
+
 
 def median_s(action: Callable[[], object], runs: int) -> float:
     """Median seconds of ``runs`` runs, after one that does not count."""
@@ -45,6 +48,10 @@ def rates(nbytes: int, runs: int) -> dict[str, float]:
             f"plain sum, {threads} threads": measured(lambda: source.view(torch.int64).sum(), threads),
             "digest": measured(lambda: verify.digest(source), 1),
             f"digest, {threads} threads": measured(lambda: verify.digest(source), threads),
+            "digests of 32 MiB each": measured(lambda: verify.digests(source.split(SPAN_NBYTES)), 1),
+            f"digests of 32 MiB each, {threads} threads": measured(
+                lambda: verify.digests(source.split(SPAN_NBYTES)), threads
+            ),
         }
     finally:
         torch.set_num_threads(threads)
