@@ -40,6 +40,10 @@ SCRATCH = {
     "logical_replica_count": "EPLB bookkeeping",
 }
 
+#: Classes of vLLM that stand where a layer is left out, and keep it on the meta device: another pipeline stage has it,
+#: or nothing needs it (the head of an embedding model, the tower of a modality that was switched off).
+PLACEHOLDERS = frozenset({"StageMissingLayer", "PPMissingLayer"})
+
 #: nn.Module's own bookkeeping.
 _MODULE_INTERNAL = frozenset(vars(nn.Module()))
 
@@ -176,6 +180,8 @@ class _Walker:
         return True
 
     def _module(self, module: nn.Module, name: str) -> Iterator[Leaf]:
+        if type(module).__name__ in PLACEHOLDERS:
+            return
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
                 if tensor is not None and key not in SCRATCH:

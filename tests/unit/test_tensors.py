@@ -88,6 +88,21 @@ def test_every_hiding_place_is_found_and_scratch_is_left_out() -> None:
     ]
 
 
+def test_a_layer_that_is_left_out_is_not_looked_for_behind_its_placeholder() -> None:
+    """As in an embedding model made of a decoder: vLLM keeps the head that nothing uses, without memory."""
+
+    class StageMissingLayer(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.__dict__["module"] = module
+
+    model = nn.Sequential(nn.Linear(2, 2), StageMissingLayer(nn.Linear(2, 2, device="meta")))
+    assert [entry.name for entry in collect(model, CPU).entries] == ["0.weight", "0.bias"]
+    model.append(nn.Sequential(nn.Linear(2, 2, device="meta")))
+    with pytest.raises(ForkError, match=r"2\.0\.weight has no memory"):
+        collect(model, CPU)
+
+
 def test_names_are_the_same_in_another_process_with_another_hash_seed() -> None:
     code = (
         "from tests.unit.test_tensors import Hiding, names, state_of\nprint(names(Hiding()), list(state_of(Hiding())))"
