@@ -1,0 +1,211 @@
+"""What differs between devices, on the processor, with torch.cuda faked, and with a stand-in for torch_npu."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ascend.fake_torch_npu import FakeTorchNpu, Format, segment
+from vllm_rfork.devices.base import PLAIN, DeviceSide
+from vllm_rfork.devices.choice import device_side
+from vllm_rfork.devices.cuda import CudaSide
+from vllm_rfork.devices.npu import NpuSide
+from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest import Region
+
+MIB = 1 << 20
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch) -> FakeTorchNpu:
+    fake = FakeTorchNpu([segment(64 * MIB, 64 * MIB, device=1, expandable=True)])
+    monkeypatch.setitem(sys.modules, "torch_npu", fake)
+    return fake
+
+
+@pytest.fixture
+def npu_side(npu: FakeTorchNpu) -> NpuSide:
+    return NpuSide(torch.device("cpu", 1))  # torch knows no device called npu here; the tensors are the processor's
+
+
+def _cuda(monkeypatch: pytest.MonkeyPatch, segments: list[dict[str, Any]]) -> CudaSide:
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    return CudaSide(torch.device("cuda", 0))
+
+
+def test_each_type_of_device_has_its_side(npu: FakeTorchNpu) -> None:
+    assert type(device_side(torch.device("cuda", 2))) is CudaSide
+    assert type(device_side(types.SimpleNamespace(type="npu", index=1))) is NpuSide  # type: ignore[arg-type]
+    assert device_side(CPU).text == "cpu"
+    with pytest.raises(ForkError, match="meta"):
+        device_side(torch.device("meta"))
+
+
+def test_a_missing_torch_npu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    with pytest.raises(ForkError, match="torch_npu"):
+        device_side(types.SimpleNamespace(type="npu", index=0))  # type: ignore[arg-type]
+
+
+def test_the_text_names_the_device_as_the_process_counts(monkeypatch: pytest.MonkeyPatch, npu: FakeTorchNpu) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+
+    assert CudaSide(torch.device("cuda", 1)).text == "cuda:1"
+    assert CudaSide(torch.device("cuda")).text == "cuda:5"
+    assert NpuSide(torch.device("cpu", 1)).text == "npu:1"
+    assert NpuSide(CPU).text == "npu:3"
+
+
+@pytest.mark.parametrize(
+    ("visible", "physical"), [("", "1"), ("3,5", "5"), (" 3 , 5 ,", "5"), ("GPU-aa,GPU-bb", "GPU-bb")]
+)
+def test_the_physical_number_is_the_hosts(visible: str, physical: str) -> None:
+    assert CudaSide(torch.device("cuda", 1)).physical_id({"CUDA_VISIBLE_DEVICES": visible}) == physical
+
+
+def test_each_backend_has_its_own_variable(npu_side: NpuSide) -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": "7,6", "ASCEND_RT_VISIBLE_DEVICES": "3,5"}
+
+    assert npu_side.physical_id(environment) == "5"
+    assert device_side(CPU).physical_id(environment) == "0"
+
+
+def test_a_device_beyond_the_list_is_an_error() -> None:
+    with pytest.raises(ForkError, match="CUDA_VISIBLE_DEVICES=3"):
+        CudaSide(torch.device("cuda", 1)).physical_id({"CUDA_VISIBLE_DEVICES": "3"})
+
+
+def test_the_backend_is_asked_for_this_very_device(
+    monkeypatch: pytest.MonkeyPatch, npu: FakeTorchNpu, npu_side: NpuSide
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", called.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("emptied"))
+    cuda = CudaSide(torch.device("cuda", 1))
+
+    for side in (cuda, npu_side, device_side(CPU)):
+        side.synchronize()
+        side.empty_cache()
+
+    assert called == [torch.device("cuda", 1), "emptied"]
+    assert npu.npu.calls == [("synchronize", 1), ("empty_cache", None)]
+
+
+@pytest.mark.parametrize("side", ["cpu", "npu"])
+def test_bytes_are_live_and_lie_where_they_are_said_to(side: str, npu_side: NpuSide) -> None:
+    chosen: DeviceSide = npu_side if side == "npu" else device_side(CPU)
+    base = torch.arange(100, dtype=torch.int16)
+    part = base[10:40].view(5, 6).t()  # not contiguous, in the middle of its storage
+    start, end = chosen.extent(part)
+    data = chosen.bytes_of(part, start, end)
+
+    base[20] = -2
+
+    assert (start, end) == (base.data_ptr() + 20, base.data_ptr() + 80)
+    assert data.data_ptr() == start
+    assert data.view(torch.int16).tolist() == base[10:40].tolist()
+
+
+def test_plain_formats_are_one(npu: FakeTorchNpu, npu_side: NpuSide) -> None:
+    tensor = torch.ones(4, 4)
+    for number in (Format.ND, Format.NCHW):
+        npu._formats[tensor.untyped_storage()._cdata] = number
+        assert npu_side.private_format(tensor) == PLAIN
+    assert device_side(CPU).private_format(tensor) == PLAIN
+
+
+def test_a_view_of_a_private_tensor_is_private_and_occupies_the_whole_storage(
+    npu: FakeTorchNpu, npu_side: NpuSide
+) -> None:
+    weight = npu.npu_format_cast(torch.arange(20 * 30, dtype=torch.int16).view(20, 30), Format.FRACTAL_NZ)
+
+    for view in (weight, weight.t()):
+        start, end = npu_side.extent(view)
+        assert npu_side.private_format(view) == 29
+        assert (start, end - start) == (weight.data_ptr(), 32 * 32 * 2)  # padded to whole tiles
+    with pytest.raises(ForkError, match="private layout"):
+        npu_side.extent(weight[3:])
+
+
+def test_a_private_tensor_is_copied_as_raw_bytes_into_one_that_was_allocated_in_its_format(
+    monkeypatch: pytest.MonkeyPatch, npu: FakeTorchNpu, npu_side: NpuSide
+) -> None:
+    plain = torch.arange(20 * 30, dtype=torch.int16).view(20, 30)
+    source = npu.npu_format_cast(plain, Format.FRACTAL_NZ)
+    target = npu_side.empty_in_format(source.shape, source.dtype, npu_side.private_format(source))
+    monkeypatch.setattr(torch.Tensor, "set_", lambda *_: pytest.fail("a private storage was handed to set_"))
+
+    ours, theirs = (npu_side.bytes_of(tensor, *npu_side.extent(tensor)) for tensor in (target, source))
+    ours.copy_(theirs)
+
+    assert npu_side.private_format(target) == 29
+    assert torch.equal(npu.npu_format_cast(target, Format.ND), plain)
+    assert not torch.equal(target, plain)  # read as if it were plain, it is nonsense
+    assert npu_side.private_format(ours) == PLAIN  # the alias does not know the layout, so no kernel converts it
+
+
+def test_padding_belongs_to_the_bytes(npu: FakeTorchNpu, npu_side: NpuSide) -> None:
+    weight = npu.npu_format_cast(torch.ones(3, 3, dtype=torch.float32), Format.FRACTAL_NZ)
+    data = npu_side.bytes_of(weight, *npu_side.extent(weight))
+
+    assert data.numel() == weight.untyped_storage().nbytes() > 9 * 4
+
+
+def test_no_private_layout_exists_elsewhere() -> None:
+    side = device_side(CPU)
+
+    assert side.empty_in_format((2, 3), torch.int8, PLAIN).shape == (2, 3)
+    with pytest.raises(ForkError, match="29"):
+        side.empty_in_format((2, 3), torch.int8, 29)
+
+
+def test_weights_in_expandable_segments_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = _cuda(monkeypatch, [segment(64 * MIB, 64 * MIB), segment(256 * MIB, 64 * MIB, expandable=True)])
+
+    assert side.unregistrable([Region(65 * MIB, 512)]) == ""
+    assert "expandable" in side.unregistrable([Region(65 * MIB, 512), Region(260 * MIB, 512)])
+
+
+def test_what_the_segments_say_outweighs_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = _cuda(monkeypatch, [segment(64 * MIB, 64 * MIB)])
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+    assert side.unregistrable([Region(65 * MIB, 512)], environment) == ""
+    assert "expandable_segments:True" in side.unregistrable(environment=environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512, expandable_segments : true"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, False),
+        # torch lets the general variable win.
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, False),
+        ({"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}, False),
+    ],
+)
+def test_the_allocators_configuration_is_read_as_torch_reads_it(environment: dict[str, str], refused: bool) -> None:
+    assert bool(CudaSide(torch.device("cuda", 0)).unregistrable(environment=environment)) is refused
+
+
+def test_expandable_segments_are_the_default_on_ascend_and_not_refused(npu_side: NpuSide) -> None:
+    (block,) = npu_side.blocks()
+
+    assert block.expandable
+    assert npu_side.unregistrable([Region(block.address, 512)]) == ""
+    assert npu_side.unregistrable(environment={"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}) == ""
+
+
+def test_host_memory_has_no_blocks_and_is_never_refused() -> None:
+    side = device_side(CPU)
+
+    assert side.blocks() == []
+    assert side.unregistrable([Region(4096, 512)], {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}) == ""
