@@ -1,0 +1,176 @@
+"""What being read costs a serving instance: time per token idle, and while a peer reads its weights without pause.
+
+``python -m bench.undisturbed --model FOLDER`` on any platform that vLLM serves on. The seed serves in this process;
+the peer is a process of its own that reads all of the weights again and again through the same engine, which is more
+than any fleet asks: a fork reads them once. Idle and read turns alternate. Also prints what an idle seed costs in
+processor time. Not part of ``make bench``: it says nothing about a machine without accelerators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+#: Token steps per turn, and turns of each kind.
+STEPS, TURNS = 300, 4
+IDLE_S = 10.0
+
+
+def main() -> None:
+    """Measure and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--engine", default="nixl")
+    parser.add_argument("--reader-device", default="cuda:1", help="where the peer puts what it reads")
+    parser.add_argument("--llm", default="{}", help="more of vLLM's engine arguments, as JSON")
+    parser.add_argument("--read", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.read:
+        read_for_ever(Path(arguments.read), arguments.engine, arguments.reader_device)
+        return
+    print(json.dumps(measure(arguments)))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Serve, be read, and compare."""
+    from vllm import LLM, SamplingParams
+
+    from vllm_rfork import seeding
+    from vllm_rfork.manifest import encode_manifest
+    from zoo.planner import Planner, eventually
+
+    planner = Planner()
+    extra = {
+        "model_url": "undisturbed",
+        "model_deploy_strategy_name": "bench",
+        "rfork_scheduler_url": planner.url,
+        "rfork_seed_advertise_host": "127.0.0.1",
+        "rfork_engine": arguments.engine,
+    }
+    options = {"skip_tokenizer_init": True, "max_model_len": 2048, "max_num_seqs": 4, **json.loads(arguments.llm)}
+    llm = LLM(model=arguments.model, load_format="rfork", model_loader_extra_config=extra, **options)
+    (seed,) = seeding.wait_until_started(120)
+    eventually(lambda: seed.address, "the seed is announced", 120)
+
+    def turn() -> list[float]:
+        """Seconds of each token step of one sequence, after the first few."""
+        params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
+        llm.llm_engine.add_request(str(time.monotonic_ns()), {"prompt_token_ids": list(range(5, 37))}, params)
+        steps = []
+        while llm.llm_engine.has_unfinished_requests():
+            began = time.perf_counter()
+            llm.llm_engine.step()
+            steps.append(time.perf_counter() - began)
+        return steps[8:]
+
+    for _ in range(2):
+        turn()
+    began, used = time.monotonic(), time.process_time()
+    time.sleep(IDLE_S)
+    idle_share = (time.process_time() - used) / (time.monotonic() - began)
+
+    file = Path(f"/tmp/rfork-undisturbed-{os.getpid()}.json")  # noqa: S108 - written and read by this user's processes
+    file.write_bytes(encode_manifest(seed.manifest))
+    command = [sys.executable, "-m", "bench.undisturbed", "--model", "-", "--engine", arguments.engine]
+    reader = subprocess.Popen(
+        [*command, "--reader-device", arguments.reader_device, "--read", str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def tell(word: str) -> str:
+        """Send ``word``, if any, and return what the reader answers."""
+        if reader.stdin is None or reader.stdout is None:
+            raise RuntimeError("the reader was started without pipes")
+        if word:
+            reader.stdin.write(f"{word}\n")
+            reader.stdin.flush()
+        if not (answer := reader.stdout.readline()):
+            raise RuntimeError("the reader has ended; its error is above")
+        return answer
+
+    tell("")
+    turns: dict[str, list[list[float]]] = {"idle": [], "read": []}
+    rates: list[float] = []
+    for _ in range(TURNS):
+        turns["idle"].append(turn())
+        tell("go")
+        turns["read"].append(turn())
+        rates.append(float(tell("pause").split()[1]))
+    reader.kill()
+    file.unlink()
+    planner.stop()
+    return {
+        "nbytes": seed.manifest.nbytes,
+        "read_gb_per_s": [round(rate, 1) for rate in rates],
+        **summary(turns),
+        "idle_seed_share_of_a_core": idle_share,
+    }
+
+
+def summary(turns: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Medians and 99th percentiles of the steps of all turns, in milliseconds, and their ratios."""
+    result: dict[str, Any] = {}
+    for name, each in turns.items():
+        flat = sorted(step for steps in each for step in steps)
+        result[name] = {
+            "median_ms": statistics.median(flat) * 1e3,
+            "p99_ms": flat[int(len(flat) * 0.99)] * 1e3,
+            "medians_ms": [statistics.median(steps) * 1e3 for steps in each],
+        }
+    result["ratio_median"] = result["read"]["median_ms"] / result["idle"]["median_ms"]
+    result["ratio_p99"] = result["read"]["p99_ms"] / result["idle"]["p99_ms"]
+    return result
+
+
+def read_for_ever(file: Path, engine_name: str, device: str) -> None:
+    """Read all that the manifest in ``file`` lists, again and again, between ``go`` and ``pause`` on standard input."""
+    import threading
+
+    import torch
+
+    from vllm_rfork.engines.base import EngineConfig
+    from vllm_rfork.engines.table import engine_class
+    from vllm_rfork.manifest import Region, decode_manifest
+    from vllm_rfork.segments import Segment, batches
+
+    manifest = decode_manifest(file.read_bytes())
+    buffer = torch.empty(manifest.nbytes + 512 * len(manifest.spans), dtype=torch.uint8, device=device)
+    at, segments = buffer.data_ptr(), []
+    for span in manifest.spans:
+        segments.append(Segment(at, span.address, span.nbytes))
+        at += -(-span.nbytes // 512) * 512
+    engine = engine_class(engine_name)()
+    engine.open(EngineConfig(device=device))
+    engine.register([Region(buffer.data_ptr(), buffer.numel())])
+    engine.connect(manifest.endpoint, 30.0)
+    cut = list(batches(segments, max_nbytes=engine.limits.max_batch_nbytes, max_items=engine.limits.max_batch_items))
+    for batch in cut:
+        engine.read(manifest.endpoint, batch, 60.0)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line != "go\n":
+            continue
+        paused = threading.Event()
+        threading.Thread(target=lambda paused=paused: (sys.stdin.readline(), paused.set()), daemon=True).start()
+        print("reading", flush=True)
+        copied, began = 0, time.perf_counter()
+        while not paused.is_set():
+            for batch in cut:
+                engine.read(manifest.endpoint, batch, 60.0)
+            copied += manifest.nbytes
+        print(f"rate {copied / 1e9 / (time.perf_counter() - began):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
