@@ -148,7 +148,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                     self._fork(plan, model, collection)
                 return
             except NoSeedAvailable as reason:
-                logger.info("RFork: %s: loading from storage", reason)
+                logger.info("RFork: %s: loading from storage", str(reason))  # as below: an error keeps its frames
             except ForkError as error:
                 self._fell_back(plan, error)
                 if error.mutated:

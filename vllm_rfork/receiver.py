@@ -96,15 +96,20 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
         segments = [segment for segment in paired if segment.local not in request.untouched]
     with times.stage("connect"):
         request.engine.connect(remote.endpoint, request.request_timeout_s)
+    reading = False
     try:
+        with times.stage("epoch"):
+            # Addresses are good within their epoch alone: no byte is read by those of one that is over ...
+            _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
+        reading = True
         with times.stage("read"):
             _read(request, keeper, remote, segments, deadline)
         with times.stage("epoch"):
-            # What was read is the manifest's only if the seed still vouches for it after the last byte.
+            # ... and what was read is the manifest's only if the seed still vouches for it after the last byte.
             _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
         keeper.check()
     except ForkError as error:
-        error.mutated = True
+        error.mutated = error.mutated or reading
         raise
     finally:
         try:

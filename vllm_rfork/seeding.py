@@ -1,36 +1,73 @@
-"""The seeds of this process: begun after a load, withdrawn before their bytes change."""
+"""The seeds of this process: begun after a load, withdrawn before their bytes change, back when they are the same.
+
+Once withdrawn, a seed is gone for good, and with it its epoch and its addresses. What may come is another seed, under
+an epoch of its own, after the worker has found every tensor that it vouched for and digested it anew.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
+from vllm_rfork import plan as plans
 from vllm_rfork.config import Settings
 from vllm_rfork.errors import ForkError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed, SeedConfig
 from vllm_rfork.seed_key import WorkerIdentity
+from vllm_rfork.tensors import Collection
 from vllm_rfork.vllm_compat.workers import withdraw_before_changes
+from vllm_rfork.vouched import Vouched
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Start:
-    """A seed on its way. Once ``withdrawn``, what was captured for it may have changed: it must not come."""
+    """A seed on its way, or there. Once ``withdrawn``, what was captured for it may have changed: it must not come.
 
+    Attributes:
+        vouched: what it offers.
+        found: for a return, the tensors and the digests that they must have.
+        after: the start before this one, whose thread must have ended.
+    """
+
+    plan: LoadPlan
+    vouched: Vouched
+    found: tuple[Collection, list[str]] | None = None
+    after: _Start | None = None
     thread: threading.Thread = field(init=False)
     withdrawn: str = ""
+
+    def begin(self) -> None:
+        """Run in the background."""
+        self.thread = threading.Thread(target=_start, args=(self.plan, self), name="rfork-seed", daemon=True)
+        with _lock:
+            _starting.append(self)
+            self.thread.start()
 
 
 _seeds: list[Seed] = []
 _starting: list[_Start] = []
+#: Withdrawn for a change, and not back yet.
+_absent: list[_Start] = []
 _lock = threading.Lock()
 
 
-def become_seed(plan: LoadPlan) -> None:
-    """Offer what ``plan`` has captured, in the background: the worker goes on starting meanwhile.
+class _Guard:
+    """What the worker's methods tell."""
+
+    def withdraw(self, reason: str, *, last: bool) -> None:
+        withdraw_all(reason, may_return=not last)
+
+    def come_back(self) -> None:
+        come_back()
+
+
+def become_seed(plan: LoadPlan, model: Any) -> None:
+    """Offer what ``plan`` has captured of ``model``, in the background: the worker goes on starting meanwhile.
 
     Logs one WARNING with the reason where that is not possible; never raises a ForkError.
     """
@@ -39,16 +76,44 @@ def become_seed(plan: LoadPlan) -> None:
         logger.log(level, "RFork: this worker is not a seed: %s", plan.no_seed_reason or "no weights were captured")
         plan.attempt.close()
         return
-    withdraw_before_changes(withdraw_all)
-    start = _Start()
-    start.thread = threading.Thread(target=_start, args=(plan, start), name="rfork-seed", daemon=True)
+    withdraw_before_changes(_Guard())
+    keeps = plan.device.type in plans.KEEPS_LOADED
+    _Start(plan, Vouched.of(plan.seed_manifest(), plan.collection, model, keeps=keeps)).begin()
+
+
+def come_back() -> None:
+    """Be the seeds again that a change has withdrawn, in the background, as far as the bytes are what they were.
+
+    Called where the change is over. Finding the tensors is done here, while nothing can change the model; digesting
+    them is not. Logs one WARNING for each that cannot come back.
+    """
     with _lock:
-        _starting.append(start)
-        start.thread.start()
+        absent, _absent[:] = list(_absent), []
+    for start in absent:
+        try:
+            found = start.vouched.again()
+        except ForkError as error:
+            _stays_away(start, error)
+        except Exception:
+            # Whatever becomes of the seed, the worker's method has done its work.
+            logger.exception("RFork: this worker is not a seed again")
+        else:
+            _Start(start.plan, start.vouched, found, start).begin()
+
+
+def _stays_away(start: _Start, error: ForkError) -> None:
+    logger.warning("RFork: this worker is not a seed again: %s: %s", type(error).__name__, error)
+    if start.vouched.kept is not None or start.vouched.hopeless:
+        start.vouched.forget()  # no memory is kept for what will hardly be
+        return
+    with _lock:
+        _absent.append(start)  # a later change may bring the bytes back: after a deep sleep, weights are loaded again
 
 
 def _start(plan: LoadPlan, start: _Start) -> None:
     try:
+        if start.found is not None:
+            _prepare_return(plan, start, *start.found)
         if plan.reopen_engine:
             plan.attempt.reopen_engine()
         seed = _make(plan)
@@ -60,21 +125,56 @@ def _start(plan: LoadPlan, start: _Start) -> None:
         if withdrawn:
             seed.withdraw(withdrawn)
         try:
-            seed.start()  # refuses where it has been withdrawn
+            address = seed.start()  # refuses where it has been withdrawn
         except BaseException:
             with _lock:
                 _seeds[:] = [each for each in _seeds if each is not seed]
             raise
+        if start.after is not None:
+            logger.info("RFork: this worker is a seed again, at %s in a new epoch: its bytes are the same", address)
     except ForkError as error:
-        logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
-        plan.attempt.close()
+        _failed(plan, start, error)
     except Exception:
         # The guard of a background thread: serving goes on without being a seed.
         logger.exception("RFork: this worker is not a seed")
-        plan.attempt.close()
+        _failed(plan, start, None)
     finally:
         plan.attempt.end_intent()
-        plan.collection = None
+        plan.collection, start.found, start.after = None, None, None
+
+
+def _prepare_return(plan: LoadPlan, start: _Start, collection: Collection, digests: list[str]) -> None:
+    """Let the plan hold what was found again, once the thread that used it last has ended.
+
+    Raises:
+        ForkError: that thread hangs; or another change has begun.
+    """
+    settings = plan.settings
+    if start.after is not None:
+        start.after.thread.join(settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec)
+        if start.after.thread.is_alive():
+            start.vouched.forget()
+            raise ForkError("the start of the seed before it still hangs")
+    if start.withdrawn:
+        raise ForkError(start.withdrawn)
+    plan.collection, plan.digests = collection, digests
+    plan.reopen_engine = True  # the engine before belonged to the seed before, and was closed with it
+    plan.attempt.intent = ""  # it was fulfilled, or taken back
+
+
+def _failed(plan: LoadPlan, start: _Start, error: ForkError | None) -> None:
+    """The seed does not come. Withdrawn by a change, it may later; failing by itself, it may where nothing is kept."""
+    plan.attempt.close()
+    with _lock:
+        withdrawn = start.withdrawn
+        if not withdrawn:
+            _starting[:] = [each for each in _starting if each is not start]
+    if withdrawn:
+        logger.info("RFork: this worker is not a seed now: %s", withdrawn)
+    elif start.found is not None and error is not None:
+        _stays_away(start, error)
+    elif error is not None:
+        logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
 
 
 def _make(plan: LoadPlan) -> Seed:
@@ -108,13 +208,21 @@ def seed_port(settings: Settings, identity: WorkerIdentity) -> int:
     return base + 2 * identity.local_rank + int(identity.is_draft) if base else 0
 
 
-def withdraw_all(reason: str) -> None:
-    """Withdraw every seed of this process and wait until no receiver is given its addresses any more."""
+def withdraw_all(reason: str, *, may_return: bool = False) -> None:
+    """Withdraw every seed of this process and wait until no receiver is given its addresses any more.
+
+    ``may_return``: :func:`come_back` will be called when ``reason`` is over; until then, what a seed keeps beside the
+    model stays. Otherwise all of it is let go.
+    """
     with _lock:
         seeds, _seeds[:] = list(_seeds), []
         starting, _starting[:] = list(_starting), []
         for start in starting:
             start.withdrawn = reason
+        if may_return:
+            _absent.extend(start for start in starting if not start.vouched.hopeless)
+        else:
+            _absent.clear()
     for seed in seeds:
         seed.withdraw(reason)
     for start in starting:

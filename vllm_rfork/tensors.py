@@ -80,7 +80,12 @@ def collect(model: nn.Module, device: torch.device) -> Collection:
     Raises:
         ForkError: a tensor has no memory yet, no plain strided memory, or a lot of memory on another device.
     """
-    leaves = list(walk(model))
+    return account(walk(model), device)
+
+
+def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
+    """As :func:`collect`, for the leaves of a walk."""
+    leaves = list(leaves)
     found = [leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor)]
     opaque = tuple(f"{leaf.name} ({leaf.value.kind})" for leaf in leaves if isinstance(leaf.value, Opaque))
     on_device: list[tuple[str, torch.Tensor]] = []

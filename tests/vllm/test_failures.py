@@ -22,7 +22,7 @@ from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, ex
 from tests.vllm.engine_process import free_port, load_digested, vllm_config
 from vllm_rfork import plan
 from vllm_rfork.background import background
-from vllm_rfork.engines.memory import open_engines
+from vllm_rfork.engines.memory import MemoryEngine, open_engines
 from vllm_rfork.errors import ConfigError
 
 pytestmark = pytest.mark.vllm
@@ -241,16 +241,37 @@ def test_a_seed_whose_manifest_lies(
             eventually(lambda: "/put_seed" in calls, "the lease is released")
 
 
-def test_a_seed_that_changed_its_epoch_while_it_was_read(
-    model_a: Path, default_a: Any, rfork_log: LogRecords, seed: SeedProcess
+@pytest.mark.parametrize("asked", ["before the first byte", "after the last"])
+def test_a_seed_that_changed_its_epoch(
+    asked: str,
+    model_a: Path,
+    default_a: Any,
+    rfork_log: LogRecords,
+    seed: SeedProcess,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def change(path: str, data: Any) -> Any:
-        return {"epoch": "next", "status": "ok"} if path == "/rfork_epoch" else data
+    """Addresses are good for one epoch: where it is over no byte is read, or what was read is thrown away."""
+    true_answers = 0 if asked == "before the first byte" else 1
+    reads: list[int] = []
+    read = MemoryEngine.read
 
+    def noting(self: Any, endpoint: str, segments: Any, timeout_s: float) -> None:
+        reads.append(len(segments))
+        read(self, endpoint, segments, timeout_s)
+
+    def change(path: str, data: Any) -> Any:
+        nonlocal true_answers
+        if path != "/rfork_epoch":
+            return data
+        true_answers -= 1
+        return data if true_answers >= 0 else {"epoch": "next", "status": "ok"}
+
+    monkeypatch.setattr(MemoryEngine, "read", noting)
     with fakes.http_server(fakes.seed_in_between(seed.said["seeds"][0], change)) as between:
         address = between.removeprefix("http://") + ":0"
         with fakes.http_server(fakes.planner_that_grants(address, [])) as url:
             falls_back(model_a, default_a, url, rfork_log, cause="epoch")
+    assert bool(reads) == (asked == "after the last")
 
 
 def test_a_lease_that_is_taken_back_while_reading(

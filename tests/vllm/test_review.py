@@ -283,7 +283,7 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
     request: Any = SimpleNamespace(
         local=SimpleNamespace(engine="memory", seed_key="k", fingerprint="f"),
         engine=Stuck(),
-        seeds=SimpleNamespace(manifest=lambda *args: None),
+        seeds=SimpleNamespace(manifest=lambda *args: None, confirm_epoch=lambda *args: None),
         request_timeout_s=1.0,
         timeout_s=5.0,
         max_batch_nbytes=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,38 +11,149 @@ from vllm_rfork.vllm_compat.workers import CHANGES_WEIGHTS, withdraw_before_chan
 
 pytestmark = pytest.mark.vllm
 
-_calls: list[str] = []
+BACK = "back"
+
+
+class Log:
+    """Stands for the seeds of a process; methods enter themselves beside it."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def withdraw(self, reason: str, *, last: bool) -> None:
+        self.lines.append(f"withdrawn{' for good' if last else ''}: {reason}")
+
+    def come_back(self) -> None:
+        self.lines.append(BACK)
+
+    @property
+    def calls(self) -> list[str]:
+        """What happened, without the withdrawals."""
+        return [line for line in self.lines if not line.startswith("withdrawn")]
 
 
 @pytest.fixture
-def worker_class() -> Any:
+def log() -> Log:
+    return Log()
+
+
+def method(log: Log, name: str) -> Any:
+    def called(self: Any, *args: Any, fails: bool = False, **kwargs: Any) -> str:
+        log.lines.append(name)
+        if fails:
+            raise RuntimeError(f"{name} fails")
+        return f"{name} returned {args} {kwargs}"
+
+    return called
+
+
+def worker(log: Log, *names: str, extension: type | None = None) -> Any:
+    """A platform's worker with these methods, wrapped."""
     from vllm.v1.worker.worker_base import WorkerBase
 
-    def method(name: str) -> Any:
-        def called(self: Any, *args: Any, **kwargs: Any) -> str:
-            _calls.append(name)
-            return f"{name} returned {args} {kwargs}"
-
-        return called
-
-    return type("PlatformWorker", (WorkerBase,), {name: method(name) for name in (*CHANGES_WEIGHTS, "execute_model")})
+    methods = {name: method(log, name) for name in (names or (*CHANGES_WEIGHTS, "execute_model"))}
+    cls = type("PlatformWorker", (WorkerBase,), methods)
+    if extension is not None:
+        cls.__bases__ = (*cls.__bases__, extension)  # as vLLM mixes it in
+    withdraw_before_changes(log)
+    withdraw_before_changes(Log())  # the first one stays
+    return object.__new__(cls)
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES_WEIGHTS))
-def test_the_seed_is_withdrawn_before_the_method_runs(name: str, worker_class: Any) -> None:
-    _calls.clear()
-    withdraw_before_changes(lambda reason: _calls.append(f"withdrawn: {reason}"))
-    withdraw_before_changes(lambda reason: _calls.append("a second time"))
-    worker = object.__new__(worker_class)
-    assert getattr(worker, name)(1, a=2) == f"{name} returned (1,) {{'a': 2}}"
-    assert _calls == [f"withdrawn: {CHANGES_WEIGHTS[name]}", name]
+def test_the_seed_is_withdrawn_before_the_method_runs(name: str, log: Log) -> None:
+    assert getattr(worker(log), name)(1, a=2) == f"{name} returned (1,) {{'a': 2}}"
+    change = CHANGES_WEIGHTS[name]
+    ended = not change.last and not change.begins
+    last = " for good" if change.last else ""
+    assert log.lines == [f"withdrawn{last}: {change.reason}", name, *[BACK][: int(ended)]]
 
 
-def test_serving_is_left_alone(worker_class: Any) -> None:
-    _calls.clear()
-    withdraw_before_changes(_calls.append)
-    object.__new__(worker_class).execute_model()
-    assert _calls == ["execute_model"]
+def test_serving_is_left_alone(log: Log) -> None:
+    worker(log).execute_model()
+    assert log.lines == ["execute_model"]
+
+
+#: Calls in order; ``!`` marks one that fails, ``<-`` the moments at which the worker may be a seed again.
+SEQUENCES = {
+    "asleep until it wakes up": "sleep reload_weights update_config wake_up <-",
+    "the KV cache alone wakes up": "sleep wake_up:kv_cache reload_weights wake_up:weights <- wake_up:kv_cache",
+    "memory other than weights is discarded": "discard:kv_cache reload_weights <-",
+    "weights are discarded": "discard:weights reload_weights wake_up <-",
+    "a wake-up that fails": "sleep wake_up! wake_up <-",
+    "an update in three steps": "start_weight_update update_weights update_weights finish_weight_update <-",
+    "a draft's update": "start_draft_weight_update update_weights finish_weight_update <-",
+    "an update that is not begun": "start_weight_update! <-",
+    "an update that breaks off": "start_weight_update update_weights! <- reload_weights <-",
+    "an update that is not finished": "start_weight_update finish_weight_update! update_config finish_weight_update <-",
+    "an update while asleep": "sleep start_weight_update update_weights finish_weight_update wake_up <-",
+    "zeroes until weights are loaded": "reset_weights update_config reload_weights <-",
+    "zeroes until weights are sent": "reset_weights start_weight_update finish_weight_update <-",
+    "a reload that fails": "reload_weights! <-",
+    "a function that reads or writes": "apply_model <- apply_model! <-",
+    "never again": "shutdown load_model elastic_ep_execute reinitialize_distributed checkpoint_prepare",
+}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES.keys())
+def test_it_may_be_a_seed_again_when_no_change_is_open(sequence: str, log: Log) -> None:
+    one = worker(log)
+    expected: list[str] = []
+    for step in sequence.split():
+        if step == "<-":
+            expected.append(BACK)
+            continue
+        name, _, tag = step.rstrip("!").partition(":")
+        expected.append(name)
+        with contextlib.suppress(RuntimeError):
+            getattr(one, name)(*[[tag]] * bool(tag), fails=step.endswith("!"))
+    assert log.calls == expected
+
+
+def test_before_there_was_a_last_method_one_call_was_a_whole_update(log: Log) -> None:
+    """vLLM before ``finish_weight_update``."""
+    worker(log, "reset_weights", "update_weights").update_weights()
+    assert log.calls == ["update_weights", BACK]
+
+
+def test_a_method_inside_another_does_not_end_its_change(log: Log) -> None:
+    """Platform workers call their base class's method of the same name, and methods call each other."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    class Base(WorkerBase):  # type: ignore[misc]
+        def reload_weights(self) -> None:
+            log.lines.append("base")
+
+    class Platform(Base):
+        def reload_weights(self) -> None:
+            super().reload_weights()
+            self.update_config()
+            log.lines.append("platform")
+
+        def update_config(self) -> None:
+            log.lines.append("config")
+
+    withdraw_before_changes(log)
+    object.__new__(Platform).reload_weights()
+    assert log.calls == ["base", "config", "platform", BACK]
+
+
+def test_what_a_worker_extension_adds_is_taken_for_a_change(log: Log) -> None:
+    """``worker_extension_cls`` is how training frameworks write weights into workers."""
+
+    class Extension:
+        def write_weights(self) -> str:
+            log.lines.append("write_weights")
+            return "written"
+
+        def _helper(self) -> str:
+            return "helped"
+
+    one = worker(log, "sleep", "wake_up", extension=Extension)
+    assert one.write_weights() == "written"
+    assert log.lines == ["withdrawn: the worker extension's write_weights is called", "write_weights", BACK]
+    assert one._helper() == "helped"
+    assert len(log.lines) == 3
 
 
 def test_the_methods_exist_on_vllms_own_workers() -> None:
@@ -50,5 +162,6 @@ def test_the_methods_exist_on_vllms_own_workers() -> None:
 
     found = {name for name in CHANGES_WEIGHTS if hasattr(CPUWorker, name)}
     assert set(CHANGES_WEIGHTS) - found == {"reinitialize_distributed"}  # before 0.20
-    wrapped = withdraw_before_changes(lambda reason: None)
-    assert {"CPUWorker.sleep", "Worker.reload_weights", "Worker.shutdown"} <= set(wrapped)
+    wrapped = withdraw_before_changes(Log())
+    expected = {"CPUWorker.sleep", "Worker.reload_weights", "Worker.shutdown", "WorkerBase.apply_model"}
+    assert expected <= set(wrapped)

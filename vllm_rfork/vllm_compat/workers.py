@@ -1,65 +1,168 @@
-"""The worker methods that change weights or let their memory go, each wrapped to withdraw the seed first."""
+"""The worker methods that change weights or let their memory go.
+
+Each is wrapped: the seed withdraws first, and where the method has ended the change, the worker is asked whether it
+can vouch for its weights again. Some changes last from one method to another: a worker sleeps until it wakes up, and
+an update is over when its last method says so. Must not decide what the weights are worth: whoever is called does.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import threading
+import types
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-#: Worker method → what the log says. Read in vLLM 0.32's and vLLM-Ascend 0.23's workers; absent ones are skipped.
-#: ``init_weight_transfer_engine`` changes nothing yet, but announces that somebody will.
-CHANGES_WEIGHTS: dict[str, str] = {
-    "sleep": "the worker goes to sleep",
-    "wake_up": "the worker wakes up",
-    "discard": "the worker discards memory",
-    "checkpoint_prepare": "the worker's process is being checkpointed",
-    "reload_weights": "weights are reloaded",
-    "reset_weights": "weights are reset",
-    "update_config": "the model or load configuration changes",
-    "init_weight_transfer_engine": "weight transfer starts",
-    "start_weight_update": "weights are updated",
-    "start_draft_weight_update": "weights are updated",
-    "update_weights": "weights are updated",
-    "elastic_ep_execute": "expert parallelism is reconfigured",
-    "reinitialize_distributed": "expert parallelism is reconfigured",
-    "save_tensorized_model": "weights are rewritten for tensorizer",
-    "load_model": "the model is loaded again",
-    "shutdown": "the worker shuts down",
+#: Changes that last beyond the method that begins them.
+ASLEEP, UPDATING, EMPTIED = "asleep", "updating", "emptied"
+
+#: Part of vLLM's sleep mode that concerns weights; the other parts are the KV cache and scratch.
+_WEIGHTS_TAG = "weights"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a worker method does to weights.
+
+    Attributes:
+        reason: what the log says.
+        begins: a change that the method leaves open, if it is one.
+        ends: changes that are over when the method has returned.
+        ends_failing: changes that are over when it has raised.
+        last: after it the weights are not those of the seed's key any more, or the memory is gone: there is no
+            coming back.
+    """
+
+    reason: str
+    begins: str = ""
+    ends: tuple[str, ...] = ()
+    ends_failing: tuple[str, ...] = ()
+    last: bool = False
+
+
+#: Read in vLLM 0.32's and vLLM-Ascend 0.23's workers; absent ones are skipped.
+CHANGES_WEIGHTS: dict[str, Change] = {
+    "sleep": Change("the worker goes to sleep", begins=ASLEEP),
+    "discard": Change("the worker discards memory", begins=ASLEEP),
+    "wake_up": Change("the worker wakes up", ends=(ASLEEP,)),
+    # The process may go on elsewhere, with other addresses and under another name.
+    "checkpoint_prepare": Change("the worker's process is being checkpointed", last=True),
+    "reload_weights": Change("weights are reloaded", ends=(EMPTIED,)),
+    "reset_weights": Change("weights are reset", begins=EMPTIED),
+    "update_config": Change("the model or load configuration changes"),
+    # Changes nothing yet, but announces that somebody will.
+    "init_weight_transfer_engine": Change("weight transfer starts"),
+    "start_weight_update": Change("weights are updated", begins=UPDATING, ends_failing=(UPDATING,)),
+    "start_draft_weight_update": Change("weights are updated", begins=UPDATING, ends_failing=(UPDATING,)),
+    # Before vLLM had ``finish_weight_update`` this was all of an update: see ``_change_of``.
+    "update_weights": Change("weights are updated", begins=UPDATING, ends_failing=(UPDATING,)),
+    "finish_weight_update": Change("weights are updated", ends=(UPDATING, EMPTIED)),
+    # A worker's rank and the number of ranks are part of what its weights are.
+    "elastic_ep_execute": Change("expert parallelism is reconfigured", last=True),
+    "reinitialize_distributed": Change("expert parallelism is reconfigured", last=True),
+    "save_tensorized_model": Change("weights are rewritten for tensorizer"),
+    "apply_model": Change("a function is applied to the model"),
+    # The load that follows makes a seed of its own.
+    "load_model": Change("the model is loaded again", last=True),
+    "shutdown": Change("the worker shuts down", last=True),
 }
 
 _MARK = "__rfork_withdraws_first__"
 
 
-def withdraw_before_changes(withdraw: Callable[[str], None]) -> list[str]:
+class Guard(Protocol):
+    """Whoever knows the seeds of this process. Neither method may raise."""
+
+    def withdraw(self, reason: str, *, last: bool) -> None:
+        """Be no seed any more when this returns; ``last``: for good."""
+
+    def come_back(self) -> None:
+        """No change is open any more: be a seed again if the weights are what they were."""
+
+
+class Changes:
+    """Which changes are going on in this process, in methods that call each other and from method to method."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._lock = threading.Lock()
+        self._running = 0
+        self._open: set[str] = set()
+
+    def run(self, change: Change, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``method`` with the seed withdrawn, and let it come back after the outermost one."""
+        with self._lock:
+            self._running += 1
+            self._open.update({change.begins} - {""})
+        self._guard.withdraw(change.reason, last=change.last)
+        ended = change.ends_failing
+        try:
+            returned = method(*args, **kwargs)
+            ended = change.ends
+            return returned
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._open.difference_update(ended)
+                over = not self._running and not self._open and not change.last
+            if over:
+                self._guard.come_back()
+
+
+def withdraw_before_changes(guard: Guard) -> list[str]:
     """Wrap every such method on every worker class of this process; returns the names that are wrapped now.
 
-    Idempotent. ``withdraw`` must not raise; it gets the reason.
+    So are the methods that ``worker_extension_cls`` adds: what they do is unknown, and writing weights is what they
+    are for. Idempotent: the first guard stays.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
     wrapped: list[str] = []
+    changes = Changes(guard)
     for cls in _subclasses(WorkerBase):
-        for name, reason in CHANGES_WEIGHTS.items():
-            method = vars(cls).get(name)
-            if callable(method):
-                if not hasattr(method, _MARK):
-                    setattr(cls, name, _withdrawing(method, reason, withdraw))
-                wrapped.append(f"{cls.__name__}.{name}")
+        for name, change in CHANGES_WEIGHTS.items():
+            wrapped += _wrap(cls, name, change, changes)
+    for cls in _extensions(WorkerBase):
+        for name in vars(cls):
+            if not name.startswith("_"):
+                wrapped += _wrap(cls, name, Change(f"the worker extension's {name} is called"), changes)
     logger.debug("RFork: these worker methods withdraw the seed first: %s", ", ".join(wrapped))
     return wrapped
 
 
-def _withdrawing(method: Callable[..., Any], reason: str, withdraw: Callable[[str], None]) -> Callable[..., Any]:
+def _wrap(cls: type, name: str, change: Change, changes: Changes) -> list[str]:
+    method = vars(cls).get(name)
+    if not isinstance(method, types.FunctionType):
+        return []
+    if not hasattr(method, _MARK):
+        setattr(cls, name, _withdrawing(name, method, change, changes))
+    return [f"{cls.__name__}.{name}"]
+
+
+def _withdrawing(name: str, method: Callable[..., Any], change: Change, changes: Changes) -> Callable[..., Any]:
     @functools.wraps(method)
-    def withdrawing(*args: Any, **kwargs: Any) -> Any:
-        withdraw(reason)
-        return method(*args, **kwargs)
+    def withdrawing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in ("wake_up", "discard") and _spares_weights(*args, **kwargs):
+            return method(self, *args, **kwargs)
+        return changes.run(_change_of(name, change, self), method, self, *args, **kwargs)
 
     setattr(withdrawing, _MARK, True)
     return withdrawing
+
+
+def _change_of(name: str, change: Change, worker: Any) -> Change:
+    if name == "update_weights" and not hasattr(worker, "finish_weight_update"):
+        return Change(change.reason, ends=(EMPTIED,))
+    return change
+
+
+def _spares_weights(tags: Any = None, *args: Any, **kwargs: Any) -> bool:
+    """Whether sleep mode is told to leave weights as they are; without tags it means everything."""
+    return isinstance(tags, (list, tuple, set, frozenset)) and _WEIGHTS_TAG not in tags
 
 
 def _subclasses(root: type) -> list[type]:
@@ -67,3 +170,14 @@ def _subclasses(root: type) -> list[type]:
     for cls in found:  # grows while it is walked
         found.extend(set(cls.__subclasses__()) - set(found))
     return found
+
+
+def _extensions(root: type) -> list[type]:
+    """Classes that were mixed into worker classes from outside vLLM, with all that they inherit from."""
+    bases = {base for cls in _subclasses(root) for base in cls.__mro__}
+    outside = [base for base in bases if not issubclass(base, root) and not _is_vllms(base)]
+    return sorted(outside, key=lambda cls: cls.__qualname__)
+
+
+def _is_vllms(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("builtins", "typing", "abc", "vllm", "vllm_ascend")
