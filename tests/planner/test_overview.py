@@ -54,7 +54,8 @@ async def test_it_shows_who_does_what_and_since_when(fleet: Fleet) -> None:
 async def test_seeds_in_trouble_and_keys_with_a_line_come_first(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(failures=1, backoff_s=60)
     for number in range(8):
-        await fleet.announce(number, key="calm")
+        await fleet.announce(number, key="a calm one")
+    await fleet.lease("a calm one")
     await fleet.announce(10, key="bad")
     await fleet.announce(11, key="bad")
     await fleet.fail(await fleet.lease("bad"))
@@ -64,7 +65,7 @@ async def test_seeds_in_trouble_and_keys_with_a_line_come_first(make_fleet: Make
     with pytest.raises(Exception, match="draining"):
         await fleet.store.withdraw("line", held.seed)
     shown = await fleet.store.overview(limit=10)
-    assert [each["key"] for each in shown["keys"]] == ["line", "bad", "calm"]
+    assert [each["key"] for each in shown["keys"]] == ["line", "bad", "a calm one"]
     assert [each["seed"] for each in shown["seeds"]][:2] == [str(seed(20)), str(seed(10))]
     assert (shown["seeds"][0]["draining"], shown["seeds"][1]["aside_s"]) == (True, 60.0)
     assert (shown["fleet"]["aside"], shown["fleet"]["draining"], shown["fleet"]["seeds"]) == (1, 1, 11)
