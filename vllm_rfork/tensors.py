@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.devices.blocks import merge_into_blocks
+from vllm_rfork.devices.choice import device_side
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
 from vllm_rfork.walk import Leaf, Opaque, walk
@@ -104,9 +107,10 @@ def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
                 f"tensor {leaf.name} has {tensor.numel() * tensor.element_size()} bytes on {tensor.device}, where the "
                 f"engine for {device} cannot reach them (offloaded weights cannot be forked)"
             )
-    spans, span_of = _spans(on_device)
-    regions, span_regions = _regions(spans)
-    entries = tuple(_entry(leaf, spans, span_of, inline, empty) for leaf in found)
+    side = device_side(device)
+    spans, span_of = _spans(on_device, side)
+    regions, span_regions = _regions(spans, side)
+    entries = tuple(_entry(leaf, spans, span_of, inline, empty, side=side) for leaf in found)
     integers = {name: tensor for name, tensor in on_device if _may_be_addresses(tensor)}
     return Collection(entries, spans, regions, span_regions, inline, opaque, integers)
 
@@ -151,16 +155,9 @@ def _may_be_addresses(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.uint64) and tensor.numel() <= MAX_ADDRESSES
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and one-past-last byte address that the elements of a non-empty tensor occupy."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _spans(tensors: list[tuple[str, torch.Tensor]]) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
+def _spans(tensors: list[tuple[str, torch.Tensor]], side: DeviceSide) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
     """Merge overlapping tensors into spans, numbered in the order in which the walk first meets them."""
-    extents = sorted((*_extent(tensor), number) for number, (_, tensor) in enumerate(tensors))
+    extents = sorted((*side.extent(tensor), number) for number, (_, tensor) in enumerate(tensors))
     groups: list[tuple[int, int, list[int]]] = []
     for start, end, number in extents:
         if groups and start < groups[-1][1]:
@@ -172,23 +169,36 @@ def _spans(tensors: list[tuple[str, torch.Tensor]]) -> tuple[tuple[LocalSpan, ..
     spans: list[LocalSpan] = []
     span_of: dict[str, int] = {}
     for index, (start, end, members) in enumerate(groups):
-        spans.append(LocalSpan(start, end - start, _bytes_of([tensors[number] for number in members], start, end)))
+        data = _bytes_of([tensors[number] for number in members], start, end, side)
+        spans.append(LocalSpan(start, end - start, data))
         span_of.update({tensors[number][0]: index for number in members})
     return tuple(spans), span_of
 
 
-def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int) -> torch.Tensor:
+def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int, side: DeviceSide) -> torch.Tensor:
     for _, tensor in members:
         storage = tensor.untyped_storage()
         base = storage.data_ptr()
         if base <= start and end <= base + storage.nbytes():
-            data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            return data.set_(storage, start - base, (end - start,), (1,))
+            return side.bytes_of(tensor, start, end)
     raise ForkError("tensors " + ", ".join(name for name, _ in members) + " overlap without sharing one storage")
 
 
-def _regions(spans: tuple[LocalSpan, ...]) -> tuple[tuple[Region, ...], tuple[int, ...]]:
-    """One region per storage, from its first to its last span: registering is paid per region."""
+def _regions(spans: tuple[LocalSpan, ...], side: DeviceSide) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+    """Few regions for many spans: registering is paid per region.
+
+    Where an allocator keeps blocks, spans that lie close together in one; elsewhere those of one storage.
+    """
+    regions, span_regions = _of_storages(spans)
+    blocks = side.blocks() if regions else []
+    if not blocks:
+        return regions, span_regions
+    merged, index = merge_into_blocks(regions, blocks)
+    return merged, tuple(index[region] for region in span_regions)
+
+
+def _of_storages(spans: tuple[LocalSpan, ...]) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+    """One region per storage, from its first to its last span."""
     bounds: dict[int, tuple[int, int]] = {}
     for span in spans:
         base = span.data.untyped_storage().data_ptr()
@@ -208,6 +218,8 @@ def _entry(
     span_of: dict[str, int],
     inline: dict[str, torch.Tensor],
     empty: set[str],
+    *,
+    side: DeviceSide,
 ) -> TensorEntry:
     tensor: torch.Tensor = leaf.value
     name = leaf.name
@@ -219,6 +231,7 @@ def _entry(
         stride=tuple(tensor.stride()),
         span=number,
         offset=tensor.data_ptr() - spans[number].address if number != -1 else 0,
+        format=side.private_format(tensor.detach()) if number != -1 else 0,
         inline=_raw(inline[name]) if name in inline else None,
     )
 

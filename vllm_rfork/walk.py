@@ -38,6 +38,12 @@ SCRATCH = {
     "expert_load_view": "EPLB statistics",
     "logical_to_physical_map": "EPLB bookkeeping",
     "logical_replica_count": "EPLB bookkeeping",
+    "key_cache": "vLLM-Ascend binds the KV cache to attention implementations",
+    "value_cache": "vLLM-Ascend binds the KV cache to attention implementations",
+    "o_proj_full_pool": "vLLM-Ascend gathers into it in every step",
+    "o_proj_full_gather_pool": "vLLM-Ascend gathers into it in every step",
+    "moe_load": "vLLM-Ascend's EPLB statistics",
+    "load_counter": "vLLM-Ascend's EPLB statistics",
 }
 
 #: Classes of vLLM that stand where a layer is left out, and keep it on the meta device: another pipeline stage has it,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vllm_rfork.devices.choice import device_side
+from vllm_rfork.vllm_compat import ascend
 
 
 def storage_loader(load_config: Any, load_format: str, passed_through: dict[str, Any]) -> Any:
@@ -115,11 +116,23 @@ def never_a_seed(vllm_config: Any) -> str:
     """Why workers with this configuration must not offer their weights; empty where they may."""
     if getattr(vllm_config.parallel_config, "enable_eplb", False):
         return "expert load balancing moves weights while serving (enable_eplb)"
-    additional = getattr(vllm_config, "additional_config", None) or {}
-    eplb = additional.get("eplb_config") if isinstance(additional, dict) else None
-    if isinstance(eplb, dict) and (eplb.get("dynamic_eplb") or eplb.get("expert_map_record_path")):
-        return "expert load balancing moves weights while serving (additional_config eplb_config)"
-    return ""
+    return ascend.moves_weights(getattr(vllm_config, "additional_config", None))
+
+
+def unregistrable(vllm_config: Any, device: torch.device) -> str:
+    """Why engines cannot keep this worker's weights registered, as far as settings tell; empty where they can.
+
+    :meth:`~vllm_rfork.devices.base.DeviceSide.unregistrable` tells more once the weights lie somewhere.
+    """
+    if device.type == "cpu":
+        return ""
+    for option in ("enable_sleep_mode", "enable_cumem_allocator"):
+        if getattr(vllm_config.model_config, option, False):
+            return (
+                f"weights lie in a pool of their own, whose memory is unmapped while the worker sleeps and which other "
+                f"processes cannot open ({option})"
+            )
+    return device_side(device).unregistrable()
 
 
 def is_first_rank() -> bool:

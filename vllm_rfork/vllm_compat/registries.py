@@ -8,10 +8,12 @@ they were before the attempt, not cleared: the target model may already live the
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from vllm_rfork.vllm_compat import ascend
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Registries:
 
     _mappings: list[tuple[dict[Any, Any], dict[Any, Any]]]
     _lists: list[tuple[list[Any], list[Any]]]
+    _attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     @classmethod
     def capture(cls, vllm_config: Any) -> Registries:
@@ -27,7 +30,15 @@ class Registries:
         compilation = vllm_config.compilation_config
         mappings = [compilation.static_forward_context, _rope_cache(), _compile_hooks()]
         lists = [compilation.static_all_moe_layers] if hasattr(compilation, "static_all_moe_layers") else []
-        return cls([(live, dict(live)) for live in mappings], [(live, list(live)) for live in lists])
+        attributes: list[tuple[Any, str, Any]] = []
+        for holder, name, value in ascend.process_wide():
+            if isinstance(value, dict):
+                mappings.append(value)
+            elif isinstance(value, list):
+                lists.append(value)
+            else:
+                attributes.append((holder, name, value))
+        return cls([(live, dict(live)) for live in mappings], [(live, list(live)) for live in lists], attributes)
 
     def storages(self) -> frozenset[int]:
         """Addresses of the storages behind the tensors of modules that a model built from now on may share."""
@@ -42,6 +53,8 @@ class Registries:
             mapping.update(before)
         for sequence, earlier in self._lists:
             sequence[:] = earlier
+        for holder, name, value in self._attributes:
+            setattr(holder, name, value)
 
 
 def _rope_cache() -> dict[Any, Any]:

@@ -1,0 +1,131 @@
+"""What vLLM-Ascend does differently from vLLM and a fork has to know. Read in its releases 0.18 and 0.23.
+
+``docs/ascend.md`` tells line by line what was read where; ``tests/ascend`` holds the names below to what the published
+releases have. Nothing here imports ``vllm_ascend``: where its modules are not loaded, there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_rfork.errors import VerificationError
+
+logger = logging.getLogger(__name__)
+
+#: The method by which an MoE layer with overlapped shared experts compares, on random input and at the end of its own
+#: post-processing, two ways to compute them. Dummy weights give NaN in both, which are never equal.
+SHARED_EXPERT_CHECK = "_validate_shared_expert_consistency"
+
+#: Tensors that a class holds, not a module, and which no walk of a model meets. Why none of them has to travel:
+CLASS_LEVEL: dict[str, str] = {
+    "q_hadamard": "a constant that every process computes from the number 128 while post-processing",
+    "k_hadamard": "a constant that every process computes from the number 128 while post-processing",
+    "hadamard": "a constant that the metadata builder computes from the head's size after loading",
+    "o_proj_full_pool": "gathered into anew in every step that uses it",
+    "o_proj_full_pools": "gathered into anew in every step that uses it",
+    "wo_a_full_pool": "gathered into anew in every step that uses it",
+    "wo_a_full_weight_scale_pool": "gathered into anew in every step that uses it",
+    "wo_b_full_pool": "gathered into anew in every step that uses it",
+    "wo_b_full_weight_scale_pool": "gathered into anew in every step that uses it",
+}
+
+#: What construction enters into process-wide places, ``module`` → dotted names in it. Containers are put back by
+#: content, everything else by value. The rotary tables are the reason that is not cosmetic: the first model's table is
+#: kept for the life of the process, and a fork that went wrong has written to it. The counters number MoE layers, and
+#: expert maps are looked up by that number.
+PROCESS_WIDE: dict[str, tuple[str, ...]] = {
+    "vllm_ascend.ops.rotary_embedding": ("_cos_sin_cache", "_cos_cache", "_sin_cache"),
+    "vllm_ascend.ops.fused_moe.fused_moe": ("AscendFusedMoE.moe_counter", "AscendMoERunner.moe_counter"),
+    "vllm_ascend.ops.fused_moe.fused_moe_0_23_0": ("AscendFusedMoE.moe_counter",),
+    "vllm_ascend.eplb.adaptor.vllm_adaptor": ("VllmEplbAdaptor._registered_moe_layers",),
+    "vllm_ascend.ops.layer_shard_linear": ("_series_dict", "_layer_external_dict"),
+    "vllm_ascend.ops.flashcomm2_oshard_manager": ("flashcomm2_oshard_manager._shard_layers",),
+}
+
+
+@dataclass
+class PostponedChecks:
+    """What :func:`postpone_checks` keeps off dummy weights, and :meth:`run` makes up for."""
+
+    _silenced: list[nn.Module] = field(default_factory=list)
+    _asked: list[nn.Module] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Put every check back, and run those that post-processing asked for, on the weights that are there now.
+
+        Raises:
+            VerificationError: one failed; ``mutated``.
+        """
+        silenced, self._silenced = self._silenced, []
+        for module in silenced:
+            vars(module).pop(SHARED_EXPERT_CHECK, None)
+        asked, self._asked = self._asked, []
+        for module in asked:
+            try:
+                getattr(module, SHARED_EXPERT_CHECK)()
+            except Exception as error:
+                raise VerificationError(f"vLLM-Ascend's own check of shared experts failed: {error}") from error
+
+
+def postpone_checks(model: nn.Module) -> PostponedChecks:
+    """Keep post-processing from checking what dummy weights compute, until :meth:`PostponedChecks.run`."""
+    checks = PostponedChecks()
+    for module in model.modules():
+        if callable(getattr(module, SHARED_EXPERT_CHECK, None)):
+            # The wrapper around post-processing looks it up on the instance when it calls it.
+            vars(module)[SHARED_EXPERT_CHECK] = functools.partial(checks._asked.append, module)
+            checks._silenced.append(module)
+    return checks
+
+
+def moves_weights(additional_config: Any) -> str:
+    """Why these settings of vLLM-Ascend let weights change place or content while serving; empty where they do not."""
+    if not isinstance(additional_config, Mapping):
+        return ""
+    eplb = additional_config.get("eplb_config")
+    # A map of experts switches dynamic balancing on as well.
+    if isinstance(eplb, Mapping) and any(
+        eplb.get(key) for key in ("dynamic_eplb", "expert_map_path", "expert_map_record_path")
+    ):
+        return "expert load balancing moves weights while serving (additional_config eplb_config)"
+    if sharded := additional_config.get("layer_sharding"):
+        return f"layers' weights are broadcast into shared windows while serving (layer_sharding {sharded})"
+    return ""
+
+
+def process_wide() -> Iterator[tuple[Any, str, Any]]:
+    """What construction has entered process-wide until now: the holder, the attribute's name, and its value."""
+    for module_name, names in PROCESS_WIDE.items():
+        module = sys.modules.get(module_name)
+        if module is None:
+            continue
+        for dotted in names:
+            owner, _, name = dotted.rpartition(".")
+            holder = getattr(module, owner, None) if owner else module
+            if hasattr(holder, name):
+                yield holder, name, getattr(holder, name)
+
+
+def class_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that the classes of ``model``'s modules and attention implementations hold, by class and attribute."""
+    classes = {type(thing) for module in model.modules() for thing in (module, getattr(module, "impl", None))}
+    return {
+        f"{kind.__name__}.{name}": value
+        for of in sorted(classes, key=lambda kind: (kind.__module__, kind.__qualname__))
+        for kind in of.__mro__
+        for name, value in vars(kind).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def unknown_class_tensors(model: nn.Module) -> list[str]:
+    """Those of :func:`class_tensors` that :data:`CLASS_LEVEL` does not account for: they may be weights."""
+    return sorted(name for name in class_tensors(model) if name.rpartition(".")[2] not in CLASS_LEVEL)
