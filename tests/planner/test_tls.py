@@ -7,8 +7,11 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from click.testing import CliRunner
 
 from tests.authority import Authority
+from tests.planner.processes import PlannerUnderTest
+from vllm_rfork.cli import main
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.planner.access import ServerTls, Tokens
 from vllm_rfork.planner.app import PlannerProcess
@@ -71,3 +74,35 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=field):
             ServerTls(*given)
+
+
+def test_the_terminals_commands_have_token_and_certificate_from_the_environment(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = map(str, authority.issue("planner"))
+    token = tmp_path / "token"
+    token.write_text("s3cret-of-the-fleet\n")
+    flags = ("--tls-cert", cert, "--tls-key", key, "--tls-client-ca", str(authority.file), "--token-file", str(token))
+    planner = PlannerUnderTest(*flags).until_ready()
+    try:
+        url = f"https://localhost:{planner.port}"
+        own_cert, own_key = map(str, authority.issue("operator"))
+        whole = {
+            "RFORK_TOKEN": None,
+            "RFORK_TOKEN_FILE": str(token),
+            "RFORK_TLS_CA_FILE": str(authority.file),
+            "RFORK_TLS_CERT_FILE": own_cert,
+            "RFORK_TLS_KEY_FILE": own_key,
+        }
+        done = CliRunner().invoke(main, ["seeds", "--url", url, "--json"], env=whole)
+        assert (done.exit_code, done.output.strip()) == (0, "[]")
+        for missing, advice in (
+            ("RFORK_TOKEN_FILE", "RFORK_TOKEN_FILE"),
+            ("RFORK_TLS_CA_FILE", "rfork_tls_ca_file"),
+            ("RFORK_TLS_KEY_FILE", "rfork_tls_cert_file"),
+        ):
+            done = CliRunner().invoke(main, ["seeds", "--url", url], env={**whole, missing: None})
+            assert done.exit_code != 0
+            assert advice in done.output
+            assert "s3cret" not in done.output
+    finally:
+        planner.stop()

@@ -1,0 +1,233 @@
+"""What a starting worker tells its planner: where it stands, that it will be a seed, and that it will be none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.unit.interop_planners import free_port, serve
+from vllm_rfork import own_address
+from vllm_rfork.attempt import Attempt
+from vllm_rfork.clients import PlannerClient
+from vllm_rfork.config import Settings, parse_config
+from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.errors import ConfigError, NoSeedAvailable
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.own_address import advertise_host
+from vllm_rfork.planner.access import Tokens
+from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.settings import settings_from
+
+KEY = "/models/q$prod$kv_both$0$0"
+WITHIN_S = 30.0
+
+
+def settings(url: str, **more: Any) -> Settings:
+    return parse_config({"rfork_scheduler_url": url, "rfork_request_timeout_sec": 5.0, **more}, {}).settings
+
+
+def attempt_at(url: str, **more: Any) -> Attempt:
+    return Attempt(settings(url, **more), KEY, "memory", EngineConfig(device="cpu"))
+
+
+@contextlib.asynccontextmanager
+async def planner() -> AsyncIterator[PlannerClient]:
+    process = PlannerProcess(settings_from({"port": 0}), tokens=Tokens(None, {}))
+    async with process.running():
+        yield PlannerClient(process.url)
+
+
+async def ask(attempt: Attempt) -> None:
+    with pytest.raises(NoSeedAvailable):
+        await asyncio.to_thread(attempt.reserve, "f1")
+
+
+async def intents(client: PlannerClient) -> list[Any]:
+    found: list[Any] = (await client.snapshot())["intents"]
+    return found
+
+
+# --- intents ---------------------------------------------------------------------------------------------------------
+
+
+async def test_who_waits_for_a_worker_that_will_be_no_seed_is_told_at_once() -> None:
+    async with planner() as client:
+        attempt = attempt_at(client.base_url)
+        await ask(attempt)
+        waiting = asyncio.create_task(client.acquire(KEY, fingerprint="f1", wait_s=600, intent="another"))
+        while not (await client.snapshot())["waiting"]:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(attempt.close)
+        with pytest.raises(NoSeedAvailable) as told:
+            await asyncio.wait_for(waiting, WITHIN_S)
+        assert told.value.intent_granted, "now that one is waited for"
+        await asyncio.to_thread(attempt.close)
+
+
+async def test_a_worker_that_becomes_a_seed_takes_nothing_back() -> None:
+    """Its announcement fulfils the intent, and until then others wait."""
+    async with planner() as client:
+        attempt = attempt_at(client.base_url)
+        await ask(attempt)
+        await asyncio.to_thread(attempt.end_intent)
+        assert len(await intents(client)) == 1
+        await client.announce(KEY, SeedAddress("127.0.0.1", 7000, 0), fingerprint="f1", intent=attempt.intent)
+        assert await intents(client) == []
+        attempt.close_engine()
+
+
+@pytest.mark.parametrize("when", ["told not to", "found out before it asks"])
+async def test_a_worker_that_will_be_no_seed_states_no_intent(when: str) -> None:
+    async with planner() as client:
+        attempt = attempt_at(client.base_url, rfork_become_seed=when != "told not to")
+        if when != "told not to":
+            await asyncio.to_thread(attempt.take_back_intent)
+        await ask(attempt)
+        assert await intents(client) == []
+        await asyncio.to_thread(attempt.close)
+
+
+async def test_an_intent_that_may_have_been_heard_is_taken_back_as_well() -> None:
+    """The planner hangs up without a word: nobody knows what it remembers."""
+    calls: list[tuple[str, str | None]] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        calls.append((request.path, request.headers.get("RFORK-INTENT-TTL-SEC")))
+        if request.path == "/get_seed":
+            return web.Response(status=500)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_route("*", "/{any}", handle)
+    async with serve(app) as url:
+        attempt = attempt_at(url)
+        with pytest.raises(Exception, match="500"):
+            await asyncio.to_thread(attempt.reserve, "f1")
+        await asyncio.to_thread(attempt.close)
+    assert calls == [("/get_seed", None), ("/rfork_intent", "0")]
+
+
+async def test_planners_that_keep_no_intents_are_not_bothered() -> None:
+    calls: list[str] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        calls.append(request.path)
+        return web.Response(status=404)
+
+    app = web.Application()
+    app.router.add_route("*", "/{any}", handle)
+    async with serve(app) as url:
+        attempt = attempt_at(url)
+        await ask(attempt)
+        await asyncio.to_thread(attempt.close)
+    assert calls == ["/get_seed"]
+
+
+# --- where it stands -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "hostname", "sent"),
+    [
+        ("", "node-1", "host=node-1"),
+        ("rack=b", "node-1.example.org", "host=node-1.example.org,rack=b"),
+        ("host=a,rack=b", "node-1", "host=a,rack=b"),
+        ("localhost=x", "node-1", "host=node-1,localhost=x"),
+        ("rack=b", "localhost", "rack=b"),
+        ("rack=b", "localhost.localdomain", "rack=b"),
+        ("rack=b", "no host", "rack=b"),
+        ("rack=b", "a" * 64, "rack=b"),
+        ("rack=b", "", "rack=b"),
+    ],
+)
+def test_the_hostname_is_the_host_where_no_label_says_otherwise(given: str, hostname: str, sent: str) -> None:
+    assert settings("http://p", rfork_labels=given).labels(hostname) == sent
+
+
+async def test_a_receiver_says_where_it_stands_when_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
+    seen: list[str | None] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("RFORK-LABELS"))
+        return web.Response(status=404)
+
+    app = web.Application()
+    app.router.add_get("/get_seed", handle)
+    async with serve(app) as url:
+        attempt = attempt_at(url, rfork_labels="rack=b", rfork_become_seed=False)
+        await ask(attempt)
+        await asyncio.to_thread(attempt.close)
+    assert seen == ["host=node-7,rack=b"]
+
+
+def test_secrets_that_cannot_be_read_fail_the_start_by_name() -> None:
+    with pytest.raises(ConfigError, match="rfork_token_file"):
+        attempt_at("http://planner:1", rfork_token_file="/nowhere/token")
+
+
+# --- its own address -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_host_ip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+
+
+def test_the_option_wins_and_a_loopback_address_for_a_planner_elsewhere_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.2")
+    assert advertise_host(settings("http://10.0.0.9:1", rfork_seed_advertise_host="10.0.0.1")) == "10.0.0.1"
+    assert advertise_host(settings("http://127.0.0.1:1", rfork_seed_advertise_host="127.0.0.1")) == "127.0.0.1"
+    assert caplog.records == []
+    assert advertise_host(settings("http://10.0.0.9:1", rfork_seed_advertise_host="localhost")) == "localhost"
+    assert "no other machine can fork" in caplog.text
+
+
+def test_vllms_own_address_is_taken_unless_it_is_this_machines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.2")
+    assert advertise_host(settings("http://10.0.0.9:1")) == "10.0.0.2"
+    route(monkeypatch, "10.0.0.3")
+    for loopback in ("127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost"):
+        monkeypatch.setenv("VLLM_HOST_IP", loopback)
+        assert advertise_host(settings("http://10.0.0.9:1")) == "10.0.0.3"
+
+
+def test_a_planner_on_loopback_is_reached_from_loopback() -> None:
+    for host in ("127.0.0.1", "localhost"):
+        assert own_address.is_loopback(advertise_host(settings(f"http://{host}:{free_port()}")))
+
+
+def test_without_a_route_no_address_is_made_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    route(monkeypatch, OSError("Network is unreachable"))
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    assert advertise_host(settings("http://10.0.0.9:1")) == ""
+    assert "Network is unreachable" in caplog.text
+
+
+def route(monkeypatch: pytest.MonkeyPatch, way: str | OSError) -> None:
+    """Let the way to the planner begin at an address, or end in an error."""
+
+    class Probe:
+        def __init__(self, *args: object) -> None: ...
+        def __enter__(self) -> Probe:
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+        def connect(self, address: object) -> None:
+            if isinstance(way, OSError):
+                raise way
+
+        def getsockname(self) -> tuple[str, int]:
+            return str(way), 1
+
+    monkeypatch.setattr(own_address.socket, "socket", Probe)
