@@ -1,0 +1,82 @@
+"""The mock planner of ``examples/`` as a process, for tests and for the zoo. Must not import torch or vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).parents[1]
+_T = TypeVar("_T")
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(condition: Callable[[], _T], what: str, timeout_s: float = 30.0) -> _T:
+    """What ``condition`` returns once it is true.
+
+    Raises:
+        AssertionError: it is not true within ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.02)
+    return value
+
+
+class Planner:
+    """A running mock planner; :meth:`stop` ends it."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._start()
+
+    def _start(self) -> None:
+        command = [sys.executable, str(ROOT / "examples" / "rfork_planner.py"), "--port", str(self.port)]
+        self.process = subprocess.Popen(  # noqa: S603 - this checkout's own planner
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        eventually(self._up, "planner is up")
+
+    def _up(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.snapshot() is not None)
+        return False
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that it knows."""
+        with urllib.request.urlopen(f"{self.url}/debug/snapshot", timeout=5) as answer:  # noqa: S310 - its own URL
+            return dict(json.load(answer))
+
+    def leases(self) -> int:
+        """How many leases are held."""
+        return sum(len(seed["leases"]) for seed in self.snapshot()["seeds"])
+
+    def seeds(self) -> list[str]:
+        """``ip:port:rank`` of every seed."""
+        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in self.snapshot()["seeds"]]
+
+    def stop(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        """End it and start it again on its port; it has forgotten everything."""
+        self.stop()
+        self._start()

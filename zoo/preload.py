@@ -1,0 +1,22 @@
+"""Imported once in the fork server, so that each role starts within a second. Must not touch a device."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+logging.getLogger("zoo").debug("imports begin")
+
+for _name in (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm.entrypoints.llm",
+    "vllm.engine.arg_utils",
+    "vllm.model_executor.model_loader",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm_rfork.loader",
+):
+    importlib.import_module(_name)

@@ -1,0 +1,86 @@
+"""The table of a run, as Markdown; one per platform in one document, each replaced by the next run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+#: What a document begins with where there is none yet.
+HEAD = """# The model zoo
+
+Every model below was made on the spot with random weights in a real architecture, and loaded three times, each in a
+process of its own: by vLLM's default loader, by a worker that became a seed, and by a worker that forked from that
+seed and had no weight files. *Tensors equal* means: every tensor has the default load's SHA-256, as loaded (where the
+layout is `checkpoint`) and after post-processing, and every plain value that a model holds is the same. *Answers
+equal* means: the greedy tokens and the log-probabilities of the three best of each step, or the whole embedding, are
+the same to the last bit, one prompt at a time.
+
+The tables are written by the command: `make zoo`, or `python -m zoo --write docs/zoo.md` with its options.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One run: facts about the platform, the rows as plain data, and its duration in seconds."""
+
+    facts: dict[str, Any]
+    rows: list[dict[str, Any]]
+    seconds: float
+
+
+def table(outcome: Outcome) -> str:
+    """One section of the document."""
+    facts = outcome.facts
+    count = {
+        kind: sum(row["outcome"] == kind for row in outcome.rows) for kind in ("forked", "refused", "not run", "failed")
+    }
+    lines = [
+        f"## {facts['platform']}",
+        "",
+        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}, {facts['device']}, vLLM {facts['vllm']}, "
+        f"torch {facts['torch']}, transformers {facts['transformers']}, vllm-rfork {facts['vllm_rfork']}, "
+        f"{outcome.seconds / 60:.1f} minutes: "
+        + ", ".join(f"{number} {kind}" for kind, number in count.items() if number or kind == "forked")
+        + ".",
+        "",
+        "| model | what is special | loaded as | bytes | tensors | layout | outcome | tensors equal | answers equal |",
+        "|---|---|---|---:|---:|---|---|---|---|",
+    ]
+    for row in outcome.rows:
+        outcome_text = row["outcome"]
+        if row["outcome"] == "failed":
+            outcome_text = "**failed**: " + "; ".join(row["failures"])
+        elif row["reason"]:
+            outcome_text += f": {row['reason']}"
+        elif row["note"]:
+            outcome_text += f" ({row['note']})"
+        ranks = f", TP {row['ranks']}" if row["ranks"] > 1 else ""
+        cells = [
+            row["name"],
+            row["covers"],
+            row["architecture"] + ranks,
+            f"{row['nbytes']:,}".replace(",", " ") if row["nbytes"] else "",
+            str(row["tensors"] or ""),
+            row["layout"] + (f", {row['engine']}" if row["engine"] else ""),
+            outcome_text,
+            _yes(row["digests_equal"]),
+            "only loaded" if row["asks"] == "load" and row["outcome"] != "not run" else _yes(row["answers_equal"]),
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "**no**"
+
+
+def replace(path: Path, outcome: Outcome) -> None:
+    """Put the table of ``outcome`` into the document at ``path``, in the place of its platform's last one."""
+    text = path.read_text(encoding="utf-8") if path.exists() else HEAD
+    begin, end = (f"<!-- {word} {outcome.facts['platform']} -->" for word in ("begin", "end"))
+    section = f"{begin}\n\n{table(outcome)}\n{end}"
+    before, found, rest = text.partition(begin)
+    text = before + section + rest.partition(end)[2] if found else f"{text.rstrip()}\n\n{section}\n"
+    path.write_text(text, encoding="utf-8")

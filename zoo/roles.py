@@ -1,0 +1,196 @@
+"""What one process of the zoo does: load one model as it is told, look at it, answer prompts, stay if it is a seed.
+
+Every role runs vLLM's own worker in this process, through vLLM's own executor, on whatever platform vLLM finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from zoo.observe import Load, Watch, watching
+
+#: Prompts as token numbers below 256; unequal in length and content, so that their answers differ.
+PROMPTS = ([5, 9, 77, 130], [200, 3, 3, 8, 41], [17], list(range(40, 60)))
+
+#: How a model is asked: ``generate`` tokens, ``embed`` prompts, or only ``load`` it.
+GENERATE, EMBED, LOAD = "generate", "embed", "load"
+
+#: vLLM's options for every model; small caches, so that several models fit beside each other.
+ENGINE_ARGUMENTS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enable_prefix_caching": False,
+    "seed": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a process is to do.
+
+    Attributes:
+        engine_arguments: vLLM's, ``model`` and ``load_format`` among them.
+        asks: one of GENERATE, EMBED, LOAD.
+        adapter: folder of a LoRA adapter that is asked as well; empty for none.
+        media, media_token: see ``Specimen``.
+        log: file that takes everything this process prints.
+        environment: set before anything is loaded.
+        port: where the ranks of one instance meet; 0 for a single rank.
+    """
+
+    engine_arguments: dict[str, Any]
+    asks: str
+    log: str
+    adapter: str = ""
+    media: str = ""
+    media_token: int = 0
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    port: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a process saw: its loads, its answers, its seeds' addresses, and the plugin's log lines.
+
+    ``error`` is empty where all went well; ``storage_s`` is what reading storage took, in seconds.
+    """
+
+    loads: list[Load] = dataclasses.field(default_factory=list)
+    answers: list[Any] = dataclasses.field(default_factory=list)
+    seeds: list[str] = dataclasses.field(default_factory=list)
+    lines: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    storage_s: float = 0.0
+    error: str = ""
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+def play(order: Order, connection: Connection) -> None:
+    """Follow ``order``, send a :class:`Report`, and stay until something arrives or the other end is gone."""
+    with open(order.log, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    os.environ.update(order.environment)
+    lines = _Lines()
+    logging.getLogger("vllm_rfork").addHandler(lines)
+    alive: list[Any] = []  # the engine
+    with watching() as watch:
+        try:
+            report = _follow(order, watch, alive)
+        except BaseException as error:  # noqa: BLE001 - whatever happens is what the zoo reports
+            traceback.print_exc()
+            report = Report(error=_innermost(error))
+    connection.send(dataclasses.replace(report, lines=lines.lines))
+    with contextlib.suppress(EOFError):
+        connection.recv()
+    from vllm_rfork import seeding
+
+    seeding.withdraw_all("the zoo is done with it")
+    sys.stdout.flush()
+    os._exit(0)  # engines take their time to go, and have nothing left to do
+
+
+def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
+    from vllm_rfork import seeding
+    from vllm_rfork.plugin import register
+
+    register()  # what vLLM's plugin entry point does in every process
+    if order.port:
+        _meet_at(order.port)
+    if order.asks == LOAD:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.executor.abstract import Executor
+
+        config = EngineArgs(**order.engine_arguments).create_engine_config()
+        alive.append(Executor.get_class(config)(config))
+    else:
+        from vllm import LLM
+
+        alive.append(LLM(**order.engine_arguments))
+    loads = watch.finish()  # before prompts make more of it: lazy values, adapters
+    answers = [] if order.asks == LOAD else _ask(alive[0], order)
+    seeds = [str(seed.address) for seed in seeding.wait_until_started(120) if seed.address]
+    return Report(loads=loads, answers=answers, seeds=seeds, storage_s=watch.storage_s)
+
+
+def _ask(llm: Any, order: Order) -> list[Any]:
+    """Answers to all prompts, one at a time: batches alone can change logprobs."""
+    if order.asks == EMBED:
+        return [
+            list(llm.embed({"prompt_token_ids": prompt}, use_tqdm=False)[0].outputs.embedding) for prompt in PROMPTS
+        ]
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3, detokenize=False)
+    adapters: list[Any] = [None]
+    if order.adapter:
+        from vllm.lora.request import LoRARequest
+
+        adapters.append(LoRARequest("zoo", 1, order.adapter))
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    if order.media:
+        place = [5, order.media_token, 9, 130]
+        prompts.append({"prompt_token_ids": place, "multi_modal_data": {order.media: _medium(order.media)}})
+    found = []
+    for adapter in adapters:
+        for prompt in prompts:
+            outputs = llm.generate(prompt, sampling, use_tqdm=False, lora_request=adapter)
+            answer = outputs[0].outputs[0]
+            logprobs = [{token: p.logprob for token, p in step.items()} for step in answer.logprobs or []]
+            found.append((list(answer.token_ids), logprobs))
+    return found
+
+
+def _medium(kind: str) -> Any:
+    """A picture of 56 by 56 pixels, or a tenth of a second of sound with its rate in Hz; always the same."""
+    import numpy
+
+    if kind == "audio":
+        return numpy.sin(numpy.arange(1600) / 7).astype(numpy.float32), 16000
+    from PIL import Image
+
+    rows = numpy.arange(56 * 56 * 3) % 251
+    return Image.fromarray(rows.reshape(56, 56, 3).astype(numpy.uint8))
+
+
+def _meet_at(port: int) -> None:
+    """Let the ranks of an instance that vLLM did not start itself meet at ``port``.
+
+    vLLM's external launcher would take the address from the environment, and its CPU worker names its shared memory
+    after the address: several instances on one host would share it.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    rank = int(os.environ["RANK"])
+
+    def arguments(self: Any) -> tuple[str, int, int]:
+        del self
+        return f"tcp://127.0.0.1:{port}", rank, rank
+
+    ExecutorWithExternalLauncher._distributed_args = arguments
+
+
+def _innermost(error: BaseException) -> str:
+    """The error that began it, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"
