@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.conftest import LineProcess, Planner, eventually, extra_for
+from tests.vllm.conftest import LineProcess, LogRecords, Planner, eventually, extra_for
+from tests.vllm.engine_process import load_digested, vllm_config
 
 pytestmark = pytest.mark.vllm
 
@@ -63,14 +64,35 @@ def test_a_fork_answers_as_a_default_load_does_and_other_weights_do_not(
     assert len({json.dumps(answer[0]) for answer in expected}) == len(expected)
 
 
-def test_a_seed_withdraws_before_its_weights_change(planner: Planner, model_a: Path, engines: list[Engine]) -> None:
+@pytest.mark.timeout(600)
+def test_a_seed_withdraws_before_its_weights_change_and_comes_back_with_the_same(
+    planner: Planner, model_a: Path, model_b: Path, engines: list[Engine], rfork_log: LogRecords
+) -> None:
     """The real worker of a real engine; ``test_workers.py`` has the other methods on workers of its own."""
     engines.append(engine := Engine(model_a, "rfork", options(planner, "reloading")))
     assert engine.wait()["seeds"], engine.log
     eventually(lambda: announced(planner, engine), "the seed is announced")
-    engine.call("reload_weights")
+    tokens = engine.order("answer")["answers"]
+
+    assert engine.call("reload_weights")["outcome"] == "done", engine.log
     assert not announced(planner, engine), "withdrawn before the method returned"
     assert "withdraws: weights are reloaded" in engine.log
+    (again,) = eventually(lambda: seeds_of(planner, "reloading"), "the seed is announced again")
+    same: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4}  # as in ``llm_main``: part of the fingerprint
+    extra = options(planner, "reloading", rfork_become_seed=False)
+    forked = load_digested(vllm_config(model_a, load_format="rfork", extra=extra, **same))
+    assert forked.before == load_digested(vllm_config(model_a, **same)).before
+    assert any(f"from seed {again}" in line for line in rfork_log.texts())
+
+    assert engine.call("reload_weights", None, str(model_b))["outcome"] == "done", engine.log
+    assert engine.order("answer")["answers"] != tokens, "the test is about other weights"
+    eventually(lambda: "not a seed again" in engine.log, "it says so")
+    assert seeds_of(planner, "reloading") == []
+
+
+def seeds_of(planner: Planner, name: str) -> list[str]:
+    seeds = [seed for seed in planner.snapshot()["seeds"] if str(seed["key"]).startswith(f"{name}$")]
+    return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in seeds]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
