@@ -50,6 +50,7 @@ def main() -> int:
         return 0
     specimens = [specimen.scaled(arguments.scale) for specimen in specimens]
     started = time.monotonic()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     with fork_server(threads=1):
         facts = platform_facts(arguments.work)
         visible = str(facts["visible_devices_variable"])

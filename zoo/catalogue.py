@@ -205,6 +205,7 @@ CATALOGUE: list[Specimen] = [
         engine_arguments={"skip_tokenizer_init": False},
         media="image",
         media_token=IMAGE,
+        cannot_run={"without-torchvision": "No module named 'torchvision'"},
     ),
     Specimen(
         "qwen2-audio",
@@ -223,7 +224,7 @@ CATALOGUE: list[Specimen] = [
             "audio_token_index": AUDIO,
             "vocab_size": 256,
         },
-        finish=("qwen2-audio-processor",),
+        finish=("qwen2-audio-names", "qwen2-audio-processor"),
         engine_arguments={"skip_tokenizer_init": False, "max_model_len": 1024, "max_num_batched_tokens": 2048},
         media="audio",
         media_token=AUDIO,

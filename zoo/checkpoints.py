@@ -34,7 +34,7 @@ def make(specimen: Specimen, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model_class = getattr(transformers, specimen.model_class)
-    save(model_class, model_class.config_class(**specimen.settings), folder, SEED, device=_device())
+    save(model_class, model_class.config_class(**specimen.settings), folder, SEED, device=maker_device())
     for step in specimen.finish:
         STEPS[step](folder)
     if specimen.config_changes:
@@ -78,8 +78,8 @@ def without_weights(source: Path, folder: Path) -> Path:
     return folder
 
 
-def _device() -> str:
-    """Where to make random numbers: large models take minutes on a processor."""
+def maker_device() -> str:
+    """Where to make and quantize random numbers: large models take minutes on a processor."""
     from vllm.platforms import current_platform
 
     return "cpu" if current_platform.is_cpu() else str(current_platform.device_type)
@@ -242,6 +242,16 @@ def paligemma_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
+def qwen2_audio_names(folder: Path) -> None:
+    """The published checkpoints' names, where transformers writes one part of them twice."""
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        twice, once = "language_model.model.model.", "language_model.model."
+        return {name.replace(twice, once): tensor for name, tensor in tensors.items()}
+
+    quantize.rewrite(folder, change)
+
+
 def qwen2_audio_processor(folder: Path) -> None:
     """Qwen2-Audio's processor: Whisper's features of three seconds."""
     tokenizer(folder)
@@ -304,6 +314,7 @@ STEPS: dict[str, Callable[[Path], None]] = {
     "adapter": adapter,
     "tokenizer": tokenizer,
     "paligemma-processor": paligemma_processor,
+    "qwen2-audio-names": qwen2_audio_names,
     "qwen2-audio-processor": qwen2_audio_processor,
     "llava-processor": llava_processor,
     "qwen2-vl-processor": qwen2_vl_processor,

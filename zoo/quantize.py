@@ -30,9 +30,11 @@ def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
     """Replace the tensors of each safetensors file of ``folder`` by what ``change`` makes of them."""
     from safetensors.torch import load_file, save_file
 
+    from zoo.checkpoints import maker_device
+
     placed: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        changed = {name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}
+        changed = {name: tensor.contiguous() for name, tensor in change(load_file(path, device=maker_device())).items()}
         save_file(changed, path, metadata={"format": "pt"})
         placed.update(dict.fromkeys(changed, path.name))
     index = folder / "model.safetensors.index.json"
@@ -100,7 +102,7 @@ def gptq(folder: Path) -> dict[str, Any]:
             f"{prefix}.qweight": _pack(values.t(), natural).t(),
             f"{prefix}.qzeros": _pack(zeros, natural),
             f"{prefix}.scales": scales.to(torch.bfloat16),
-            f"{prefix}.g_idx": torch.arange(values.shape[0], dtype=torch.int32) // GROUP,
+            f"{prefix}.g_idx": torch.arange(values.shape[0], dtype=torch.int32, device=weight.device) // GROUP,
         }
 
     _each_linear(folder, change)
@@ -174,7 +176,7 @@ def fp8_blocks(folder: Path) -> dict[str, Any]:
 
     def change(prefix: str, weight: Any) -> Tensors:
         rows, columns = (-(-size // BLOCK) for size in weight.shape)
-        padded = torch.zeros(rows * BLOCK, columns * BLOCK)
+        padded = torch.zeros(rows * BLOCK, columns * BLOCK, device=weight.device)
         padded[: weight.shape[0], : weight.shape[1]] = weight
         squares = padded.reshape(rows, BLOCK, columns, BLOCK)
         scale = squares.abs().amax((1, 3)).clamp(min=1e-6) / FP8_MAX

@@ -7,6 +7,9 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+#: From this size on a rate means something, in bytes.
+LARGE_NBYTES = 100_000_000
+
 #: What a document begins with where there is none yet.
 HEAD = """# The model zoo
 
@@ -69,7 +72,26 @@ def table(outcome: Outcome) -> str:
             "only loaded" if row["asks"] == "load" and row["outcome"] != "not run" else _yes(row["answers_equal"]),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_rates(outcome.rows)]) + "\n"
+
+
+def _rates(rows: list[dict[str, Any]]) -> list[str]:
+    """What reading storage and forking took, for models that are large enough for it to mean something."""
+    large = [row for row in rows if row["nbytes"] >= LARGE_NBYTES and row["fork_s"] and row["storage_s"]]
+    if not large:
+        return []
+    lines = [
+        "",
+        "The weights phase alone, slowest rank: the default loader, from page cache, and the fork.",
+        "",
+        "| model | GB | default loader, s | GB/s | fork, s | GB/s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in large:
+        size, storage_s, fork_s = row["nbytes"] / 1e9, row["storage_s"], row["fork_s"]
+        cells = (f"{size:.2f}", f"{storage_s:.2f}", f"{size / storage_s:.2f}", f"{fork_s:.2f}", f"{size / fork_s:.2f}")
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _yes(value: bool | None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -104,6 +105,8 @@ def play(order: Order, connection: Connection) -> None:
     from vllm_rfork import seeding
 
     seeding.withdraw_all("the zoo is done with it")
+    alive.clear()
+    gc.collect()  # gives semaphores back that the resource tracker would complain about
     sys.stdout.flush()
     os._exit(0)  # engines take their time to go, and have nothing left to do
 

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -61,7 +62,11 @@ def fork_server(threads: int) -> Iterator[None]:
                 os.environ[name] = value
         if space is not None:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = space
-    yield
+    try:
+        yield
+    finally:
+        # The next server may need another environment, and this one holds all that vLLM imports.
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def _nothing() -> None:
