@@ -30,7 +30,8 @@ from vllm_rfork.state import apply_state, changed_state, gone_state, match_state
 from vllm_rfork.tensors import Collection, apply_inline, collect
 from vllm_rfork.vllm_compat import loading
 from vllm_rfork.vllm_compat.agreement import Agreement
-from vllm_rfork.vllm_compat.identity import fingerprint_facts, worker_identity
+from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
+from vllm_rfork.vllm_compat.identity import worker_identity
 from vllm_rfork.walk import Plain
 
 logger = logging.getLogger(__name__)

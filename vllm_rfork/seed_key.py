@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Raised whenever what the digest covers changes its meaning, so that old and new never agree by accident.
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
 
 #: ``kv_mode`` without a KV-transfer configuration.
 KV_BOTH = "kv_both"

@@ -29,7 +29,7 @@ from vllm_rfork.errors import ConfigError, EngineError, ForkError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.segments import Segment
 from vllm_rfork.state import apply_state
-from vllm_rfork.vllm_compat.identity import fingerprint_facts
+from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 
 pytestmark = pytest.mark.vllm
 

@@ -1,0 +1,292 @@
+"""Every fact moves the fingerprint, in the layout in which it counts; what is left out does not."""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_rfork.seed_key import build_fingerprint
+from vllm_rfork.vllm_compat import fingerprint, plain, shaping, shaping_environment
+
+CPU = torch.device("cpu")
+
+
+class Backend(enum.Enum):
+    FLASH = 1
+    TRITON = 2
+
+
+class QuantConfig:
+    """As vLLM's are: nested objects, containers, caches, and no dataclass."""
+
+    def __init__(self) -> None:
+        self.group_size = 128
+        self.activation_scheme = "static"
+        self.ignored_layers = ["lm_head"]
+        self.scheme_map = {"Linear": SimpleNamespace(num_bits=8, strategy="channel", dtype=torch.float8_e4m3fn)}
+        self._cache = object()
+
+
+def hf_config(**changes: Any) -> Any:
+    values = {"hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}, "_name_or_path": "/here", **changes}
+    return SimpleNamespace(architectures=["Qwen2ForCausalLM"], to_dict=lambda: values)
+
+
+def configured() -> Any:
+    """A VllmConfig of plain attributes, with every field of the tables."""
+    config = SimpleNamespace(quant_config=QuantConfig(), additional_config={"weight_nz_mode": 1, "unknown": [1]})
+    config.model = SimpleNamespace(hf_config=hf_config(), runner_type="generate", convert_type="none", seed=0)
+    for section, path in shaping.SECTIONS.items():
+        target = place(config, path)
+        for name in fields_of(section):
+            if not hasattr(target, name):
+                setattr(target, name, f"{section}.{name}")
+    for path in (*shaping.WHOLE_ALWAYS.values(), *shaping.WHOLE_IN_RUNTIME.values()):
+        setattr(config, path, SimpleNamespace(backend=Backend.FLASH, nested=SimpleNamespace(choice=1)))
+    return config
+
+
+def place(config: Any, path: str) -> Any:
+    """The object at ``path``, made where it is not there yet."""
+    for name in path.split("."):
+        if not isinstance(getattr(config, name, None), SimpleNamespace):
+            setattr(config, name, SimpleNamespace())
+        config = getattr(config, name)
+    return config
+
+
+def fields_of(section: str) -> list[str]:
+    left_out = [name for names in shaping.LEFT_OUT[section].values() for name in names]
+    return [*shaping.ALWAYS.get(section, ()), *shaping.IN_RUNTIME.get(section, ()), *left_out]
+
+
+def digest(config: Any, *, layout: str = "runtime", dummy: bool = False, environ: Any = None) -> str:
+    facts = fingerprint.fingerprint_facts(
+        config, config.model, layout=layout, engine="memory", device=CPU, dummy=dummy, environ=environ or {}
+    )
+    return build_fingerprint(facts)
+
+
+def layouts_moved(before: Any, after: Any, **more: Any) -> set[str]:
+    layouts = ("checkpoint", "runtime")
+    return {layout for layout in layouts if digest(before, layout=layout) != digest(after, layout=layout, **more)}
+
+
+BOTH, RUNTIME = {"checkpoint", "runtime"}, {"runtime"}
+COUNTED = [
+    *((section, name, BOTH) for section, names in shaping.ALWAYS.items() for name in names),
+    *((section, name, RUNTIME) for section, names in shaping.IN_RUNTIME.items() for name in names),
+]
+#: Configuration objects are looked at elsewhere; a target or a draft is told by which of them is loaded.
+LOOKED_AT = {"multimodal_config", "eplb_config", "hf_config", "draft_model_config"}
+LEFT_OUT = [
+    (section, name)
+    for section, reasons in shaping.LEFT_OUT.items()
+    for names in reasons.values()
+    for name in names
+    if section != "vllm" and name not in LOOKED_AT
+]
+
+
+@pytest.mark.parametrize(("section", "name", "expected"), COUNTED, ids=str)
+def test_an_option_that_shapes_weights_moves_the_fingerprint(section: str, name: str, expected: set[str]) -> None:
+    changed = configured()
+    setattr(place(changed, shaping.SECTIONS[section]), name, "another")
+    assert layouts_moved(configured(), changed) == expected
+
+
+def test_an_option_that_is_left_out_does_not() -> None:
+    for section, name in LEFT_OUT:
+        changed = configured()
+        setattr(place(changed, shaping.SECTIONS[section]), name, "another")
+        assert not layouts_moved(configured(), changed), (section, name)
+
+
+def test_no_option_is_in_two_places_and_every_reason_is_text() -> None:
+    for section in (*shaping.SECTIONS, "vllm"):
+        names = fields_of(section)
+        assert len(names) == len(set(names)), section
+        assert all(reason.strip() for reason in shaping.LEFT_OUT[section])
+
+
+@pytest.mark.parametrize(("path", "expected"), [*((path, BOTH) for path in shaping.WHOLE_ALWAYS.values())])
+def test_whole_sections_move_it(path: str, expected: set[str]) -> None:
+    changed = configured()
+    getattr(changed, path).nested.choice = 2
+    assert layouts_moved(configured(), changed) == expected
+
+
+@pytest.mark.parametrize("path", shaping.WHOLE_IN_RUNTIME.values())
+def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
+    for change in ({"backend": Backend.TRITON}, {"a_new_option": 1}):
+        changed = configured()
+        vars(getattr(changed, path)).update(change)
+        assert layouts_moved(configured(), changed) == RUNTIME
+
+
+def test_the_model_s_own_configuration_moves_it() -> None:
+    for change in ({"hidden_size": 32}, {"rope_parameters": {"rope_theta": 1e6}}, {"new": None}):
+        changed = configured()
+        changed.model.hf_config = hf_config(**change)
+        assert layouts_moved(configured(), changed) == BOTH
+    elsewhere = configured()
+    elsewhere.model.hf_config = hf_config(_name_or_path="/there", transformers_version="5")
+    assert not layouts_moved(configured(), elsewhere)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda quant: setattr(quant, "group_size", 64),
+        lambda quant: quant.ignored_layers.append("model.layers.0"),
+        lambda quant: setattr(quant.scheme_map["Linear"], "num_bits", 4),
+        lambda quant: setattr(quant.scheme_map["Linear"], "dtype", torch.float8_e5m2),
+    ],
+)
+def test_the_whole_quantization_moves_it(change: Any) -> None:
+    changed = configured()
+    change(changed.quant_config)
+    assert layouts_moved(configured(), changed) == BOTH
+
+
+def test_what_the_platform_s_plugin_is_told_moves_it_but_for_its_logs() -> None:
+    changed = configured()
+    changed.additional_config["weight_nz_mode"] = 2
+    assert layouts_moved(configured(), changed) == BOTH
+    changed = configured()
+    changed.additional_config["ascend_log_path"] = "/elsewhere"
+    assert not layouts_moved(configured(), changed)
+
+
+def test_kind_draft_and_random_weights_move_it() -> None:
+    for name in ("runner_type", "convert_type"):
+        changed = configured()
+        setattr(changed.model, name, "another")
+        assert layouts_moved(configured(), changed) == BOTH
+    changed = configured()
+    changed.speculative_config.draft_model_config = changed.model
+    assert layouts_moved(configured(), changed) == BOTH
+    assert layouts_moved(configured(), configured(), dummy=True) == BOTH
+    seeded = configured()
+    seeded.model.seed = 1
+    assert not layouts_moved(configured(), seeded)
+    assert digest(configured(), dummy=True) != digest(seeded, dummy=True)
+
+
+@pytest.mark.parametrize("fact", ["plugin", "vllm", "plugins", "torch", "layout", "engine", "device", "kernels"])
+def test_versions_layout_engine_and_device_are_facts_of_their_own(fact: str) -> None:
+    facts = fingerprint.fingerprint_facts(
+        configured(), configured().model, layout="runtime", engine="memory", device=CPU, dummy=False
+    )
+    assert facts[fact]
+    assert build_fingerprint({**facts, fact: "another"}) != build_fingerprint(facts)
+
+
+def test_the_device_s_name_counts_where_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    device = torch.device("cuda", 0)
+    facts = {
+        layout: fingerprint.fingerprint_facts(
+            configured(), configured().model, layout=layout, engine="memory", device=device, dummy=False
+        )["device"]
+        for layout in ("checkpoint", "runtime")
+    }
+    assert facts["checkpoint"] == {"type": "cuda", "capability": [9, 0]}
+    assert facts["runtime"]["name"] == "H100"
+
+
+def test_plugins_of_workers_are_known_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(group: str) -> list[Any]:
+        dist = {"vllm.general_plugins": ("b", "2"), "vllm.platform_plugins": ("a", "1")}[group]
+        return [SimpleNamespace(dist=SimpleNamespace(name=dist[0], version=dist[1])), SimpleNamespace(dist=None)]
+
+    monkeypatch.setattr(fingerprint.metadata, "entry_points", points)
+    assert fingerprint._plugins.__wrapped__() == {"a": "1", "b": "2"}
+
+
+# --- the environment ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("VLLM_PP_LAYER_PARTITION", BOTH),
+        ("VLLM_MLA_DISABLE", BOTH),
+        ("K_SCALE_CONSTANT", BOTH),
+        ("VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS", BOTH),
+        ("VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE", BOTH),
+        ("VLLM_ASCEND_ENABLE_NZ", RUNTIME),
+        ("VLLM_ASCEND_ENABLE_MLAPO", RUNTIME),
+        ("VLLM_USE_FLASHINFER_MOE_FP8", RUNTIME),
+        ("VLLM_FLASHINFER_MOE_BACKEND", RUNTIME),
+        ("VLLM_USE_DEEP_GEMM", RUNTIME),
+        ("VLLM_MARLIN_INPUT_DTYPE", RUNTIME),
+        ("VLLM_DISABLED_KERNELS", RUNTIME),
+        ("VLLM_ROCM_MOE_PADDING", RUNTIME),
+        ("VLLM_KERNEL_OF_THE_FUTURE", RUNTIME),
+        ("VLLM_HOST_IP", set()),
+        ("VLLM_API_KEY", set()),
+        ("VLLM_FUTURE_TOKEN", set()),
+        ("VLLM_ROCM_USE_AITER_CUSTOM_AR", set()),
+        ("RFORK_TOKEN", set()),
+        ("PATH", set()),
+    ],
+)
+def test_a_variable_moves_it_where_it_shapes_weights(name: str, expected: set[str]) -> None:
+    assert layouts_moved(configured(), configured(), environ={name: "1"}) == expected
+
+
+def test_every_pattern_of_the_environment_can_match() -> None:
+    """None stands behind a list that wins over its own."""
+    for pattern in shaping_environment.IN_RUNTIME:
+        name = re.sub(r"\[(.).*?\]", r"\1", pattern.replace("*", "X"))
+        assert shaping_environment.place_of(name) in {"runtime", "always"}, pattern
+
+
+# --- canonical ------------------------------------------------------------------------------------------------------
+
+
+def test_plain_data_says_nothing_of_addresses_and_survives_json() -> None:
+    class Loop:
+        def __init__(self) -> None:
+            self.me = self
+            self.tensor = torch.zeros(1)
+            self.call = plain.plain
+            self.path = re.compile("a+")
+            self.mixed = {2, 1, "x", Backend.FLASH}
+            self.numbers = (float("nan"), 1.5, b"\x01")
+            self.keyed = {Backend.TRITON: torch.bfloat16, (1, 2): object()}
+
+    text = json.dumps(plain.plain(Loop()), allow_nan=False)
+    assert "0x" not in text
+    assert text == json.dumps(plain.plain(Loop()), allow_nan=False)
+    assert json.loads(text)["fields"]["keyed"] == {"Backend.TRITON": "torch.bfloat16", "[1, 2]": "builtins.object"}
+
+
+def test_objects_nested_without_end_are_cut_off() -> None:
+    deep: list[Any] = []
+    for _ in range(1000):
+        deep = [deep]
+    assert len(json.dumps(plain.plain(deep))) < 100
+
+
+def test_the_fingerprint_of_fixed_facts_is_pinned() -> None:
+    """Versions and the machine come from outside and are fixed here; all else is what the tables make of options."""
+    facts = fingerprint.fingerprint_facts(
+        configured(),
+        configured().model,
+        layout="runtime",
+        engine="memory",
+        device=CPU,
+        dummy=False,
+        environ={"VLLM_MARLIN_USE_ATOMIC_ADD": "1", "VLLM_PORT": "1"},
+    )
+    fixed = dict.fromkeys(("plugin", "vllm", "plugins", "torch", "device", "kernels"), "fixed")
+    assert build_fingerprint({**facts, **fixed}) == "1d7efa16d2a915deff8ffdb52efb35e9"

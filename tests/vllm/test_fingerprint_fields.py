@@ -1,0 +1,97 @@
+"""The tables of what shapes weights against the installed vLLM: every field and variable has been looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vllm.engine_process import vllm_config
+from vllm_rfork.seed_key import build_fingerprint
+from vllm_rfork.vllm_compat import shaping
+from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
+from vllm_rfork.vllm_compat.shaping_environment import place_of
+
+#: Fields that other versions than the installed one have.
+OF_OTHER_VERSIONS = {("cache", "calculate_kv_scales")}
+
+#: What vLLM-Ascend 0.18 and 0.23 read, by their published sources.
+OF_ASCEND = (
+    "VLLM_ASCEND_BALANCE_SCHEDULING",
+    "VLLM_ASCEND_ENABLE_BATCH_MEMCPY",
+    "VLLM_ASCEND_ENABLE_CONTEXT_PARALLEL",
+    "VLLM_ASCEND_ENABLE_FLASHCOMM",
+    "VLLM_ASCEND_ENABLE_FLASHCOMM1",
+    "VLLM_ASCEND_ENABLE_FUSED_MC2",
+    "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE",
+    "VLLM_ASCEND_ENABLE_MLAPO",
+    "VLLM_ASCEND_ENABLE_NZ",
+    "VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE",
+    "VLLM_ASCEND_FUSION_OP_TRANSPOSE_KV_CACHE_BY_BLOCK",
+    "DYNAMIC_EPLB",
+    "MSMONITOR_USE_DAEMON",
+)
+
+
+def configurations() -> dict[str, Any]:
+    import vllm.config as vllm
+    from vllm.config.parallel import EPLBConfig
+
+    return {
+        "vllm": vllm.VllmConfig,
+        "model": vllm.ModelConfig,
+        "multimodal": vllm.MultiModalConfig,
+        "parallel": vllm.ParallelConfig,
+        "eplb": EPLBConfig,
+        "cache": vllm.CacheConfig,
+        "load": vllm.LoadConfig,
+        "device": vllm.DeviceConfig,
+        "kv_transfer": vllm.KVTransferConfig,
+        "speculative": vllm.SpeculativeConfig,
+    }
+
+
+@pytest.mark.parametrize("section", [*shaping.SECTIONS, "vllm"])
+def test_every_field_of_vllm_s_configuration_is_in_one_of_the_tables(section: str) -> None:
+    """A new field fails here until somebody has said whether it shapes weights."""
+    counted = {*shaping.ALWAYS.get(section, ()), *shaping.IN_RUNTIME.get(section, ())}
+    left_out = {name for names in shaping.LEFT_OUT[section].values() for name in names}
+    theirs = {field.name for field in dataclasses.fields(configurations()[section])}
+    assert theirs - counted - left_out == set(), "new fields"
+    gone = {(section, name) for name in (counted | left_out) - theirs}
+    assert gone <= OF_OTHER_VERSIONS, "fields that are not there"
+
+
+def test_every_variable_of_vllm_is_in_one_of_the_lists() -> None:
+    from vllm import envs
+
+    theirs = {name for name in envs.environment_variables if name.startswith("VLLM_")}
+    assert len(theirs) > 100
+    assert {name for name in (*theirs, *OF_ASCEND) if place_of(name) == "unknown"} == set()
+
+
+def test_the_sections_are_where_vllm_has_them_and_their_facts_are_canonical(model_a: Path) -> None:
+    """Equal configurations made anew give equal facts, and an option that a user sets arrives in them."""
+
+    def facts(layout: str, **changes: Any) -> dict[str, Any]:
+        config = vllm_config(model_a, **changes)
+        return fingerprint_facts(
+            config, config.model_config, layout=layout, engine="memory", device=torch.device("cpu"), dummy=False
+        )
+
+    first, second = facts("runtime"), facts("runtime")
+    assert first == second
+    assert "0x" not in json.dumps(first)
+    options = first["options"]
+    assert set(options) >= {"model", "parallel", "eplb", "cache", "offload", "attention", "kernel", "mamba"}
+    assert options["model"]["dtype"] == "torch.bfloat16"
+    assert options["parallel"]["tensor_parallel_size"] == 1
+    assert first["kind"] == ["generate", "none"]
+
+    assert facts("runtime", moe_backend="triton") != first
+    assert facts("checkpoint", moe_backend="triton") == facts("checkpoint")
+    assert build_fingerprint(facts("checkpoint")) != build_fingerprint(first)

@@ -1,0 +1,276 @@
+"""Which environment variables shape weights, and which do not, and why; see :mod:`~vllm_rfork.vllm_compat.shaping`.
+
+Names are patterns as for files. In the runtime layout a variable of vLLM's that is in no list counts as well: the
+next version's kernels may hang on it, and a fork that does not happen is better than a wrong one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+
+#: Variables whose name begins so are vLLM's or its platform plugins'.
+PREFIXES = ("VLLM_", "VLLM_ASCEND_")
+
+#: Both layouts: structure, sharding, and what loading makes of the checkpoint.
+ALWAYS = (
+    "VLLM_PP_LAYER_PARTITION",
+    "VLLM_MLA_DISABLE",
+    "VLLM_REPLICATE_EMBED",
+    "VLLM_DCP_Q_REPLICATE",
+    "VLLM_KIMI_K3_SHARD_SP_SHARED_EXPERT",
+    "VLLM_HUMMING_*_QUANT_CONFIG",
+    "VLLM_MXFP[48]_EMULATION_DEQUANT_AT_LOAD",
+    "VLLM_ROCM_*FUS*_SHARED_EXPERTS",
+    "VLLM_DISABLE_DSV4_MEGAMOE_SHARED_EXPERT_FUSION",
+    "VLLM_USE_HW_AGNOSTIC",
+    "VLLM_USE_MODELSCOPE",
+    "VLLM_TEST_FORCE_LOAD_FORMAT",
+    # Scales of caches for which a checkpoint has none; read by vLLM before 0.20.
+    "[KQV]_SCALE_CONSTANT",
+    # vLLM-Ascend: which rank holds which part of a matrix.
+    "VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE",
+    "VLLM_ASCEND_ENABLE_FLASHCOMM*",
+    "DYNAMIC_EPLB",
+    "EXPERT_MAP_RECORD",
+)
+
+#: The runtime layout: kernels, and with them padding, order, packing and derived tensors.
+IN_RUNTIME = (
+    "VLLM_ROCM_FP8_PADDING",
+    "VLLM_ROCM_MOE_PADDING",
+    "VLLM_ROCM_USE_*",
+    "VLLM_ROCM_AITER_*",
+    "VLLM_ROCM_MONO_DECODE",
+    "VLLM_MARLIN_*",
+    "VLLM_HUMMING_*",
+    "VLLM_USE_DEEP_GEMM*",
+    "VLLM_MOE_*",
+    "VLLM_USE_FUSED_MOE_*",
+    "VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE",
+    "VLLM_*FLASHINFER_MOE*",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER",
+    "VLLM_HAS_FLASHINFER_CUBIN",
+    "VLLM_B12X_*",
+    "VLLM_DEEPEPLL_NVFP4_DISPATCH",
+    "VLLM_USE_TRITON_AWQ",
+    "VLLM_TRITON_USE_TD",
+    "VLLM_DISABLED_KERNELS",
+    "VLLM_USE_OINK_OPS",
+    "VLLM_ENABLE_HPC_OPS",
+    "VLLM_ENABLE_GEMM_RS",
+    "VLLM_KIMI_K3_*",
+    "VLLM_GDN_DECODE_KERNEL",
+    "VLLM_ENABLE_FLA_*",
+    "VLLM_BATCH_INVARIANT",
+    "VLLM_FLOAT32_MATMUL_PRECISION",
+    "VLLM_USE_DIRECT_DCP_*",
+    "VLLM_CPU_INT4_W4A8",
+    "VLLM_CPU_MOE_PREPACK",
+    "VLLM_CPU_SGL_KERNEL",
+    "VLLM_ZENTORCH_WEIGHT_PREPACK",
+    "VLLM_XPU_FORCE_N_CONTIG_WEIGHT",
+    "VLLM_XPU_INC_WNA16_BACKEND",
+    "VLLM_WEIGHT_OFFLOADING_DISABLE_*",
+    "VLLM_TARGET_DEVICE",
+    "VLLM_SSM_CONV_STATE_LAYOUT",
+    # vLLM-Ascend: the private format, what MLAPO packs, and fused kernels that want their own order.
+    "VLLM_ASCEND_ENABLE_NZ",
+    "VLLM_ASCEND_ENABLE_MLAPO",
+    "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE",
+    "VLLM_ASCEND_ENABLE_FUSED_MC2",
+    "VLLM_ASCEND_ENABLE_CONTEXT_PARALLEL",
+)
+
+#: Why → names.
+LEFT_OUT: Mapping[str, tuple[str, ...]] = {
+    "secrets, and this project's own options": ("*_API_KEY", "*SECRET*", "*PASSWORD*", "*TOKEN", "RFORK_*"),
+    "addresses, ports and names of one process or host": (
+        "VLLM_HOST_IP",
+        "VLLM_LOOPBACK_IP",
+        "VLLM_*PORT",
+        "VLLM_*_HOST",
+        "VLLM_*_MASTER_IP",
+        "VLLM_RPC_BASE_PATH",
+        "VLLM_DP_RANK*",
+        "VLLM_DP_SIZE",
+        "VLLM_PROCESS_NAME_PREFIX",
+        "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
+        "VLLM_GPU_NIC_PCIE_MAPPING",
+        "VLLM_NIC_SELECTION_VARS",
+        "VLLM_RAY_*",
+    ),
+    "where files lie": (
+        "VLLM_*_PATH",
+        "VLLM_*_ROOT",
+        "VLLM_*_CACHE_DIR",
+        "VLLM_ASSETS_CACHE*",
+        "VLLM_TUNED_CONFIG_FOLDER",
+        "VLLM_LORA_RESOLVER_*",
+    ),
+    "how vLLM was built": (
+        "VLLM_BUILD_*",
+        "VLLM_DOCKER_BUILD_CONTEXT",
+        "VLLM_IMAGE_TAG",
+        "VLLM_MAIN_CUDA_VERSION",
+        "VLLM_USE_PRECOMPILED*",
+        "VLLM_SKIP_*_SUFFIX",
+        "VLLM_VERSION",
+    ),
+    "the front end: requests, media, text": (
+        "VLLM_*_FETCH_*",
+        "VLLM_MEDIA_*",
+        "VLLM_MAX_AUDIO_*",
+        "VLLM_MAX_EMBED_DECODE_BYTES",
+        "VLLM_MAX_IMAGE_PIXELS",
+        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB",
+        "VLLM_MAX_N_SEQUENCES",
+        "VLLM_MAX_COMPLETION_PROMPTS",
+        "VLLM_MAX_STOP_STRINGS",
+        "VLLM_MAX_*BAD_WORDS*",
+        "VLLM_VIDEO_LOADER_BACKEND",
+        "VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT",
+        "VLLM_TOOL_*",
+        "VLLM_REGEX_*",
+        "VLLM_XGRAMMAR_CACHE_MB",
+        "VLLM_V1_USE_OUTLINES_CACHE",
+        "VLLM_ENFORCE_STRICT_TOOL_CALLING",
+        "VLLM_ENABLE_RESPONSES_API_STORE",
+        "VLLM_ENABLE_COHERE_API",
+        "VLLM_GPT_OSS_*",
+        "VLLM_SYSTEM_START_DATE",
+        "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT",
+        "VLLM_USE_FASTOKENS",
+        "VLLM_USE_RUST_*",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_SKIP_MODEL_NAME_VALIDATION",
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_PLUGINS",
+    ),
+    "logs, usage statistics, debugging": (
+        "VLLM_*USAGE*",
+        "VLLM_DO_NOT_TRACK",
+        "VLLM_*LOG*",
+        "VLLM_TRACE_FUNCTION",
+        "VLLM_*DEBUG*",
+        "VLLM_*_SCOPES_FOR_PROFILING",
+        "VLLM_COMPUTE_NANS_IN_LOGITS",
+        "VLLM_GPU_SYNC_CHECK",
+        "VLLM_RANDOMIZE_DP_DUMMY_INPUTS",
+        "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES",
+    ),
+    "processes, queues, time limits": (
+        "VLLM_*_TIMEOUT*",
+        "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH",
+        "VLLM_WORKER_MULTIPROC_METHOD",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE",
+        "VLLM_RINGBUFFER_WARNING_INTERVAL",
+        "VLLM_MQ_*",
+        "VLLM_MSGPACK_ZERO_COPY_THRESHOLD",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION",
+        "VLLM_USE_RAY_*",
+        "VLLM_USE_SPINLOOP_EXT",
+        "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU",
+        "VLLM_CPU_CI_ENV",
+        "VLLM_TPU_USING_PATHWAYS",
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "VLLM_ELASTIC_EP_*",
+        "VLLM_FASTSAFETENSORS_QUEUE_SIZE",
+        "MSMONITOR_USE_DAEMON",
+    ),
+    "communication": (
+        "VLLM_*NCCL*",
+        "VLLM_ALLREDUCE_*",
+        "VLLM_FLASHINFER_ALLREDUCE_BACKEND",
+        "VLLM_ROCM_QUICK_REDUCE_*",
+        "VLLM_ROCM_USE_AITER_CUSTOM_AR",
+        "VLLM_SKIP_P2P_CHECK",
+        "VLLM_DISTRIBUTED_USE_SPLIT_GROUP",
+        "VLLM_DEEPEP_*",
+        "VLLM_DBO_COMM_SMS",
+        "VLLM_XPU_PP_MICROBATCH",
+        "HCCL_SO_PATH",
+    ),
+    "caches and the memory for them": (
+        "VLLM_CPU_KVCACHE_SPACE",
+        "VLLM_KV_*",
+        "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+        "VLLM_ROCM_FP8_MFMA_PAGE_ATTN",
+        "VLLM_ROCM_SLEEP_MEM_CHUNK_SIZE",
+        "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE",
+        "VLLM_MOONCAKE_*",
+        "VLLM_P2P_MAX_PEERS",
+        "VLLM_USE_SIMPLE_KV_OFFLOAD",
+        "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS",
+        "VLLM_ENABLE_STARTUP_PLAN",
+        "VLLM_WSL2_ENABLE_PIN_MEMORY",
+        "VLLM_ASCEND_FUSION_OP_TRANSPOSE_KV_CACHE_BY_BLOCK",
+        "VLLM_ASCEND_ENABLE_BATCH_MEMCPY",
+    ),
+    "compilation, graphs, warm-up, scheduling: how the same weights are used": (
+        "VLLM_USE_*AOT*",
+        "VLLM_FORCE_AOT_LOAD",
+        "VLLM_USE_BYTECODE_HOOK",
+        "VLLM_USE_STANDALONE_COMPILE",
+        "VLLM_USE_LAYERNAME",
+        "VLLM_USE_BREAKABLE_CUDAGRAPH",
+        "VLLM_ENABLE_PREGRAD_PASSES",
+        "VLLM_ENABLE_CUDAGRAPH_GC",
+        "VLLM_ENABLE_INDUCTOR_*",
+        "VLLM_DISABLE_COMPILE_CACHE",
+        "VLLM_COMPILE_CACHE_SAVE_FORMAT",
+        "VLLM_XLA_*",
+        "VLLM_ENABLE_CUDA_COMPATIBILITY",
+        "VLLM_DEEP_GEMM_WARMUP",
+        "VLLM_TRITON_JIT_WARMUP_NUM_THREADS",
+        "VLLM_TRITON_FORCE_FIRST_CONFIG",
+        "VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS",
+        "VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE",
+        "VLLM_SPARSE_INDEXER_MAX_LOGITS_MB",
+        "VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN",
+        "VLLM_CPU_ATTN_SPLIT_KV",
+        "VLLM_DISABLE_SHARED_EXPERTS_STREAM",
+        "VLLM_*_STREAM_*THRESHOLD",
+        "VLLM_LORA_*",
+        "VLLM_*_SAMPLER*",
+        "VLLM_RAISE_ON_LOGIT_NANS",
+        "VLLM_ASCEND_BALANCE_SCHEDULING",
+    ),
+}
+
+
+def place_of(name: str) -> str:
+    """``always``, ``runtime``, ``left out``, or ``unknown`` for a variable in no list.
+
+    What counts always or is left out wins over what counts in the runtime layout: those patterns are the wider ones.
+    """
+    if _in(name, ALWAYS):
+        return "always"
+    if any(_in(name, names) for names in LEFT_OUT.values()):
+        return "left out"
+    return "runtime" if _in(name, IN_RUNTIME) else "unknown"
+
+
+def shaping_environment(environ: Mapping[str, str], *, runtime: bool) -> dict[str, str]:
+    """The variables of ``environ`` that count, as they are set.
+
+    One that is set to its default differs from one that is not set: a needless mismatch, which costs a fork, and a
+    value that was understood wrongly would cost a model.
+    """
+    counted = {}
+    for name, value in environ.items():
+        place = place_of(name)
+        if place == "always" or (
+            runtime and (place == "runtime" or (place == "unknown" and name.startswith(PREFIXES)))
+        ):
+            counted[name] = value
+    return counted
+
+
+def _in(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
