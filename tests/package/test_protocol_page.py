@@ -1,0 +1,117 @@
+"""docs/protocol.md is enough to write the other side from: every name, number and algorithm on it is the code's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from vllm_rfork import messages, verify
+from vllm_rfork.bounded_server import Bounds
+from vllm_rfork.config import ENVIRONMENT, Settings
+from vllm_rfork.engines.nixl_peer import Endpoint
+from vllm_rfork.engines.table import ENGINES
+from vllm_rfork.manifest import MAX_MANIFEST_NBYTES, Manifest, TensorEntry, decode_manifest
+from vllm_rfork.planner import api
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def constants(pattern: str) -> set[str]:
+    values = {value for name, value in vars(messages).items() if name.isupper() and isinstance(value, str)}
+    return {value for value in values if re.fullmatch(pattern, value)}
+
+
+def test_every_header_and_every_path_is_on_the_page() -> None:
+    headers = constants(r"RFORK-[A-Z-]+|[A-Z]+_[A-Z_]+")
+    assert len(headers) > 15
+    for header in headers:
+        short = header.removeprefix("RFORK")  # "`RFORK-INTENT`, `-EPOCH`" names both
+        assert header in PAGE or f"`{short}`" in PAGE, header
+    paths = constants(r"/\w+(/\w+)?")
+    assert len(paths) > 12
+    for path in paths:
+        assert path in PAGE or f"`{path.removeprefix('/')}`" in PAGE, path
+
+
+def test_no_header_on_the_page_is_unknown() -> None:
+    assert set(re.findall(r"RFORK-[A-Z]+(?:-[A-Z]+)*", PAGE)) <= constants(r"RFORK-[A-Z-]+")
+
+
+def test_bounds_are_the_codes() -> None:
+    assert f"at most {messages.MAX_HEADER_LENGTH} characters long" in PAGE.replace("is at most", "at most")
+    assert f"at most {messages.MAX_KEY_LENGTH}" in PAGE
+    assert f"at most {MAX_MANIFEST_NBYTES >> 20} MiB" in PAGE
+    assert f"At most {api.MAX_EXCLUDED}" in PAGE
+    assert f"at most {api.MAX_ID_LENGTH} characters" in PAGE
+    assert Bounds().max_line_nbytes > 3 * messages.MAX_KEY_LENGTH
+
+
+def test_the_manifest_on_the_page_is_one_and_every_field_is_explained() -> None:
+    example = PAGE.split("```json")[1].split("```")[0]
+    found = decode_manifest(example.encode())
+    assert set(json.loads(example)) == set(Manifest.__struct_fields__)
+    assert found.digest_algorithm == verify.ALGORITHM
+    for name in (*Manifest.__struct_fields__, *(set(TensorEntry.__struct_fields__) - {"name"})):
+        assert f"`{name}`" in PAGE, name
+    inline = msgspec.json.encode(TensorEntry("t", "int8", (1,), (1,), -1, inline=b"\x07"))
+    assert json.loads(inline)["inline"] == "Bw==", "the page says base64"
+
+
+def test_every_engine_has_its_endpoint_described() -> None:
+    section = PAGE.split("### Endpoints")[1].split("###")[0]
+    assert set(re.findall(r"^`(\w+)`:|\. `(\w+)`:", section, re.MULTILINE)) == {
+        (name, "") if section.lstrip().startswith(f"`{name}`") else ("", name) for name in ENGINES
+    }
+    for field in Endpoint.__struct_fields__:
+        assert f'"{field}"' in section, field
+
+
+@pytest.mark.parametrize("nbytes", [1, 8, 16312, 16312 * 3 + 5, 16312 * 128, 16312 * 130 + 17])
+def test_the_digest_can_be_computed_from_the_page(nbytes: int) -> None:
+    data = random.Random(nbytes).randbytes(nbytes)
+    assert f"### The digest `{verify.ALGORITHM}`" in PAGE
+    assert verify.digest(torch.frombuffer(bytearray(data), dtype=torch.uint8)) == digest_by_the_page(data)
+
+
+def digest_by_the_page(data: bytes) -> str:
+    columns, modulus = 2039, 1 << 64
+    weights, state = [], 0
+    for _ in range(columns):
+        state = (state + 0x9E3779B97F4A7C15) % modulus
+        mixed = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % modulus
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % modulus
+        weights.append((mixed ^ (mixed >> 31)) | 1)
+
+    def words(row: bytes) -> list[int]:
+        return memoryview(row.ljust(8 * columns, b"\0")).cast("q").tolist()
+
+    whole = len(data) // (8 * columns)
+    rows = [words(data[8 * columns * number : 8 * columns * (number + 1)]) for number in range(whole)]
+    summed = [[sum(column) for column in zip(*rows[at : at + 128], strict=True)] for at in range(0, whole, 128)]
+    if rest := data[8 * columns * whole :]:
+        summed.append(words(rest))
+    hashed = hashlib.blake2b(len(data).to_bytes(8, "little"), digest_size=16, person=b"rfork-digest-2\0\0")
+    for row in summed:
+        signed = [(word + modulus // 2) % modulus - modulus // 2 for word in row]
+        for halves in (signed, [word >> 32 for word in signed]):
+            total = sum(word * weight for word, weight in zip(halves, weights, strict=True)) % modulus
+            hashed.update(total.to_bytes(8, "little"))
+    return hashed.hexdigest()
+
+
+# --- the README's table of options ------------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_of_options_is_the_settings() -> None:
+    rows = re.findall(r"^\| `((?:rfork|model)_\w+)` \| (?:`(\w+)`)? *\| ", README, re.MULTILINE)
+    assert [name for name, _ in rows] == list(Settings.model_fields)
+    assert {name: variable for name, variable in rows if variable} == ENVIRONMENT
