@@ -30,6 +30,7 @@ class WorkerIdentity:
         pp_rank: None without pipeline parallelism.
         ep_rank: None without expert parallelism, or for a model without experts.
         is_draft: the worker loads the draft model of speculative decoding.
+        context_rank: rank in prefill context parallelism; the key has no place for it, so it is in the fingerprint.
         local_rank: the worker's number on its node; not part of the key, it chooses the seed service's port.
     """
 
@@ -40,6 +41,7 @@ class WorkerIdentity:
     ep_rank: int | None = None
     is_draft: bool = False
     local_rank: int = 0
+    context_rank: int = 0
 
 
 def build_seed_key(model_url: str, strategy: str, identity: WorkerIdentity, *, separator: str = "$") -> str:

@@ -1,7 +1,8 @@
 """The facts that shape a worker's bytes, as plain data for :func:`~vllm_rfork.seed_key.build_fingerprint`.
 
 Which options count, in which layout, and which do not and why, is in :mod:`~vllm_rfork.vllm_compat.shaping` and
-:mod:`~vllm_rfork.vllm_compat.shaping_environment`. Ranks are not here: they are in the seed key.
+:mod:`~vllm_rfork.vllm_compat.shaping_environment`. Of the ranks only those are here that the seed key has no place for:
+without expert parallelism, experts are cut across data and context parallel ranks as well.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def fingerprint_facts(
     engine: str,
     device: torch.device,
     dummy: bool,
+    context_rank: int = 0,
     environ: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """Everything that shapes the bytes in memory in ``layout``.
@@ -76,6 +78,7 @@ def fingerprint_facts(
         "options": _options(vllm_config, model_config, runtime=runtime),
         "additional_config": _additional_config(vllm_config),
         "environment": shaping_environment(environ, runtime=runtime),
+        "context_rank": context_rank,
         "draft": is_draft(vllm_config, model_config),
         "dummy_weights": [getattr(model_config, "seed", None)] if dummy else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vllm_rfork.seed_key import KV_BOTH, WorkerIdentity
@@ -31,14 +32,25 @@ def worker_identity(vllm_config: Any, model_config: Any) -> WorkerIdentity:
         ep_rank=parallel_state.get_ep_group().rank_in_group if with_experts else None,
         is_draft=is_draft(vllm_config, model_config),
         local_rank=_local_rank(parallel, parallel_state),
+        context_rank=_context_rank(parallel, parallel_state),
     )
+
+
+def _context_rank(parallel: Any, parallel_state: Any) -> int:
+    if int(getattr(parallel, "prefill_context_parallel_size", 1) or 1) == 1:  # before 0.13 there was none
+        return 0
+    return int(parallel_state.get_pcp_group().rank_in_group)
 
 
 def _local_rank(parallel: Any, parallel_state: Any) -> int:
     local_rank = int(parallel_state.get_world_group().local_rank)
-    # Data-parallel engines of one node each count their workers from 0.
-    dp_local = int(getattr(parallel, "data_parallel_rank_local", 0) or 0)
-    return local_rank + dp_local * int(getattr(parallel, "world_size", 1))
+    dp_local = getattr(parallel, "data_parallel_rank_local", None)
+    if dp_local is None and getattr(parallel, "distributed_executor_backend", None) not in ("ray", "external_launcher"):
+        dp_local = getattr(parallel, "data_parallel_index", 0)  # as vLLM chooses its devices; the others count by node
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+    first = int(dp_local or 0) * math.prod(int(getattr(parallel, name, 1) or 1) for name in sizes)
+    # Data parallel engines of one node count their workers from 0 each, unless the platform's worker has added up.
+    return local_rank if local_rank >= first else local_rank + first
 
 
 def _has_experts(model_config: Any) -> bool:

@@ -52,6 +52,8 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "data_parallel_size",
+        # The seed key has no place for it. Independent replicas all have 0.
+        "data_parallel_rank",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
         "enable_expert_parallel",
@@ -181,10 +183,9 @@ LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "where scales are written to": ("mm_encoder_fp8_scale_save_path", "mm_encoder_fp8_scale_save_margin"),
     },
     "parallel": {
-        "ranks, which are in the seed key": (
+        "ranks, which are in the seed key or say only where a worker runs": (
             "node_rank",
             "rank",
-            "data_parallel_rank",
             "data_parallel_rank_local",
             "data_parallel_index",
             "_api_process_rank",
