@@ -6,10 +6,12 @@ ENGINE ?= nixl
 PYTEST_ARGS ?=
 # More arguments for the benchmarks
 BENCH_ARGS ?=
+# Arguments for the model zoo: make zoo ZOO_ARGS="--only llama,qwen3" writes no document
+ZOO_ARGS ?= --write docs/zoo.md
 
 BIN := .venv/bin
 STANDIN := build/standin
-TYPED := vllm_rfork demo scripts examples bench
+TYPED := vllm_rfork demo scripts examples bench zoo
 
 # Nothing here talks to a model hub or reports usage, and nothing of the caller's Python leaks in.
 export HF_HUB_OFFLINE := 1
@@ -18,7 +20,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest demo format clean distclean
+.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -65,6 +67,9 @@ bench-planner: setup ## one planner process beside the mock: cycles, heartbeats,
 
 bench-digest: setup ## digests beside a plain sum and a copy: make bench-digest BENCH_ARGS="--device cuda --gib 8"
 	$(BIN)/python -m bench.digest $(BENCH_ARGS)
+
+zoo: setup ## fork one model of every kind and hold it against a default load; writes docs/zoo.md
+	$(BIN)/python -m zoo $(ZOO_ARGS)
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi

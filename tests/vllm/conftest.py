@@ -9,64 +9,16 @@ import os
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.vllm import models
-from tests.vllm.engine_process import free_port
+from zoo.planner import Planner, eventually
 
 ROOT = Path(__file__).parents[2]
-
-
-def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
-    """What ``condition`` returns once it is true; fails the test after ``timeout_s`` seconds."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.02)
-    return value
-
-
-class Planner:
-    """The mock planner as a process."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._start()
-
-    def _start(self) -> None:
-        command = [sys.executable, str(ROOT / "examples" / "rfork_planner.py"), "--port", str(self.port)]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        eventually(self._up, "planner is up")
-
-    def _up(self) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(self.snapshot() is not None)
-        return False
-
-    def snapshot(self) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}/debug/snapshot", timeout=5) as answer:
-            return dict(json.load(answer))
-
-    def leases(self) -> int:
-        return sum(len(seed["leases"]) for seed in self.snapshot()["seeds"])
-
-    def seeds(self) -> list[str]:
-        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in self.snapshot()["seeds"]]
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def restart(self) -> None:
-        self.stop()
-        self._start()
 
 
 class LineProcess:

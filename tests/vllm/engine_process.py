@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from zoo.observe import digests_of, watching
+from zoo.planner import free_port
+
+__all__ = ["Loaded", "digests_of", "distributed", "free_port", "load", "load_digested", "vllm_config"]
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def vllm_config(model: Path, *, load_format: str = "auto", extra: dict[str, Any] | None = None, **changes: Any) -> Any:
@@ -81,36 +78,7 @@ def load_digested(config: Any) -> Loaded:
 
     The moment is the same for every loader: vLLM's own ``load_model`` calls post-processing.
     """
-    from vllm.model_executor.model_loader import base_loader
-
-    seen: dict[str, str] = {}
-    process = base_loader.process_weights_after_loading
-
-    def looking(model: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.clear()
-        seen.update(digests_of(model))
-        return process(model, *args, **kwargs)
-
-    base_loader.process_weights_after_loading = looking
-    try:
+    with watching() as watch:
         model = load(config)
-    finally:
-        base_loader.process_weights_after_loading = process
-    return Loaded(model, seen, digests_of(model))
-
-
-def digests_of(model: Any) -> dict[str, str]:
-    """SHA-256 over the elements of every tensor that the walk finds, independent of the digests under test.
-
-    Handles of packed weights are addresses inside a process and differ from load to load.
-    """
-    import torch
-
-    from vllm_rfork.walk import walk
-
-    found = {}
-    for leaf in walk(model):
-        if isinstance(leaf.value, torch.Tensor) and not leaf.name.endswith("handler_tensor"):
-            raw = leaf.value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[leaf.name] = hashlib.sha256(f"{leaf.value.dtype}{tuple(leaf.value.shape)}".encode() + raw).hexdigest()
-    return found
+    (loaded,) = watch.finish()
+    return Loaded(model, loaded.before, loaded.after)

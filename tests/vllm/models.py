@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from zoo.checkpoints import save, without_weights
+
+__all__ = ["WEIGHTS_A", "WEIGHTS_B", "qwen2", "save", "without_weights"]
 
 #: Seeds of the random generator: two checkpoints of one shape with different weights.
 WEIGHTS_A, WEIGHTS_B = 1, 2
@@ -29,26 +30,3 @@ def qwen2(folder: Path, *, seed: int = WEIGHTS_A, **changes: Any) -> Path:
         "bos_token_id": None,
     }
     return save(Qwen2ForCausalLM, Qwen2Config(**{**settings, **changes}), folder, seed)
-
-
-def save(model_class: Any, config: Any, folder: Path, seed: int) -> Path:
-    """Random weights for ``config`` in bfloat16, as safetensors, in ``folder``."""
-    torch.manual_seed(seed)
-    model = model_class(config).to(torch.bfloat16)
-    for parameter in model.parameters():
-        # Wide enough that different weights give different tokens.
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else parameter.data.add_(
-            torch.randn_like(parameter) * 0.1
-        )
-    model.save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def without_weights(source: Path, folder: Path) -> Path:
-    """A copy of the model folder that has everything but the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix in {".json", ".txt", ".jinja"} and "safetensors" not in file.name:
-            (folder / file.name).write_bytes(file.read_bytes())
-    json.loads((folder / "config.json").read_text())
-    return folder
