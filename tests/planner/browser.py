@@ -145,7 +145,8 @@ class Page:
             mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        await self.command("Emulation.setEmulatedMedia", features=[scheme])
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}  # what moves is painted all the time
+        await self.command("Emulation.setEmulatedMedia", features=[scheme, still])
 
     async def go(self, url: str) -> None:
         """Load ``url``."""
@@ -162,7 +163,7 @@ class Page:
         deadline = time.monotonic() + _DEADLINE_S
         while not (value := await self.run(f"document.body && ({script})")):
             assert time.monotonic() < deadline, f"{what or script}; the page says: {await self.text('body')}"
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.1)
         return value
 
     async def text(self, selector: str) -> str:

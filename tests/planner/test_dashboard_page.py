@@ -11,7 +11,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 
-from tests.planner import browser
+from tests.planner import browser, test_api
 from tests.planner.browser import DESKTOP, PHONE, Chromium, Page
 from tests.planner.processes import PlannerUnderTest, call
 from tests.planner.redis_server import RedisServer
@@ -32,8 +32,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 
 @contextlib.contextmanager
-def planner(*flags: str, port: int = 0, **environ: str) -> Iterator[PlannerUnderTest]:
-    process = PlannerUnderTest(*flags, port=port, **environ).until_ready()
+def planner(*flags: str, port: int = 0) -> Iterator[PlannerUnderTest]:
+    process = PlannerUnderTest(*flags, port=port).until_ready()
     try:
         yield process
     finally:
@@ -78,9 +78,9 @@ class Workers:
 
 
 @contextlib.asynccontextmanager
-async def workers(process: PlannerUnderTest, token: str = "") -> AsyncIterator[Workers]:
+async def workers(url: str, token: str = "") -> AsyncIterator[Workers]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        some = Workers(process.url, session, token)
+        some = Workers(url, session, token)
         try:
             yield some
         finally:
@@ -97,33 +97,34 @@ def complains_of_nothing(page: Page, url: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("store", ["memory", "redis"])
+@pytest.mark.parametrize(("store", "sizes"), [("memory", [DESKTOP, PHONE]), ("redis", [DESKTOP])])
 async def test_a_fleet_comes_into_view_without_a_reload(
-    chromium: Chromium, store: str, request: pytest.FixtureRequest
+    chromium: Chromium, store: str, sizes: list[tuple[int, int]], request: pytest.FixtureRequest
 ) -> None:
     flags = ["--failures-before-backoff", "1", "--backoff-sec", "300"]
     if store == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
         flags += ["--store", server.url, "--redis-prefix", "dashboard"]
     with planner(*flags) as process:
-        async with workers(process) as fleet, chromium.page(DESKTOP) as desktop, chromium.page(PHONE) as phone:
-            for page, size in ((desktop, DESKTOP), (phone, PHONE)):
+        async with workers(process.url) as fleet, contextlib.AsyncExitStack() as stack:
+            pages = [(await stack.enter_async_context(chromium.page(size)), size[0]) for size in sizes]
+            for page, width in pages:
                 await page.go(process.url + "/")
-                await page.shows("#seeds", "No seed is known")
                 await page.shows("#live", "live")
-                await page.until(FITS.format(size[0]))
+                await page.shows("#seeds", "No seed is known")
+                await page.until(FITS.format(width))
                 await page.run("window.before = 1")
 
             await fleet.announce(KEY, 5000, **{"RFORK-LABELS": "host=h7,rack=r2"})
             await fleet.announce("other$key", 5001)
             held = await fleet.lease(KEY)
-            fleet.wait(KEY)
             await fleet.tell("POST", "/rfork_intent", "a$third", **{"RFORK-INTENT": "worker-9"})
-            for page in (desktop, phone):
+            fleet.wait(KEY)
+            for page, _ in pages:
+                await page.shows("#waiting", "1 of 1", "1 m 00 s", KEY)
                 await page.shows("#keys", KEY, "other$key", "a$third", "1 / 1")
                 await page.shows("#seeds", "127.0.0.1:5000:0", "host=h7 rack=r2", "busy", "free")
                 await page.shows("#leases", "127.0.0.1:5000:0", KEY)
-                await page.shows("#waiting", "1 of 1", "1 m 00 s", KEY)
                 await page.shows("#intents", "worker-9", "a$third")
                 assert "2" in await page.text("#tile-seeds")
                 assert await page.run("document.title") == "1 waiting · RFork planner"
@@ -131,19 +132,20 @@ async def test_a_fleet_comes_into_view_without_a_reload(
             await fleet.end(held, **{"RFORK-NBYTES": "15000000000", "RFORK-SECONDS": "1.25"})
             failed = await fleet.lease("other$key")
             await fleet.end(failed, "failed", **{"RFORK-CAUSE": "EngineError"})
-            for page, size in ((desktop, DESKTOP), (phone, PHONE)):
-                await page.shows("#history", "15 GB", "1.25 s", "12.0", "failed")
+            for page, width in pages:
                 await page.shows("#causes", "EngineError", "127.0.0.1:5001:0")
-                await page.shows("#seeds", "aside for", "1 failures in a row")
+                await page.shows("#history", "15 GB", "1.25 s", "12.0", "failed")
+                await page.shows("#seeds", "aside for", "after a failure")
                 await page.shows("#waiting", "Nobody waits")
-                await page.until(FITS.format(size[0]))
+                await page.until(FITS.format(width))
                 assert await page.run("window.before") == 1, "it was reloaded"
                 assert complains_of_nothing(page, process.url)
 
 
 async def test_ages_go_on_and_a_key_can_be_looked_at_alone(chromium: Chromium) -> None:
-    with planner() as process:
-        async with workers(process) as fleet, chromium.page(PHONE) as page:
+    async with test_api.planner() as client:
+        process = client.planner
+        async with workers(process.url) as fleet, chromium.page(PHONE) as page:
             for number in range(130):
                 await fleet.announce(f"key-{number:03d}-" + "x" * 120, 5000 + number)
             key = "the$only one äöü"
@@ -174,8 +176,9 @@ async def test_ages_go_on_and_a_key_can_be_looked_at_alone(chromium: Chromium) -
 
 
 async def test_what_others_chose_is_text_and_nothing_else(chromium: Chromium) -> None:
-    with planner("--trust-announced-address") as process:
-        async with workers(process) as fleet, chromium.page(DESKTOP) as page:
+    async with test_api.planner() as client:
+        process = client.planner
+        async with workers(process.url) as fleet, chromium.page(DESKTOP) as page:
             await fleet.announce(HOSTILE, 5000)
             held = await fleet.lease(HOSTILE)
             await fleet.end(held, "failed", **{"RFORK-CAUSE": encode_text(HOSTILE)})
@@ -196,8 +199,9 @@ async def test_what_others_chose_is_text_and_nothing_else(chromium: Chromium) ->
 
 
 async def test_without_the_token_nothing_is_shown_and_it_is_kept_in_the_tab_alone(chromium: Chromium) -> None:
-    with planner(RFORK_TOKEN=TOKEN) as process:
-        async with workers(process, TOKEN) as fleet, chromium.page(PHONE) as page:
+    async with test_api.planner({"RFORK_TOKEN": TOKEN}) as client:
+        process = client.planner
+        async with workers(process.url, TOKEN) as fleet, chromium.page(PHONE) as page:
             await fleet.announce(KEY, 5000)
             await page.go(process.url)
             await page.shows("#door", "asks for a token")
@@ -225,7 +229,7 @@ async def test_without_the_token_nothing_is_shown_and_it_is_kept_in_the_tab_alon
 
 async def test_a_planner_that_goes_away_is_said_and_comes_back_by_itself(chromium: Chromium) -> None:
     with planner() as process:
-        async with workers(process) as fleet, chromium.page(DESKTOP) as page:
+        async with workers(process.url) as fleet, chromium.page(DESKTOP) as page:
             await fleet.announce(KEY, 5000)
             await page.go(process.url)
             await page.shows("#seeds", "127.0.0.1:5000:0")

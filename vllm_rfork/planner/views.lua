@@ -32,6 +32,7 @@ end
 
 local function show_lease(out, id)
   local lease = hash(P .. "lease:" .. id)
+  if not lease then return end
   lease.id, lease.expires = id, call("ZSCORE", P .. "due", "lease" .. SEP .. id .. SEP)
   out.leases[#out.leases + 1] = lease
 end

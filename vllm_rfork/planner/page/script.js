@@ -175,7 +175,7 @@
 
   function stateOf(seed) {
     if (seed.draining) return { text: "draining", badge: true, tone: "warn", sub: "gets no new lease" };
-    if (seed.aside_s > 0) return till(seed.aside_s, { before: "aside for ", badge: true, tone: "bad", sub: `${seed.failures} failures in a row` });
+    if (seed.aside_s > 0) return till(seed.aside_s, { before: "aside for ", badge: true, tone: "bad", sub: seed.failures === 1 ? "after a failure" : `after ${seed.failures} failures in a row` });
     if (seed.held_s > 0) return till(seed.held_s, { before: "held for ", badge: true, tone: "warn", sub: "known to an earlier state" });
     const sub = seed.failures ? `${seed.failures} failed in a row` : "";
     if (seed.leases >= seed.slots) return { text: "busy", badge: true, sub };
