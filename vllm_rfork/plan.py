@@ -28,7 +28,7 @@ from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_ke
 from vllm_rfork.segments import pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, gone_state, match_state, state_of
 from vllm_rfork.tensors import Collection, apply_inline, collect
-from vllm_rfork.vllm_compat import loading
+from vllm_rfork.vllm_compat import ascend, loading
 from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 from vllm_rfork.vllm_compat.identity import worker_identity
@@ -63,6 +63,7 @@ class LoadPlan:
     Attributes:
         reopen_engine: it was closed, or may hold registrations of an attempt that failed; a seed needs a fresh one.
         may_fork: false once an attempt has failed in a way that made the model unusable.
+        no_fork_reason: why this worker's memory cannot be written to by an engine; empty where it can.
         holds_dummies: the model was filled with dummy weights, and no fork has replaced them yet.
         no_seed_reason: why this worker must not become a seed; empty where it may.
         unreachable: the planner's name could not be looked up in time: there is nobody to ask for a seed.
@@ -83,6 +84,7 @@ class LoadPlan:
     shows_progress: bool
     agreement: Agreement
     may_fork: bool = True
+    no_fork_reason: str = ""
     holds_dummies: bool = False
     no_seed_reason: str = ""
     reopen_engine: bool = False
@@ -96,6 +98,7 @@ class LoadPlan:
     _owes_word: bool = False
     _loaded: Manifest | None = None
     _weights: dict[str, Held] = field(default_factory=dict)
+    _checks: ascend.PostponedChecks = field(default_factory=ascend.PostponedChecks)
 
     @classmethod
     def make(cls, settings: Settings, vllm_config: Any, model_config: Any, *, rank_shows: bool) -> LoadPlan:
@@ -121,7 +124,6 @@ class LoadPlan:
             engine=engine_name,
             device=device,
             dummy=settings.rfork_fallback_load_format == "dummy",
-            context_rank=identity.context_rank,
         )
         unreachable = None
         try:
@@ -155,6 +157,9 @@ class LoadPlan:
             plan.refuse_to_seed(f"its own address is not known: {reason}")
         if reason := loading.never_a_seed(vllm_config):
             plan.refuse_to_seed(reason)
+        if reason := loading.unregistrable(vllm_config, device):
+            plan.no_fork_reason = reason
+            plan.refuse_to_seed(reason)
         return plan
 
     def refuse_to_seed(self, reason: str) -> None:
@@ -182,8 +187,20 @@ class LoadPlan:
             ForkError: this model cannot be forked in this layout.
         """
         self._check_layout(model)
-        device_side(self.device).synchronize()
-        return collect(model, self.device)
+        return self._collect(model)
+
+    def _collect(self, model: nn.Module) -> Collection:
+        """What stands in ``model`` when its device has done all that was queued.
+
+        Raises:
+            ForkError: something cannot be accounted for, or no engine can keep it registered.
+        """
+        side = device_side(self.device)
+        side.synchronize()
+        collection = collect(model, self.device)
+        if reason := side.unregistrable(collection.regions):
+            raise ForkError(reason)
+        return collection
 
     def shared_spans(self, collection: Collection) -> frozenset[int]:
         """Addresses of the spans that an earlier model uses too: a fork that goes wrong must not write there."""
@@ -222,6 +239,7 @@ class LoadPlan:
         apply_inline(collection, manifest)
         if self.layout == RUNTIME:
             match_state(model, self.built, manifest.state, manifest.state_gone)
+            self._checks.run()
         else:
             apply_state(model, manifest.state)
 
@@ -235,6 +253,8 @@ class LoadPlan:
         def prepared() -> Collection | None:
             if self.unreachable is not None:
                 raise self.unreachable
+            if self.no_fork_reason:
+                raise ForkError(self.no_fork_reason)
             collection = self.collect_empty(model) if self.layout == CHECKPOINT else None
             self.attempt.reserve(self.fingerprint)
             return collection
@@ -286,6 +306,7 @@ class LoadPlan:
         self.holds_dummies = True
         loading.fill_with_dummies(model, model_config, self.load_config)
         loading.tie_dummies(model, tied=loading.heads_tied(model, {entry.name: entry.span for entry in remote.tensors}))
+        self._checks = ascend.postpone_checks(model)
 
     def state_before(self, model: nn.Module) -> None:
         """Remember the Python-side state before loading, so that what loading changes can be told."""
@@ -308,8 +329,7 @@ class LoadPlan:
             return
         try:
             self._check_layout(model)
-            device_side(self.device).synchronize()
-            collection = collect(model, self.device)
+            collection = self._collect(model)
             after = state_of(model)
             if gone := gone_state(self.built, after):
                 raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
@@ -356,10 +376,11 @@ class LoadPlan:
     def _capture_runtime(self, model: nn.Module) -> None:
         """Remember the post-processed model that was loaded from storage, if every weight in it is accounted for."""
         try:
-            device_side(self.device).synchronize()
-            collection = collect(model, self.device)
+            collection = self._collect(model)
             if collection.opaque:
                 raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
+            if unknown := ascend.unknown_class_tensors(model):
+                raise ForkError(f"classes hold tensors that may be weights: {', '.join(unknown[:5])}")
             check_accounted(self._weights, held_by(model))
             after = state_of(model)
             state = changed_state(self.built, after)
@@ -374,8 +395,7 @@ class LoadPlan:
 
     def _find_loaded(self, model: nn.Module, loaded: Manifest) -> None:
         try:
-            device_side(self.device).synchronize()
-            collection = collect(model, self.device)
+            collection = self._collect(model)
             pair(collection.manifest(**self.manifest_identity()), loaded)
         except ForkError as error:
             self.refuse_to_seed(

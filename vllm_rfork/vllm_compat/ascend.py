@@ -7,18 +7,15 @@ releases have. Nothing here imports ``vllm_ascend``: where its modules are not l
 from __future__ import annotations
 
 import functools
-import logging
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_rfork.errors import VerificationError
-
-logger = logging.getLogger(__name__)
 
 #: The method by which an MoE layer with overlapped shared experts compares, on random input and at the end of its own
 #: post-processing, two ways to compute them. Dummy weights give NaN in both, which are never equal.
@@ -51,28 +48,39 @@ PROCESS_WIDE: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass
 class PostponedChecks:
-    """What :func:`postpone_checks` keeps off dummy weights, and :meth:`run` makes up for."""
+    """What :func:`postpone_checks` keeps off dummy weights, and :meth:`run` makes up for. Keeps no model alive."""
 
-    _silenced: list[nn.Module] = field(default_factory=list)
-    _asked: list[nn.Module] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._silenced: list[weakref.ref[nn.Module]] = []
+        self._asked: list[weakref.ref[nn.Module]] = []
+
+    def silence(self, module: nn.Module) -> None:
+        """Let ``module``'s check do nothing but remember that it was asked for."""
+        # The wrapper around post-processing looks it up on the instance when it calls it.
+        vars(module)[SHARED_EXPERT_CHECK] = functools.partial(self._asked.append, weakref.ref(module))
+        self._silenced.append(weakref.ref(module))
 
     def run(self) -> None:
         """Put every check back, and run those that post-processing asked for, on the weights that are there now.
 
         Raises:
-            VerificationError: one failed; ``mutated``.
+            VerificationError: one failed.
         """
         silenced, self._silenced = self._silenced, []
-        for module in silenced:
+        for module in _living(silenced):
             vars(module).pop(SHARED_EXPERT_CHECK, None)
-        asked, self._asked = self._asked, []
-        for module in asked:
+        asked = list(self._asked)
+        self._asked.clear()
+        for module in _living(asked):
             try:
                 getattr(module, SHARED_EXPERT_CHECK)()
             except Exception as error:
                 raise VerificationError(f"vLLM-Ascend's own check of shared experts failed: {error}") from error
+
+
+def _living(references: list[weakref.ref[nn.Module]]) -> list[nn.Module]:
+    return [module for module in (reference() for reference in references) if module is not None]
 
 
 def postpone_checks(model: nn.Module) -> PostponedChecks:
@@ -80,9 +88,7 @@ def postpone_checks(model: nn.Module) -> PostponedChecks:
     checks = PostponedChecks()
     for module in model.modules():
         if callable(getattr(module, SHARED_EXPERT_CHECK, None)):
-            # The wrapper around post-processing looks it up on the instance when it calls it.
-            vars(module)[SHARED_EXPERT_CHECK] = functools.partial(checks._asked.append, module)
-            checks._silenced.append(module)
+            checks.silence(module)
     return checks
 
 
