@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_rfork.config import parse_config
+from vllm_rfork.config import ENVIRONMENT, parse_config
 from vllm_rfork.engines.table import ENGINES
-from vllm_rfork.messages import HEALTHZ, METRICS, READYZ
+from vllm_rfork.messages import HEALTHZ, METRICS, READYZ, parse_labels
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, Settings, check_environment, settings_from
 
@@ -223,7 +223,14 @@ def test_workers_are_given_options_that_exist_and_reach_the_planner(name: str) -
     assert ports_of(pod)["seed"] == settings.rfork_seed_port_base
     (box,) = pod["spec"]["containers"]
     assert f"--port {ports_of(pod)['api']} " in box["args"][0]
-    assert [each["name"] for each in box["env"]] == ["RFORK_TOKEN"]
+    environment = {each["name"]: each.get("value", "") for each in box["env"]}
+    assert set(environment) - set(ENVIRONMENT.values()) == {"NODE_NAME"}
+    assert "$(NODE_NAME)" in environment["RFORK_LABELS"]
+    named_node = environment["RFORK_LABELS"].replace("$(NODE_NAME)", "node-7.example")
+    told = parse_config({"rfork_labels": named_node}, {}).settings
+    assert parse_labels(told.labels("the-pods-name")) == {"host": "node-7.example"}
+    mounts = {each["name"]: each["mountPath"] for each in box["volumeMounts"]}
+    assert environment["RFORK_TOKEN_FILE"] == mounts["token"] + "/token"
     assert settings.rfork_seed_wait_sec <= Settings().max_wait_sec
 
 
