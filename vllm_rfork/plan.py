@@ -124,6 +124,7 @@ class LoadPlan:
             engine=engine_name,
             device=device,
             dummy=settings.rfork_fallback_load_format == "dummy",
+            context_rank=identity.context_rank,
         )
         unreachable = None
         try:
