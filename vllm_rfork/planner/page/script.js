@@ -224,7 +224,7 @@
       ["Time", "num", (each) => ({ text: time(each.duration_s, true) })],
       ["GB/s", "num", (each) => (each.gb_per_s ? { text: rate(each.gb_per_s), bar: each.gb_per_s / fastest } : { text: "" })],
       ["Key", "key", (each) => keyCell(each.key)],
-    ], (each) => `${each.receiver} ${each.seed} ${each.result} ${each.duration_s} ${each.nbytes}`, "No fork has ended yet."),
+    ], (each) => `${each.receiver} ${each.seed} ${each.result} ${each.duration_s} ${each.nbytes}`, "No fork has ended that is remembered."),
     causes: new Table("causes", [
       ["Cause", "nowrap", (each) => ({ text: each.cause, tone: "bad" })],
       ["Forks", "num", (each) => ({ text: count.format(each.count) })],
@@ -267,9 +267,10 @@
     const forks = data.forks;
     $("about").textContent = plain(`${data.planner.version} · ${data.planner.store} store · ${data.planner.policy} · up with this state for ${time(data.age_s)}`);
     $("chosen").hidden = key === null;
+    $("board").toggleAttribute("data-one", key !== null);
     $("chosen-key").textContent = plain(key);
     tile("tile-seeds", count.format(all.seeds), troubles(all) || (all.seeds ? "all serving" : "none yet"), all.aside ? "bad" : all.draining ? "warn" : "");
-    tile("tile-slots", `${count.format(all.leases)} of ${count.format(all.slots)}`, all.slots ? `${Math.round((100 * all.leases) / all.slots)} %` : "");
+    tile("tile-slots", count.format(all.leases), `of ${count.format(all.slots)}${all.slots ? ` · ${Math.round((100 * all.leases) / all.slots)} %` : ""}`);
     tile("tile-leases", count.format(all.leases), data.leases.length ? ticking("span", received - data.leases[0].held_s, { before: "longest for " }) : "");
     tile("tile-waiting", count.format(all.waiting), all.waiting ? ticking("span", received - all.oldest_wait_s, { before: "longest for ", className: "warn" }) : "nobody");
     tile("tile-intents", count.format(all.intents), all.intents ? "will be seeds soon" : "nobody");
@@ -319,7 +320,6 @@
   let turn = 0; // answers to an earlier question are not shown
   let timer = 0;
   let failures = 0;
-  let silentSince = 0;
   let refusedToken = false;
 
   const linkTo = (key) => `#key=${encodeURIComponent(key)}`;
@@ -361,16 +361,16 @@
       answer = await fetch("dashboard.json", { headers: headers(), cache: "no-store", redirect: "error", signal: AbortSignal.timeout(ANSWER_MS) });
       body = answer.ok ? await answer.json() : (await answer.text()).slice(0, 300).trim();
     } catch {
-      if (mine === turn) gone("The planner does not answer.");
+      if (mine === turn) gone("no answer", "The planner does not answer.");
       return;
     }
     if (mine !== turn) return;
     if (answer.status === 401) return atTheDoor();
     if (!answer.ok) {
       const text = answer.status === 429 ? "Too many people look at this dashboard." : `The planner answered ${answer.status}: ${plain(body)}.`;
-      return gone(text, 1000 * Number(answer.headers.get("Retry-After")) || 0);
+      return gone("no data", text, 1000 * Number(answer.headers.get("Retry-After")) || 0);
     }
-    [failures, silentSince, refusedToken] = [0, 0, false];
+    [failures, refusedToken] = [0, false];
     [data, received] = [body, clock()];
     trouble("");
     live("live", "live");
@@ -381,12 +381,11 @@
     again(1000 * data.planner.every_s);
   }
 
-  function gone(text, atLeast = 0) {
+  function gone(state, text, atLeast = 0) {
     failures += 1;
-    silentSince ||= clock();
     const pause = Math.max(atLeast, Math.min(MAX_PAUSE_MS, 500 * 2 ** failures));
-    live("gone", "no answer");
-    document.title = "no answer · RFork planner";
+    live("gone", state);
+    document.title = `${state} · RFork planner`;
     notice("");
     const old = data ? ` What you see is ${time(clock() - received)} old.` : "";
     trouble(`${text}${old} Trying again every ${Math.round(pause / 1000)} s.`);
