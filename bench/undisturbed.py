@@ -46,8 +46,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from vllm_rfork import seeding
     from vllm_rfork.manifest import encode_manifest
+    from vllm_rfork.plugin import register
     from zoo.planner import Planner, eventually
 
+    register()  # for checkouts that are not installed; else vLLM has done it
     planner = Planner()
     extra = {
         "model_url": "undisturbed",

@@ -66,7 +66,7 @@ def check_accounted(loaded: dict[str, Held], runtime: dict[str, Held]) -> None:
     if orphans:
         more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
         raise ForkError(
-            f"post-processing emptied {', '.join(orphans[:5])}{more}, and no tensor that could be offered took the place"
+            f"post-processing emptied {', '.join(orphans[:5])}{more}, and no tensor to offer took the place"
         )
 
 
@@ -75,11 +75,13 @@ def _nbytes(held: dict[str, Held], name: str) -> int:
 
 
 def _owners(name: str) -> Iterator[str]:
-    """The module that holds ``name`` and those above it, nearest first; the whole model never counts."""
+    """The module that holds ``name`` and those above it, nearest first, up to the layer of the model it is in."""
     parts = name.split(".")[:-1]
-    for level in range(LEVELS_UP + 1):
-        if len(parts) > level:
-            yield ".".join(parts[: len(parts) - level]) + "."
+    for level in range(min(LEVELS_UP + 1, len(parts))):
+        owner = parts[: len(parts) - level]
+        yield ".".join(owner) + "."
+        if owner[-1].isdigit():  # one of a list of layers: its neighbours' tensors are no replacement
+            return
 
 
 def _pays(owner: str, made: dict[str, int], spent: dict[str, int]) -> bool:

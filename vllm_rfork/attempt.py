@@ -305,12 +305,11 @@ class Attempt:
                 untouched=target.untouched,
             )
             manifest = fork(request, grant.keeper, self.times)
-            with self.times.stage("verify"):
-                try:
-                    target.verify(manifest)
-                except ForkError as error:
-                    error.mutated = True  # the bytes are there, and part of the state may be
-                    raise
+            try:
+                target.verify(manifest)
+            except ForkError as error:
+                error.mutated = True  # the bytes are there, and part of the state may be
+                raise
             return manifest
         except EngineError as error:
             if error.in_flight:

@@ -222,27 +222,31 @@ class LoadPlan:
             VerificationError: a digest differs.
             ForkError: Python-side state cannot be made equal.
         """
-        expected = self._digests_of(manifest, collection)
-        if self.settings.rfork_verify != "off" and manifest.digest_algorithm != verify.ALGORITHM:
+        if self.settings.rfork_verify != "off":
+            with self.attempt.times.stage("verify"):
+                self._verify(collection, manifest)
+        with self.attempt.times.stage("state"):
+            apply_inline(collection, manifest)
+            if self.layout == RUNTIME:
+                match_state(model, self.built, manifest.state, manifest.state_gone)
+                self._checks.run()
+            else:
+                apply_state(model, manifest.state)
+
+    def _verify(self, collection: Collection, manifest: Manifest) -> None:
+        if manifest.digest_algorithm != verify.ALGORITHM:
             raise VerificationError(
                 f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
                 f"{verify.ALGORITHM}; equal versions, or rfork_verify=off, would pair them"
             )
+        expected = self._digests_of(manifest, collection)
         if self.settings.rfork_verify == "sample":
             expected = {number: wanted for number, wanted in expected.items() if number % SAMPLE_EVERY == 0}
-        if self.settings.rfork_verify != "off":
-            wrong = verify.wrong_spans([span.data for span in collection.spans], expected)
-            if wrong:
-                raise VerificationError(
-                    f"the bytes of {len(wrong)} of {len(expected)} tensors are not the seed's: "
-                    f"{_names(collection, wrong)}"
-                )
-        apply_inline(collection, manifest)
-        if self.layout == RUNTIME:
-            match_state(model, self.built, manifest.state, manifest.state_gone)
-            self._checks.run()
-        else:
-            apply_state(model, manifest.state)
+        wrong = verify.wrong_spans([span.data for span in collection.spans], expected)
+        if wrong:
+            raise VerificationError(
+                f"the bytes of {len(wrong)} of {len(expected)} tensors are not the seed's: {_names(collection, wrong)}"
+            )
 
     def prepare(self, model: nn.Module) -> Collection | None:
         """What must be there before the model is touched: a lease, and in the checkpoint layout the spans to fill.

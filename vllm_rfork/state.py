@@ -73,11 +73,12 @@ def match_state(model: nn.Module, built: dict[str, Plain], state: dict[str, Any]
     wanted = {**built, **state}
     for name in gone:
         wanted.pop(name, None)
-    own = state_of(model)
-    missing = sorted(wanted.keys() - own.keys())
-    # Values that post-processing wrote here and not on the seed go back to what they were as built.
-    apply_state(model, {name: wanted[name] for name in wanted if name in own or name in missing})
     now = state_of(model)
+    # Values that post-processing wrote here and not on the seed go back to what they were as built.
+    other = {name: value for name, value in wanted.items() if name not in now or not _same(now[name], value)}
+    if other:
+        apply_state(model, other)
+        now = state_of(model)  # a setter may have done something else
     differences = [f"state {name}: only the receiver has it" for name in sorted(now.keys() - wanted.keys())]
     differences += [f"state {name}: only the seed has it" for name in sorted(wanted.keys() - now.keys())]
     differences += [
