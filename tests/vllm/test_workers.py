@@ -91,6 +91,7 @@ SEQUENCES = {
     "zeroes until weights are sent": "reset_weights start_weight_update finish_weight_update <-",
     "a reload that fails": "reload_weights! <-",
     "a function that reads or writes": "apply_model <- apply_model! <-",
+    "asleep, and then another model": "sleep load_model reload_weights <-",
     "never again": "shutdown load_model elastic_ep_execute reinitialize_distributed checkpoint_prepare",
 }
 

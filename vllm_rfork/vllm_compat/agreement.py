@@ -189,7 +189,10 @@ def _default_store() -> Any:
     from torch.distributed import distributed_c10d
 
     store = distributed_c10d._get_default_store()
-    return store.clone() if hasattr(store, "clone") else store
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError):  # an older torch, or a store that has no connections
+        return store
 
 
 def _no_store() -> Any:

@@ -97,6 +97,8 @@ class Changes:
         """Call ``method`` with the seed withdrawn, and let it come back after the outermost one."""
         with self._lock:
             self._running += 1
+            if change.last:
+                self._open.clear()  # what comes after it is another model
             self._open.update({change.begins} - {""})
         self._guard.withdraw(change.reason, last=change.last)
         ended = change.ends_failing
