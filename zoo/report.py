@@ -18,7 +18,11 @@ process of its own: by vLLM's default loader, by a worker that became a seed, an
 seed and had no weight files. *Tensors equal* means: every tensor has the default load's SHA-256, as loaded (where the
 layout is `checkpoint`) and after post-processing, and every plain value that a model holds is the same. *Answers
 equal* means: the greedy tokens and the log-probabilities of the three best of each step, or the whole embedding, are
-the same to the last bit, one prompt at a time.
+the same to the last bit, one prompt at a time; with a draft model, what it proposes in each step as well.
+
+*Refused* is what was listed beforehand, with a part of what the log says; the default loader then made the model good,
+and a listed refusal that forks is a failure. *Not run* is what vLLM itself cannot load on the platform, with a part of
+what it says, likewise listed; *only loaded* what it can load and not run.
 
 The tables are written by the command: `make zoo`, or `python -m zoo --write docs/zoo.md` with its options.
 """
@@ -55,10 +59,9 @@ def table(outcome: Outcome) -> str:
         outcome_text = row["outcome"]
         if row["outcome"] == "failed":
             outcome_text = "**failed**: " + "; ".join(row["failures"])
-        elif row["reason"]:
-            outcome_text += f": {row['reason']}"
-        elif row["note"]:
-            outcome_text += f" ({row['note']})"
+        else:
+            outcome_text += f": `{row['reason']}`" if row["reason"] else ""
+            outcome_text += f" ({row['note']})" if row["note"] else ""
         ranks = f", TP {row['ranks']}" if row["ranks"] > 1 else ""
         cells = [
             row["name"],

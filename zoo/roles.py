@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
+import multiprocessing.util
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -47,6 +48,7 @@ class Order:
         media, media_token: see ``Specimen``.
         log: file that takes everything this process prints.
         environment: set before anything is loaded.
+        drafts: note what a draft proposes, too: without it, a draft's weights have no part in any answer.
         port: where the ranks of one instance meet; 0 for a single rank.
     """
 
@@ -57,6 +59,7 @@ class Order:
     media: str = ""
     media_token: int = 0
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    drafts: bool = False
     port: int = 0
 
 
@@ -106,7 +109,7 @@ def play(order: Order, connection: Connection) -> None:
 
     seeding.withdraw_all("the zoo is done with it")
     alive.clear()
-    gc.collect()  # gives semaphores back that the resource tracker would complain about
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else the resource tracker complains
     sys.stdout.flush()
     os._exit(0)  # engines take their time to go, and have nothing left to do
 
@@ -129,7 +132,10 @@ def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
 
         alive.append(LLM(**order.engine_arguments))
     loads = watch.finish()  # before prompts make more of it: lazy values, adapters
-    answers = [] if order.asks == LOAD else _ask(alive[0], order)
+    with _noting_drafts() as drafted:
+        answers = [] if order.asks == LOAD else _ask(alive[0], order)
+    if order.drafts and order.asks != LOAD:
+        answers.append(("drafts", drafted))
     seeds = [str(seed.address) for seed in seeding.wait_until_started(120) if seed.address]
     return Report(loads=loads, answers=answers, seeds=seeds, storage_s=watch.storage_s)
 
@@ -160,6 +166,27 @@ def _ask(llm: Any, order: Order) -> list[Any]:
             logprobs = [{token: p.logprob for token, p in step.items()} for step in answer.logprobs or []]
             found.append((list(answer.token_ids), logprobs))
     return found
+
+
+@contextlib.contextmanager
+def _noting_drafts() -> Iterator[list[Any]]:
+    """The tokens that a draft model proposes in each step, as vLLM's executor hands them to the scheduler."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    noted: list[Any] = []
+    take = UniProcExecutor.take_draft_token_ids
+
+    def noting(self: Any) -> Any:
+        taken = take(self)
+        if taken is not None:
+            noted.append([list(tokens) for tokens in taken.draft_token_ids])
+        return taken
+
+    UniProcExecutor.take_draft_token_ids = noting
+    try:
+        yield noted
+    finally:
+        UniProcExecutor.take_draft_token_ids = take
 
 
 def _medium(kind: str) -> Any:

@@ -115,7 +115,7 @@ def _run(specimen: Specimen, setting: Setting, row: Row) -> None:
     cannot = listed(specimen.cannot_run, setting.traits)
     said = "; ".join(report.error for report in default if report.error)
     if cannot is not None:
-        row.outcome, row.reason = NOT_RUN, cannot
+        row.outcome, row.reason, row.note = NOT_RUN, cannot, specimen.why
         if not said:
             row.failures.append("listed as what vLLM cannot load here, and it loads")
         elif cannot not in said:
@@ -127,8 +127,8 @@ def _run(specimen: Specimen, setting: Setting, row: Row) -> None:
     row.architecture = ", ".join(dict.fromkeys(load.architecture for load in loads))
     row.nbytes, row.tensors = sum(load.nbytes for load in loads), sum(load.tensors for load in loads)
     row.storage_s = max(report.storage_s for report in default)
-    if row.asks != LOAD and len({repr(answer) for answer in default[0].answers}) < len(default[0].answers) / 2:
-        row.failures.append("the answers hardly differ from prompt to prompt, so that equal ones mean nothing")
+    if row.asks != LOAD:
+        _check_meaning(specimen, default[0].answers, row)
 
     refused = listed(specimen.refused, setting.traits)
     bare = folder
@@ -147,6 +147,14 @@ def _run(specimen: Specimen, setting: Setting, row: Row) -> None:
     _judge(specimen, refused, Reports(default, seeds, forks), row)
 
 
+def _check_meaning(specimen: Specimen, answers: list[Any], row: Row) -> None:
+    """That equal answers mean something: they differ from prompt to prompt and with the adapter, and drafts come."""
+    if len({repr(answer) for answer in answers}) < len(answers):
+        row.failures.append("different prompts get the same answer, so that equal ones mean nothing")
+    if specimen.models > 1 and len({repr(step) for step in answers[-1][1]}) < 2:
+        row.failures.append("the draft proposes nothing, or always the same")
+
+
 def _load(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: str) -> list[Report]:
     with instance(_order(specimen, setting, folder, role, asks), specimen.ranks, free_port()) as running:
         return running.reports(setting.timeout_s)
@@ -154,6 +162,8 @@ def _load(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: s
 
 def _order(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: str) -> Order:
     arguments = {**ENGINE_ARGUMENTS, **specimen.arguments(folder), **setting.engine_arguments, "model": str(folder)}
+    if specimen.models > 1:
+        arguments.setdefault("async_scheduling", False)  # else drafts stay on the device, where nobody sees them
     if role != "default":
         arguments["load_format"] = "rfork"
         arguments["model_loader_extra_config"] = {
@@ -172,6 +182,7 @@ def _order(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: 
         adapter=str(folder / "adapter") if specimen.adapter and asks != LOAD else "",
         media=specimen.media if asks != LOAD else "",
         media_token=specimen.media_token,
+        drafts=specimen.models > 1,
         environment=setting.seed_environment if role == "seed" else setting.receiver_environment,
     )
 
@@ -195,7 +206,7 @@ def _judge(specimen: Specimen, refused: str | None, reports: Reports, row: Row) 
     warnings = [text for report in (*reports.seeds, *reports.forks) for level, text in report.lines if level != "INFO"]
     said = "; ".join(report.error for report in (*reports.seeds, *reports.forks) if report.error)
     if refused is not None:
-        row.outcome, row.reason = REFUSED, refused
+        row.outcome, row.reason, row.note = REFUSED, refused, specimen.why
         if matches:
             row.failures.append("listed as refused, and it forks")
         elif not any(refused in text for text in warnings):

@@ -52,7 +52,10 @@ class Specimen:
         cannot_run: a part of what vLLM itself says when it cannot load this at all.
         cannot_answer: why vLLM can load this and not run it; it is then loaded and compared only.
 
-    The last three go by trait of the platform, see ``stage.platform_facts``; ``any`` is everywhere.
+        why: what stands behind such a listing, in words.
+
+    ``refused``, ``cannot_run`` and ``cannot_answer`` go by trait of the platform, see ``stage.platform_facts``;
+    ``any`` is everywhere.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Specimen:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     cannot_run: dict[str, str] = dataclasses.field(default_factory=dict)
     cannot_answer: dict[str, str] = dataclasses.field(default_factory=dict)
+    why: str = ""
 
     def recipe(self) -> str:
         """Everything that shapes its files, as text: folders of another recipe are made again."""

@@ -76,6 +76,21 @@ def test_a_listed_refusal_must_happen_for_its_reason_and_end_in_the_default_mode
     assert judged(wrong, refused="no bias").failures
 
 
+@pytest.mark.parametrize(
+    ("answers", "models", "said"),
+    [
+        ([[1], [1]], 1, "different prompts get the same answer"),
+        ([[1], [2], ("drafts", [])], 2, "the draft proposes nothing"),
+        ([[1], [2], ("drafts", [[[3]], [[3]]])], 2, "the draft proposes nothing"),
+        ([[1], [2], ("drafts", [[[3]], [[4]]])], 2, ""),
+    ],
+)
+def test_answers_that_would_be_equal_anyway_prove_nothing(answers: list[object], models: int, said: str) -> None:
+    row = Row("m", "all", "failed")
+    run._check_meaning(dataclasses.replace(MODEL, models=models), answers, row)
+    assert [said in failure for failure in row.failures] == ([True] if said else [])
+
+
 def test_what_no_checkpoint_gives_a_value_is_held_against_the_seed() -> None:
     random = dataclasses.replace(LOAD, before={"w": "random", "b": "b"})
     shared = dataclasses.replace(MODEL, not_in_checkpoint=(("Llama", "w"),))
@@ -125,8 +140,8 @@ def test_models_of_a_file_are_like_those_of_the_catalogue(tmp_path: Path) -> Non
 
 
 def test_the_shipped_file_of_large_models_can_be_read() -> None:
-    models = specimen.from_file(Path(specimen.__file__).parent / "accelerators.json", CATALOGUE)
-    assert {model.name for model in models} >= {"qwen2-7b", "qwen2-7b-tp2"}
+    models = specimen.from_file(Path(specimen.__file__).parent / "large.json", CATALOGUE)
+    assert {model.ranks for model in models} == {1, 2}
     assert all(model.recipe() for model in models)
 
 
