@@ -259,8 +259,8 @@ def _run(planner: Planner, accept: Any) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attempt, "fork", lambda *args: SimpleNamespace(nbytes=0))
-            patch.setattr(Attempt, "_acquire", lambda *args: lease)
-            patch.setattr(Attempt, "_release", lambda *args: None)
+            patch.setattr(Attempt, "_grant", lambda *args: SimpleNamespace(lease=lease, keeper=None))
+            patch.setattr(Attempt, "_end_grant", lambda *args: None)
             one.run(Target(local, accept, None, lambda nbytes: None))  # type: ignore[arg-type]
     finally:
         one.close()
