@@ -34,6 +34,7 @@ class _Npu(types.ModuleType):
         super().__init__("torch_npu.npu")
         self.calls: list[tuple[str, Any]] = []
         self.segments = segments
+        self.config = types.SimpleNamespace(allow_internal_format=False)
 
     def synchronize(self, device: Any = None) -> None:
         self.calls.append(("synchronize", device))

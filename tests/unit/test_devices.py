@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ascend.fake_torch_npu import FakeTorchNpu, Format, segment
+from vllm_rfork.devices import check as device_check
 from vllm_rfork.devices.base import PLAIN, DeviceSide
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.devices.cuda import CudaSide
@@ -209,3 +210,40 @@ def test_host_memory_has_no_blocks_and_is_never_refused() -> None:
 
     assert side.blocks() == []
     assert side.unregistrable([Region(4096, 512)], {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}) == ""
+
+
+# -- the check that somebody with hardware runs ----------------------------------------------------------------------
+
+
+def test_the_check_finds_this_processor_fine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert device_check.main(["cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("ok ") for line in lines)
+
+
+def test_the_check_asks_an_npu_for_its_private_layouts(npu: FakeTorchNpu, npu_side: NpuSide) -> None:
+    npu.npu.segments = []
+    said: list[str] = []
+
+    assert device_check.check(npu_side, said.append), said
+    assert sum("NZ" in line for line in said) == 3
+    assert any("format 29, 6144 bytes for 3500 elements" in line for line in said)  # padded
+
+
+def test_the_check_says_what_differs(npu: FakeTorchNpu, npu_side: NpuSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    npu.npu.segments = []
+    # An alias that is a copy: what a torch_npu without raw aliases would amount to.
+    monkeypatch.setattr(npu._C, "_weak_ref_tensor", lambda tensor: tensor.clone())
+    said: list[str] = []
+
+    assert not device_check.check(npu_side, said.append)
+    assert [line for line in said if line.startswith("DIFFERS")] == [
+        f"DIFFERS  a {kind} matrix in NZ is copied as raw bytes: Differs: the copy does not hold the matrix any more"
+        for kind in ("whole", "padded")
+    ]
+
+
+def test_the_check_says_that_there_is_no_such_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert device_check.main(["npu:0"]) == 2
+    assert "no npu:0 here" in capsys.readouterr().err

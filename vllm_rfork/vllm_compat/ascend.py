@@ -36,12 +36,13 @@ CLASS_LEVEL: dict[str, str] = {
 
 #: What construction enters into process-wide places, ``module`` → dotted names in it. Containers are put back by
 #: content, everything else by value. The rotary tables are the reason that is not cosmetic: the first model's table is
-#: kept for the life of the process, and a fork that went wrong has written to it. The counters number MoE layers, and
-#: expert maps are looked up by that number.
+#: kept for the life of the process, and a fork that went wrong has written to it. The counters number MoE layers, by
+#: which expert maps are looked up, and row-parallel layers, in whose names they end up.
 PROCESS_WIDE: dict[str, tuple[str, ...]] = {
     "vllm_ascend.ops.rotary_embedding": ("_cos_sin_cache", "_cos_cache", "_sin_cache"),
     "vllm_ascend.ops.fused_moe.fused_moe": ("AscendFusedMoE.moe_counter", "AscendMoERunner.moe_counter"),
     "vllm_ascend.ops.fused_moe.fused_moe_0_23_0": ("AscendFusedMoE.moe_counter",),
+    "vllm_ascend.ops.linear": ("AscendRowParallelLinear.unique_prefix_idx",),
     "vllm_ascend.eplb.adaptor.vllm_adaptor": ("VllmEplbAdaptor._registered_moe_layers",),
     "vllm_ascend.ops.layer_shard_linear": ("_series_dict", "_layer_external_dict"),
     "vllm_ascend.ops.flashcomm2_oshard_manager": ("flashcomm2_oshard_manager._shard_layers",),
