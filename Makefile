@@ -11,7 +11,7 @@ ZOO_ARGS ?= --write docs/zoo.md
 
 BIN := .venv/bin
 STANDIN := build/standin
-TYPED := vllm_rfork demo scripts examples bench zoo
+TYPED := vllm_rfork demo scripts examples bench zoo versions
 
 # Nothing here talks to a model hub or reports usage, and nothing of the caller's Python leaks in.
 export HF_HUB_OFFLINE := 1
@@ -20,7 +20,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo demo format clean distclean
+.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,6 +70,9 @@ bench-digest: setup ## digests beside a plain sum and a copy: make bench-digest 
 
 zoo: setup ## fork one model of every kind and hold it against a default load; writes docs/zoo.md
 	$(BIN)/python -m zoo $(ZOO_ARGS)
+
+versions: setup ## read published vLLM and vLLM-Ascend wheels again: do they have what this package relies on?
+	$(BIN)/python -m versions
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi

@@ -1,0 +1,163 @@
+"""Everything outside our control that a fork relies on: module, symbol, how it is called, and since when it is there.
+
+A test compares this with what ``vllm_rfork`` imports and asks configuration objects for: what is used and not here
+fails, and so does what is here and not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VLLM, ASCEND = "vllm", "vllm-ascend"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing we rely on.
+
+    Attributes:
+        module: dotted, as it is imported.
+        symbol: a name in the module, or ``Class.member``; empty for the module itself.
+        takes: keyword arguments that we pass; every other parameter must have a default. None: it is not called.
+        positional: arguments that we pass by position, after ``self``.
+        calls: names that its body must call, itself or through other methods of the class, in this order.
+        since: first version that has it; code of ours must bear its absence before.
+        until: first version that does not have it any more; likewise.
+        package: whose releases have it.
+    """
+
+    module: str
+    symbol: str = ""
+    takes: tuple[str, ...] | None = None
+    positional: int = 0
+    calls: tuple[str, ...] = ()
+    since: str = ""
+    until: str = ""
+    package: str = VLLM
+
+    @property
+    def key(self) -> str:
+        """As messages and records name it."""
+        return f"{self.module}:{self.symbol}"
+
+
+def members(module: str, cls: str, *names: str, since: str = "", until: str = "") -> tuple[Row, ...]:
+    """Attributes of a class, read from its instances."""
+    return tuple(Row(module, f"{cls}.{name}", since=since, until=until) for name in names)
+
+
+_LOADER = "vllm.model_executor.model_loader"
+_BASE = f"{_LOADER}.base_loader"
+_STATE = "vllm.distributed.parallel_state"
+
+ROWS: tuple[Row, ...] = (
+    # --- registration -----------------------------------------------------------------------------------------------
+    Row("vllm", "__version__"),
+    Row(_LOADER, "register_model_loader", takes=(), positional=1),
+    Row(_LOADER, "_LOAD_FORMAT_TO_MODEL_LOADER"),
+    Row(_LOADER, "get_model_loader", takes=(), positional=1),
+    # --- the loader's flow ------------------------------------------------------------------------------------------
+    Row(_BASE, "BaseModelLoader"),
+    Row(_BASE, "BaseModelLoader.__init__", takes=(), positional=1),
+    Row(_BASE, "BaseModelLoader.load_config"),
+    Row(_BASE, "BaseModelLoader.download_model", takes=(), positional=1),
+    Row(_BASE, "BaseModelLoader.load_weights", takes=(), positional=2),
+    Row(
+        _BASE,
+        "BaseModelLoader.load_model",
+        takes=("vllm_config", "model_config", "prefix"),
+        calls=("initialize_model", "load_weights", "process_weights_after_loading"),
+    ),
+    Row(f"{_LOADER}.default_loader", "DefaultModelLoader.get_all_weights", takes=(), positional=2),
+    Row(f"{_LOADER}.dummy_loader", "DummyModelLoader.load_weights", takes=(), positional=2),
+    *members(
+        "vllm.config.load", "LoadConfig", "load_format", "model_loader_extra_config", "device", "use_tqdm_on_load"
+    ),
+    Row("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
+    Row("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    # --- where a worker stands --------------------------------------------------------------------------------------
+    Row(_STATE, "get_world_group", takes=()),
+    Row(_STATE, "get_pp_group", takes=()),
+    Row(_STATE, "get_ep_group", takes=()),
+    Row(_STATE, "get_pcp_group", takes=()),
+    Row(_STATE, "get_tensor_model_parallel_rank", takes=()),
+    *members(_STATE, "GroupCoordinator", "rank", "local_rank", "rank_in_group"),
+    Row(_STATE),
+    # --- configuration ----------------------------------------------------------------------------------------------
+    Row("vllm.config"),  # its classes' modules begin so
+    *members(
+        "vllm.config.vllm",
+        "VllmConfig",
+        "model_config",
+        "parallel_config",
+        "cache_config",
+        "load_config",
+        "device_config",
+        "compilation_config",
+        "speculative_config",
+        "kv_transfer_config",
+        "quant_config",
+        "additional_config",
+    ),
+    *members("vllm.config.device", "DeviceConfig", "device"),
+    *members("vllm.config.compilation", "CompilationConfig", "static_forward_context", "static_all_moe_layers"),
+    *members(
+        "vllm.config.model",
+        "ModelConfig",
+        "hf_config",
+        "is_moe",
+        "runner_type",
+        "convert_type",
+        "enable_sleep_mode",
+        "multimodal_config",
+        "seed",
+    ),
+    *members("vllm.config.model", "ModelConfig", "enable_cumem_allocator", since="0.23.0"),
+    Row("vllm.config.model", "ModelConfig.get_num_experts", takes=()),
+    *members(
+        "vllm.config.parallel",
+        "ParallelConfig",
+        "enable_expert_parallel",
+        "enable_eplb",
+        "eplb_config",
+        "node_rank",
+        "data_parallel_rank_local",
+        "data_parallel_index",
+        "distributed_executor_backend",
+        "world_size",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "prefill_context_parallel_size",
+    ),
+    *members("vllm.config.kv_transfer", "KVTransferConfig", "kv_role"),
+    *members("vllm.config.speculative", "SpeculativeConfig", "draft_model_config"),
+    # --- process-wide state and workers -----------------------------------------------------------------------------
+    Row("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
+    Row("vllm.v1.worker.worker_base", "WorkerBase"),
+    # --- vLLM-Ascend ------------------------------------------------------------------------------------------------
+    # What is looked up in modules that are loaded already, and may be absent, is in ``tests/ascend``.
+    Row("vllm_ascend.model_loader.rfork.rfork_loader", package=ASCEND),
+)
+
+#: Attributes that are asked of objects whose class has no single place, with the file that has one of them.
+ELSEWHERE: tuple[Row, ...] = (
+    Row("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.uses_meta_device"),
+)
+
+#: Configurations whose every field, in every release, has a place in ``vllm_compat/shaping.py``.
+CONFIGURATIONS: dict[str, tuple[str, str]] = {
+    "vllm": ("vllm.config.vllm", "VllmConfig"),
+    "model": ("vllm.config.model", "ModelConfig"),
+    "multimodal": ("vllm.config.multimodal", "MultiModalConfig"),
+    "parallel": ("vllm.config.parallel", "ParallelConfig"),
+    "eplb": ("vllm.config.parallel", "EPLBConfig"),
+    "cache": ("vllm.config.cache", "CacheConfig"),
+    "load": ("vllm.config.load", "LoadConfig"),
+    "device": ("vllm.config.device", "DeviceConfig"),
+    "kv_transfer": ("vllm.config.kv_transfer", "KVTransferConfig"),
+    "speculative": ("vllm.config.speculative", "SpeculativeConfig"),
+}
+
+#: Where a release says which environment variables it reads: module → the name of the mapping.
+ENVIRONMENT = {VLLM: ("vllm.envs", "environment_variables"), ASCEND: ("vllm_ascend.envs", "env_variables")}
