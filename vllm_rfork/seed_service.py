@@ -164,8 +164,10 @@ class SeedService:
                     return
             except SeedError as error:
                 last = error
-                if ssl_error(error) is not None:
-                    break  # receivers with the same files would not take it either, and waiting does not change that
+                if ssl_error(error) is not None:  # receivers would see the same, and waiting does not change it
+                    raise SeedError(
+                        f"the seed service's TLS would be refused by receivers: {error}", retry_elsewhere=False
+                    ) from error
             await asyncio.sleep(_PROBE_PAUSE_S)
         raise SeedError(
             f"the seed service on {self.bind_host}:{self.port} did not answer its own health check within "

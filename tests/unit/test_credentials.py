@@ -176,6 +176,8 @@ def test_another_ca_is_trusted_from_then_on_and_the_first_no_more(authority: Aut
     after = own.client_context()
     assert before is not after
     assert after is not None
+    clock.now += 1
+    assert own.client_context() is after, "made anew for a change alone"
     assert [each["subject"] for each in after.get_ca_certs()] == [((("commonName", "test authority later"),),)]
 
 

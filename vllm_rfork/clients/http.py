@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ _MAX_TEXT_NBYTES = 4096
 
 #: All that aiohttp and the socket below it raise; ValueError for addresses and header values it cannot send.
 _FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
+#: aiohttp says with which SSL setting it could not connect: an object's address, which helps nobody.
+_SSL_SETTING = re.compile(r" ssl:(<[^>]*>|\w+)")
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: i
 
 def _reason(error: BaseException) -> str:
     """The error in one line, with its class where it says nothing itself."""
-    text = " ".join(str(error).split())
+    text = " ".join(_SSL_SETTING.sub("", str(error)).split())
     name = type(error).__name__
     return f"{name}: {text[:MAX_QUOTED_LENGTH]}" if text else name
 
