@@ -64,6 +64,19 @@ async def test_a_certificate_that_is_replaced_on_disk_is_used_from_then_on(tmp_p
             raise AssertionError("the new certificate was never used")
 
 
+async def test_a_client_ca_that_is_exchanged_lets_its_clients_in(tmp_path: Path) -> None:
+    authority, later = Authority(tmp_path / "first"), Authority(tmp_path / "later")
+    cert, key = authority.issue("planner")
+    asked_of_clients = tmp_path / "clients.pem"
+    asked_of_clients.write_bytes(authority.file.read_bytes())
+    tls = ServerTls(cert, key, asked_of_clients)
+    asked_of_clients.write_bytes(later.file.read_bytes())
+    tls.refresh()
+    subjects = {each["subject"][0][0][1] for each in tls.context.get_ca_certs()}
+    assert subjects == {"test authority first", "test authority later"}
+    assert tls.context.verify_mode is ssl.CERT_REQUIRED
+
+
 def test_unusable_files_are_named(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     cert, key = authority.issue("planner")
@@ -71,6 +84,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         ((key, cert, None), "tls_cert"),
         ((tmp_path / "none", key, None), "tls_cert"),
         ((cert, key, key), "tls_client_ca"),
+        ((*authority.issue("locked", password=b"s3cret"), None), "tls_cert"),  # and nobody is asked at the terminal
     ):
         with pytest.raises(ConfigError, match=field):
             ServerTls(*given)

@@ -109,40 +109,45 @@ def _digests(tokens: list[str]) -> tuple[bytes, ...]:
 class ServerTls:
     """The server's side of TLS 1.2 and later; new connections use a certificate that was renewed on disk.
 
+    A client CA that was exchanged is trusted from then on as well; the earlier one stays trusted until a restart.
+
     Raises:
         ConfigError: a file cannot be used.
     """
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
-        self._cert, self._key = cert, key
+        self._cert, self._key, self._client_ca = cert, key, client_ca
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._version = self._load()
         if client_ca is not None:
-            try:
-                self.context.load_verify_locations(client_ca)
-            except (OSError, ssl.SSLError) as error:
-                raise ConfigError("tls_client_ca", "cannot be used", "a PEM file with CA certificates") from error
             self.context.verify_mode = ssl.CERT_REQUIRED
 
     def refresh(self) -> None:
-        """Load the certificate again if it was replaced; a half-written pair keeps the old one."""
+        """Load the files again if one was replaced; a half-written pair keeps the old one."""
         try:
             if self._version != self._versions():
                 self._version = self._load()
-                logger.info("TLS certificate re-read from %s", self._cert)
+                logger.info("TLS files re-read: %s", self._cert)
         except ConfigError as error:
-            logger.warning("The TLS certificate changed and cannot be used; the earlier one stays: %s", error)
+            logger.warning("The TLS files changed and cannot be used; the earlier ones stay: %s", error)
 
-    def _versions(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return _version(self._cert, "tls_cert"), _version(self._key, "tls_key")
+    def _versions(self) -> tuple[tuple[int, ...], ...]:
+        own = _version(self._cert, "tls_cert"), _version(self._key, "tls_key")
+        return own if self._client_ca is None else (*own, _version(self._client_ca, "tls_client_ca"))
 
-    def _load(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _load(self) -> tuple[tuple[int, ...], ...]:
         version = self._versions()
         try:
-            self.context.load_cert_chain(self._cert, self._key)
+            # Without a password OpenSSL would ask the terminal for that of a key which has one.
+            self.context.load_cert_chain(self._cert, self._key, password=b"")
         except (OSError, ssl.SSLError) as error:
             raise ConfigError("tls_cert", "cannot be used with tls_key", "a PEM certificate and its key") from error
+        if self._client_ca is not None:
+            try:
+                self.context.load_verify_locations(self._client_ca)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError("tls_client_ca", "cannot be used", "a PEM file with CA certificates") from error
         return version
 
 
