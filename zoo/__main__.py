@@ -35,8 +35,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "zoo", help="folder of checkpoints and logs")
     parser.add_argument("--write", type=Path, help="the document whose table of this platform is replaced")
     parser.add_argument("--list", action="store_true", help="list the models and end")
+    parser.add_argument(
+        "--render", type=Path, nargs="+", metavar="ZOO_JSON", help="run nothing: show what earlier runs found"
+    )
     arguments = parser.parse_args()
 
+    if arguments.render:
+        _show(report.merged([report.load(path) for path in arguments.render]), arguments.write)
+        return 0
     specimens = CATALOGUE if arguments.models is None else from_file(arguments.models, CATALOGUE)
     if arguments.only:
         wanted = arguments.only.split(",")
@@ -72,10 +78,14 @@ def main() -> int:
             planner.stop()
     outcome = report.Outcome(facts, [dataclasses.asdict(row) for row in rows], time.monotonic() - started)
     (arguments.work / "zoo.json").write_text(json.dumps(dataclasses.asdict(outcome), indent=1), encoding="utf-8")
-    print(report.table(outcome))
-    if arguments.write:
-        report.replace(arguments.write, outcome)
+    _show(outcome, arguments.write)
     return 1 if any(row.failures for row in rows) else 0
+
+
+def _show(outcome: report.Outcome, document: Path | None) -> None:
+    print(report.table(outcome))
+    if document:
+        report.replace(document, outcome)
 
 
 def _options(given: list[str]) -> dict[str, object]:

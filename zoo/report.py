@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,24 @@ class Outcome:
     seconds: float
 
 
+def load(path: Path) -> Outcome:
+    """What a run left in its ``zoo.json``."""
+    return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def merged(outcomes: list[Outcome]) -> Outcome:
+    """Several runs on one platform as one; of a model that was run twice, the later row.
+
+    Raises:
+        ValueError: they are not of one platform with one set of versions.
+    """
+    facts = [{**outcome.facts, "date": None} for outcome in outcomes]
+    if any(other != facts[0] for other in facts):
+        raise ValueError("these runs were made on different platforms or versions; each gets a table of its own")
+    rows = {row["name"]: row for outcome in outcomes for row in outcome.rows}
+    return Outcome(outcomes[-1].facts, list(rows.values()), sum(outcome.seconds for outcome in outcomes))
+
+
 def table(outcome: Outcome) -> str:
     """One section of the document."""
     facts = outcome.facts
@@ -46,7 +64,7 @@ def table(outcome: Outcome) -> str:
     lines = [
         f"## {facts['platform']}",
         "",
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}, {facts['device']}, vLLM {facts['vllm']}, "
+        f"{facts.get('date', 'no date')}, {facts['device']}, vLLM {facts['vllm']}, "
         f"torch {facts['torch']}, transformers {facts['transformers']}, vllm-rfork {facts['vllm_rfork']}, "
         f"{outcome.seconds / 60:.1f} minutes: "
         + ", ".join(f"{number} {kind}" for kind, number in count.items() if number or kind == "forked")

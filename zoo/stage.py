@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import importlib.util
 import json
 import multiprocessing
@@ -230,6 +231,7 @@ def _write_facts(file: str) -> None:
     facts = {
         "platform": name,
         "traits": traits,
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
         "device": f"{os.cpu_count()} cores, {platform.machine()}"
         if name == "cpu"
         else current_platform.get_device_name(),

@@ -146,13 +146,30 @@ def test_the_shipped_file_of_large_models_can_be_read() -> None:
 
 
 def test_a_table_replaces_that_of_its_platform_and_leaves_the_others(tmp_path: Path) -> None:
-    facts = {"device": "d", "vllm": "1", "torch": "2", "transformers": "3", "vllm_rfork": "4"}
+    facts = {"date": "2026-01-02", "device": "d", "vllm": "1", "torch": "2", "transformers": "3", "vllm_rfork": "4"}
     rows = [dataclasses.asdict(judged(good())), dataclasses.asdict(judged(good(answers=[[1, 3]])))]
     document = tmp_path / "zoo.md"
     for platform, shown in (("cpu", rows[:1]), ("cuda", rows), ("cpu", rows)):
         report.replace(document, report.Outcome({**facts, "platform": platform}, shown, 60.0))
     text = document.read_text()
+    assert "2026-01-02" in text
     assert text.startswith("# The model zoo")
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## cpu", "## cuda"]
     assert text.count("**no**") == 2
     assert text.count("<!-- begin cpu -->") == text.count("<!-- end cpu -->") == 1
+
+
+def test_runs_on_one_platform_can_be_shown_as_one(tmp_path: Path) -> None:
+    one, two = (
+        [dataclasses.asdict(Row(name, "", outcome)) for name in names]
+        for names, outcome in (("ab", "failed"), ("bc", "forked"))
+    )
+    facts = {"date": "2026-01-02", "platform": "cuda", "vllm": "1"}
+    for number, rows in enumerate((one, two)):
+        outcome = report.Outcome({**facts, "date": f"2026-01-0{number}"}, rows, 60.0)
+        (tmp_path / f"{number}.json").write_text(json.dumps(dataclasses.asdict(outcome)))
+    both = report.merged([report.load(tmp_path / f"{number}.json") for number in (0, 1)])
+    assert [(row["name"], row["outcome"]) for row in both.rows] == [("a", "failed"), ("b", "forked"), ("c", "forked")]
+    assert both.seconds == 120.0
+    with pytest.raises(ValueError, match="different platforms"):
+        report.merged([both, dataclasses.replace(both, facts={**facts, "vllm": "2"})])
