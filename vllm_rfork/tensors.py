@@ -193,7 +193,7 @@ def _regions(spans: tuple[LocalSpan, ...], side: DeviceSide) -> tuple[tuple[Regi
     blocks = side.blocks() if regions else []
     if not blocks:
         return regions, span_regions
-    merged, index = merge_into_blocks(regions, blocks)
+    merged, index = merge_into_blocks(regions, blocks, alignment=side.alignment())
     return merged, tuple(index[region] for region in span_regions)
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_rfork.devices.choice import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.segments import pair, paired_digests
 from vllm_rfork.tensors import Collection, account
-from vllm_rfork.vllm_compat import loading
 from vllm_rfork.walk import walk
 
 #: LoRA puts each layer that it changes inside one of its own, under this name.
@@ -80,7 +80,7 @@ class Vouched:
         if model is None:
             self.hopeless = True
             raise ForkError("the model is not there any more")
-        loading.synchronize(self.device)
+        device_side(self.device).synchronize()
         names = {entry.name for entry in self.manifest.tensors}
         leaves = []
         for leaf in walk(model):

@@ -222,6 +222,24 @@ def test_regions_are_as_few_as_the_allocators_blocks(npu: FakeTorchNpu) -> None:
     check_manifest(collection.manifest(**IDENTITY))
 
 
+@pytest.mark.parametrize(("backend", "aligned"), [("hixl", True), ("", False)])
+def test_regions_begin_at_multiples_of_2_mib_where_the_route_wants_it(
+    npu: FakeTorchNpu, monkeypatch: pytest.MonkeyPatch, backend: str, aligned: bool
+) -> None:
+    monkeypatch.setenv("TRANSFER_ENGINE_BACKEND", backend)
+    memory = torch.zeros(6 << 20, dtype=torch.uint8)
+    start = -(-memory.data_ptr() // (2 << 20)) * (2 << 20)  # an allocator of large pages begins its blocks there
+    npu.npu.segments = [segment(start, 4 << 20, device=3)]
+    offset = start - memory.data_ptr() + 12_800
+    model = nn.Module()
+    model.weight = npu._C._weak_ref_tensor(memory[offset : offset + 1000])
+
+    (region,) = collect(model, CPU).regions
+
+    assert (region.address == start) is aligned
+    assert region.address + region.nbytes == model.weight.data_ptr() + 1000
+
+
 # -- the check of shared experts -------------------------------------------------------------------------------------
 
 

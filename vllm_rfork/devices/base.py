@@ -99,6 +99,10 @@ class DeviceSide:
         data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         return data.set_(storage, start - storage.data_ptr(), (end - start,), (1,))
 
+    def alignment(self, environment: Mapping[str, str] | None = None) -> int:
+        """At which multiples, in bytes, memory that is registered has to begin."""
+        return 1
+
     def blocks(self) -> list[Block]:
         """The caching allocator's blocks on this device, by address; none for host memory."""
         return []

@@ -12,13 +12,14 @@ memory with the same engine.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from vllm_rfork.devices.base import PLAIN, DeviceSide
-from vllm_rfork.devices.blocks import Block, blocks_of
+from vllm_rfork.devices.blocks import HIXL_ALIGNMENT, Block, blocks_of
 from vllm_rfork.errors import ForkError
 
 #: ``acl_format`` of "as shape and strides say".
@@ -98,6 +99,11 @@ class NpuSide(DeviceSide):
         data._rfork_owner = tensor  # an alias owns nothing
         view: torch.Tensor = data
         return view
+
+    def alignment(self, environment: Mapping[str, str] | None = None) -> int:
+        """2 MiB where the engine is told to go over HIXL, whose ``auto`` and ``hccs`` routes want it; else 1."""
+        backend = (os.environ if environment is None else environment).get("TRANSFER_ENGINE_BACKEND", "")
+        return HIXL_ALIGNMENT if backend.strip().lower() == "hixl" else 1
 
     def blocks(self) -> list[Block]:
         """The caching allocator's segments on this device."""

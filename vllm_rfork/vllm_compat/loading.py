@@ -101,11 +101,6 @@ def target_device(vllm_config: Any) -> torch.device:
     return torch.device(vllm_config.device_config.device if load_device is None else load_device)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for everything that was queued on ``device``."""
-    device_side(device).synchronize()
-
-
 def release_memory(device: torch.device) -> None:
     """Give freed memory back after a model has been dropped, as vLLM does around loading."""
     gc.collect()
