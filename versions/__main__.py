@@ -50,6 +50,10 @@ def record(wheel: releases.Wheel) -> dict[str, Any]:
         for section, (name, cls) in table.CONFIGURATIONS.items():
             found = module(name)
             fields[section] = None if found is None else found.fields(cls)
+    workers: dict[str, Any] = {}
+    for name, cls in table.WORKERS[wheel.package]:
+        found = module(name)
+        workers[cls] = None if found is None else found.methods(cls)
     name, mapping = table.ENVIRONMENT[wheel.package]
     found = module(name)
     return {
@@ -59,6 +63,7 @@ def record(wheel: releases.Wheel) -> dict[str, Any]:
         "sha256": wheel.sha256,
         "symbols": symbols,
         "fields": fields,
+        "workers": workers,
         "environment": None if found is None else found.keys(mapping),
     }
 

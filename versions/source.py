@@ -41,6 +41,14 @@ class Module:
         kept = [item for item in annotated if not ast.unparse(item.annotation).startswith(("ClassVar", "InitVar"))]
         return [item.target.id for item in kept if isinstance(item.target, ast.Name)]
 
+    def methods(self, cls: str) -> list[str] | None:
+        """Public methods in the body of ``cls``, sorted; None where there is no such class."""
+        node = self._names.get(cls)
+        if not isinstance(node, ast.ClassDef):
+            return None
+        found = [item for item in _statements(node.body) if _described(item)["kind"] == "function"]
+        return sorted({name for item in found for name in _bound(item) if not name.startswith("_")})
+
     def keys(self, mapping: str) -> list[str] | None:
         """The literal keys of a mapping that is written out here; None where there is no such mapping."""
         value = getattr(self._names.get(mapping), "value", None)

@@ -145,6 +145,59 @@ ELSEWHERE: tuple[Row, ...] = (
     Row("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.uses_meta_device"),
 )
 
+#: Workers whose every public method, in every release, either withdraws the seed (``vllm_compat/workers.py``) or is
+#: among those below.
+WORKERS: dict[str, tuple[tuple[str, str], ...]] = {
+    VLLM: (
+        ("vllm.v1.worker.worker_base", "WorkerBase"),
+        ("vllm.v1.worker.gpu_worker", "Worker"),
+        ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+        ("vllm.v1.worker.xpu_worker", "XPUWorker"),
+    ),
+    ASCEND: (("vllm_ascend.worker.worker", "NPUWorker"),),
+}
+
+#: Public worker methods that neither write weights nor let their memory go, by the reason.
+LEAVES_WEIGHTS: dict[str, tuple[str, ...]] = {
+    "serving": ("execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids", "annotate_profile"),
+    "before there is a model, or beside it": (
+        "init_device",
+        "initialize_cache",
+        "initialize_from_config",
+        "compile_or_warm_up_model",
+        "determine_available_memory",
+        "set_kv_cache_layout",
+        "update_max_model_len",
+        "uninstall_static_kernel",
+    ),
+    "adapters, which leave the base's bytes alone": ("add_lora", "remove_lora", "list_loras", "pin_lora"),
+    "caches": ("reset_mm_cache", "reset_encoder_cache", "release_late_interaction_query_cache"),
+    "what it is asked": (
+        "get_model",
+        "get_draft_model",
+        "get_model_inspection",
+        "get_supported_tasks",
+        "get_supported_pooling_tasks",
+        "get_supported_kv_cache_layouts",
+        "get_cache_block_size_bytes",
+        "get_compilation_match_table",
+        "get_encoder_timing_stats",
+        "get_kv_cache_spec",
+        "get_kv_connector_handshake_metadata",
+        "get_simple_cpu_offload_num_cpu_blocks",
+        "supports_draft_weight_updates",
+        "compute_weight_checksums",
+        "check_health",
+        "log_memory_stats",
+        "profile",
+        "profile_prefill_latency",
+        "synchronize_device",
+    ),
+    "writes files": ("save_sharded_state",),
+    "ends a trainer's connection; refused while an update is open": ("shutdown_weight_transfer_engine",),
+    "communication between ranks is made anew": ("checkpoint_restore", "handle_ft_command"),
+}
+
 #: Configurations whose every field, in every release, has a place in ``vllm_compat/shaping.py``.
 CONFIGURATIONS: dict[str, tuple[str, str]] = {
     "vllm": ("vllm.config.vllm", "VllmConfig"),

@@ -21,6 +21,7 @@ from versions.source import Module
 from vllm_rfork.vllm_compat import shaping
 from vllm_rfork.vllm_compat.ascend import PROCESS_WIDE
 from vllm_rfork.vllm_compat.shaping_environment import place_of
+from vllm_rfork.vllm_compat.workers import CHANGES_WEIGHTS
 
 RECORDS = command.records()
 EVERYTHING = (*table.ROWS, *table.ELSEWHERE)
@@ -53,6 +54,25 @@ def test_every_option_and_variable_of_a_release_has_its_place(record: dict[str, 
     variables = [name for name in record["environment"] if name.startswith("VLLM_")]
     assert variables
     assert [name for name in variables if place_of(name) == "unknown"] == []
+
+
+@each_release
+def test_every_method_of_a_release_s_workers_withdraws_the_seed_or_is_known_not_to_touch_weights(
+    record: dict[str, Any],
+) -> None:
+    """A method that vLLM adds fails until somebody has read it; one that it renames would silently stop to withdraw."""
+    leaves = {name for names in table.LEAVES_WEIGHTS.values() for name in names}
+    assert not leaves & set(CHANGES_WEIGHTS)
+    for cls, methods in record["workers"].items():
+        assert methods, cls
+        assert set(methods) - leaves - set(CHANGES_WEIGHTS) == set(), cls
+
+
+def test_every_worker_method_that_withdraws_the_seed_is_in_a_release() -> None:
+    theirs = {name for record in RECORDS for methods in record["workers"].values() for name in methods}
+    leaves = {name for names in table.LEAVES_WEIGHTS.values() for name in names}
+    # Of vLLM before the oldest that is recorded, and of forks of it.
+    assert (set(CHANGES_WEIGHTS) | leaves) - theirs == {"reinitialize_distributed"}
 
 
 def test_no_option_is_in_the_tables_that_no_release_has() -> None:
