@@ -8,6 +8,7 @@ have taken its place nearby. And nothing of what is offered may be an address: i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -56,7 +57,13 @@ def check_accounted(loaded: dict[str, Held], runtime: dict[str, Held]) -> None:
     Raises:
         ForkError: names the tensors that went without a replacement.
     """
-    lost = {name: held.nbytes for name, held in loaded.items() if held.nbytes and not _nbytes(runtime, name)}
+    # A single number becomes a value or another single number, both of which the walk sees: scales of a KV cache are
+    # placeholders that post-processing reads and deletes.
+    lost = {
+        name: held.nbytes
+        for name, held in loaded.items()
+        if held.nbytes and not _nbytes(runtime, name) and math.prod(held.shape) > 1
+    }
     if not lost:
         return
     made = {name: held.nbytes for name, held in runtime.items() if held.nbytes and loaded.get(name) != held}
