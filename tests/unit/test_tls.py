@@ -17,6 +17,7 @@ from tests.unit.test_seed_service import KEY, TOKEN, get, manifest, offer, servi
 from vllm_rfork import messages
 from vllm_rfork.bounded_server import Bounds
 from vllm_rfork.clients import PlannerClient, SeedClient
+from vllm_rfork.clients.tls_advice import advice
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import PlannerError, SeedError
 from vllm_rfork.messages import SeedAddress
@@ -186,7 +187,7 @@ async def test_a_certificate_that_no_receiver_would_take_is_found_out_at_the_sta
     authority: Authority, stranger: Authority
 ) -> None:
     """Before the seed is announced, and without waiting for what waiting does not change."""
-    for cert, advice in (
+    for cert, wanted in (
         (stranger.issue("foreign", names=(NAME,)), "rfork_tls_ca_file"),
         (authority.issue("nameless", names=("another.example",)), "rfork_seed_tls_name"),
         (authority.issue("old", names=(NAME,), days=-1), "renew"),
@@ -195,7 +196,7 @@ async def test_a_certificate_that_no_receiver_would_take_is_found_out_at_the_sta
         service = SeedService(
             seed_key=KEY, offer=offer(), bind_host="127.0.0.1", credentials=credentials, ready_timeout_s=600.0
         )
-        with pytest.raises(SeedError, match=f"refused by receivers.*{advice}"):
+        with pytest.raises(SeedError, match=f"refused by receivers.*{wanted}"):
             await asyncio.wait_for(service.start(), 20)
 
 
@@ -315,13 +316,13 @@ async def test_what_is_wrong_with_the_planners_tls_is_told_with_what_to_set(
 ) -> None:
     async with planner(authority) as process:
         by_address = process.url.replace("localhost", "127.0.0.1")
-        for url, credentials, advice in (
+        for url, credentials, wanted in (
             (process.url, own(token=TOKEN), "rfork_tls_ca_file"),  # the system's CAs did not sign it
             (process.url, own(token=TOKEN, ca_file=stranger.file), "rfork_tls_ca_file"),
             (by_address, own(token=TOKEN, ca_file=authority.file), "rfork_scheduler_url"),
             (process.url.replace("https", "http"), own(token=TOKEN), "https"),
         ):
-            with pytest.raises(PlannerError, match=advice) as caught:
+            with pytest.raises(PlannerError, match=wanted) as caught:
                 await PlannerClient(url, credentials=credentials).announce(KEY, SEED)
             assert TOKEN not in str(caught.value)
             assert "object at" not in str(caught.value)
@@ -349,3 +350,21 @@ async def test_wrong_tls_is_not_asked_again_by_a_receiver_that_may_wait(authorit
         with pytest.raises(PlannerError, match="rfork_tls_ca_file"):
             await client.acquire(KEY, wait_s=60)
     assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("verify_code", "words"),
+    [
+        (20, "rfork_tls_ca_file"),
+        (7, "rfork_tls_ca_file"),  # a CA of the same name with another key
+        (62, "rfork_seed_tls_name"),
+        (64, "rfork_seed_tls_name"),
+        (10, "renew"),
+        (26, "another certificate"),  # made for clients alone
+        (92, "another certificate"),  # a CA without key usage, which Python 3.13 does not take
+    ],
+)
+def test_advice_fits_what_openssl_found(verify_code: int, words: str) -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code = verify_code
+    assert words in advice(error, tls=True, shows_certificate=True, service="seed")

@@ -24,6 +24,7 @@ _NO_TLS = frozenset(
 #: Results of verification: https://docs.openssl.org/master/man3/X509_STORE_CTX_get_error/
 _WRONG_NAME = frozenset({62, 64})
 _WRONG_TIME = frozenset({9, 10})
+_UNKNOWN_CA = frozenset({2, 7, 18, 19, 20, 21, 27})
 _BROKE_OFF = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError)
 
 
@@ -66,7 +67,9 @@ def _trust(verify_code: int, service: str) -> str:
         return "rfork_scheduler_url must have a name that the planner's certificate holds"
     if verify_code in _WRONG_TIME:
         return f"renew the {service}'s certificate, or set this machine's clock"
-    return f"set rfork_tls_ca_file to a file with the CA that signed the {service}'s certificate"
+    if verify_code in _UNKNOWN_CA:
+        return f"set rfork_tls_ca_file to a file with the CA that signed the {service}'s certificate"
+    return f"the {service} needs another certificate; this one is not fit for it"  # key usage, strictness, revocation
 
 
 def _refused(reason: str, shows_certificate: bool, service: str) -> str:
