@@ -86,6 +86,7 @@ class _RowSums:
         on_cpu = device.type == "cpu"
         self._capacity = _CPU_CAPACITY if on_cpu else _CAPACITY
         self._rows = torch.zeros(self._capacity, COLUMNS, dtype=torch.int64, device=device)
+        self._row_bytes = self._rows.view(torch.uint8)
         self._scratch = torch.empty_like(self._rows)
         # Kept: memory that is given back after each use costs a processor more than the sums do.
         self._groups = self._rows.new_empty(self._capacity * ROWS // _STREAMS if on_cpu else 0, COLUMNS)
@@ -95,33 +96,35 @@ class _RowSums:
 
     def add(self, data: torch.Tensor) -> None:
         """Queue the sums over one span."""
-        position, rows = 0, data.numel() // _ROW_NBYTES
+        nbytes = data.numel()
+        position, rows = 0, nbytes // _ROW_NBYTES
         # Words must be aligned. A span at an odd address is rare, and copied piece by piece.
-        aligned = data.data_ptr() % _WORD == 0 and data.storage_offset() % _WORD == 0
-        most = self._capacity if aligned else _COPIED_BLOCKS
-        while blocks := min(rows // ROWS, most, self._capacity - self._used):
-            self._sum(data, position, blocks, ROWS, aligned)
-            position += blocks * ROWS
-            rows -= blocks * ROWS
-        if rows:
-            self._sum(data, position, 1, rows, aligned)
-        rest = data[(position + rows) * _ROW_NBYTES :]
-        if rest.numel():
+        words = _words(data, rows) if data.data_ptr() % _WORD == 0 and data.storage_offset() % _WORD == 0 else None
+        most = self._capacity if words is not None else _COPIED_BLOCKS
+        while rows:
+            blocks = min(rows // ROWS, most, self._capacity - self._used) or 1
+            height = min(rows, ROWS)
+            if words is None:
+                piece = data[position * _ROW_NBYTES : (position + blocks * height) * _ROW_NBYTES].clone()
+                self._sum(_words(piece, blocks * height), 0, blocks, height)
+            else:
+                self._sum(words, position, blocks, height)
+            position += blocks * height
+            rows -= blocks * height
+        if rest := nbytes - position * _ROW_NBYTES:
             # Unused rows are all zeros: the padding is there already.
-            self._rows[self._used].view(torch.uint8)[: rest.numel()].copy_(rest)
+            self._row_bytes[self._used, :rest].copy_(data[nbytes - rest :])
             self._advance(1)
 
-    def _sum(self, data: torch.Tensor, row: int, blocks: int, rows: int, aligned: bool) -> None:
+    def _sum(self, words: torch.Tensor, row: int, blocks: int, rows: int) -> None:
         """Queue the sums over ``blocks`` blocks of ``rows`` rows each, from ``row`` on."""
-        part = data[row * _ROW_NBYTES : (row + blocks * rows) * _ROW_NBYTES]
-        if not aligned:
-            part = part.clone()
-        words = part.view(torch.int64).view(blocks, rows, COLUMNS)
+        shape, stride = (blocks, rows, COLUMNS), (rows * COLUMNS, COLUMNS, 1)
+        part = words.as_strided(shape, stride, words.storage_offset() + row * COLUMNS)
         out = self._rows[self._used : self._used + blocks]
         if len(self._groups) and rows > _STREAMS:
-            self._sum_in_streams(words, out)
+            self._sum_in_streams(part, out)
         else:
-            torch.sum(words, dim=1, out=out)
+            torch.sum(part, dim=1, out=out)
         self._advance(blocks)
 
     def _sum_in_streams(self, words: torch.Tensor, out: torch.Tensor) -> None:
@@ -157,6 +160,11 @@ class _RowSums:
         """Wait for all of it; two words per row."""
         self._weigh()
         return memoryview(torch.cat(self._weighted).cpu().numpy().tobytes())
+
+
+def _words(data: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first ``rows`` rows of ``data`` as words."""
+    return data[: rows * _ROW_NBYTES].view(torch.int64)
 
 
 @functools.cache
