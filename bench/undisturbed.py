@@ -76,9 +76,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     for _ in range(2):
         turn()
-    began, used = time.monotonic(), time.process_time()
-    time.sleep(IDLE_S)
-    idle_share = (time.process_time() - used) / (time.monotonic() - began)
+    idle_share = share_of_a_core()
 
     file = Path(f"/tmp/rfork-undisturbed-{os.getpid()}.json")  # noqa: S108 - written and read by this user's processes
     file.write_bytes(encode_manifest(seed.manifest))
@@ -112,12 +110,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     reader.kill()
     file.unlink()
     planner.stop()
+    nbytes = seed.manifest.nbytes
+    seeding.withdraw_all("the bench is over")
     return {
-        "nbytes": seed.manifest.nbytes,
+        "nbytes": nbytes,
         "read_gb_per_s": [round(rate, 1) for rate in rates],
         **summary(turns),
-        "idle_seed_share_of_a_core": idle_share,
+        "idle_share_of_a_core": idle_share,
+        "idle_share_of_a_core_without_seed": share_of_a_core(),
     }
+
+
+def share_of_a_core() -> float:
+    """What this process, vLLM's threads included, takes of one core while nobody asks it anything."""
+    began, used = time.monotonic(), time.process_time()
+    time.sleep(IDLE_S)
+    return (time.process_time() - used) / (time.monotonic() - began)
 
 
 def summary(turns: dict[str, list[list[float]]]) -> dict[str, Any]:
