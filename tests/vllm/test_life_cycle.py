@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
-from tests.vllm.engine_process import digests_of, load, load_digested, vllm_config
+from tests.vllm.engine_process import digests_of, free_port, load, load_digested, vllm_config
 from vllm_rfork import plan, seeding
-from vllm_rfork.clients import SeedClient
+from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.engines.memory import open_engines
 from vllm_rfork.errors import SeedError
 from vllm_rfork.plan import LoadPlan
@@ -108,6 +108,34 @@ def test_after_a_change_that_left_the_bytes_it_is_a_seed_again_in_another_epoch(
         forked = load_digested(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
         assert any(f"from seed {new.address}" in line for line in rfork_log.texts())
         assert forked.before == default_a.before
+    assert model is not None
+
+
+def test_a_fixed_port_is_taken_again_and_a_lease_of_the_old_epoch_does_not_keep_it(
+    model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+) -> None:
+    """Planners know a seed by address, port and rank. The oldest let one drain until its receiver has let go of it."""
+    extra = extra_for(
+        planner.url, model_url="fixed port", rfork_seed_port_base=free_port(), rfork_heartbeat_interval_sec=0.5
+    )
+    model = load(vllm_config(model_a, load_format="rfork", extra=extra))
+    old = only_seed()
+    address, key = str(old.address), old.manifest.seed_key
+    eventually(lambda: address in planner.seeds(), "it is announced")
+    client = PlannerClient(planner.url, request_timeout_s=3.0)
+    lease = asyncio.run(client.acquire(key))
+    changes.run(Change("weights are updated"), nothing)
+    assert str(only_seed().address) == address
+
+    def free() -> bool:
+        return any(
+            f"{s['ip']}:{s['port']}:{s['rank']}" == address and not s["draining"] for s in planner.snapshot()["seeds"]
+        )
+
+    assert not free()
+    asyncio.run(client.release(lease))
+    eventually(free, "the next beat announces it")
+    assert rfork_log.warnings == []
     assert model is not None
 
 
