@@ -155,6 +155,21 @@ def test_the_whole_quantization_moves_it(change: Any) -> None:
     assert layouts_moved(configured(), changed) == BOTH
 
 
+def test_what_loading_writes_into_the_quantization_does_not() -> None:
+    loaded = configured()
+    loaded.quant_config.packed_modules_mapping = {"qkv_proj": ["q_proj"]}
+    loaded.quant_config.online_quantization_time = 1.5
+    assert not layouts_moved(configured(), loaded)
+
+
+def test_a_draft_s_fingerprint_is_the_same_before_and_after_the_target_was_loaded() -> None:
+    before, after = configured(), configured()
+    for config in (before, after):
+        config.speculative_config.draft_model_config = config.model
+    after.quant_config.ignored_layers.append("renamed.by.the.target")
+    assert not layouts_moved(before, after)
+
+
 def test_what_the_platform_s_plugin_is_told_moves_it_but_for_its_logs() -> None:
     changed = configured()
     changed.additional_config["weight_nz_mode"] = 2

@@ -43,6 +43,9 @@ VOLATILE = frozenset(
     }
 )
 
+#: What building and loading write into a quantization's configuration: the model's class decides, or a clock.
+WRITTEN_BY_LOADING = frozenset({"packed_modules_mapping", "quantized_layers", "online_quantization_time"})
+
 #: Entry points of these groups run inside workers and may change how models are built or processed.
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
@@ -74,7 +77,7 @@ def fingerprint_facts(
         "architectures": list(getattr(model_config.hf_config, "architectures", None) or []),
         "hf_config": plain(model_config.hf_config.to_dict(), leave_out=VOLATILE),
         "kind": [plain(getattr(model_config, name, None)) for name in ("runner_type", "convert_type")],
-        "quant_config": plain(getattr(vllm_config, "quant_config", None)),
+        "quant_config": _quantization(vllm_config, model_config),
         "options": _options(vllm_config, model_config, runtime=runtime),
         "additional_config": _additional_config(vllm_config),
         "environment": shaping_environment(environ, runtime=runtime),
@@ -111,6 +114,14 @@ def _at(vllm_config: Any, model_config: Any, path: str) -> Any:
     for name in rest:
         found = getattr(found, name, None)
     return found
+
+
+def _quantization(vllm_config: Any, model_config: Any) -> Any:
+    """The target's; a draft is built from its own model configuration, and by then loading the target has written to
+    this object, otherwise from storage than by a fork."""
+    if is_draft(vllm_config, model_config):
+        return None
+    return plain(getattr(vllm_config, "quant_config", None), leave_out=WRITTEN_BY_LOADING)
 
 
 def _additional_config(vllm_config: Any) -> Any:
