@@ -18,6 +18,7 @@ from torch import nn
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, load, vllm_config
 from vllm_rfork import plan, seeding
+from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.state import state_of
 from vllm_rfork.vllm_compat import loading
 
@@ -327,3 +328,61 @@ def test_every_rank_brings_its_word_whatever_happens_to_it(
     load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
     assert [stage for stage, _ in others.words] == words
     assert others.words[-1][1]
+
+
+def test_a_check_that_dummies_would_fail_runs_on_the_real_weights(
+    accelerated: None,
+    fleet: Planner,
+    model_a: Path,
+    model_a_without_weights: Path,
+    rfork_log: LogRecords,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As vLLM-Ascend's check of shared experts, at the end of a layer's post-processing."""
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM, Qwen2MLP
+
+    checked: list[float] = []
+
+    def check(layer: nn.Module) -> None:
+        checked.append(float(layer.down_proj.weight.data.float().abs().max()))
+        if checked[-1] < 0.1:
+            raise ValueError("dummies")
+
+    def process(model: nn.Module) -> None:
+        process_like_an_accelerator(model)
+        for layer in model.modules():
+            if isinstance(layer, Qwen2MLP):
+                layer._validate_shared_expert_consistency()
+
+    monkeypatch.setattr(Qwen2MLP, "_validate_shared_expert_consistency", check, raising=False)
+    monkeypatch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", process, raising=False)
+    extra = options(fleet, "a check of its own")
+    seed = seed_in_this_process(model_a, extra)
+    of_the_seed = list(checked)
+    forked = load(
+        vllm_config(model_a_without_weights, load_format="rfork", extra={**extra, "rfork_become_seed": False})
+    )
+
+    assert not rfork_log.warnings
+    assert checked == of_the_seed * 2
+    assert digests_of(forked) == digests_of(seed)
+
+
+def test_memory_that_no_engine_can_register_is_neither_written_to_nor_offered(
+    accelerated: None, fleet: Planner, model_a: Path, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = load(vllm_config(model_a))
+    extra = options(fleet, "unregistrable")
+    # First as settings tell it, then as the allocator does, once the weights lie somewhere.
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "unregistrable", lambda *_: "weights lie in a pool")
+        told = load(vllm_config(model_a, load_format="rfork", extra=extra))
+    with monkeypatch.context() as patched:
+        patched.setattr(CpuSide, "unregistrable", lambda _, regions=(): "segments expand" if regions else "")
+        seen = load(vllm_config(model_a, load_format="rfork", extra=extra))
+
+    assert digests_of(told) == digests_of(seen) == digests_of(wanted)
+    assert seeding.wait_until_started(30) == []
+    assert [line for line in rfork_log.texts() if "falling back" in line and "weights lie in a pool" in line]
+    assert len([line for line in rfork_log.texts() if "not a seed" in line and "weights lie in a pool" in line]) == 1
+    assert len([line for line in rfork_log.texts() if "not a seed" in line and "segments expand" in line]) == 1
