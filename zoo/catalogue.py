@@ -369,13 +369,40 @@ CATALOGUE: list[Specimen] = [
         cannot_run={"cpu-without-amx": "Failed to find a kernel that can implement the ScaledMM linear layer"},
         why="its kernels need AMX",
     ),
-    Specimen("llama-tp2", "two ranks", "LlamaForCausalLM", SMALL, ranks=2),
+    Specimen("llama-tp2", "tensor parallel: two ranks", "LlamaForCausalLM", SMALL, ranks=2),
     Specimen(
         "qwen2-tied-tp2",
-        "two ranks, tied embeddings",
+        "tensor parallel, tied embeddings",
         "Qwen2ForCausalLM",
         {**SMALL, "tie_word_embeddings": True},
         ranks=2,
     ),
-    Specimen("mixtral-tp2", "two ranks, experts", "MixtralForCausalLM", {**SMALL, "num_local_experts": 4}, ranks=2),
+    Specimen(
+        "mixtral-tp2", "tensor parallel, experts", "MixtralForCausalLM", {**SMALL, "num_local_experts": 4}, ranks=2
+    ),
+    Specimen(
+        "qwen3-moe-ep2",
+        "expert parallel: two ranks, each with half the experts",
+        "Qwen3MoeForCausalLM",
+        {
+            **HEADS_OF_32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        },
+        engine_arguments={"enable_expert_parallel": True},
+        ranks=2,
+        cannot_answer={"cpu": "vLLM's CPU kernel crashes (cpu_fused_moe) where experts are on another rank"},
+    ),
+    Specimen(
+        "llama-pp2",
+        "pipeline parallel: two ranks, a layer each",
+        "LlamaForCausalLM",
+        SMALL,
+        engine_arguments={"pipeline_parallel_size": 2},
+        ranks=2,
+        cannot_answer={"cpu": "stages launched one by one never answer in vLLM's CPU build"},
+    ),
 ]

@@ -24,7 +24,14 @@ the same to the last bit, one prompt at a time; with a draft model, what it prop
 and a listed refusal that forks is a failure. *Not run* is what vLLM itself cannot load on the platform, with a part of
 what it says, likewise listed; *only loaded* what it can load and not run.
 
-The tables are written by the command: `make zoo`, or `python -m zoo --write docs/zoo.md` with its options.
+The tables are written by the command: `make zoo`, or `python -m zoo --write docs/zoo.md` with its options. It runs on
+whatever platform vLLM finds; with large models, on two GPUs:
+
+    python -m zoo --models zoo/large.json --seed-devices 1 --receiver-devices 0 --write docs/zoo.md
+
+Where one device must hold seed and fork, `--llm '{"gpu_memory_utilization": 0.4}'` leaves room for both. Each run
+leaves `build/zoo/zoo.json` and a log of every process; `--render A.json B.json --write docs/zoo.md` makes one table of several
+runs on one platform.
 """
 
 
@@ -80,7 +87,7 @@ def table(outcome: Outcome) -> str:
         else:
             outcome_text += f": `{row['reason']}`" if row["reason"] else ""
             outcome_text += f" ({row['note']})" if row["note"] else ""
-        ranks = f", TP {row['ranks']}" if row["ranks"] > 1 else ""
+        ranks = f", {row['ranks']} ranks" if row["ranks"] > 1 else ""
         cells = [
             row["name"],
             row["covers"],

@@ -44,7 +44,7 @@ class Specimen:
         adapter: a LoRA adapter is asked as well.
         media: ``image`` or ``audio``: one goes with one more prompt, at the place of the token ``media_token``.
         models: how many models one worker loads: 2 with a draft.
-        ranks: tensor-parallel size.
+        ranks: workers of one instance; tensor-parallel, unless ``engine_arguments`` say pipeline_parallel_size.
         needs_files: why even a fork needs the weight files at hand; empty where it does without.
         not_in_checkpoint: class of the model and name of each tensor that no checkpoint gives a value, since something
             replaces it later; what they are as loaded is not held against the default load, only against the seed.

@@ -138,7 +138,7 @@ def instance(order: Order, ranks: int, port: int) -> Iterator[Instance]:
     if ranks > 1:
         arguments = {
             **order.engine_arguments,
-            "tensor_parallel_size": ranks,
+            "tensor_parallel_size": ranks // int(order.engine_arguments.get("pipeline_parallel_size", 1)),
             "distributed_executor_backend": "external_launcher",
         }
         orders = [
