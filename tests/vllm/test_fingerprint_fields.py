@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def test_every_variable_of_vllm_is_in_one_of_the_lists() -> None:
     theirs = {name for name in envs.environment_variables if name.startswith("VLLM_")}
     assert len(theirs) > 100
     assert {name for name in (*theirs, *OF_ASCEND) if place_of(name) == "unknown"} == set()
+
+
+def test_every_variable_that_vllm_reads_or_sets_elsewhere_is_in_one_of_the_lists() -> None:
+    """Some are not in its own list; one that is set to something else in every instance would let no fork happen."""
+    import vllm
+
+    asked = re.compile(r"""(?:environ\[|environ\.\w+\(|getenv\()\s*["'](VLLM_[A-Z0-9_]+)""")
+    sources = Path(vllm.__file__).parent.rglob("*.py")
+    names = {name for file in sources for name in asked.findall(file.read_text())}
+    assert "VLLM_DIST_IDENT" in names
+    assert {name for name in names if place_of(name) == "unknown"} == set()
 
 
 def test_the_sections_are_where_vllm_has_them_and_their_facts_are_canonical(model_a: Path) -> None:

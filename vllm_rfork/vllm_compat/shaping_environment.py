@@ -102,6 +102,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
         "VLLM_DP_RANK*",
         "VLLM_DP_SIZE",
         "VLLM_PROCESS_NAME_PREFIX",
+        "VLLM_DIST_IDENT",
         "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
         "VLLM_GPU_NIC_PCIE_MAPPING",
         "VLLM_NIC_SELECTION_VARS",
@@ -123,6 +124,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
         "VLLM_MAIN_CUDA_VERSION",
         "VLLM_USE_PRECOMPILED*",
         "VLLM_SKIP_*_SUFFIX",
+        "VLLM_PRECOMPILED_*",
         "VLLM_VERSION",
     ),
     "the front end: requests, media, text": (
@@ -189,6 +191,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_CPU_NUM_OF_RESERVED_CPU",
         "VLLM_CPU_CI_ENV",
+        "VLLM_CPU_SIM_MULTI_NUMA",
         "VLLM_TPU_*",
         "VLLM_SLEEP_WHEN_IDLE",
         "VLLM_USE_V2_MODEL_RUNNER",
@@ -199,6 +202,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "communication": (
         "VLLM_*NCCL*",
         "VLLM_ALLREDUCE_*",
+        "VLLM_CUSTOM_ALLREDUCE_*",
         "VLLM_FLASHINFER_ALLREDUCE_*",
         "VLLM_NIXL_EP_MAX_NUM_RANKS",
         "VLLM_ROCM_QUICK_REDUCE_*",
