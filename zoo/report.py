@@ -15,10 +15,11 @@ HEAD = """# The model zoo
 
 Every model below was made on the spot with random weights in a real architecture, and loaded three times, each in a
 process of its own: by vLLM's default loader, by a worker that became a seed, and by a worker that forked from that
-seed and had no weight files. *Tensors equal* means: every tensor has the default load's SHA-256, as loaded (where the
-layout is `checkpoint`) and after post-processing, and every plain value that a model holds is the same. *Answers
-equal* means: the greedy tokens and the log-probabilities of the three best of each step, or the whole embedding, are
-the same to the last bit, one prompt at a time; with a draft model, what it proposes in each step as well.
+seed and had no weight files (but for the rows that say why they need them). *Tensors equal* means: every tensor has
+the default load's SHA-256, as loaded (where the layout is `checkpoint`) and after post-processing, and every plain
+value that a model holds is the same. *Answers equal* means: the greedy tokens and the log-probabilities of the three
+best of each step, or the whole embedding, are the same to the last bit, one prompt at a time; with a draft model,
+what it proposes in each step as well.
 
 *Refused* is what was listed beforehand, with a part of what the log says; the default loader then made the model good,
 and a listed refusal that forks is a failure. *Not run* is what vLLM itself cannot load on the platform, with a part of
@@ -30,8 +31,8 @@ whatever platform vLLM finds; with large models, on two GPUs:
     python -m zoo --models zoo/large.json --seed-devices 1 --receiver-devices 0 --write docs/zoo.md
 
 Where one device must hold seed and fork, `--llm '{"gpu_memory_utilization": 0.4}'` leaves room for both. Each run
-leaves `build/zoo/zoo.json` and a log of every process; `--render A.json B.json --write docs/zoo.md` makes one table of several
-runs on one platform.
+leaves `build/zoo/zoo.json` and a log of every process; `--render A.json B.json --write docs/zoo.md` makes one table of
+several runs on one platform.
 """
 
 
