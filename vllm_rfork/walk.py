@@ -88,6 +88,7 @@ _FOREIGN = frozenset(
         "time",
         "tokenizers",
         "torch",
+        "torch_npu",
         "tqdm",
         "transformers",
         "triton",
@@ -97,6 +98,10 @@ _FOREIGN = frozenset(
         "zmq",
     }
 )
+
+#: vLLM's settings, and the groups of ranks with their buffers and sockets: shared by the whole process, and describing
+#: weights without holding any. vLLM-Ascend hangs them on MoE layers' configurations and on attention implementations.
+_PROCESS_WIDE = ("vllm.config", "vllm.distributed", "vllm_ascend.distributed")
 
 #: Plain values that may travel as state.
 Plain = bool | int | float | str | None
@@ -258,8 +263,7 @@ class _Walker:
     def _is_helper(value: Any) -> bool:
         kind = type(value)
         module = kind.__module__ or ""
-        # vLLM's own settings are shared by the whole process and describe weights without holding any.
-        return module.partition(".")[0] not in _FOREIGN and not module.startswith("vllm.config")
+        return module.partition(".")[0] not in _FOREIGN and not module.startswith(_PROCESS_WIDE)
 
     def _helper(self, value: Any, name: str, depth: int) -> Iterator[Leaf]:
         leaves = self._attributes(value, name, depth)

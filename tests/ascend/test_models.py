@@ -208,6 +208,18 @@ def test_the_caches_that_serving_binds_are_no_weights(npu: FakeTorchNpu) -> None
     assert [entry.name for entry in collect(model, CPU).entries] == before
 
 
+@pytest.mark.parametrize("module", ["vllm.distributed.parallel_state", "vllm_ascend.distributed.parallel_state"])
+def test_groups_of_ranks_are_no_part_of_the_model(npu: FakeTorchNpu, module: str) -> None:
+    group = type("GroupCoordinator", (), {"__module__": module})()
+    group.buffer, group.unique_name = torch.zeros(100), "tp:0"
+    model = models.Experts()
+    model.moe_config = type("FusedMoEConfig", (), {})()
+    model.moe_config.tp_group = model.tp_group = group
+
+    assert [entry.name for entry in collect(model, CPU).entries] == ["w13_weight", "w2_weight"]
+    assert not [name for name in state_of(model) if "group" in name]
+
+
 def test_regions_are_as_few_as_the_allocators_blocks(npu: FakeTorchNpu) -> None:
     model = nn.Module()
     block = torch.zeros(1 << 20, dtype=torch.uint8)
