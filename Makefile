@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENGINE ?= nixl
 # More arguments for pytest: make unit PYTEST_ARGS="-k key"
 PYTEST_ARGS ?=
+# How many processes `make test` deals the tests out to; tests/conftest.py says how
+PYTEST_PROCESSES ?= 2
 # More arguments for the benchmarks
 BENCH_ARGS ?=
 # Arguments for the model zoo: make zoo ZOO_ARGS="--only llama,qwen3" writes no document
@@ -30,7 +32,7 @@ setup: ## bring .venv to requirements/lock.txt; every other target does it by it
 	@$(PYTHON) scripts/set_up.py
 
 test: lint types contracts standin ## everything CI runs: lint, types, import contracts, all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
