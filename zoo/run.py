@@ -258,12 +258,13 @@ def differences(
 
     Args:
         layout: with ``runtime`` the bytes come after post-processing, and what stood there before says nothing.
-        used: whether ``load`` has caches for prompts, as ``expected`` has; they make more values.
+        used: whether ``load`` got caches for prompts, as ``expected`` did; they make and set values.
         ignored: tensors that are not compared as loaded.
     """
     found = []
-    values = expected.state if used else {name: value for name, value in expected.state.items() if name in load.state}
-    kinds = [("tensors after post-processing", expected.after, load.after), ("values", values, load.state)]
+    kinds = [("tensors after post-processing", expected.after, load.after)]
+    if used:
+        kinds.append(("values", expected.state, load.state))
     if "runtime" not in layout:
         kinds.append(("tensors as loaded", expected.before, load.before))
     for kind, one, other in kinds:
