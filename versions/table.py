@@ -84,7 +84,10 @@ ROWS: tuple[Row, ...] = (
     *members(_STATE, "GroupCoordinator", "rank", "local_rank", "rank_in_group"),
     Row(_STATE),
     # --- configuration ----------------------------------------------------------------------------------------------
-    Row("vllm.config"),  # its classes' modules begin so
+    # Classes whose modules begin so are not looked into.
+    Row("vllm.config"),
+    Row("vllm.distributed"),
+    Row("vllm_ascend.distributed", package=ASCEND),
     *members(
         "vllm.config.vllm",
         "VllmConfig",
