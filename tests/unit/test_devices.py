@@ -197,6 +197,18 @@ def test_the_allocators_configuration_is_read_as_torch_reads_it(environment: dic
     assert bool(CudaSide(torch.device("cuda", 0)).unregistrable(environment=environment)) is refused
 
 
+def test_memory_of_another_allocator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tells_nothing() -> None:
+        raise RuntimeError("Calling snapshot with backend:cudaMallocAsync is not meaningful.")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", tells_nothing)
+    side = CudaSide(torch.device("cuda", 0))
+
+    assert "driver's pool" in side.unregistrable(environment={"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"})
+    with pytest.raises(ForkError, match="cudaMallocAsync"):
+        side.unregistrable([Region(4096, 512)])
+
+
 def test_expandable_segments_are_the_default_on_ascend_and_not_refused(npu_side: NpuSide) -> None:
     (block,) = npu_side.blocks()
 

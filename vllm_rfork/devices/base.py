@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from vllm_rfork.devices.blocks import Block, BlockMap
+from vllm_rfork.devices.blocks import Block, BlockMap, blocks_of
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest import Region
 
@@ -104,8 +104,19 @@ class DeviceSide:
         return 1
 
     def blocks(self) -> list[Block]:
-        """The caching allocator's blocks on this device, by address; none for host memory."""
-        return []
+        """The caching allocator's blocks on this device, by address; none for host memory.
+
+        Raises:
+            ForkError: another allocator is in its place, which does not tell.
+        """
+        try:
+            return blocks_of(self._snapshot(), self.index)
+        except RuntimeError as error:
+            raise ForkError(f"the allocator of {self.text} does not tell where its memory lies: {error}") from error
+
+    def _snapshot(self) -> Iterable[Mapping[str, Any]]:
+        """The caching allocator's segments, as torch describes them."""
+        return ()
 
     def unregistrable(self, regions: Iterable[Region] = (), environment: Mapping[str, str] | None = None) -> str:
         """Why engines cannot keep memory of this device registered; empty where they can.
@@ -118,18 +129,21 @@ class DeviceSide:
             return ""
         asked = list(regions)
         if not asked:
-            variable = self._expandable_by(os.environ if environment is None else environment)
-            return f"{variable} makes memory expandable: {self.expandable_refused}" if variable else ""
+            return self._refused_by(os.environ if environment is None else environment)
         blocks = BlockMap(self.blocks())
         if any(block.expandable for block in map(blocks.holding, asked) if block is not None):
             return f"the weights lie in expandable segments: {self.expandable_refused}"
         return ""
 
-    def _expandable_by(self, environment: Mapping[str, str]) -> str:
-        """The variable, with its value, that turns expandable segments on; empty where none does."""
+    def _refused_by(self, environment: Mapping[str, str]) -> str:
+        """Why the allocator's configuration rules registering out; empty where it does not."""
         for variable in self.allocator_variables:
             if value := environment.get(variable, ""):
                 options = dict(option.partition(":")[::2] for option in value.split(","))
                 chosen = {key.strip(): text.strip().lower() for key, text in options.items()}
-                return f"{variable}={value}" if chosen.get("expandable_segments") == "true" else ""
+                if chosen.get("expandable_segments") == "true":
+                    return f"{variable}={value} makes memory expandable: {self.expandable_refused}"
+                if chosen.get("backend") == "cudamallocasync":
+                    return f"{variable}={value} takes memory from the driver's pool, which other processes cannot open"
+                return ""
         return ""

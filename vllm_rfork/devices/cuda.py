@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from vllm_rfork.devices.base import DeviceSide
-from vllm_rfork.devices.blocks import Block, blocks_of
 
 
 class CudaSide(DeviceSide):
@@ -39,6 +39,6 @@ class CudaSide(DeviceSide):
         """Give unused memory of the caching allocator back."""
         torch.cuda.empty_cache()
 
-    def blocks(self) -> list[Block]:
-        """The caching allocator's segments on this device."""
-        return blocks_of(torch.cuda.memory_snapshot(), self.index)
+    def _snapshot(self) -> Iterable[Mapping[str, Any]]:
+        segments: list[Mapping[str, Any]] = torch.cuda.memory_snapshot()
+        return segments

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from vllm_rfork.devices.base import PLAIN, DeviceSide
-from vllm_rfork.devices.blocks import HIXL_ALIGNMENT, Block, blocks_of
+from vllm_rfork.devices.blocks import HIXL_ALIGNMENT
 from vllm_rfork.errors import ForkError
 
 #: ``acl_format`` of "as shape and strides say".
@@ -105,6 +105,6 @@ class NpuSide(DeviceSide):
         backend = (os.environ if environment is None else environment).get("TRANSFER_ENGINE_BACKEND", "")
         return HIXL_ALIGNMENT if backend.strip().lower() == "hixl" else 1
 
-    def blocks(self) -> list[Block]:
-        """The caching allocator's segments on this device."""
-        return blocks_of(self._npu.npu.memory_snapshot(), self.index)
+    def _snapshot(self) -> Iterable[Mapping[str, Any]]:
+        segments: list[Mapping[str, Any]] = self._npu.npu.memory_snapshot()
+        return segments
