@@ -95,6 +95,8 @@ def test_what_no_checkpoint_gives_a_value_is_held_against_the_seed() -> None:
     random = dataclasses.replace(LOAD, before={"w": "random", "b": "b"})
     shared = dataclasses.replace(MODEL, not_in_checkpoint=(("Llama", "w"),))
     assert judged(good(loads=[random]), what=shared, seed=random).failures == []
+    final = dataclasses.replace(random, after={"w": "random"})
+    assert judged(good(loads=[final]), what=shared, seed=random).failures, "in the end it must be the default load's"
     assert judged(good(loads=[random]), what=shared).failures == ["the fork did not load what the seed did"]
 
 
