@@ -365,6 +365,19 @@ class Attempt:
             self.close_engine()
         return held
 
+    def forget_failures(self, error: BaseException) -> None:
+        """Let go of the frames that this attempt's failures, ``error`` among them, came through.
+
+        They hold the model and its tensors, and the same memory is about to be needed again.
+        """
+        failures: list[BaseException | None] = [error, self._last]
+        self._last = None
+        while failures:
+            failure = failures.pop()
+            if failure is not None and failure.__traceback__ is not None:
+                failure.__traceback__ = None
+                failures += [failure.__cause__, failure.__context__]
+
     def end_intent(self) -> None:
         """Stop renewing the intent; the announcement fulfils it, or it expires."""
         if self._intending is not None:

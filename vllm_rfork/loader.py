@@ -184,6 +184,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         plan.reopen_engine = True
         plan.attempt.give_back()
         plan.attempt.let_go()
+        plan.attempt.forget_failures(error)
 
     def _fork_over(self, plan: LoadPlan, model: nn.Module) -> None:
         """Fork into the structure that post-processing has made of dummy weights."""

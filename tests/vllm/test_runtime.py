@@ -7,6 +7,7 @@ that packing off, as it is on an accelerator, and give the model post-processing
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,24 @@ def fails_to_match_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", other)
 
 
+def at_every_build(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many models that were built from now on are in memory when the next one is."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    built: list[weakref.ref[nn.Module]] = []
+    found: list[int] = []
+    create = BaseModelLoader.create_model
+
+    def creating(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        found.append(sum(model() is not None for model in built))
+        model: nn.Module = create(self, *args, **kwargs)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(BaseModelLoader, "create_model", creating)
+    return found
+
+
 @pytest.mark.parametrize(
     ("fault", "cause", "both"),
     [
@@ -218,7 +237,9 @@ def test_a_fork_that_fails_ends_in_a_default_load(
     seed_in_this_process(model_a, extra)
     if not both:
         fault(monkeypatch)
+    still_there = at_every_build(monkeypatch)
     loaded = load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
+    assert still_there == [0, 0], "an accelerator has no room for two models"
     (warning,) = [line for line in rfork_log.warnings if "asking for another" not in line]
     assert warning.startswith("RFork: falling back to load_format=auto: ")
     assert cause in warning
