@@ -85,7 +85,7 @@ CATALOGUE: list[Specimen] = [
         "partial rotary, biases everywhere",
         "PhiForCausalLM",
         {**SMALL, "num_key_value_heads": 4},
-        refused={"any": "lm_head.bias: only the seed has it"},
+        refused={"phi-by-transformers": "lm_head.bias: only the seed has it"},
         why="vLLM's Transformers backend makes the head's bias when it meets one in the files, not before",
     ),
     Specimen("phi3", "weights fused in the checkpoint", "Phi3ForCausalLM", SMALL),

@@ -202,7 +202,7 @@ def platform_facts(work: Path) -> dict[str, Any]:
     """Where this runs and on which versions, as vLLM sees it; asked in a process of its own.
 
     ``traits``: the platform's name, and what else of it decides what vLLM can run: ``cpu-without-amx``,
-    ``without-torchvision``.
+    ``without-torchvision``, ``phi-by-transformers`` (newer vLLM runs Phi by its Transformers backend).
 
     Raises:
         RoleFailed: vLLM does not come up.
@@ -228,6 +228,8 @@ def _write_facts(file: str) -> None:
         traits.append("cpu-without-amx")
     if importlib.util.find_spec("torchvision") is None:
         traits.append("without-torchvision")
+    if importlib.util.find_spec("vllm.model_executor.models.phi") is None:
+        traits.append("phi-by-transformers")
     facts = {
         "platform": name,
         "traits": traits,
