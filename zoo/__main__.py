@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--seed-devices", default="", help="devices the seed sees, as vLLM's platform counts them")
     parser.add_argument("--receiver-devices", default="", help="devices the default load and the fork see")
     parser.add_argument("--jobs", type=int, help="models at once; default: two on CPU, else one")
+    parser.add_argument("--threads", type=int, help="each load's on the processor; default: half the cores")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one load may take")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "zoo", help="folder of checkpoints and logs")
     parser.add_argument("--write", type=Path, help="the document whose table of this platform is replaced")
@@ -57,7 +58,7 @@ def main() -> int:
     specimens = [specimen.scaled(arguments.scale) for specimen in specimens]
     started = time.monotonic()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    with fork_server(threads=1):
+    with fork_server(threads=arguments.threads or max(1, (os.cpu_count() or 1) // 2)):
         facts = platform_facts(arguments.work)
         visible = str(facts["visible_devices_variable"])
         planner = Planner()
