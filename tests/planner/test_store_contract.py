@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sys
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
+import redis.asyncio
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
+from vllm_rfork.planner.memory_store import MemoryStore
+from vllm_rfork.planner.policy import EVERYWHERE, policy_named
 from vllm_rfork.planner.store import (
+    Announcement,
     Granted,
     LimitReached,
     Missed,
     Outcome,
     Queued,
+    Rules,
     StillLeased,
     UnknownLease,
     UnknownSeed,
@@ -313,6 +322,60 @@ async def test_an_expired_lease_serves_the_line_without_anybody_calling(fleet: F
     assert isinstance(await settled(fleet, waiting), Granted)
 
 
+async def test_a_long_line_makes_no_receiver_dearer(make_fleet: MakeFleet, request: pytest.FixtureRequest) -> None:
+    work = []
+    for length in (10, 300):
+        fleet = await make_fleet()
+        await fleet.store.intend("k", "loader", "", 600)
+        for number in range(length):
+            await fleet.ask(wait_s=60, intent=f"worker{number}")
+        count = _commands(request) if not isinstance(fleet.store, MemoryStore) else _calls
+        async with count() as counted:
+            await fleet.store.settle("ticket0", leave=True)  # one gives up, one is served, the loading one lives on
+            await fleet.announce(1)
+            granted = await fleet.store.settle("ticket1", leave=False)
+            assert isinstance(granted, Granted)
+            await fleet.store.intend("k", "loader", "", 600)
+            await fleet.release(granted)
+        work.append(counted())
+    assert work[1] < work[0] * 1.5, work
+
+
+@contextlib.asynccontextmanager
+async def _calls() -> AsyncIterator[Callable[[], int]]:
+    """How many functions were called within."""
+    number = 0
+
+    def profile(_: object, event: str, __: object) -> None:
+        nonlocal number
+        number += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield lambda: number
+    finally:
+        sys.setprofile(before)
+
+
+def _commands(request: pytest.FixtureRequest) -> Callable[[], AbstractAsyncContextManager[Callable[[], int]]]:
+    """The same for the commands of Redis, those of scripts included."""
+
+    @contextlib.asynccontextmanager
+    async def count() -> AsyncIterator[Callable[[], int]]:
+        async with redis.asyncio.Redis.from_url(request.getfixturevalue("redis_server").url, protocol=2) as client:
+
+            async def number() -> int:
+                stats = await client.info("commandstats")
+                return sum(each["calls"] for name, each in stats.items() if name.startswith("cmdstat_"))
+
+            before, after = await number(), 0
+            yield lambda: after
+            after = await number() - before
+
+    return count
+
+
 async def test_a_full_waiting_line_turns_receivers_away(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(max_waiters=2)
     first = await fleet.ask(wait_s=100)
@@ -601,6 +664,15 @@ async def test_a_snapshot_is_bounded(fleet: Fleet) -> None:
     snapshot = await fleet.store.snapshot(limit=5)
     assert max(len(each) for each in snapshot.values() if isinstance(each, (list, dict))) == 5
     assert [each["seed"] for each in (await fleet.store.snapshot(key="k7"))["seeds"]] == [str(seed(7))]
+
+
+async def test_labels_that_came_and_went_are_not_kept() -> None:
+    store = MemoryStore(Rules(policy=policy_named("nearest")))
+    await store.announce(Announcement(key="k", seed=seed(1), labels={"host": "stays"}))
+    for number in range(50):
+        await store.announce(Announcement(key="k", seed=seed(2), labels={"host": f"pod{number}"}))
+    held = store.begin().shelves["k"].pools
+    assert {bucket for _, bucket in held} == {"host=stays", "host=pod49", EVERYWHERE}
 
 
 async def test_history_is_bounded(make_fleet: MakeFleet) -> None:

@@ -19,7 +19,8 @@ local MAX_WEIGHT = 8191
 local DUE_AT_ONCE = 500
 
 local call = redis.call
-local events, bereft, nonces = {}, {}, 0
+-- bereft: keys that lost a seed or an intent, so that somebody may wait for nothing; left: keys that lost a waiter
+local events, bereft, left, nonces = {}, {}, {}, 0
 local now, meta
 
 -- ---- small things ---------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ local function forget_ticket(ticket)
   undue("waiter", ticket, "")
   count("waiters", -1)
   if waiter.result == "" then unqueue(waiter.key, waiter.fp, ticket) end
-  bereft[waiter.key] = true
+  left[waiter.key] = true
 end
 
 local function drop_intent(key, intent)
@@ -208,6 +209,10 @@ end
 
 local function add_intent(key, intent, fp, ttl)
   if is_due("intent", key, intent) then
+    if call("HGET", P .. "int:" .. key, intent) == fp then
+      due("intent", key, intent, now + ttl)
+      return true
+    end
     drop_intent(key, intent)
   elseif counted("intents") >= rules.max_intents or not has_room_for(key) then
     return false
@@ -424,8 +429,8 @@ end
 local function finish()
   while true do
     local key = next(bereft)
-    if not key then return end
-    bereft[key] = nil
+    if not key then break end
+    bereft[key], left[key] = nil, true
     for _, pair in ipairs(tickets(key, "")) do
       local waiter = read_waiter(pair[1])
       if waiter and waiter.intent ~= "" and not has_hope(waiter) then
@@ -434,6 +439,8 @@ local function finish()
         notify(waiter)
       end
     end
+  end
+  for key in pairs(left) do
     if shelf_is_empty(key) then
       call("SREM", P .. "keys", key)
       call("DEL", P .. "k:" .. key)

@@ -142,7 +142,7 @@ class Shelf:
                 pool = self.pools.get((print_, bucket))
                 if pool is not None:
                     pool.discard(seed.name)
-                    if not len(pool) and not self.serving.get(print_):
+                    if not len(pool):  # labels come and go while others serve: keep none for seeds that are gone
                         del self.pools[print_, bucket]
         self.draining.discard(seed.name)
         self.aside.discard(seed.name)

@@ -31,8 +31,10 @@ class Ledger:
         self.leases_of: dict[str, set[str]] = {}
         self.waiters: dict[str, Waiter] = {}
         self.due = Deadlines()
-        #: keys that have lost a seed, an intent or a waiter in this decision: somebody may wait for nothing now
+        #: keys that have lost a seed or an intent in this decision: somebody may wait for nothing now
         self.bereft: set[str] = set()
+        #: keys that have lost a waiter: nothing may be known about them any more, and nobody else's hope hangs on it
+        self.left: set[str] = set()
         self._serial = 0
         self._random: list[str] = []
         self._intents = 0
@@ -206,11 +208,14 @@ class Ledger:
         self.due.cancel(("waiter", ticket, ""))
         if waiter.result is None:
             self.shelves[waiter.ask.key].unqueue(waiter)
-        self.bereft.add(waiter.ask.key)
+        self.left.add(waiter.ask.key)
 
     def add_intent(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> bool:
         """Remember an intent or put its end off; False where a limit forbids it."""
         if ("intent", key, intent) in self.due:
+            if self.shelves[key].intents[intent] == fingerprint:
+                self.due.set(("intent", key, intent), self.now + ttl_s)
+                return True
             self.drop_intent(key, intent)
         elif self._intents >= self.rules.max_intents or not self.has_room_for(key):
             return False

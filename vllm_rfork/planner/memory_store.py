@@ -254,7 +254,11 @@ class MemoryStore(Store):
                     shelf.unqueue(waiter)
                     waiter.result = self._miss(waiter.ask)
                     self.notify(waiter.ticket)
-            if shelf.is_empty():
+            books.left.add(key)
+        while books.left:
+            key = books.left.pop()
+            shelf = books.shelves.get(key)
+            if shelf is not None and shelf.is_empty():
                 del books.shelves[key]
 
     def _expire_lease(self, lease: Lease) -> None:
