@@ -321,6 +321,42 @@ async def test_no_credential_is_logged_or_counted(caplog: pytest.LogCaptureFixtu
         assert secret not in seen
 
 
+async def test_a_malformed_request_does_not_bring_its_token_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with planner({"RFORK_TOKEN": SECRET}) as client:
+        for token in (f"{SECRET}\x01", SECRET + 9000 * "x"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.planner.port)
+            writer.write(f"GET /get_seed HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+            assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.0 400")
+            writer.close()
+        assert await client.add(**bearer(SECRET)) == 200
+    assert SECRET not in caplog.text
+
+
+async def test_a_call_that_fails_is_answered_logged_and_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with planner() as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(client.planner.store, "announce", None)
+            assert await client.status("POST", "/add_seed", **ADD) == 500
+        assert await client.add() == 200
+        counted = (await client.call("GET", "/metrics"))[2]
+    assert "POST /add_seed failed" in caplog.text
+    assert 'rfork_planner_requests_total{call="/add_seed",code="500"} 1.0' in counted
+
+
+async def test_sweeping_goes_on_after_a_failure(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    async with planner(sweep_every_sec=0.05, stale_after_sec=0.3) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(client.planner.store, "sweep", None)
+            await eventually(lambda: "The sweep failed" in caplog.text)
+        assert await client.add() == 200
+        await eventually(lambda: "Seed dropped" in caplog.text)
+
+
 async def test_a_caller_announces_and_withdraws_its_own_address_only() -> None:
     async with planner() as client:
         for foreign in ("10.1.2.3", "192.0.2.1", "0.0.0.0", "no-such-host.invalid"):

@@ -119,6 +119,9 @@ class Api:
         except (StoreUnavailable, Closing) as error:
             text = str(error) or "the planner is being stopped"
             response = web.Response(status=503, text=text + "\n", headers={"Retry-After": "1"})
+        except Exception:
+            logger.exception("%s %s failed", request.method, path)  # of a call that is known: nothing of the caller's
+            response = web.Response(status=500, text="the planner failed; its log says why\n")
         may_wait = self._settings.seed_wait_sec > 0 or header(request.headers, messages.WAIT_SEC) is not None
         waited = path == messages.GET_SEED and may_wait
         duration_s = None if waited else time.perf_counter() - started_at

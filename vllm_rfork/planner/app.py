@@ -14,6 +14,7 @@ import socket
 from collections.abc import AsyncIterator
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.planner.access import ServerTls, Tokens, tokens_from
@@ -36,8 +37,19 @@ _TOLD = {
     "lease_adopted": (logging.INFO, "Lease of an earlier state taken over"),
     "state_lost": (logging.WARNING, "Seed was known to an earlier state: held back for one lease TTL"),
 }
+_requests = logging.getLogger(__name__ + ".requests")
+
+
+def _is_not_the_callers(record: logging.LogRecord) -> bool:
+    """False for a malformed request: its traceback quotes the line, which may be the one with the token."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_requests.addFilter(_is_not_the_callers)
 _KEEPALIVE_S = 75.0
 _BACKLOG = 4096
+#: Whoever begins TLS and does not go on is not counted among the connections yet.
+_HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class PlannerProcess:
@@ -83,6 +95,7 @@ class PlannerProcess:
             self._handle,
             handler_cancellation=True,  # a waiting receiver that hangs up leaves the line at once
             access_log=None,
+            logger=_requests,
             keepalive_timeout=_KEEPALIVE_S,
             lingering_time=1.0,
         )
@@ -114,6 +127,7 @@ class PlannerProcess:
             self.settings.host,
             self.settings.port,
             ssl=self._tls.context if self._tls else None,
+            ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if self._tls else None,
             backlog=_BACKLOG,
         )
         names = [each.getsockname() for each in server.sockets if each.family in (socket.AF_INET, socket.AF_INET6)]
@@ -136,6 +150,8 @@ class PlannerProcess:
                 pause_s = min(pause_s, max(0.02, await self.store.sweep()))
             except StoreError as error:
                 logger.warning("The sweep failed, trying again: %s", error)
+            except Exception:  # without its sweeps a planner would look well, and end no lease and no connection
+                logger.exception("The sweep failed, trying again")
             if self._tls is not None:
                 self._tls.refresh()
             if self._door is not None:
