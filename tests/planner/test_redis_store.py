@@ -100,6 +100,15 @@ async def test_decisions_of_many_callers_are_answered_each_with_its_own(replica:
     assert [each.seed for each in leases] == [seed(number) for number in range(200)]
 
 
+async def test_probes_do_not_take_the_connections_of_decisions(replica: Replica, redis_server: RedisServer) -> None:
+    store = (await replica()).store
+    async with redis.asyncio.Redis.from_url(redis_server.url, protocol=2) as client:
+        await client.ping()
+        before = (await client.info("clients"))["connected_clients"]
+        await asyncio.gather(*(store.ping() for _ in range(300)))
+        assert (await client.info("clients"))["connected_clients"] <= before + 1
+
+
 async def test_a_declined_decision_does_not_spoil_the_others(redis_server: RedisServer) -> None:
     rules = Rules(policy=policy_named("least-loaded"), max_seeds=1)
     fleet = Fleet(RedisStore(rules, redis_server.url, prefix="declined", clock=Clock()), Clock())

@@ -79,7 +79,7 @@ class RedisStore(Store):
         self._clock = clock
         self._replica = replica or secrets.token_hex(8)
         self._base = f"{{{prefix}}}:"
-        # Two connections: one for decisions, one that listens. Timeouts are the callers' (ScriptCalls), and nothing
+        # Three connections: one for decisions, one that listens, one for probes. Timeouts are the callers' (ScriptCalls), and nothing
         # below us retries: a decision whose answer was lost may have been taken.
         self._client = redis.asyncio.Redis.from_url(
             url, protocol=2, socket_connect_timeout=2.0, health_check_interval=15, retry=Retry(NoBackoff(), 0)
@@ -87,6 +87,7 @@ class RedisStore(Store):
         self._calls = ScriptCalls(self._client, f"{self._base}meta")
         self._rules = json.dumps(_rules(rules))
         self._listener: asyncio.Task[None] | None = None
+        self._pinging: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Connect, load the script and listen. Raises :class:`StoreUnavailable`."""
@@ -114,6 +115,13 @@ class RedisStore(Store):
 
     async def ping(self) -> None:
         """See the port."""
+        # One at a time, for all who ask: probes need no token, and must not take the connections of decisions.
+        if self._pinging is None or self._pinging.done():
+            self._pinging = asyncio.get_running_loop().create_task(self._ping())
+            self._pinging.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(self._pinging)
+
+    async def _ping(self) -> None:
         try:
             await asyncio.wait_for(self._client.ping(), 2.0)
         except (redis.exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
