@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm_rfork import seeding
 from vllm_rfork.attempt import Target
 from vllm_rfork.config import parse_config
-from vllm_rfork.errors import ForkError, NoSeedAvailable
+from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.progress import forking_progress
@@ -90,8 +90,19 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 settings.rfork_fallback_load_format,
             )
             return self._storage().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        plan = LoadPlan.make(settings, vllm_config, model_config, rank_shows=self.load_config.use_tqdm_on_load)
-        registries = Registries.capture(vllm_config)
+        try:
+            registries = Registries.capture(vllm_config)
+            plan = LoadPlan.make(settings, vllm_config, model_config, rank_shows=self.load_config.use_tqdm_on_load)
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001 - looking at configurations and devices runs code that is not ours
+            logger.warning(
+                "RFork: falling back to load_format=%s, not a seed: this worker cannot be described: %s: %s",
+                settings.rfork_fallback_load_format,
+                type(error).__name__,
+                error,
+            )
+            return self._storage().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         plan.shared_storages = registries.storages()
         try:
             try:

@@ -6,8 +6,9 @@ opening thread belongs to the attempt.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -196,10 +197,12 @@ class LoadPlan:
         Raises:
             ForkError: something cannot be accounted for, or no engine can keep it registered.
         """
-        side = device_side(self.device)
-        side.synchronize()
-        collection = collect(model, self.device)
-        if reason := side.unregistrable(collection.regions):
+        with _whatever_is_raised("the model's memory cannot be looked at"):
+            side = device_side(self.device)
+            side.synchronize()
+            collection = collect(model, self.device)
+            reason = side.unregistrable(collection.regions)
+        if reason:
             raise ForkError(reason)
         return collection
 
@@ -339,11 +342,10 @@ class LoadPlan:
             if gone := gone_state(self.built, after):
                 raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
             self.state = dict(changed_state(self.built, after))
+            self.digests = self._digests(collection)
         except ForkError as error:
             self.refuse_to_seed(str(error))
             return
-        with self.attempt.times.stage("digest"):
-            self.digests = verify.digests(span.data for span in collection.spans)
         self._keep(collection)
 
     def capture_forked(self, collection: Collection, remote: Manifest) -> None:
@@ -389,14 +391,18 @@ class LoadPlan:
             check_accounted(self._weights, held_by(model))
             after = state_of(model)
             state = changed_state(self.built, after)
-            check_no_addresses(collection, state)
+            with _whatever_is_raised("integers cannot be looked at"):
+                check_no_addresses(collection, state)
+            self.digests = self._digests(collection)
         except ForkError as error:
             self.refuse_to_seed(f"the {self.layout} layout cannot be vouched for: {error}")
             return
-        with self.attempt.times.stage("digest"):
-            self.digests = verify.digests(span.data for span in collection.spans)
         self.state, self.state_gone = dict(state), gone_state(self.built, after)
         self.collection = collection
+
+    def _digests(self, collection: Collection) -> list[str]:
+        with self.attempt.times.stage("digest"), _whatever_is_raised("no digests can be taken"):
+            return verify.digests(span.data for span in collection.spans)
 
     def _find_loaded(self, model: nn.Module, loaded: Manifest) -> None:
         try:
@@ -450,6 +456,17 @@ class LoadPlan:
                 f"since they were captured, {len(wrong)} tensors of the {self.layout} layout have been written to: "
                 f"{_names(self.collection, wrong)}"
             )
+
+
+@contextlib.contextmanager
+def _whatever_is_raised(what: str) -> Iterator[None]:
+    """Turn foreign errors, an allocator's for instance, into a ForkError: a model that loads must not fail for us."""
+    try:
+        yield
+    except ForkError:
+        raise
+    except Exception as error:
+        raise ForkError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _names(collection: Collection, spans: list[int]) -> str:

@@ -23,6 +23,7 @@ from tests.vllm.test_failures import falls_back
 from vllm_rfork import attempt, receiver, seeding
 from vllm_rfork.attempt import Attempt, Target
 from vllm_rfork.config import parse_config
+from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
 from vllm_rfork.errors import ConfigError, EngineError, ForkError
@@ -242,6 +243,30 @@ def test_an_unexpected_error_while_opening_an_engine_falls_back(
 ) -> None:
     monkeypatch.setattr(MemoryEngine, "open", _raising(OSError("libwhatever.so: undefined symbol")))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="undefined symbol", leases=planner.leases)
+
+
+def test_a_worker_that_cannot_be_described_loads_as_without_us(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_rfork.plan.fingerprint_facts", _raising(AttributeError("no such configuration")))
+    falls_back(model_a, default_a, planner.url, rfork_log, cause="no such configuration", rfork_become_seed=True)
+
+
+def test_an_allocator_that_cannot_be_asked_costs_the_fork_and_not_the_start(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA's own asynchronous allocator, which keeps no snapshot."""
+    monkeypatch.setattr(CpuSide, "blocks", _raising(RuntimeError("snapshot is not meaningful")))
+    falls_back(model_a, default_a, planner.url, rfork_log, cause="is not meaningful", rfork_become_seed=True)
+    assert any("not a seed" in line and "is not meaningful" in line for line in rfork_log.warnings)
+
+
+def test_no_memory_for_digests_costs_the_seed_and_not_the_start(
+    model_a: Path, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_rfork.verify.digests", _raising(torch.OutOfMemoryError("out of memory")))
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="no room")))
+    assert any("not a seed" in line and "OutOfMemoryError" in line for line in rfork_log.warnings)
 
 
 def test_state_that_cannot_be_set_rebuilds_the_model(planner: Planner) -> None:
