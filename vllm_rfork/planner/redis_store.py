@@ -79,8 +79,8 @@ class RedisStore(Store):
         self._clock = clock
         self._replica = replica or secrets.token_hex(8)
         self._base = f"{{{prefix}}}:"
-        # Three connections: one for decisions, one that listens, one for probes. Timeouts are the callers' (ScriptCalls), and nothing
-        # below us retries: a decision whose answer was lost may have been taken.
+        # Three connections: for decisions, for listening, and for probes. Timeouts are the callers' (ScriptCalls), and
+        # nothing below us retries: a decision whose answer was lost may have been taken.
         self._client = redis.asyncio.Redis.from_url(
             url, protocol=2, socket_connect_timeout=2.0, health_check_interval=15, retry=Retry(NoBackoff(), 0)
         )
