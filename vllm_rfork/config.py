@@ -134,7 +134,8 @@ class Settings(BaseModel):
     rfork_max_batch_bytes: PositiveInt | None = None
     #: How long one fork may take in all; a fork that takes longer gives up and loads from storage.
     rfork_fork_timeout_sec: PositiveSeconds = 600.0
-    #: How long the planner may hold ``get_seed`` until a seed is free; 0: do not wait.
+    #: How long the planner may hold ``get_seed`` until a seed is free; 0: as the planner has it, which is not at all by
+    #: default.
     rfork_seed_wait_sec: Seconds = 0.0
     #: Bearer token for planner and seed services; better given in the environment, or in a file.
     rfork_token: Annotated[Line, Field(repr=False)] = ""

@@ -266,6 +266,12 @@ def test_a_wrong_setting_fails_the_start_and_is_named(
     assert named in said
 
 
+def test_a_wait_that_workers_do_not_sit_out_is_warned_of(started: list[PlannerUnderTest]) -> None:
+    process = start(started, "--seed-wait-sec", "30").until_ready()
+    assert process.stop() == 0
+    assert any("rfork_seed_wait_sec" in line for line in process.log)
+
+
 def test_a_taken_port_or_a_missing_redis_fails_the_start_in_one_line(started: list[PlannerUnderTest]) -> None:
     first = start(started).until_ready()
     status, said = start(started, port=first.port).fails()

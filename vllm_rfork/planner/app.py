@@ -48,6 +48,8 @@ def _is_not_the_callers(record: logging.LogRecord) -> bool:
 _requests.addFilter(_is_not_the_callers)
 _KEEPALIVE_S = 75.0
 _BACKLOG = 4096
+#: How long the workers of this package wait for an answer by default, where they state no wait.
+_PATIENCE_S = 10.0
 #: Whoever begins TLS and does not go on is not counted among the connections yet.
 _HANDSHAKE_TIMEOUT_S = 10.0
 
@@ -198,6 +200,13 @@ async def serve(settings: Settings) -> None:
     async with PlannerProcess(settings).running() as planner:
         if not planner.tokens.required:
             logger.warning("No bearer token is configured: whoever reaches %s may use this planner", planner.url)
+        if settings.seed_wait_sec > _PATIENCE_S:
+            logger.warning(
+                "--seed-wait-sec is %g: a worker that states no wait (rfork_seed_wait_sec) hangs up after its "
+                "rfork_request_timeout_sec, %g by default, and loads from storage",
+                settings.seed_wait_sec,
+                _PATIENCE_S,
+            )
         await stop.wait()
 
 
