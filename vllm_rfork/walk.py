@@ -35,6 +35,15 @@ SCRATCH = {
     "workspace_buffer": "kernel scratch",
     "_workspace_buffer": "kernel scratch",
     "topk_indices_buffer": "sparse attention writes its indices there in every step",
+    "candidate_block_buffer": "sparse attention writes its candidates there in every step",
+    "_mtp_hidden_buffer": "hidden states that the target leaves for its draft in every step",
+    "_compress_scratch": "kernel scratch",
+    "deepstack_input_embeds": "features of images on their way to deeper layers, written per request",
+    "_ds_buffers": "features of images on their way to deeper layers, written per request",
+    "per_layer_embeddings": "embeddings of the tokens at hand, written in every step",
+    "_fp8_q_amax": "a history of what a vision tower has seen",
+    "_fp8_k_amax": "a history of what a vision tower has seen",
+    "_fp8_v_amax": "a history of what a vision tower has seen",
     "expert_load_view": "EPLB statistics",
     "logical_to_physical_map": "EPLB bookkeeping",
     "logical_replica_count": "EPLB bookkeeping",
@@ -44,6 +53,13 @@ SCRATCH = {
     "o_proj_full_gather_pool": "vLLM-Ascend gathers into it in every step",
     "moe_load": "vLLM-Ascend's EPLB statistics",
     "load_counter": "vLLM-Ascend's EPLB statistics",
+}
+
+#: The same under names that others may give to weights: by the module's class, and the reason.
+SCRATCH_OF = {
+    (kind, name): "inputs of a graph, written in every step (kv_sharing_fast_prefill)"
+    for kind in ("Gemma3nTextModel", "Gemma4Model")
+    for name in ("positions", "hidden_states", "per_layer_inputs")
 }
 
 #: Classes of vLLM that stand where a layer is left out, and keep it on the meta device: another pipeline stage has it,
@@ -198,7 +214,7 @@ class _Walker:
                 if tensor is not None and key not in SCRATCH:
                     yield from self._tensor(tensor, _join(name, key), module, key)
         for key in sorted(set(vars(module)) - _MODULE_INTERNAL):
-            if key not in SCRATCH:
+            if key not in SCRATCH and (type(module).__name__, key) not in SCRATCH_OF:
                 yield from self._value(vars(module)[key], _join(name, key), module, key, 0)
 
     def _tensor(self, tensor: torch.Tensor, name: str, owner: Any, key: Any) -> Iterator[Leaf]:
@@ -269,7 +285,7 @@ class _Walker:
         leaves = self._attributes(value, name, depth)
         if type(value).__name__.endswith("Config"):
             # A layer's quantization may hold its scales; its plain values are settings, which the fingerprint covers.
-            leaves = (leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor))
+            leaves = (leaf for leaf in leaves if isinstance(leaf.value, (torch.Tensor, Opaque)))
         yield from leaves
 
     def _attributes(self, value: Any, name: str, depth: int) -> Iterator[Leaf]:

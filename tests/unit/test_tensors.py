@@ -88,6 +88,40 @@ def test_every_hiding_place_is_found_and_scratch_is_left_out() -> None:
     ]
 
 
+def test_what_serving_writes_to_is_none_of_a_seeds() -> None:
+    """Else its digests would be wrong from the first request on, and every fork from it for nothing."""
+
+    class Gemma3nTextModel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.positions = torch.zeros(3)
+            self.deepstack_input_embeds = [torch.zeros(4)]
+            self._mtp_hidden_buffer = torch.empty(5)
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = torch.zeros(3)
+
+    assert names(nn.Sequential(Gemma3nTextModel(), Other())) == ["0.weight", "1.positions"]
+
+
+def test_native_objects_are_seen_in_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Native:
+        pass
+
+    monkeypatch.setattr(torch, "ScriptObject", Native)
+
+    class KernelConfig:
+        def __init__(self) -> None:
+            self.packed, self.size = Native(), 3
+
+    model = nn.Linear(2, 2)
+    model.quant_config = KernelConfig()
+    assert collect(model, CPU).opaque == ("quant_config.packed (Native)",)
+
+
 def test_a_layer_that_is_left_out_is_not_looked_for_behind_its_placeholder() -> None:
     """As in an embedding model made of a decoder: vLLM keeps the head that nothing uses, without memory."""
 
