@@ -31,6 +31,7 @@ from vllm_rfork.plan import LoadPlan
 from vllm_rfork.segments import Segment
 from vllm_rfork.state import apply_state
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
+from vllm_rfork.vllm_compat.registries import Registries
 
 pytestmark = pytest.mark.vllm
 
@@ -429,3 +430,24 @@ def test_a_value_that_loading_replaces_by_an_object_is_not_offered(
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="replaces a value")))
     assert seeding.wait_until_started(30) == []
     assert any("not a seed" in line and "scheme" in line for line in rfork_log.warnings), rfork_log.warnings
+
+
+def test_names_that_a_failed_model_has_translated_or_remembered_are_put_back() -> None:
+    """Translated twice, a quantization misses the layers that it must leave alone; and ids are given again."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.models import utils
+
+    quantization = Fp8Config(ignored_layers=["layers.0.mlp"])
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}), quant_config=quantization)
+    remembered = dict(utils._model_to_pp_missing_layer_names)
+    registries = Registries.capture(config)
+    mapper = utils.WeightsMapper(orig_to_new_prefix={"": "model."})
+    quantization.apply_vllm_mapper(mapper)
+    quantization.packed_modules_mapping.update(qkv_proj=["q_proj"])
+    utils.get_pp_missing_layer_names(nn.ModuleDict({"lm_head": utils.PPMissingLayer()}))
+    registries.restore()
+    assert quantization.ignored_layers == ["layers.0.mlp"]
+    assert quantization.packed_modules_mapping == {}
+    assert utils._model_to_pp_missing_layer_names == remembered
+    quantization.apply_vllm_mapper(mapper)
+    assert quantization.ignored_layers == ["model.layers.0.mlp"]

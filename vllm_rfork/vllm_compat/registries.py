@@ -7,13 +7,22 @@ they were before the attempt, not cleared: the target model may already live the
 
 from __future__ import annotations
 
+import copy
 import importlib
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from vllm_rfork.vllm_compat import ascend
+
+#: Module → dicts in it that construction or loading enters a model into. The first has names of layers that another
+#: pipeline stage has, by the model's ``id``, which a later model may be given once the failed one is freed.
+_ENTERED = {
+    "vllm.model_executor.models.utils": ("_model_to_pp_missing_layer_names",),
+    "vllm.model_executor.layers.hpc.rope_norm": ("_hpc_rope_norm_instances",),
+}
 
 
 @dataclass
@@ -30,7 +39,12 @@ class Registries:
         compilation = vllm_config.compilation_config
         mappings = [compilation.static_forward_context, _rope_cache(), _compile_hooks()]
         lists = [compilation.static_all_moe_layers] if hasattr(compilation, "static_all_moe_layers") else []
-        attributes: list[tuple[Any, str, Any]] = []
+        mappings += _entered()
+        # Models translate the names in it to theirs, and some translations differ when they are made twice.
+        quantization = getattr(vllm_config, "quant_config", None)
+        attributes = [
+            (quantization, name, _shallow(value)) for name, value in getattr(quantization, "__dict__", {}).items()
+        ]
         for holder, name, value in ascend.process_wide():
             if isinstance(value, dict):
                 mappings.append(value)
@@ -55,6 +69,16 @@ class Registries:
             sequence[:] = earlier
         for holder, name, value in self._attributes:
             setattr(holder, name, value)
+
+
+def _entered() -> list[dict[Any, Any]]:
+    modules = ((sys.modules.get(name), names) for name, names in _ENTERED.items())
+    found = [getattr(module, name, None) for module, names in modules for name in names]
+    return [each for each in found if isinstance(each, dict)]
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (dict, list, set) else value
 
 
 def _rope_cache() -> dict[Any, Any]:
