@@ -218,12 +218,15 @@ async def test_the_fleets_default_wait_counts_where_the_receiver_states_none() -
         assert (await asyncio.wait_for(task, 10))["SEED_PORT"] == "5000"
 
 
-async def test_a_receiver_that_hangs_up_leaves_neither_a_place_nor_a_lease() -> None:
+async def test_a_receiver_that_hangs_up_leaves_no_place_no_lease_and_no_intent() -> None:
     async with planner() as client:
-        gone = asyncio.create_task(client.lease(**{"RFORK-WAIT-SEC": "30"}))
+        await client.status("POST", "/rfork_intent", **{"SEED_KEY": "k", "RFORK-INTENT": "loading"})
+        gone = asyncio.create_task(client.lease(**{"RFORK-WAIT-SEC": "30", "RFORK-INTENT": "gone"}))
         await client.waiting(1)
         gone.cancel()
         await client.waiting(0)
+        snapshot = json.loads((await client.call("GET", "/debug/snapshot"))[2])
+        assert ([each["intent"] for each in snapshot["intents"]], snapshot["waiting"]) == (["loading"], [])
         await client.add()
         await client.lease()
 

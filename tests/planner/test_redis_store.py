@@ -13,7 +13,7 @@ from tests.planner.conftest import Clock, Fleet, seed
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.redis_store import RedisStore
-from vllm_rfork.planner.store import Ask, Granted, LimitReached, Queued, Rules
+from vllm_rfork.planner.store import Ask, Granted, LimitReached, Missed, Queued, Rules
 from vllm_rfork.planner.waiting import WaitingRoom
 
 _numbers = itertools.count()
@@ -55,6 +55,18 @@ async def test_who_waits_at_a_dead_replica_is_passed_over(replica: Replica) -> N
     granted = await settle(alive, waiting)
     assert isinstance(granted, Granted), "a slot was kept for a receiver that nobody will tell"
     assert (await alive.store.totals())["k"].waiting == 0
+
+
+async def test_nobody_waits_for_the_intent_of_one_at_a_dead_replica(replica: Replica) -> None:
+    dead, alive = await replica(), await replica()
+    await alive.store.intend("k", "loading", "", 600)
+    await dead.ask(wait_s=500, ticket="dead", intent="dead")
+    waiting = await alive.ask(wait_s=500, ticket="alive", intent="alive")
+    for _ in range(4):
+        alive.clock.pass_(5)
+        await alive.store.sweep()
+    await alive.store.intend("k", "loading", "", 0)
+    assert await settle(alive, waiting) == Missed(intent=True)
 
 
 async def test_replicas_share_seeds_leases_and_limits(replica: Replica) -> None:

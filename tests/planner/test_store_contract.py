@@ -221,9 +221,9 @@ async def test_any_text_can_be_a_key(fleet: Fleet) -> None:
 # --- the waiting line ------------------------------------------------------------------------------------------------
 
 
-async def settled(fleet: Fleet, queued: object, *, leave: bool = False) -> object:
+async def settled(fleet: Fleet, queued: object, *, leave: bool = False, loads: bool = True) -> object:
     assert isinstance(queued, Queued)
-    return await fleet.store.settle(queued.ticket, leave=leave)
+    return await fleet.store.settle(queued.ticket, leave=leave, loads=loads)
 
 
 async def test_the_line_is_served_in_order_and_nobody_overtakes(fleet: Fleet) -> None:
@@ -432,6 +432,16 @@ async def test_when_the_loading_one_gives_up_exactly_one_other_loads(fleet: Flee
         await fleet.store.sweep()
     assert await settled(fleet, line[0]) == Missed(intent=True)
     assert [type(await settled(fleet, each)) for each in line[1:]] == [Queued, Queued]
+
+
+async def test_nobody_waits_for_one_that_went_away_while_it_waited(fleet: Fleet) -> None:
+    await fleet.store.intend("k", "loading", "", 60)
+    gone, told, last = [await fleet.ask(wait_s=30, intent=each) for each in ("gone", "told", "last")]
+    assert await settled(fleet, gone, leave=True, loads=False) == Missed()
+    await fleet.store.intend("k", "loading", "", 0)
+    assert (await fleet.store.totals())["k"].intents == 1, "the next is to load, at once"
+    assert await settled(fleet, told, leave=True, loads=False) == Missed(), "but has gone away before it heard of it"
+    assert await settled(fleet, last) == Missed(intent=True)
 
 
 async def test_a_renewed_intent_keeps_the_others_waiting(fleet: Fleet) -> None:

@@ -434,9 +434,13 @@ local function finish()
     for _, pair in ipairs(tickets(key, "")) do
       local waiter = read_waiter(pair[1])
       if waiter and waiter.intent ~= "" and not has_hope(waiter) then
-        unqueue(key, waiter.fp, waiter.ticket)
-        call("HSET", P .. "w:" .. waiter.ticket, "result", cjson.encode(miss(waiter)))
-        notify(waiter)
+        if is_alive(waiter.replica) then
+          unqueue(key, waiter.fp, waiter.ticket)
+          call("HSET", P .. "w:" .. waiter.ticket, "result", cjson.encode(miss(waiter)))
+          notify(waiter)
+        else
+          forget_ticket(waiter.ticket)  -- nobody would tell it to load, and others would wait for it
+        end
       end
     end
   end
@@ -584,8 +588,12 @@ function operations.settle()
   if not waiter then return {lost = true} end
   if waiter.result == "" and not args.leave then return {queued = true} end
   forget_ticket(args.ticket)
+  local result = waiter.result ~= "" and cjson.decode(waiter.result) or {missed = true}
+  if result.missed and not args.loads then
+    drop_intent(waiter.key, waiter.intent)
+    return {missed = true, intent = false}
+  end
   if waiter.result == "" then return miss(waiter) end
-  local result = cjson.decode(waiter.result)
   if result.granted then
     call("HSET", P .. "lease:" .. result.granted, "ticket", "")
     due("lease", result.granted, "", now + rules.lease_ttl_s)

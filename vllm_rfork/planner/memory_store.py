@@ -137,7 +137,7 @@ class MemoryStore(Store):
         books.rank(seed)
         return Granted(seed.address, user_id, self.rules.lease_ttl_s)
 
-    async def settle(self, ticket: str, *, leave: bool) -> Granted | Missed | Queued | None:
+    async def settle(self, ticket: str, *, leave: bool, loads: bool = True) -> Granted | Missed | Queued | None:
         """See the port."""
         with self._decision as books:
             waiter = books.waiters.get(ticket)
@@ -150,6 +150,9 @@ class MemoryStore(Store):
                 lease = books.leases[waiter.result.user_id]
                 lease.ticket = ""
                 books.put_off(lease)
+            elif not loads:
+                books.drop_intent(waiter.ask.key, waiter.ask.intent)
+                return Missed()
             return waiter.result or self._miss(waiter.ask)
 
     async def release(self, seed: SeedAddress, user_id: str, outcome: Outcome | None) -> Released:

@@ -174,9 +174,10 @@ class RedisStore(Store):
             raise StoreUnavailable("Redis lost a request")
         return settled
 
-    async def settle(self, ticket: str, *, leave: bool) -> Granted | Missed | Queued | None:
+    async def settle(self, ticket: str, *, leave: bool, loads: bool = True) -> Granted | Missed | Queued | None:
         """See the port."""
-        return self._settled(await self._decide("settle", ticket=ticket, leave=leave, replica=self._replica), ticket)
+        result = await self._decide("settle", ticket=ticket, leave=leave, loads=loads, replica=self._replica)
+        return self._settled(result, ticket)
 
     def _settled(self, result: Mapping[str, Any], ticket: str) -> Granted | Missed | Queued | None:
         if result.get("granted"):

@@ -242,11 +242,12 @@ class Store(abc.ABC):
         """Give ``ask`` a seed, a place in the line, or neither."""
 
     @abc.abstractmethod
-    async def settle(self, ticket: str, *, leave: bool) -> Granted | Missed | Queued | None:
+    async def settle(self, ticket: str, *, leave: bool, loads: bool = True) -> Granted | Missed | Queued | None:
         """Fetch a ticket's result, which starts the lease's full TTL and forgets the ticket.
 
         ``leave`` takes a receiver that still waits out of the line: :class:`Missed`. Otherwise it stays:
-        :class:`Queued`. None: the ticket is unknown, or its lease was not fetched in time.
+        :class:`Queued`. None: the ticket is unknown, or its lease was not fetched in time. ``loads`` False: nobody
+        will hear that it is to load (it hung up, or is sent to another planner), so its intent is not remembered.
         """
 
     @abc.abstractmethod

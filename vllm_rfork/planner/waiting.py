@@ -98,8 +98,9 @@ class WaitingRoom:
             result: Granted | Missed | Queued | None = await self._store.acquire(ask)
             while isinstance(result, Queued):
                 leave = self._closing or not await bell.rings_before(deadline) or self._closing
-                result = await self._store.settle(ask.ticket, leave=leave)
-                if leave and self._closing and not isinstance(result, Granted):
+                closing = self._closing
+                result = await self._store.settle(ask.ticket, leave=leave, loads=not closing)
+                if leave and closing and not isinstance(result, Granted):
                     raise Closing
             finished = True
             return result
@@ -111,7 +112,7 @@ class WaitingRoom:
 
     async def _abandon(self, ticket: str) -> None:
         try:
-            result = await self._store.settle(ticket, leave=True)
+            result = await self._store.settle(ticket, leave=True, loads=False)
             if isinstance(result, Granted):
                 await self._store.release(result.seed, result.user_id, None)
         except UnknownLease:
