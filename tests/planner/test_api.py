@@ -411,6 +411,24 @@ async def test_a_connection_that_never_asks_is_closed(monkeypatch: pytest.Monkey
             writer.close()
 
 
+async def test_what_alerts_are_about_begins_at_zero() -> None:
+    async with planner() as client:
+        page = (await client.call("GET", "/metrics"))[2].splitlines()
+    for series in (
+        'fork_failures_total{cause="VerificationError"}',
+        'refused_total{reason="token"}',
+        'refused_total{reason="address"}',
+        'refused_total{reason="limit"}',
+        'events_total{kind="lease_expired"}',
+    ):
+        assert f"rfork_planner_{series} 0.0" in page
+
+
+def test_an_ipv6_address_is_said_in_brackets() -> None:
+    for host, url in (("::1", "http://[::1]:1223"), ("::", "http://[::1]:1223"), ("0.0.0.0", "http://127.0.0.1:1223")):
+        assert PlannerProcess(settings_from({"host": host}), tokens=Tokens(None, {})).url == url
+
+
 async def test_metric_labels_are_bounded() -> None:
     async with planner(max_metric_keys=2) as client:
         for number in range(5):

@@ -81,8 +81,8 @@ class PlannerProcess:
     @property
     def url(self) -> str:
         """Where a process on this machine reaches the planner."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.settings.host, self.settings.host)  # noqa: S104
-        return f"{'https' if self._tls else 'http'}://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)  # noqa: S104
+        return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[PlannerProcess]:

@@ -29,6 +29,8 @@ CAUSES = frozenset(
         "ForkError",
     }
 )
+#: Why a call is not let in.
+_REFUSALS = ("token", "address", "limit")
 _REASONS = frozenset({"stale", "withdrawn", "rekeyed", "new epoch", "new fingerprint"})
 _PREFIX = "rfork_planner_"
 _QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -60,6 +62,13 @@ class Metrics:
         self._dropped = self._counter("seeds_dropped", "Seeds dropped, by reason", "reason")
         self._events = self._counter("events", "What the store did by itself", "kind")
         self._refused = self._counter("refused", "Calls that were not let in", "reason")
+        # What alerts are about begins at 0: of a series that begins at 1, Prometheus sees no increase.
+        for cause in (*CAUSES, OTHER):
+            self._failures.labels(cause)
+        for reason in _REFUSALS:
+            self._refused.labels(reason)
+        for kind in ("lease_expired", "seed_aside", "state_lost"):
+            self._events.labels(kind)
         self.open_waits = Gauge(f"{_PREFIX}held_requests", "Requests that wait in this process", registry=self.registry)
 
     def request(self, call: str, code: int, duration_s: float | None) -> None:
