@@ -17,7 +17,7 @@ from torch import nn
 
 from vllm_rfork import verify
 from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by
-from vllm_rfork.attempt import Attempt
+from vllm_rfork.attempt import MAX_SEEDS, Attempt
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
@@ -97,6 +97,7 @@ class LoadPlan:
     state: dict[str, Any] = field(default_factory=dict)
     state_gone: tuple[str, ...] = ()
     _owes_word: bool = False
+    _promised: Manifest | None = None
     _loaded: Manifest | None = None
     _weights: dict[str, Held] = field(default_factory=dict)
     _checks: ascend.PostponedChecks = field(default_factory=ascend.PostponedChecks)
@@ -252,7 +253,7 @@ class LoadPlan:
             )
 
     def prepare(self, model: nn.Module) -> Collection | None:
-        """What must be there before the model is touched: a lease, and in the checkpoint layout the spans to fill.
+        """What must be there before the model is touched: a lease, and the spans to fill or the seed's manifest.
 
         Raises:
             NoSeedAvailable, ForkError: there is nothing to fork from, or another rank of this instance has nothing.
@@ -265,10 +266,15 @@ class LoadPlan:
                 raise ForkError(self.no_fork_reason)
             collection = self.collect_empty(model) if self.layout == CHECKPOINT else None
             self.attempt.reserve(self.fingerprint)
+            if self.layout == RUNTIME:
+                # Now, since post-processing is next: ranks make communicators for experts in it, together, and one
+                # that turned back before it would leave the others in theirs.
+                self._promised = self.attempt.peek(self.fingerprint)
             return collection
 
         settings = self.settings
-        bound_s = settings.rfork_seed_wait_sec + settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec
+        bound_s = settings.rfork_seed_wait_sec + settings.rfork_seed_timeout_sec
+        bound_s += (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
         collection = self._agreed(SEED_STAGE, prepared, bound_s)
         self._owes_word = True
         return collection
@@ -306,14 +312,17 @@ class LoadPlan:
         """Put valid weights that mean nothing into ``model``, for post-processing to give it the seed's structure.
 
         Raises:
-            ForkError: no seed is there any more, the model cannot be looked at, or it takes no dummies; from the
-                first write on ``mutated``.
+            ForkError: no seed was asked, the model cannot be looked at, or it takes no dummies; from the first write
+                on ``mutated``.
         """
-        remote = self.attempt.peek(self.fingerprint)
+        promised, self._promised = self._promised, None
+        if promised is None:
+            raise ForkError("no seed has said yet what it holds")
         self.built = state_of(model)
         self.holds_dummies = True
         loading.fill_with_dummies(model, model_config, self.load_config)
-        loading.tie_dummies(model, tied=loading.heads_tied(model, {entry.name: entry.span for entry in remote.tensors}))
+        span_of = {entry.name: entry.span for entry in promised.tensors}
+        loading.tie_dummies(model, tied=loading.heads_tied(model, span_of))
         self._checks = ascend.postpone_checks(model)
 
     def state_before(self, model: nn.Module) -> None:

@@ -288,10 +288,15 @@ def test_a_seed_without_a_manifest_is_exchanged_before_the_model_is_touched(
         each._parts.service.suspend("the test says so")
     dummies: list[Any] = []
     monkeypatch.setattr(loading, "fill_with_dummies", lambda *args: dummies.append(args))
+    others = OtherRank("")
+    monkeypatch.setattr(plan.Agreement, "of", classmethod(lambda cls, *args: others))
     load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
     assert [line for line in rfork_log.warnings if "the test says so" in line and "asking for another" in line]
     assert len([line for line in rfork_log.warnings if "falling back" in line]) == 1
     assert not dummies
+    # Before the other ranks go on to post-processing, where they may wait for this one to make communicators with.
+    assert [stage for stage, _ in others.words] == ["seed"]
+    assert "the test says so" in others.words[0][1]
 
 
 class OtherRank:
