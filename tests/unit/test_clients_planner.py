@@ -59,7 +59,9 @@ def scripted(path: str, *statuses: int, method: str = "POST") -> tuple[web.Appli
 
 
 @pytest.mark.parametrize(
-    "planner", [OldPlanner(), ProductionPlanner(), HyphenPlanner(), "mock", "mock behind nginx"], ids=str
+    "planner",
+    [OldPlanner(), ProductionPlanner(), HyphenPlanner(), "mock", "mock behind nginx"],
+    ids=lambda planner: planner if isinstance(planner, str) else type(planner).__name__,
 )
 async def test_a_fork_goes_round_with_every_kind_of_planner(planner: Any) -> None:
     if isinstance(planner, str):

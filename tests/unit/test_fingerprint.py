@@ -94,7 +94,12 @@ LEFT_OUT = [
 ]
 
 
-@pytest.mark.parametrize(("section", "name", "expected"), COUNTED, ids=str)
+def _said(value: object) -> str:
+    """Names of tests in an order that is the same in every process."""
+    return "+".join(sorted(value)) if isinstance(value, set) else str(value)
+
+
+@pytest.mark.parametrize(("section", "name", "expected"), COUNTED, ids=_said)
 def test_an_option_that_shapes_weights_moves_the_fingerprint(section: str, name: str, expected: set[str]) -> None:
     changed = configured()
     setattr(place(changed, shaping.SECTIONS[section]), name, "another")
