@@ -8,6 +8,7 @@ leaf the same name. Must not change anything.
 
 from __future__ import annotations
 
+import enum
 import functools
 import types
 from collections import deque
@@ -232,6 +233,10 @@ class _Walker:
         if value is None or type(value) in (bool, int, float, str):
             yield Leaf(name, owner, key, value)
             return
+        if isinstance(value, enum.Enum):
+            # Compared and never set: a member belongs to the whole process, and text is not one.
+            yield Leaf(f"{name}.<member>", (), "member", f"{type(value).__qualname__}.{value.name}")
+            return
         if depth >= MAX_DEPTH or isinstance(value, (type, types.ModuleType)):
             return
         if isinstance(value, nn.Module):
@@ -260,7 +265,7 @@ class _Walker:
             yield from self._function(value, name, depth)
         elif isinstance(value, torch.ScriptObject):
             yield Leaf(name, owner, key, Opaque(type(value).__name__))
-        elif self._is_helper(value):
+        elif isinstance(value, types.SimpleNamespace) or self._is_helper(value):
             yield from self._helper(value, name, depth)
 
     def _function(self, function: Any, name: str, depth: int) -> Iterator[Leaf]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import enum
+import types
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from vllm_rfork.errors import ManifestMismatch
+from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.state import changed_state, gone_state, match_state, state_of
 
 
@@ -96,3 +98,31 @@ def test_a_setter_that_does_something_else_is_found_out() -> None:
     receiver.is_large = True
     with pytest.raises(ManifestMismatch, match=r"_k_scale_float: 3\.0 on the seed, 1\.0 on the receiver"):
         matched(seed, receiver)
+
+
+class Kernel(enum.Enum):
+    FAST = "fast"
+    EXACT = "exact"
+
+
+def test_a_choice_that_differs_is_a_mismatch_and_leaves_the_members_alone() -> None:
+    """Members are the process's: what is set on one is set for every model."""
+    model, others = nn.Linear(1, 1), nn.Linear(1, 1)
+    built = state_of(model)
+    others.kernel, others.again = Kernel.FAST, Kernel.FAST
+    state = changed_state(built, state_of(others))
+    model.kernel = model.again = Kernel.FAST
+    match_state(model, built, state, ())
+    model.again = Kernel.EXACT
+    with pytest.raises(ForkError, match="again"):
+        match_state(model, built, state, ())
+    del model.again
+    with pytest.raises(ForkError, match="again"):
+        match_state(model, built, state, ())
+    assert [member.value for member in Kernel] == ["fast", "exact"]
+
+
+def test_a_bare_namespace_is_looked_into() -> None:
+    model = nn.Linear(1, 1)
+    model.scales = types.SimpleNamespace(k=0.5)
+    assert state_of(model)["scales.k"] == 0.5
