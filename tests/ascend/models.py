@@ -126,7 +126,7 @@ class SharedExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_up_proj = parameter(3, 3)
-        self.checked = SimpleNamespace(times=0)  # not state of the model
+        self.checked: Any = type("Checked", (), {"times": 0})  # a class: not state of the model
         self.quant_method = SimpleNamespace(process_weights_after_loading=lambda layer: None)
         original = self.quant_method.process_weights_after_loading
 
