@@ -137,6 +137,8 @@ ROWS: tuple[Row, ...] = (
     *members("vllm.config.speculative", "SpeculativeConfig", "draft_model_config"),
     # --- process-wide state and workers -----------------------------------------------------------------------------
     Row("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
+    Row("vllm.model_executor.models.utils"),  # its _model_to_pp_missing_layer_names
+    Row("vllm.model_executor.layers.hpc.rope_norm", since="0.32.0"),  # its _hpc_rope_norm_instances
     Row("vllm.v1.worker.worker_base", "WorkerBase"),
     # --- vLLM-Ascend ------------------------------------------------------------------------------------------------
     # What is looked up in modules that are loaded already, and may be absent, is in ``tests/ascend``.
