@@ -114,14 +114,17 @@ def mock(seeds: int) -> contextlib.AbstractContextManager[Server]:
 
 
 @contextlib.contextmanager
-def redis_server() -> Iterator[str]:
-    """A redis-server of our own; its URL."""
+def redis_server(*, durable: bool) -> Iterator[str]:
+    """A redis-server of our own; its URL. ``durable``: every decision is on disk before it is answered, as the
+    planner's documentation asks of a fleet that must not lose one."""
     program = shutil.which("redis-server")
     if program is None:
         raise SystemExit("redis-server is needed: apt-get install redis-server")
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+        if durable:
+            command += ["--appendonly", "yes", "--appendfsync", "always"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 20
@@ -200,11 +203,14 @@ def bench(given: argparse.Namespace, table: Table) -> None:
     table.goal(f"a cycle at 50,000 seeds costs under 1.5 times one at 500 ({ratio:.2f} in CPU)", ratio < 1.5)
     table.goal("the load generator is not the bottleneck", max(x["load_cpu"] for x in costs.values()) < 0.9)
     _waiting(table)
-    with redis_server() as url, planner("--store", url) as under_test:
-        table.row("planner over Redis, 500 seeds: announcing", load(under_test, "fill", seeds=500, keys=KEYS))
-        report = best_of(given.times, under_test, given.seconds)
-        table.row("planner over Redis, 500 seeds: cycles", report)
-        table.goal("at least 600 cycles/s over Redis", report["per_s"] >= 600)
+    over_redis: dict[bool, dict[str, Any]] = {}
+    for durable in (False, True):
+        name = "over Redis, each decision on disk" if durable else "over Redis"
+        with redis_server(durable=durable) as url, planner("--store", url) as under_test:
+            table.row(f"{name}: announcing 500", load(under_test, "fill", seeds=500, keys=KEYS))
+            over_redis[durable] = best_of(given.times, under_test, given.seconds)
+            table.row(f"{name}: cycles", over_redis[durable])
+    table.goal("at least 600 cycles/s over Redis", over_redis[False]["per_s"] >= 600)
 
 
 def _beats(given: argparse.Namespace, table: Table, under_test: Server, seeds: int) -> None:
