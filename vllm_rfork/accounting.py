@@ -8,7 +8,9 @@ have taken its place nearby. And nothing of what is offered may be an address: i
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -69,7 +71,10 @@ def check_accounted(loaded: dict[str, Held], runtime: dict[str, Held]) -> None:
     made = {name: held.nbytes for name, held in runtime.items() if held.nbytes and loaded.get(name) != held}
     # A tensor that was repacked in place counts on both sides, or its growth would pay for a neighbour's loss.
     spent = {name: held.nbytes for name, held in loaded.items() if held.nbytes and (name in made or name in lost)}
-    orphans = [name for name in lost if not any(_pays(owner, made, spent) for owner in _owners(name))]
+    gained, wanted = _by_owner(made), _by_owner(spent)
+    orphans = [
+        name for name in lost if not any(gained[owner] >= wanted[owner] * REPLACED_SHARE for owner in _owners(name))
+    ]
     if orphans:
         more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
         raise ForkError(
@@ -83,18 +88,26 @@ def _nbytes(held: dict[str, Held], name: str) -> int:
 
 def _owners(name: str) -> Iterator[str]:
     """The module that holds ``name`` and those above it, nearest first, up to the layer of the model it is in."""
-    parts = name.split(".")[:-1]
-    for level in range(min(LEVELS_UP + 1, len(parts))):
-        owner = parts[: len(parts) - level]
-        yield ".".join(owner) + "."
-        if owner[-1].isdigit():  # one of a list of layers: its neighbours' tensors are no replacement
+    for owner in itertools.islice(_above(name), LEVELS_UP + 1):
+        yield owner
+        if owner.rpartition(".")[2].isdigit():  # one of a list of layers: its neighbours' tensors are no replacement
             return
 
 
-def _pays(owner: str, made: dict[str, int], spent: dict[str, int]) -> bool:
-    gained = sum(nbytes for name, nbytes in made.items() if name.startswith(owner))
-    wanted = sum(nbytes for name, nbytes in spent.items() if name.startswith(owner))
-    return gained >= wanted * REPLACED_SHARE
+def _above(name: str) -> Iterator[str]:
+    """Everything that ``name`` lies in, nearest first, without the model itself."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _by_owner(nbytes_of: dict[str, int]) -> Counter[str]:
+    """Bytes of all tensors below each module."""
+    sums: Counter[str] = Counter()
+    for name, nbytes in nbytes_of.items():
+        for owner in _above(name):
+            sums[owner] += nbytes
+    return sums
 
 
 def check_no_addresses(collection: Collection, state: dict[str, Plain]) -> None:

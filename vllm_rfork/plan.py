@@ -321,8 +321,7 @@ class LoadPlan:
         self.built = state_of(model)
         self.holds_dummies = True
         loading.fill_with_dummies(model, model_config, self.load_config)
-        span_of = {entry.name: entry.span for entry in promised.tensors}
-        loading.tie_dummies(model, tied=loading.heads_tied(model, span_of))
+        loading.tie_dummies(model, {entry.name: entry.span for entry in promised.tensors})
         self._checks = ascend.postpone_checks(model)
 
     def state_before(self, model: nn.Module) -> None:

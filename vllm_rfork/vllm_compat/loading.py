@@ -57,20 +57,14 @@ def fill_with_dummies(model: nn.Module, model_config: Any, load_config: Any) -> 
     loader.load_weights(model, model_config)
 
 
-def heads_tied(model: nn.Module, span_of: Mapping[str, int]) -> bool:
-    """Whether the seed, which has each tensor in the span that ``span_of`` says, computes its output with its input
-    embeddings.
-    """
-    head, embedding = _head_and_embedding(model)
-    # Where both are one module, the head has no name of its own.
-    return head != "" and span_of.get(f"{head}.weight") in (None, span_of.get(f"{embedding}.weight"))
-
-
-def tie_dummies(model: nn.Module, *, tied: bool) -> None:
-    """Make output head and input embeddings equal or unlike each other, whichever ``tied`` says.
+def tie_dummies(model: nn.Module, span_of: Mapping[str, int]) -> None:
+    """Make output head and input embeddings equal or unlike each other, as they are on the seed.
 
     From 0.29 on post-processing compares the two by value and shares their memory where they are equal, and dummy
     weights of one shape all are.
+
+    Args:
+        span_of: the span in which the seed has each tensor, by name; names in one span share memory.
     """
     head_name, embedding_name = _head_and_embedding(model)
     if not head_name:
@@ -80,7 +74,8 @@ def tie_dummies(model: nn.Module, *, tied: bool) -> None:
         return
     if head.data_ptr() != embedding.data_ptr() and head.shape == embedding.shape:
         head.data.copy_(embedding.data)
-        if not tied:
+        # Where both are one module on the seed, the head has no name of its own there.
+        if span_of.get(f"{head_name}.weight") not in (None, span_of.get(f"{embedding_name}.weight")):
             head.data.add_(1.0)
 
 
