@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: What the ranks of one instance agree on: that each has a seed, and that each has forked.
-SEED_STAGE, FORK_STAGE = "seed", "fork"
+#: What the ranks of one instance agree on: that each has a seed, that each holds dummies (in the runtime layout, before
+#: post-processing, where ranks may wait for each other), and that each has forked.
+SEED_STAGE, DUMMY_STAGE, FORK_STAGE = "seed", "dummies", "fork"
 
 #: Bytes as they stand before post-processing, and after it.
 CHECKPOINT, RUNTIME = "checkpoint", "runtime"
@@ -96,7 +97,7 @@ class LoadPlan:
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     state_gone: tuple[str, ...] = ()
-    _owes_word: bool = False
+    _owes_word_on: str = ""
     _promised: Manifest | None = None
     _loaded: Manifest | None = None
     _weights: dict[str, Held] = field(default_factory=dict)
@@ -276,7 +277,7 @@ class LoadPlan:
         bound_s = settings.rfork_seed_wait_sec + settings.rfork_seed_timeout_sec
         bound_s += (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
         collection = self._agreed(SEED_STAGE, prepared, bound_s)
-        self._owes_word = True
+        self._owes_word_on = DUMMY_STAGE if self.layout == RUNTIME else FORK_STAGE
         return collection
 
     def agreed_fork(self, action: Callable[[], T]) -> T:
@@ -289,40 +290,50 @@ class LoadPlan:
 
     def tell_others(self, error: BaseException) -> None:
         """Tell the other ranks that there will be no fork here, where they are owed a word. Idempotent."""
-        if self._owes_word:
-            self._owes_word = False
+        if stage := self._owes_word_on:
+            self._owes_word_on = ""
             reason = f"{type(error).__name__}: {error}"
-            self.agreement.reach(FORK_STAGE, reason, self.settings.rfork_request_timeout_sec)
+            self.agreement.reach(stage, reason, self.settings.rfork_request_timeout_sec)
 
     def _agreed(self, stage: str, action: Callable[[], T], bound_s: float) -> T:
+        """What ``action`` returns where every rank's succeeds.
+
+        After a common no either all ranks build their models again or none does, whether this one has written or not:
+        constructors may make process groups, together, and a rank that built alone would wait there for the others.
+        """
+        written = stage != SEED_STAGE
         try:
             result = action()
         except ForkError as error:
-            self._owes_word = False
+            self._owes_word_on = ""
             self.agreement.reach(stage, f"{type(error).__name__}: {error}", bound_s)
+            error.mutated = error.mutated or (written and not self.agreement.alone)
             raise
-        self._owes_word = False
+        self._owes_word_on = ""
         if reason := self.agreement.reach(stage, "", bound_s):
-            raise ForkError(
-                f"not every rank of this instance could fork ({stage}): {reason}", mutated=stage == FORK_STAGE
-            )
+            raise ForkError(f"not every rank of this instance could fork ({stage}): {reason}", mutated=written)
         return result
 
     def fill_with_dummies(self, model: nn.Module, model_config: Any) -> None:
         """Put valid weights that mean nothing into ``model``, for post-processing to give it the seed's structure.
 
         Raises:
-            ForkError: no seed was asked, the model cannot be looked at, or it takes no dummies; from the first write
-                on ``mutated``.
+            ForkError: no seed was asked, the model cannot be looked at, or it takes no dummies, here or on another
+                rank; from the first write on ``mutated``.
         """
-        promised, self._promised = self._promised, None
-        if promised is None:
-            raise ForkError("no seed has said yet what it holds")
-        self.built = state_of(model)
-        self.holds_dummies = True
-        loading.fill_with_dummies(model, model_config, self.load_config)
-        loading.tie_dummies(model, {entry.name: entry.span for entry in promised.tensors})
-        self._checks = ascend.postpone_checks(model)
+
+        def filled() -> None:
+            promised, self._promised = self._promised, None
+            if promised is None:
+                raise ForkError("no seed has said yet what it holds")
+            self.built = state_of(model)
+            self.holds_dummies = True
+            loading.fill_with_dummies(model, model_config, self.load_config)
+            loading.tie_dummies(model, {entry.name: entry.span for entry in promised.tensors})
+            self._checks = ascend.postpone_checks(model)
+
+        self._agreed(DUMMY_STAGE, filled, self.settings.rfork_fork_timeout_sec)
+        self._owes_word_on = FORK_STAGE
 
     def state_before(self, model: nn.Module) -> None:
         """Remember the Python-side state before loading, so that what loading changes can be told."""

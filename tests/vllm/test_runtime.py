@@ -58,6 +58,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
     monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
+    monkeypatch.setattr(CpuSide, "copies_by_itself", True)
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
     monkeypatch.setattr(utils.ops, "_supports_onednn", False)
     monkeypatch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", process_like_an_accelerator, raising=False)
@@ -252,6 +253,7 @@ def test_packed_weights_are_not_offered(
 ) -> None:
     """The processor's own post-processing: what is left of a linear layer is an empty tensor and a native object."""
     monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
+    monkeypatch.setattr(CpuSide, "copies_by_itself", True)
     load(vllm_config(model_a, load_format="rfork", extra=options(fleet, "packed")))
     (warning,) = rfork_log.warnings
     assert "not a seed" in warning
@@ -305,6 +307,7 @@ class OtherRank:
     def __init__(self, refuses: str) -> None:
         self.refuses = refuses
         self.words: list[tuple[str, str]] = []
+        self.alone = False
 
     def reach(self, stage: str, reason: str, timeout_s: float) -> str:
         assert 0 < timeout_s < 1000
@@ -312,8 +315,12 @@ class OtherRank:
         return reason or ("rank 1: it cannot" if stage == self.refuses else "")
 
 
-@pytest.mark.parametrize("layout", ["checkpoint", "runtime"])
-@pytest.mark.parametrize("refuses", ["seed", "fork"])
+STAGES = {"checkpoint": ["seed", "fork"], "runtime": ["seed", "dummies", "fork"]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "refuses"), [(layout, stage) for layout, stages in STAGES.items() for stage in stages]
+)
 def test_where_another_rank_cannot_fork_this_one_does_not_either(
     accelerated: None,
     fleet: Planner,
@@ -329,7 +336,7 @@ def test_where_another_rank_cannot_fork_this_one_does_not_either(
     others = OtherRank(refuses)
     monkeypatch.setattr(plan.Agreement, "of", classmethod(lambda cls, *args: others))
     loaded = load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
-    assert others.words == [("seed", ""), ("fork", "")][: 1 if refuses == "seed" else 2]
+    assert others.words == [(stage, "") for stage in STAGES[layout][: 1 + STAGES[layout].index(refuses)]]
     (warning,) = rfork_log.warnings
     assert "not every rank of this instance could fork" in warning
     assert "rank 1: it cannot" in warning
@@ -339,7 +346,7 @@ def test_where_another_rank_cannot_fork_this_one_does_not_either(
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [(fails_to_verify, ["seed", "fork"]), (fails_to_post_process, ["seed", "fork"]), (None, ["seed"])],
+    [(fails_to_verify, STAGES["runtime"]), (fails_to_post_process, STAGES["runtime"]), (None, ["seed"])],
 )
 def test_every_rank_brings_its_word_whatever_happens_to_it(
     accelerated: None, fleet: Planner, model_a: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, words: list[str]

@@ -81,6 +81,11 @@ class Agreement:
         role = "draft" if draft else "target"
         return cls(rank, members, f"rfork/agreement/{role}/{members[0]}", _default_store)
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to ask."""
+        return len(self.members) < 2
+
     def reach(self, stage: str, reason: str, timeout_s: float) -> str:
         """Bring this rank's word on ``stage`` and return the instance's: empty for yes, else why not.
 
@@ -95,7 +100,7 @@ class Agreement:
         Returns:
             The same text on every rank; a no names the rank whose word it was, or the ranks that did not come.
         """
-        if len(self.members) < 2:
+        if self.alone:
             return reason
         if self._broken:
             return self._broken
