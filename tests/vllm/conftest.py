@@ -17,8 +17,16 @@ import pytest
 
 from tests.vllm import models
 from zoo.planner import Planner, eventually
+from zoo.stage import fork_server
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def vllm_imported() -> Iterator[None]:
+    """A server from which processes are forked that have imported vLLM already; one thread each."""
+    with fork_server(threads=1):
+        yield
 
 
 class LineProcess:

@@ -9,7 +9,7 @@ import pytest
 from zoo.catalogue import CATALOGUE
 from zoo.planner import Planner
 from zoo.run import FORKED, REFUSED, Row, Setting, run
-from zoo.stage import fork_server, platform_facts
+from zoo.stage import platform_facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -21,14 +21,13 @@ NAMES = ("deepseek-v2", "llama-int8", "draft-pair", "phi")
 
 
 @pytest.fixture(scope="module")
-def rows(planner: Planner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
+def rows(vllm_imported: None, planner: Planner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     """What came of each, two at a time: every load is a process of its own with one thread."""
     work = tmp_path_factory.mktemp("zoo")
-    with fork_server(threads=1):
-        facts = platform_facts(work)
-        setting = Setting(traits=frozenset(facts["traits"]), work=work, planner=planner, timeout_s=400.0)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            return dict(zip(NAMES, pool.map(lambda name: run(BY_NAME[name], setting), NAMES), strict=True))
+    facts = platform_facts(work)
+    setting = Setting(traits=frozenset(facts["traits"]), work=work, planner=planner, timeout_s=400.0)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(NAMES, pool.map(lambda name: run(BY_NAME[name], setting), NAMES), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
