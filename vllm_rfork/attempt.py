@@ -14,9 +14,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_rfork import messages
 from vllm_rfork.background import BackgroundTask, background
@@ -29,6 +29,7 @@ from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerEr
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import Lease, SeedAddress
 from vllm_rfork.receiver import ForkRequest, StageTimes, fork
+from vllm_rfork.segments import Segment
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +44,33 @@ TAKE_BACK_S = 1.0
 _given_up: list[Any] = []
 
 
+class Incoming(Protocol):
+    """Takes what one seed sends."""
+
+    def arrived(self, segments: Sequence[Segment]) -> None:
+        """These bytes are there, and others are still on their way. Returns at once."""
+
+    def accept(self, manifest: Manifest) -> None:
+        """All bytes are there; raises ForkError where they are not what the seed's manifest says."""
+
+    def close(self) -> None:
+        """Let go of the memory, whatever became of it. Idempotent."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a fork goes.
 
     Attributes:
         local: the receiver's manifest.
-        verify: raises ForkError where what arrived is not what the seed's manifest says.
+        incoming: makes what takes the bytes of one seed; a second seed's get another.
         keep: what keeps the local spans alive, for as long as they are registered.
         progress: called with the number of bytes copied so far.
         untouched: addresses of local spans that are compared and never written.
     """
 
     local: Manifest
-    verify: Callable[[Manifest], None]
+    incoming: Callable[[], Incoming]
     keep: Any
     progress: Callable[[int], None]
     untouched: frozenset[int] = frozenset()
@@ -289,6 +303,7 @@ class Attempt:
                 logger.debug("RFork: the intent could not be renewed: %s", error)
 
     def _fork_once(self, engine: TransferEngine, grant: _Grant, target: Target) -> Manifest:
+        incoming = target.incoming()
         try:
             if not engine.registered_nbytes:
                 with self.times.stage("registration"):
@@ -302,11 +317,12 @@ class Attempt:
                 timeout_s=max(0.0, self._deadline - time.monotonic()),
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
                 progress=target.progress,
+                arrived=incoming.arrived,
                 untouched=target.untouched,
             )
             manifest = fork(request, grant.keeper, self.times)
             try:
-                target.verify(manifest)
+                incoming.accept(manifest)
             except ForkError as error:
                 error.mutated = True  # the bytes are there, and part of the state may be
                 raise
@@ -317,6 +333,8 @@ class Attempt:
                 self._registered = None
                 _close(engine, target.keep)
             raise
+        finally:
+            incoming.close()
 
     async def _released(self, grant: _Grant, **outcome: Any) -> None:
         await grant.keeper.stop()  # first, so that no renewal follows the release

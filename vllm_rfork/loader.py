@@ -233,7 +233,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             remote = plan.attempt.run(
                 Target(
                     local,
-                    lambda manifest: plan.accept(model, collection, manifest),
+                    lambda: plan.incoming(model, collection),
                     collection,
                     progress,
                     untouched=plan.shared_spans(collection),

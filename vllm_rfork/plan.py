@@ -18,6 +18,7 @@ from torch import nn
 from vllm_rfork import verify
 from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by
 from vllm_rfork.attempt import MAX_SEEDS, Attempt
+from vllm_rfork.checking import ArrivalCheck, spans_to_check
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
@@ -28,7 +29,7 @@ from vllm_rfork.own_address import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 from vllm_rfork.segments import pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, gone_state, match_state, state_of
-from vllm_rfork.tensors import Collection, apply_inline, collect
+from vllm_rfork.tensors import Collection, apply_inline, collect, names_in
 from vllm_rfork.vllm_compat import ascend, loading
 from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
@@ -53,9 +54,6 @@ NO_RUNTIME = frozenset({"cpu"})
 #: Device types on which a seed keeps the loaded tensors beside what post-processing makes of them. Elsewhere memory
 #: is what a deployment is sized by, and keeping weights twice could fail a start that works without us.
 KEEPS_LOADED = frozenset({"cpu"})
-
-#: ``rfork_verify=sample`` looks at every so-many-th span.
-SAMPLE_EVERY = 8
 
 
 @dataclass
@@ -220,16 +218,28 @@ class LoadPlan:
                 "weights are quantized while they are loaded, so the checkpoint layout never stands in memory"
             )
 
-    def accept(self, model: nn.Module, collection: Collection, manifest: Manifest) -> None:
-        """Make the rest of the model what the seed's was, and prove that the bytes are.
+    def incoming(self, model: nn.Module, collection: Collection) -> _Incoming:
+        """What takes the bytes of one seed into ``collection``, and makes the rest of ``model`` what the seed's was."""
+        numbers = spans_to_check(collection, self.settings.rfork_verify)
+        side = device_side(self.device)
+        return _Incoming(self, model, ArrivalCheck(collection, numbers, side, self.settings.rfork_fork_timeout_sec))
+
+    def accept(self, model: nn.Module, check: ArrivalCheck, manifest: Manifest) -> None:
+        """Prove that the bytes are the seed's, and make the rest of the model what the seed's was.
 
         Raises:
             VerificationError: a digest differs.
             ForkError: Python-side state cannot be made equal.
         """
-        if self.settings.rfork_verify != "off":
+        collection = check.collection
+        if check.numbers:
             with self.attempt.times.stage("verify"):
-                self._verify(collection, manifest)
+                if manifest.digest_algorithm != verify.ALGORITHM:
+                    raise VerificationError(
+                        f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
+                        f"{verify.ALGORITHM}; equal versions, or rfork_verify=off, would pair them"
+                    )
+                check.finish(self._digests_of(manifest, collection))
         with self.attempt.times.stage("state"):
             apply_inline(collection, manifest)
             if self.layout == RUNTIME:
@@ -237,21 +247,6 @@ class LoadPlan:
                 self._checks.run()
             else:
                 apply_state(model, manifest.state)
-
-    def _verify(self, collection: Collection, manifest: Manifest) -> None:
-        if manifest.digest_algorithm != verify.ALGORITHM:
-            raise VerificationError(
-                f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
-                f"{verify.ALGORITHM}; equal versions, or rfork_verify=off, would pair them"
-            )
-        expected = self._digests_of(manifest, collection)
-        if self.settings.rfork_verify == "sample":
-            expected = {number: wanted for number, wanted in expected.items() if number % SAMPLE_EVERY == 0}
-        wrong = verify.wrong_spans([span.data for span in collection.spans], expected)
-        if wrong:
-            raise VerificationError(
-                f"the bytes of {len(wrong)} of {len(expected)} tensors are not the seed's: {_names(collection, wrong)}"
-            )
 
     def prepare(self, model: nn.Module) -> Collection | None:
         """What must be there before the model is touched: a lease, and the spans to fill or the seed's manifest.
@@ -469,12 +464,25 @@ class LoadPlan:
         if self.collection is None:
             raise ForkError("no weights were captured")
         device_side(self.device).synchronize()
-        wrong = verify.wrong_spans([span.data for span in self.collection.spans], dict(enumerate(self.digests)))
+        found = verify.digests(span.data for span in self.collection.spans)
+        wrong = verify.differing(dict(enumerate(found)), dict(enumerate(self.digests)))
         if wrong:
             raise ForkError(
                 f"since they were captured, {len(wrong)} tensors of the {self.layout} layout have been written to: "
-                f"{_names(self.collection, wrong)}"
+                f"{names_in(self.collection, wrong)}"
             )
+
+
+class _Incoming:
+    """:class:`~vllm_rfork.attempt.Incoming` of one attempt."""
+
+    def __init__(self, plan: LoadPlan, model: nn.Module, check: ArrivalCheck) -> None:
+        self._plan, self._model, self._check = plan, model, check
+        self.arrived, self.close = check.arrived, check.close
+
+    def accept(self, manifest: Manifest) -> None:
+        """See :meth:`LoadPlan.accept`."""
+        self._plan.accept(self._model, self._check, manifest)
 
 
 @contextlib.contextmanager
@@ -486,11 +494,6 @@ def _whatever_is_raised(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ForkError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _names(collection: Collection, spans: list[int]) -> str:
-    """The first tensors that lie in ``spans``, for a message."""
-    return ", ".join([entry.name for entry in collection.entries if entry.span in spans][:5])
 
 
 def layout_for(settings: Settings, device: torch.device) -> str:

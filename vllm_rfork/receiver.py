@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from vllm_rfork.segments import Segment, batches, pair
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
 
 #: The slowest read that is still a read, in bytes per second: below it a fork is abandoned. Storage does better.
 SLOWEST_BYTES_PER_S = 50e6
@@ -61,6 +62,7 @@ class ForkRequest:
         max_batch_nbytes: ``rfork_max_batch_bytes``; None for the engine's own bound.
         untouched: addresses of local spans that are not read, since others use them already.
         progress: called with bytes copied so far.
+        arrived: called with what has just been copied; returns at once.
     """
 
     local: Manifest
@@ -71,6 +73,7 @@ class ForkRequest:
     max_batch_nbytes: int | None = None
     untouched: frozenset[int] = frozenset()
     progress: Callable[[int], None] = lambda nbytes: None
+    arrived: Callable[[Sequence[Segment]], None] = lambda segments: None
 
 
 def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manifest:
@@ -146,6 +149,7 @@ def _read(
             )
         timeout_s = min(left_s, request.request_timeout_s + nbytes / SLOWEST_BYTES_PER_S)
         bounded_read(request.engine, remote.endpoint, batch, timeout_s)
+        request.arrived(batch)
         copied += nbytes
         request.progress(copied)
 

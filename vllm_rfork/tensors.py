@@ -115,6 +115,12 @@ def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
     return Collection(entries, spans, regions, span_regions, inline, opaque, integers)
 
 
+def names_in(collection: Collection, spans: Iterable[int]) -> str:
+    """The first tensors that lie in ``spans``, for a message."""
+    wanted = set(spans)
+    return ", ".join([entry.name for entry in collection.entries if entry.span in wanted][:5])
+
+
 def apply_inline(collection: Collection, manifest: Manifest) -> None:
     """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes.
 

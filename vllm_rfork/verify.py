@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -51,21 +51,35 @@ def digest(data: torch.Tensor) -> str:
 
 def digests(spans: Iterable[torch.Tensor]) -> list[str]:
     """One digest per span, in order; the host waits for the device once, after all of them have been queued."""
-    sums: dict[torch.device, _RowSums] = {}
-    places: list[tuple[torch.device, int, int, int]] = []
+    digester = Digester()
     for span in spans:
-        on_device = sums.get(span.device) or sums.setdefault(span.device, _RowSums(span.device))
+        digester.add(span)
+    return digester.finish()
+
+
+def differing(found: Mapping[int, str], expected: Mapping[int, str]) -> list[int]:
+    """Numbers of the spans whose digest is not the expected one; only those in ``expected`` are looked at."""
+    return [number for number, wanted in expected.items() if found[number] != wanted]
+
+
+class Digester:
+    """Digests of spans that are given one after the other, from one thread."""
+
+    def __init__(self) -> None:
+        self._sums: dict[torch.device, _RowSums] = {}
+        self._places: list[tuple[torch.device, int, int, int]] = []
+
+    def add(self, span: torch.Tensor) -> None:
+        """Queue the digest of ``span``, a 1-D contiguous uint8 tensor whose bytes stay as they are until the end."""
+        on_device = self._sums.get(span.device) or self._sums.setdefault(span.device, _RowSums(span.device))
         first = on_device.count
         on_device.add(span)
-        places.append((span.device, first, on_device.count, span.numel()))
-    results = {device: on_device.finish() for device, on_device in sums.items()}
-    return [_hash(nbytes, results[device], first, end) for device, first, end, nbytes in places]
+        self._places.append((span.device, first, on_device.count, span.numel()))
 
-
-def wrong_spans(spans: Sequence[torch.Tensor], expected: dict[int, str]) -> list[int]:
-    """Numbers of the spans whose digest is not the expected one; only those in ``expected`` are looked at."""
-    found = digests(spans[number] for number in expected)
-    return [number for (number, wanted), got in zip(expected.items(), found, strict=True) if got != wanted]
+    def finish(self) -> list[str]:
+        """Wait for the device; one digest per span, in the order in which they were given."""
+        results = {device: on_device.finish() for device, on_device in self._sums.items()}
+        return [_hash(nbytes, results[device], first, end) for device, first, end, nbytes in self._places]
 
 
 def _hash(nbytes: int, results: memoryview, first: int, end: int) -> str:

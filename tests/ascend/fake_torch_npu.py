@@ -42,6 +42,9 @@ class _Npu(types.ModuleType):
     def empty_cache(self) -> None:
         self.calls.append(("empty_cache", None))
 
+    def set_device(self, device: Any) -> None:
+        self.calls.append(("set_device", device))
+
     def current_device(self) -> int:
         return 3
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vllm_rfork.config import parse_config
 from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import NoSeedAvailable, PlannerError, SeedError, VerificationError
 from vllm_rfork.manifest import Manifest
+from vllm_rfork.segments import Segment
 
 NAME = "workers.fleet.example"
 WITHIN_S = 30.0
@@ -111,6 +112,19 @@ async def until(condition: Callable[[], Awaitable[Any]], what: str) -> None:
         await asyncio.sleep(0.02)
 
 
+class Taking:
+    """Looks at what has come when all of it is there."""
+
+    def __init__(self, accept: Callable[[Manifest], None]) -> None:
+        self.accept = accept
+
+    def arrived(self, segments: Sequence[Segment]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def fork(fleet: Fleet, **changed: str) -> bytes:
     """What a receiver's memory holds after its fork; raises what the loader would fall back on."""
     attempt = attempt_of(parse_config(fleet.options, {**fleet.environment, **changed}).settings)
@@ -121,7 +135,7 @@ def fork(fleet: Fleet, **changed: str) -> bytes:
             raise VerificationError("other bytes")
 
     try:
-        attempt.run(Target(manifest_of(buffer), verify, buffer, lambda nbytes: None))
+        attempt.run(Target(manifest_of(buffer), lambda: Taking(verify), buffer, lambda nbytes: None))
         return buffer.read(0, NBYTES)
     finally:
         attempt.close()

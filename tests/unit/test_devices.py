@@ -87,14 +87,16 @@ def test_the_backend_is_asked_for_this_very_device(
     called: list[Any] = []
     monkeypatch.setattr(torch.cuda, "synchronize", called.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("use", device)))
     cuda = CudaSide(torch.device("cuda", 1))
 
     for side in (cuda, npu_side, device_side(CPU)):
         side.synchronize()
         side.empty_cache()
+        side.use()
 
-    assert called == [torch.device("cuda", 1), "emptied"]
-    assert npu.npu.calls == [("synchronize", 1), ("empty_cache", None)]
+    assert called == [torch.device("cuda", 1), "emptied", ("use", torch.device("cuda", 1))]
+    assert npu.npu.calls == [("synchronize", 1), ("empty_cache", None), ("set_device", 1)]
 
 
 @pytest.mark.parametrize("side", ["cpu", "npu"])

@@ -189,6 +189,8 @@ def test_coverage(fleet: Callable[..., Fleet]) -> None:
 
             patch.setattr("vllm_rfork.receiver.pair", overlooking)
             patch.setattr(plan, "paired_digests", _of_common(segments.paired_digests))
+            refused(one.fork(), "the seed has no digests of derived_scale")  # a second guard behind the first
+            patch.setattr(plan, "spans_to_check", lambda collection, how: [])
             outcome = one.fork()
     let_through(outcome, "derived_scale")
     assert outcome.model.derived_scale.tolist() == [0.0] * 4
@@ -318,7 +320,7 @@ def test_digests(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -
     address[0] = seed.get_parameter(NORM).data_ptr()
     monkeypatch.setattr(MemoryEngine, "read", flipping)
     refused(one.fork(), f"tensors are not the seed's: {NORM}")
-    monkeypatch.setattr(verify, "wrong_spans", lambda spans, expected: [])
+    monkeypatch.setattr(verify, "differing", lambda found, expected: [])
     let_through(one.fork(), NORM)
 
 

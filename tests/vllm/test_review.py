@@ -287,7 +287,8 @@ def _run(planner: Planner, accept: Any) -> None:
             patch.setattr(attempt, "fork", lambda *args: SimpleNamespace(nbytes=0))
             patch.setattr(Attempt, "_grant", lambda *args: SimpleNamespace(lease=lease, keeper=None))
             patch.setattr(Attempt, "_end_grant", lambda *args: None)
-            one.run(Target(local, accept, None, lambda nbytes: None))  # type: ignore[arg-type]
+            taking = SimpleNamespace(accept=accept, arrived=lambda segments: None, close=lambda: None)
+            one.run(Target(local, lambda: taking, None, lambda nbytes: None))  # type: ignore[arg-type]
     finally:
         one.close()
 

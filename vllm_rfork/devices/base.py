@@ -30,6 +30,9 @@ class DeviceSide:
     #: Why engines cannot keep expandable segments registered; empty where they can.
     expandable_refused: ClassVar[str] = ""
 
+    #: Copies into this memory and work on it go on beside each other, without a processor's part in either.
+    copies_by_itself: ClassVar[bool] = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -56,6 +59,9 @@ class DeviceSide:
         if self.index >= len(listed):
             raise ForkError(f"{self.text} counts within {self.visible_variable}={variable}, which lists {len(listed)}")
         return listed[self.index]
+
+    def use(self) -> None:
+        """Make this the calling thread's device; a thread begins with the backend's first one."""
 
     def synchronize(self) -> None:
         """Wait for everything that was queued: asynchronous layout conversions must have finished before an address is

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vllm_rfork.devices.base import DeviceSide
 
 
 class CpuSide(DeviceSide):
-    """See the module's docstring; all answers are the base's."""
+    """See the module's docstring; nearly all answers are the base's."""
+
+    copies_by_itself: ClassVar[bool] = False

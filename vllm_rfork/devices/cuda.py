@@ -31,6 +31,10 @@ class CudaSide(DeviceSide):
         """``cuda:1``."""
         return f"cuda:{self.index}"
 
+    def use(self) -> None:
+        """Make this the calling thread's device."""
+        torch.cuda.set_device(self.device)
+
     def synchronize(self) -> None:
         """Wait for all streams of the device."""
         torch.cuda.synchronize(self.device)

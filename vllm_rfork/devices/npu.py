@@ -56,6 +56,10 @@ class NpuSide(DeviceSide):
         """``npu:1``."""
         return f"npu:{self.index}"
 
+    def use(self) -> None:
+        """Make this the calling thread's device, context included."""
+        self._npu.npu.set_device(self.index)
+
     def synchronize(self) -> None:
         """Wait for all streams of the device, layout conversions included."""
         self._npu.npu.synchronize(self.index)
