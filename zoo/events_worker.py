@@ -1,0 +1,420 @@
+"""What one process of ``python -m zoo.events`` does: one real engine of vLLM, told step by step what befalls it.
+
+It loads as it is ordered, reports, and then obeys: asks, reloads, updates, sleeps, alters a byte of its own. On the way
+it can be made to stop at a place of the fork until it is told to go on, so that something may happen to its seed right
+there. Must not judge: it says what it saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import multiprocessing.util
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from zoo.observe import Load, digests_of, watching
+from zoo.roles import Order, _ask, _innermost, _Lines
+
+#: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.receiver``, and which call of it.
+#: The first request is the manifest's, the second asks whether its epoch still holds; all on the loading thread.
+BEFORE_EPOCH, BEFORE_READ = ("_wait", 2), ("bounded_read", 1)
+
+#: The name under which the updates of :meth:`_Commands.update` are known to vLLM.
+BACKEND = "zoo-folder"
+EXPANDABLE = "expandable_segments:True"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a process is to do, besides its ``order``.
+
+    Attributes:
+        stops_at: one of the places above; the process then says ``stopped`` and waits for ``go``.
+        expandable: turn the caching allocator to expandable segments when the load begins, where no variable tells.
+    """
+
+    order: Order
+    stops_at: tuple[str, int] | None = None
+    expandable: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedFacts:
+    """A seed of the process: where it is, whose, and in which epoch."""
+
+    address: str
+    seed_key: str
+    fingerprint: str
+    epoch: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that torch's caching allocator has given out: now, and at the most since the process began."""
+
+    allocated: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """What a process saw of its start; ``error`` is empty where vLLM came up. ``expandable`` and ``blocks`` count the
+    allocator's blocks."""
+
+    error: str = ""
+    seconds: float = 0.0
+    loads: list[Load] = dataclasses.field(default_factory=list)
+    answers: list[Any] = dataclasses.field(default_factory=list)
+    seeds: list[SeedFacts] = dataclasses.field(default_factory=list)
+    lines: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    memory: Memory | None = None
+    expandable: int = 0
+    blocks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What anybody can see of a seed: the one that the planner ``granted`` (empty: none), and why the service at its
+    address does not vouch for the epoch (empty: it does)."""
+
+    granted: str
+    refusal: str
+
+
+def look(planner_url: str, seed: SeedFacts, timeout_s: float = 5.0) -> Look:
+    """Ask the planner for a seed of that key, give it back, and ask the service whether the epoch still holds.
+
+    Raises:
+        PlannerError: the planner does not answer.
+    """
+    from vllm_rfork.clients import PlannerClient, SeedClient
+    from vllm_rfork.errors import NoSeedAvailable, SeedError
+    from vllm_rfork.messages import SeedAddress
+
+    host, port, rank = seed.address.rsplit(":", 2)
+
+    async def looking() -> Look:
+        planner, granted, refusal = PlannerClient(planner_url, request_timeout_s=timeout_s), "", ""
+        try:
+            lease = await planner.acquire(seed.seed_key, fingerprint=seed.fingerprint)
+            granted = str(lease.seed)
+            await planner.release(lease)
+        except NoSeedAvailable:
+            granted = ""
+        try:
+            client = SeedClient(request_timeout_s=timeout_s)
+            await client.confirm_epoch(SeedAddress(host, int(port), int(rank)), seed.seed_key, seed.epoch)
+        except SeedError as error:
+            refusal = str(error)
+        return Look(granted, refusal)
+
+    return asyncio.run(looking())
+
+
+def act(part: Part, connection: Connection) -> None:
+    """Start as ``part`` says, send :class:`Started`, and obey until ``end`` arrives or the other end is gone.
+
+    A command is a method's name of :class:`_Commands` with its arguments; its answer is ``("ok", value)`` or
+    ``("error", text)``.
+    """
+    order = part.order
+    with open(order.log, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    os.environ.update(order.environment)
+    lines = _Lines()
+    logging.getLogger("vllm_rfork").addHandler(lines)
+    commands = _Commands(lines)
+    try:
+        started = _start(part, connection, commands)
+    except BaseException as error:  # noqa: BLE001 - whatever happens is what is reported
+        traceback.print_exc()
+        started = Started(error=_innermost(error))
+    connection.send(dataclasses.replace(started, lines=list(lines.lines)))
+    with contextlib.suppress(EOFError):
+        while (received := connection.recv()) != "end":
+            name, *arguments = received
+            try:
+                answer = ("ok", getattr(commands, name)(*arguments))
+            except Exception as error:  # noqa: BLE001 - it is the answer
+                traceback.print_exc()
+                answer = ("error", _innermost(error))
+            connection.send(answer)
+            if name == "serve":
+                commands.serve_for_ever()
+    from vllm_rfork import seeding
+
+    seeding.withdraw_all("the events are over")
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else the resource tracker complains
+    sys.stdout.flush()
+    os._exit(0)  # engines take their time to go, and have nothing left to do
+
+
+def _start(part: Part, connection: Connection, commands: _Commands) -> Started:
+    from vllm_rfork.plugin import register
+
+    began = time.monotonic()
+    register()  # what vLLM's plugin entry point does in every process
+    _register_updates()
+    with watching() as watch, _stopping(part.stops_at, connection), _expanding(part.expandable):
+        from vllm import LLM
+
+        commands.llm = LLM(**part.order.engine_arguments)
+        seeds = commands.seeds(60.0)
+        memory = _memory()
+        expandable, blocks = _blocks()
+        loads = watch.finish()  # before prompts make more of it
+    answers = commands.answers(part.order)
+    return Started("", time.monotonic() - began, loads, answers, seeds, [], memory, expandable, blocks)
+
+
+class _Commands:
+    """See :func:`act`; whatever they raise is the answer."""
+
+    def __init__(self, lines: _Lines) -> None:
+        self.llm: Any = None
+        self._lines = lines
+        self._order: Order | None = None
+
+    @property
+    def _worker(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+    def answers(self, order: Order | None = None) -> list[Any]:
+        """To all prompts, with log-probabilities."""
+        self._order = order or self._order
+        return _ask(self.llm, self._order) if self._order else []
+
+    def seeds(self, timeout_s: float) -> list[SeedFacts]:
+        """Those of this process, once none is on its way."""
+        from vllm_rfork import seeding
+
+        return [
+            SeedFacts(str(seed.address), seed.manifest.seed_key, seed.manifest.fingerprint, seed.manifest.epoch)
+            for seed in seeding.wait_until_started(timeout_s)
+            if seed.address
+        ]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What the plugin has logged so far."""
+        return list(self._lines.lines)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor of the model as it stands."""
+        return digests_of(self._worker.get_model())
+
+    def call(self, method: str, *arguments: Any) -> str:
+        """Call the worker's method through the engine; ``done``, or what it raised."""
+        try:
+            self.llm.collective_rpc(method, args=arguments)
+        except Exception as error:  # noqa: BLE001 - whether the method works here is the caller's question
+            traceback.print_exc()
+            return _innermost(error)
+        return "done"
+
+    def reload(self, folder: str, planner_url: str, seed: SeedFacts) -> Look:
+        """Reload the weights from ``folder``; what anybody sees of ``seed`` when the worker begins to."""
+        looks: list[Look] = []
+        runner = self._worker.model_runner
+        reload = runner.reload_weights
+
+        def looking(*args: Any, **kwargs: Any) -> Any:
+            looks.append(look(planner_url, seed))
+            return reload(*args, **kwargs)
+
+        runner.reload_weights = looking
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        finally:
+            del runner.reload_weights
+        return looks[0]
+
+    def update(self, folder: str, planner_url: str, seed: SeedFacts) -> list[Look]:
+        """Update the weights to those of ``folder`` by vLLM's weight transfer; what anybody sees of ``seed`` when it
+        has begun, and before it is finished."""
+        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        self.llm.collective_rpc("start_weight_update")
+        looks = [look(planner_url, seed)]
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": {"folder": folder}})
+        looks.append(look(planner_url, seed))
+        self.llm.collective_rpc("finish_weight_update")
+        return looks
+
+    def reset_caches(self) -> list[str]:
+        """Forget what was cached of prompts and media; returns what was done."""
+        done = []
+        for name in ("reset_prefix_cache", "reset_mm_cache"):
+            getattr(self.llm, name)()
+            done.append(name)
+        for name in ("reset_mm_cache", "reset_encoder_cache"):
+            done.append(f"{name} on the worker: {self.call(name)}")
+        return done
+
+    def alter(self) -> str:
+        """Turn one bit of the largest tensor that the seed offers; returns its name. Twice is as before."""
+        from vllm_rfork import seeding
+
+        (seed,) = seeding.wait_until_started(1.0)
+        spans = seed.keep.spans
+        number = max(range(len(spans)), key=lambda number: int(spans[number].data.numel()))
+        data = spans[number].data
+        data[data.numel() // 2] ^= 1
+        data[data.numel() // 2].item()  # the device has done it when this is known
+        return next(str(entry.name) for entry in seed.keep.entries if entry.span == number)
+
+    def serve(self) -> str:
+        """Answer this, and then prompts without end: see :meth:`serve_for_ever`."""
+        return "serving"
+
+    def serve_for_ever(self) -> None:
+        """Until the process is killed."""
+        while True:
+            self.answers()
+
+
+def _memory() -> Memory | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    return Memory(int(torch.cuda.memory_allocated()), int(torch.cuda.max_memory_allocated()))
+
+
+def _blocks() -> tuple[int, int]:
+    """How many of the caching allocator's blocks are expandable, and how many there are."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0, 0
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:  # a pluggable allocator does not tell
+        return 0, 0
+    return sum(bool(segment.get("is_expandable")) for segment in segments), len(segments)
+
+
+@contextlib.contextmanager
+def _stopping(place: tuple[str, int] | None, connection: Connection) -> Iterator[None]:
+    """Say ``stopped`` before that call of that function, and wait for a word."""
+    if place is None:
+        yield
+        return
+    from vllm_rfork import receiver
+
+    name, number = place
+    function: Callable[..., Any] = getattr(receiver, name)
+    calls = [0]
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            connection.send("stopped")
+            connection.recv()
+        return function(*args, **kwargs)
+
+    setattr(receiver, name, stopping)
+    try:
+        yield
+    finally:
+        setattr(receiver, name, function)
+
+
+@contextlib.contextmanager
+def _expanding(wanted: bool) -> Iterator[None]:
+    """Let the memory of models lie in expandable segments, by a call that no variable shows.
+
+    vLLM sets the allocator itself around a load, all of its options at once, so it is done inside.
+    """
+    if not wanted:
+        yield
+        return
+    import torch
+
+    from vllm_rfork.loader import RForkModelLoader
+
+    load_model = RForkModelLoader.load_model
+    configure: Any = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if configure is None:
+        configure = torch.cuda.memory._set_allocator_settings
+
+    def loading(self: Any, *args: Any, **kwargs: Any) -> Any:
+        configure(EXPANDABLE)
+        return load_model(self, *args, **kwargs)
+
+    RForkModelLoader.load_model = loading  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RForkModelLoader.load_model = load_model  # type: ignore[method-assign]
+
+
+def _register_updates() -> None:
+    """Make vLLM know :data:`BACKEND`: updates that take the weights of a folder, in the checkpoint's names.
+
+    vLLM's own backends need a trainer's process. To 0.24 the worker prepares and finishes the model, and a backend
+    brings weights; later the backend does all of it.
+    """
+    from vllm.distributed.weight_transfer import base, factory
+
+    @dataclasses.dataclass
+    class InitInfo(base.WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not there when types are checked
+        pass
+
+    @dataclasses.dataclass
+    class UpdateInfo(base.WeightTransferUpdateInfo):  # type: ignore[misc]
+        folder: str = ""
+
+    class FolderEngine(base.WeightTransferEngine):  # type: ignore[misc]
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: Any) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            import torch
+            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+            with torch.device(self.device):
+                initialize_layerwise_reload(self.model)
+
+        def finish_weight_update(self) -> None:
+            import torch
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            with torch.device(self.device):
+                finalize_layerwise_reload(self.model, self.model_config)
+
+        def receive_weights(self, update_info: Any, load_weights: Any = None) -> None:
+            import torch
+
+            if load_weights is not None:
+                load_weights(_weights_in(Path(update_info.folder)))
+                return
+            with torch.device(self.device):
+                self.model.load_weights(_weights_in(Path(update_info.folder)))
+
+        def shutdown(self) -> None:
+            pass
+
+        @staticmethod
+        def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+            raise NotImplementedError
+
+    factory.WeightTransferEngineFactory.register_engine(BACKEND, FolderEngine)
+
+
+def _weights_in(folder: Path) -> list[tuple[str, Any]]:
+    from safetensors.torch import load_file
+
+    return [pair for file in sorted(folder.glob("*.safetensors")) for pair in load_file(file).items()]
