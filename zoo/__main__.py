@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zoo import report
 from zoo.catalogue import CATALOGUE
-from zoo.planner import ROOT, Planner
+from zoo.planner import ROOT, FleetPlanner
 from zoo.run import Row, Setting, run
 from zoo.specimen import Specimen, from_file
 from zoo.stage import fork_server, platform_facts
@@ -61,7 +61,7 @@ def main() -> int:
     with fork_server(threads=arguments.threads or max(1, (os.cpu_count() or 1) // 2)):
         facts = platform_facts(arguments.work)
         visible = str(facts["visible_devices_variable"])
-        planner = Planner()
+        planner = FleetPlanner()
         try:
             setting = Setting(
                 traits=frozenset(facts["traits"]),

@@ -25,6 +25,14 @@ HEADS_OF_32 = {**SMALL, "head_dim": 32}
 #: Without what old architectures call otherwise or do not have.
 PLAIN = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "tie_word_embeddings")}
 
+QWEN3_MOE: dict[str, Any] = {
+    **HEADS_OF_32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
 MLA: dict[str, Any] = {
     **SMALL,
     "num_key_value_heads": 4,
@@ -62,6 +70,7 @@ IMAGE, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD, AUDIO = 248, 249, 250, 25
 
 #: Reasons that several models share; each is a part of what vLLM says.
 NOT_INSPECTED = {"without-torchvision": "failed to be inspected"}
+NO_GATHER = {"cpu": "vLLM's CPU build cannot bring tokens to experts of another rank (all_gatherv)"}
 READS_HEADERS = "vLLM asks the headers of the weight files which layers are quantized"
 
 CATALOGUE: list[Specimen] = [
@@ -125,14 +134,7 @@ CATALOGUE: list[Specimen] = [
         "qwen3-moe",
         "experts, small ones",
         "Qwen3MoeForCausalLM",
-        {
-            **HEADS_OF_32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "decoder_sparse_step": 1,
-            "norm_topk_prob": True,
-        },
+        QWEN3_MOE,
     ),
     Specimen(
         "deepseek-v2",
@@ -384,14 +386,7 @@ CATALOGUE: list[Specimen] = [
         "qwen3-moe-ep2",
         "expert parallel: two ranks, each with half the experts",
         "Qwen3MoeForCausalLM",
-        {
-            **HEADS_OF_32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "decoder_sparse_step": 1,
-            "norm_topk_prob": True,
-        },
+        QWEN3_MOE,
         engine_arguments={"enable_expert_parallel": True},
         ranks=2,
         cannot_answer={"cpu": "vLLM's CPU kernel crashes (cpu_fused_moe) where experts are on another rank"},
@@ -404,5 +399,40 @@ CATALOGUE: list[Specimen] = [
         engine_arguments={"pipeline_parallel_size": 2},
         ranks=2,
         cannot_answer={"cpu": "stages launched one by one never answer in vLLM's CPU build"},
+    ),
+    Specimen(
+        "llama-dp2",
+        "data parallel: two engines with equal weights, each from any seed",
+        "LlamaForCausalLM",
+        SMALL,
+        ranks=2,
+        replicas=2,
+    ),
+    Specimen(
+        "mixtral-dp2",
+        "data parallel: two ranks, each with half of every expert",
+        "MixtralForCausalLM",
+        {**SMALL, "num_local_experts": 4},
+        engine_arguments={"data_parallel_size": 2},
+        ranks=2,
+        cannot_answer=NO_GATHER,
+    ),
+    Specimen(
+        "qwen3-moe-dp2-ep2",
+        "data and expert parallel: two ranks, each with half the experts",
+        "Qwen3MoeForCausalLM",
+        QWEN3_MOE,
+        engine_arguments={"data_parallel_size": 2, "enable_expert_parallel": True},
+        ranks=2,
+        cannot_answer=NO_GATHER,
+    ),
+    Specimen(
+        "qwen3-moe-dp2-tp2",
+        "data, tensor and expert parallel: four ranks, an expert each",
+        "Qwen3MoeForCausalLM",
+        QWEN3_MOE,
+        engine_arguments={"data_parallel_size": 2, "enable_expert_parallel": True},
+        ranks=4,
+        cannot_answer=NO_GATHER,
     ),
 ]

@@ -1,9 +1,13 @@
-"""The mock planner of ``examples/`` as a process, for tests and for the zoo. Must not import torch or vLLM."""
+"""Planners as processes, for tests and for the zoo: the mock of ``examples/`` and this package's own.
+
+Must not import torch or vLLM.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -47,11 +51,16 @@ class Planner:
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, str(ROOT / "examples" / "rfork_planner.py"), "--port", str(self.port)]
         self.process = subprocess.Popen(  # noqa: S603 - this checkout's own planner
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *self._command(), "--port", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         eventually(self._up, "planner is up")
+
+    def _command(self) -> list[str]:
+        return [str(ROOT / "examples" / "rfork_planner.py")]
 
     def _up(self) -> bool:
         with contextlib.suppress(OSError):
@@ -80,3 +89,14 @@ class Planner:
         """End it and start it again on its port; it has forgotten everything."""
         self.stop()
         self._start()
+
+
+class FleetPlanner(Planner):
+    """This package's planner: the mock knows no fingerprints, and ranks of data parallelism may share a seed key."""
+
+    def _command(self) -> list[str]:
+        return ["-m", "vllm_rfork.cli", "planner"]
+
+    def leases(self) -> int:
+        """How many leases are held."""
+        return len(self.snapshot()["leases"])

@@ -50,6 +50,7 @@ class Order:
         environment: set before anything is loaded.
         drafts: note what a draft proposes, too: without it, a draft's weights have no part in any answer.
         port: where the ranks of one instance meet; 0 for a single rank.
+        replicas, replica: data parallel engines of a dense model, and which of them this process is.
     """
 
     engine_arguments: dict[str, Any]
@@ -61,6 +62,8 @@ class Order:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     drafts: bool = False
     port: int = 0
+    replicas: int = 1
+    replica: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,8 @@ def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
     register()  # what vLLM's plugin entry point does in every process
     if order.port:
         _meet_at(order.port)
+    if order.replicas > 1:
+        _be_replica(order.replica, order.replicas)
     if order.asks == LOAD:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.executor.abstract import Executor
@@ -216,6 +221,26 @@ def _meet_at(port: int) -> None:
         return f"tcp://127.0.0.1:{port}", rank, rank
 
     ExecutorWithExternalLauncher._distributed_args = arguments
+
+
+def _be_replica(index: int, count: int) -> None:
+    """Configure engines as vLLM's engine core does for data parallel ranks of a dense model: each is independent.
+
+    ``LLM`` takes no data_parallel_size unless an external launcher puts all ranks into one group.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+
+    def created(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        parallel = config.parallel_config
+        parallel.data_parallel_size = count
+        parallel.data_parallel_rank = parallel.data_parallel_index = index
+        parallel.reconfigure_for_independent_dp_rank()
+        return config
+
+    EngineArgs.create_engine_config = created
 
 
 def _innermost(error: BaseException) -> str:

@@ -183,6 +183,7 @@ def _order(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: 
         media=specimen.media if asks != LOAD else "",
         media_token=specimen.media_token,
         drafts=specimen.models > 1,
+        replicas=specimen.replicas,
         environment=setting.seed_environment if role == "seed" else setting.receiver_environment,
     )
 

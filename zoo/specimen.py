@@ -44,7 +44,10 @@ class Specimen:
         adapter: a LoRA adapter is asked as well.
         media: ``image`` or ``audio``: one goes with one more prompt, at the place of the token ``media_token``.
         models: how many models one worker loads: 2 with a draft.
-        ranks: workers of one instance; tensor-parallel, unless ``engine_arguments`` say pipeline_parallel_size.
+        ranks: workers of one instance; tensor-parallel, unless ``engine_arguments`` say pipeline_parallel_size or
+            data_parallel_size. Of a dense model with replicas, as many as those.
+        replicas: data parallel engines of a dense model, which vLLM makes independent of each other: each may fork
+            from any seed.
         needs_files: why even a fork needs the weight files at hand; empty where it does without.
         not_in_checkpoint: class of the model and name of each tensor that no checkpoint gives a value, since something
             replaces it later; what they are as loaded is not held against the default load, only against the seed.
@@ -71,6 +74,7 @@ class Specimen:
     media_token: int = 0
     models: int = 1
     ranks: int = 1
+    replicas: int = 1
     needs_files: str = ""
     not_in_checkpoint: tuple[tuple[str, str], ...] = ()
     refused: dict[str, str] = dataclasses.field(default_factory=dict)

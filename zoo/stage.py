@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -135,10 +136,15 @@ class Instance:
 def instance(order: Order, ranks: int, port: int) -> Iterator[Instance]:
     """An instance of ``ranks`` ranks that follow ``order``, ended at the end of the block; they meet at ``port``."""
     orders = [order]
-    if ranks > 1:
+    if order.replicas > 1:
+        orders = [
+            dataclasses.replace(order, replica=number, log=f"{order.log}.{number}") for number in range(order.replicas)
+        ]
+    elif ranks > 1:
+        sizes = (order.engine_arguments.get(f"{kind}_parallel_size", 1) for kind in ("pipeline", "data"))
         arguments = {
             **order.engine_arguments,
-            "tensor_parallel_size": ranks // int(order.engine_arguments.get("pipeline_parallel_size", 1)),
+            "tensor_parallel_size": ranks // math.prod(sizes),
             "distributed_executor_backend": "external_launcher",
         }
         orders = [
