@@ -64,12 +64,15 @@ CHECKS: dict[str, str] = {
     "memory after a fallback": f"at most {MORE_AT_REST} bytes more than the default load",
     "seed killed while it serves and is read": "no fork, with the reason in the log",
     "seed killed: default loader": _RIGHT,
-    "seed killed: the planner": "forgets it within 10 s",
+    "seed killed: the planner": "grants it to nobody, within 10 s",
 }
 
 #: How a worker says that it has forked.
 FORKED = re.compile(r"RFork: forked (?P<nbytes>\d+) bytes .* from seed (?P<seed>\S+), .* layout=(?P<layout>\w+)")
 FELL_BACK, NO_SEED, STAYS_AWAY = "falling back to load_format=", "this worker is not a seed: ", "not a seed again: "
+
+#: A service that has stopped, as aiohttp says it.
+_ABSENT = re.compile(r"seed http\S+: GET failed: ClientConnectorError: .*")
 
 Lines = list[tuple[str, str]]
 
@@ -123,7 +126,7 @@ class Sheet:
             kind = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "
             self.put(name, "; ".join([*seen, f"{kind}{error}"]), FAILED)
         else:
-            self.put(name, "; ".join(seen), OK)
+            self.put(name, "; ".join(dict.fromkeys(seen)), OK)
 
     def rows(self) -> list[Row]:
         """Every check in order; those that were not reached have failed."""
@@ -173,6 +176,20 @@ def _with_any(text: str, parts: tuple[str, ...]) -> str:
     return text
 
 
+def forked(lines: Lines, address: str) -> str:
+    """That a worker forked from the seed at ``address``, in words.
+
+    Raises:
+        Wrong: it did not, or from another.
+    """
+    for _, text in lines:
+        if match := FORKED.search(text):
+            if match["seed"] != address:
+                raise Wrong(f"it forked from {match['seed']}, not from {address}")
+            return f"forked {match['nbytes']} bytes, layout {match['layout']}"
+    raise Wrong(f"it did not fork: {warnings(lines)}")
+
+
 def layout_of(lines: Lines) -> str:
     """The layout that a worker forked in; empty where it did not fork."""
     return next((match["layout"] for _, text in lines if (match := FORKED.search(text))), "")
@@ -209,7 +226,7 @@ def withdrawn(granted: str, refusal: str) -> str:
         raise Wrong(f"the planner granted {granted}")
     if not refusal:
         raise Wrong("the service vouched for the epoch")
-    return f"no grant; {refusal}"
+    return f"no grant; {_ABSENT.sub('nobody listens there any more', refusal)}"
 
 
 def returned(before: str, after: str) -> str:

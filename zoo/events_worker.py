@@ -18,18 +18,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from zoo.observe import Load, digests_of, watching
+from zoo.events_updates import register_updates
+from zoo.observe import Load, watching
 from zoo.roles import Order, _ask, _innermost, _Lines
 
 #: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.receiver``, and which call of it.
 #: The first request is the manifest's, the second asks whether its epoch still holds; all on the loading thread.
 BEFORE_EPOCH, BEFORE_READ = ("_wait", 2), ("bounded_read", 1)
 
-#: The name under which the updates of :meth:`_Commands.update` are known to vLLM.
-BACKEND = "zoo-folder"
 EXPANDABLE = "expandable_segments:True"
 
 
@@ -164,7 +162,7 @@ def _start(part: Part, connection: Connection, commands: _Commands) -> Started:
 
     began = time.monotonic()
     register()  # what vLLM's plugin entry point does in every process
-    _register_updates()
+    register_updates()
     with watching() as watch, _stopping(part.stops_at, connection), _expanding(part.expandable):
         from vllm import LLM
 
@@ -207,10 +205,6 @@ class _Commands:
     def lines(self) -> list[tuple[str, str]]:
         """What the plugin has logged so far."""
         return list(self._lines.lines)
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor of the model as it stands."""
-        return digests_of(self._worker.get_model())
 
     def call(self, method: str, *arguments: Any) -> str:
         """Call the worker's method through the engine; ``done``, or what it raised."""
@@ -255,9 +249,7 @@ class _Commands:
         for name in ("reset_prefix_cache", "reset_mm_cache"):
             getattr(self.llm, name)()
             done.append(name)
-        for name in ("reset_mm_cache", "reset_encoder_cache"):
-            done.append(f"{name} on the worker: {self.call(name)}")
-        return done
+        return [*done, f"reset_encoder_cache {self.call('reset_encoder_cache')}"]
 
     def alter(self) -> str:
         """Turn one bit of the largest tensor that the seed offers; returns its name. Twice is as before."""
@@ -356,65 +348,3 @@ def _expanding(wanted: bool) -> Iterator[None]:
         yield
     finally:
         RForkModelLoader.load_model = load_model  # type: ignore[method-assign]
-
-
-def _register_updates() -> None:
-    """Make vLLM know :data:`BACKEND`: updates that take the weights of a folder, in the checkpoint's names.
-
-    vLLM's own backends need a trainer's process. To 0.24 the worker prepares and finishes the model, and a backend
-    brings weights; later the backend does all of it.
-    """
-    from vllm.distributed.weight_transfer import base, factory
-
-    @dataclasses.dataclass
-    class InitInfo(base.WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not there when types are checked
-        pass
-
-    @dataclasses.dataclass
-    class UpdateInfo(base.WeightTransferUpdateInfo):  # type: ignore[misc]
-        folder: str = ""
-
-    class FolderEngine(base.WeightTransferEngine):  # type: ignore[misc]
-        init_info_cls = InitInfo
-        update_info_cls = UpdateInfo
-
-        def init_transfer_engine(self, init_info: Any) -> None:
-            pass
-
-        def start_weight_update(self) -> None:
-            import torch
-            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-            with torch.device(self.device):
-                initialize_layerwise_reload(self.model)
-
-        def finish_weight_update(self) -> None:
-            import torch
-            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-            with torch.device(self.device):
-                finalize_layerwise_reload(self.model, self.model_config)
-
-        def receive_weights(self, update_info: Any, load_weights: Any = None) -> None:
-            import torch
-
-            if load_weights is not None:
-                load_weights(_weights_in(Path(update_info.folder)))
-                return
-            with torch.device(self.device):
-                self.model.load_weights(_weights_in(Path(update_info.folder)))
-
-        def shutdown(self) -> None:
-            pass
-
-        @staticmethod
-        def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-            raise NotImplementedError
-
-    factory.WeightTransferEngineFactory.register_engine(BACKEND, FolderEngine)
-
-
-def _weights_in(folder: Path) -> list[tuple[str, Any]]:
-    from safetensors.torch import load_file
-
-    return [pair for file in sorted(folder.glob("*.safetensors")) for pair in load_file(file).items()]

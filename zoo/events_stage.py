@@ -1,0 +1,197 @@
+"""The engines of ``python -m zoo.events``: what each is told to be, and how it is started, spoken to and ended.
+
+Must not import torch or vLLM; every engine is a process of its own, forked from ``zoo.stage``'s server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo import events_sheet
+from zoo.events_sheet import Sheet, Wrong
+from zoo.events_updates import BACKEND
+from zoo.events_worker import Part, Started, act
+from zoo.planner import Planner
+from zoo.roles import ENGINE_ARGUMENTS, GENERATE, Order
+from zoo.stage import RoleFailed
+
+
+@dataclasses.dataclass
+class Stage:
+    """What holds for all scenarios of a run, and what they share."""
+
+    sheet: Sheet
+    planner: Planner
+    facts: dict[str, Any]
+    arguments: argparse.Namespace
+    folder: Path
+    other: Path
+    starting: threading.Semaphore
+    default: Started = dataclasses.field(default_factory=Started)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the platform is a processor, which has neither pools nor expandable segments."""
+        return bool(self.facts["platform"] == "cpu")
+
+    @property
+    def timeout_s(self) -> float:
+        """Bound of each step, in seconds."""
+        return float(self.arguments.timeout)
+
+    def order(self, name: str, *, load_format: str = "rfork", on_seeds: bool = False, **more: Any) -> Order:
+        """What a process called ``name`` is told; ``more``: ``key``, ``options``, ``llm``, ``environment``."""
+        arguments = {
+            **ENGINE_ARGUMENTS,
+            "weight_transfer_config": {"backend": BACKEND},
+            "model": str(self.folder),
+            "load_format": load_format,
+        }
+        if not self.on_cpu:
+            arguments["gpu_memory_utilization"] = 0.4  # several engines share a device
+        arguments.update({**json.loads(self.arguments.llm), **more.get("llm", {})})
+        if load_format == "rfork":
+            arguments["model_loader_extra_config"] = {
+                "model_url": more.get("key", name),
+                "model_deploy_strategy_name": "events",
+                "rfork_scheduler_url": self.planner.url,
+                "rfork_seed_advertise_host": "127.0.0.1",
+                "rfork_seed_bind_host": "127.0.0.1",
+                "rfork_heartbeat_interval_sec": 1.0,
+                "rfork_engine": self.arguments.engine,
+                **_options(self.arguments.option),
+                **more.get("options", {}),
+            }
+        devices = self.arguments.seed_devices if on_seeds else self.arguments.receiver_devices
+        visible = {str(self.facts["visible_devices_variable"]): devices} if devices else {}
+        log = self.arguments.work / "logs" / name.replace(" ", "-")
+        return Order(
+            engine_arguments=arguments,
+            asks=GENERATE,
+            log=str(log.resolve()),
+            environment={**visible, **more.get("environment", {})},
+        )
+
+    def right(self, started: Started, who: str) -> str:
+        """That ``started`` holds and answers what the default load does, in words."""
+        layout = events_sheet.layout_of(started.lines)
+        return events_sheet.equal(
+            (self.default.loads, self.default.answers), (started.loads, started.answers), layout, who
+        )
+
+
+class Actor:
+    """One running engine; used by one thread at a time."""
+
+    def __init__(self, part: Part) -> None:
+
+        context = multiprocessing.get_context("forkserver")
+        self._log = part.order.log
+        self._lost = ""
+        self._connection, other = context.Pipe()
+        self.process = context.Process(target=act, args=(part, other), daemon=True)
+        self.process.start()
+        other.close()
+
+    def wait(self, timeout_s: float) -> Any:
+        """The next thing that it says.
+
+        Raises:
+            RoleFailed: it ended without a word, or said nothing for ``timeout_s`` seconds.
+        """
+        if self._lost:  # an answer that comes late would be taken for the next one's
+            raise RoleFailed(self._lost)
+        try:
+            if self._connection.poll(timeout_s):
+                return self._connection.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            self._lost = f"exit code {self.process.exitcode}; see {self._log}"
+        else:
+            self._lost = f"nothing said within {timeout_s:g} s; see {self._log}"
+        raise RoleFailed(self._lost)
+
+    def stopped(self, timeout_s: float) -> None:
+        """Wait until it stops where its part says.
+
+        Raises:
+            RoleFailed: as :meth:`wait`.
+            Wrong: its start went by without coming there.
+        """
+        if isinstance(saw := self.wait(timeout_s), Started):
+            raise Wrong(f"it never came there: {saw.error or events_sheet.warnings(saw.lines)}")
+
+    def go(self) -> None:
+        """Let it go on where it has stopped."""
+        self._connection.send("go")
+
+    def tell(self, timeout_s: float, command: str, *arguments: Any) -> Any:
+        """What it answers to a command.
+
+        Raises:
+            RoleFailed: as :meth:`wait`.
+            Wrong: the command raised.
+        """
+        with contextlib.suppress(OSError):  # it is gone, as waiting will say
+            self._connection.send((command, *arguments))
+        kind, value = self.wait(timeout_s)
+        if kind == "error":
+            raise Wrong(f"{command}: {value}")
+        return value
+
+    def kill(self) -> None:
+        """End it as the kernel would: it can say nothing any more."""
+        if self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join(10)
+
+    def end(self) -> None:
+        """Let it withdraw and go; kill it where it does not."""
+        with contextlib.suppress(OSError):
+            self._connection.send("end")
+        self.process.join(15)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        self._connection.close()
+
+
+@contextlib.contextmanager
+def actor(part: Part) -> Iterator[Actor]:
+    """An engine that is ended at the end of the block."""
+    running = Actor(part)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@contextlib.contextmanager
+def started(stage: Stage, part: Part, times: float = 1.0) -> Iterator[tuple[Actor, Started]]:
+    """An engine and what it saw of its start, which had a turn.
+
+    Raises:
+        RoleFailed: it did not come up.
+    """
+    with contextlib.ExitStack() as stack:
+        with stage.starting:
+            running = stack.enter_context(actor(part))
+            saw: Started = running.wait(stage.timeout_s * times)
+        if saw.error:
+            raise RoleFailed(f"{saw.error}; see {part.order.log}")
+        yield running, saw
+
+
+def _options(given: list[str]) -> dict[str, object]:
+    pairs = (text.partition("=") for text in given)
+    return {name: json.loads(value) for name, _, value in pairs}
