@@ -10,6 +10,8 @@ PYTEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 # Arguments for the model zoo: make zoo ZOO_ARGS="--only llama,qwen3" writes no document
 ZOO_ARGS ?= --write docs/zoo.md
+# More arguments for the events
+EVENTS_ARGS ?=
 
 BIN := .venv/bin
 STANDIN := build/standin
@@ -22,7 +24,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo versions demo format clean distclean
+.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -72,6 +74,9 @@ bench-digest: setup ## digests beside a plain sum and a copy: make bench-digest 
 
 zoo: setup ## fork one model of every kind and hold it against a default load; writes docs/zoo.md
 	$(BIN)/python -m zoo $(ZOO_ARGS)
+
+events: setup ## what befalls seeds and receivers, on whole engines: make events EVENTS_ARGS="--write docs/zoo.md"
+	$(BIN)/python -m zoo.events $(EVENTS_ARGS)
 
 versions: setup ## read published vLLM and vLLM-Ascend wheels again: do they have what this package relies on?
 	$(BIN)/python -m versions

@@ -23,7 +23,7 @@ OK, FAILED, NOT_HERE = "ok", "FAILED", "not here"
 #: its peak the buffers of the digest (``vllm_rfork.verify`` states 22 MB, and 17 more at odd addresses).
 MORE_AT_REST, MORE_AT_PEAK = 2 << 20, 40_000_000
 
-_RIGHT = "every tensor and every answer is the default load's"
+_RIGHT = "right: every tensor and every answer is the default load's"
 _NOT_A_SEED = "not a seed, with the reason in the log"
 _NO_FORK = "no fork, with the reason in the log"
 _WITHDRAWN = "before it begins the planner grants nothing, and the service does not vouch"
@@ -66,6 +66,15 @@ CHECKS: dict[str, str] = {
     "seed killed: default loader": _RIGHT,
     "seed killed: the planner": "grants it to nobody, within 10 s",
 }
+
+#: What a document's section begins with where there is none yet.
+HEAD = """## Events
+
+What befalls seeds and receivers, on whole engines of one Llama with random weights, a process each: `make events`, or
+`python -m zoo.events` with the zoo's options and `--write` with this page. *Not here* is what the platform does not
+have, in its own words. *Right* is a load or a fork whose every tensor has the default load's SHA-256 and whose tokens
+and log-probabilities are the same to the last bit.
+"""
 
 #: How a worker says that it has forked.
 FORKED = re.compile(r"RFork: forked (?P<nbytes>\d+) bytes .* from seed (?P<seed>\S+), .* layout=(?P<layout>\w+)")
@@ -282,7 +291,7 @@ def table(outcome: Outcome) -> str:
     """The rows of a run as Markdown."""
     facts = outcome.facts
     lines = [
-        f"### Events, {facts['platform']}",
+        f"### Events on {facts['platform']}",
         "",
         f"{facts['date']}, {facts['device']}, vLLM {facts['vllm']}, torch {facts['torch']}, transformers "
         f"{facts['transformers']}, vllm-rfork {facts['vllm_rfork']}, {outcome.seconds:.0f} s: {outcome.count()}.",
@@ -302,6 +311,8 @@ def replace(path: Path, outcome: Outcome) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     begin, end = (f"<!-- {word} events {outcome.facts['platform']} -->" for word in ("begin", "end"))
     section = f"{begin}\n\n{table(outcome)}\n\n{end}"
+    if HEAD.partition("\n")[0] not in text.splitlines():
+        text = f"{text.rstrip()}\n\n{HEAD}".lstrip()
     before, found, rest = text.partition(begin)
     text = before + section + rest.partition(end)[2] if found else f"{text.rstrip()}\n\n{section}\n"
     path.write_text(text, encoding="utf-8")

@@ -143,7 +143,8 @@ def test_the_table_of_a_platform_takes_the_place_of_its_last_one(tmp_path: Path)
     sheets.replace(page, Outcome({**FACTS, "platform": "y"}, [{**row, "seen": "2"}], 1.0))
     sheets.replace(page, Outcome(FACTS, [{**row, "verdict": FAILED}], 1.0))
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("# Page\n\ntext\n")
+    assert text.startswith("# Page\n\ntext\n\n## Events\n")
+    assert text.count("## Events\n") == 1
     assert "| seed | a \\| b | 1 | **FAILED** |" in text
     assert "| 1 | ok |" not in text
     assert "| seed | a \\| b | 2 | ok |" in text
