@@ -45,7 +45,7 @@ CHECKS: dict[str, str] = {
     "seed": "offered by the planner, vouched for by the service",
     "reload: withdrawal": _WITHDRAWN,
     "reload: return": _BACK,
-    "old epoch: over HTTP": "the service at the same address refuses it and vouches for the new one",
+    "old epoch: over HTTP": "at the same address the service names its new epoch, and a client refuses the old one",
     "old epoch: a receiver that holds it": "refused for its epoch, and never reads",
     "old epoch: default loader": _RIGHT,
     "weight update: withdrawal": _WITHDRAWN,
