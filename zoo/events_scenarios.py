@@ -91,7 +91,7 @@ def expandable_by_call(stage: Stage, key: str) -> None:
 def life(stage: Stage) -> None:
     """One seed through all that may happen to it, on one port, and two receivers."""
     sheet, timeout_s, url = stage.sheet, stage.timeout_s, stage.planner.url
-    order = stage.order("life", on_seeds=True, options={"rfork_seed_port_base": free_port()})
+    order = stage.order("life", on_seeds=True, options={"rfork_seed_port_base": _port()})
     saw = Started()
     with contextlib.ExitStack() as stack:
         with sheet.check("seed") as seen:
@@ -321,6 +321,11 @@ def _all_fail(stage: Stage, names: list[str]) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - every failure is a row, and other scenarios go on
         for name in names:
             stage.sheet.put(name, f"{type(error).__name__}: {error}", events_sheet.FAILED)
+
+
+def _port() -> int:
+    """A free port that may be a base of ports: those end at 65000."""
+    return next(port for port in iter(free_port, 0) if port <= 65000)
 
 
 def _forgotten(stage: Stage, seed: SeedFacts) -> bool:
