@@ -398,7 +398,16 @@ CATALOGUE: list[Specimen] = [
         SMALL,
         engine_arguments={"pipeline_parallel_size": 2},
         ranks=2,
-        cannot_answer={"cpu": "stages launched one by one never answer in vLLM's CPU build"},
+        executor=True,
+    ),
+    Specimen(
+        "llama-tp2-nodes",
+        "tensor parallel over two nodes, a rank each",
+        "LlamaForCausalLM",
+        SMALL,
+        engine_arguments={"nnodes": 2},
+        ranks=2,
+        executor=True,
     ),
     Specimen(
         "llama-dp2",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import multiprocessing.process
 import multiprocessing.util
 import os
 import sys
@@ -23,6 +24,9 @@ PROMPTS = ([5, 9, 77, 130], [200, 3, 3, 8, 41], [17], list(range(40, 60)))
 
 #: How a model is asked: ``generate`` tokens, ``embed`` prompts, or only ``load`` it.
 GENERATE, EMBED, LOAD = "generate", "embed", "load"
+
+#: Who has workers that vLLM's own executor started: see ``Order``.
+LEADER, FOLLOWER = "leader", "follower"
 
 #: vLLM's options for every model; small caches, so that several models fit beside each other.
 ENGINE_ARGUMENTS: dict[str, Any] = {
@@ -51,6 +55,8 @@ class Order:
         drafts: note what a draft proposes, too: without it, a draft's weights have no part in any answer.
         port: where the ranks of one instance meet; 0 for a single rank.
         replicas, replica: data parallel engines of a dense model, and which of them this process is.
+        workers: who has the workers: empty for this process, else ``leader`` or ``follower``: vLLM's own executor
+            starts them as processes, and the first node's collects what they report.
     """
 
     engine_arguments: dict[str, Any]
@@ -64,13 +70,15 @@ class Order:
     port: int = 0
     replicas: int = 1
     replica: int = 0
+    workers: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a process saw: its loads, its answers, its seeds' addresses, and the plugin's log lines.
 
-    ``error`` is empty where all went well; ``storage_s`` is what reading storage took, in seconds.
+    ``error`` is empty where all went well; ``storage_s`` is what reading storage took, in seconds; ``workers`` are the
+    reports of an instance's workers, by rank, where those are processes of their own.
     """
 
     loads: list[Load] = dataclasses.field(default_factory=list)
@@ -79,6 +87,7 @@ class Report:
     lines: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     storage_s: float = 0.0
     error: str = ""
+    workers: list[Report] = dataclasses.field(default_factory=list)
 
 
 class _Lines(logging.Handler):
@@ -88,6 +97,10 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append((record.levelname, record.getMessage()))
+
+
+#: What watches this process, for :func:`_of_a_worker`.
+_watching: list[tuple[Watch, _Lines]] = []
 
 
 def play(order: Order, connection: Connection) -> None:
@@ -100,6 +113,7 @@ def play(order: Order, connection: Connection) -> None:
     logging.getLogger("vllm_rfork").addHandler(lines)
     alive: list[Any] = []  # the engine
     with watching() as watch:
+        _watching.append((watch, lines))
         try:
             report = _follow(order, watch, alive)
         except BaseException as error:  # noqa: BLE001 - whatever happens is what the zoo reports
@@ -126,6 +140,16 @@ def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
         _meet_at(order.port)
     if order.replicas > 1:
         _be_replica(order.replica, order.replicas)
+    if order.workers:
+        _fork_workers(order)
+    if order.workers == FOLLOWER:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+        # As ``vllm serve --headless`` does.
+        config = EngineArgs(**order.engine_arguments).create_engine_config(headless=True)
+        alive.append(MultiprocExecutor(config, monitor_workers=False))
+        return Report()
     if order.asks == LOAD:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.executor.abstract import Executor
@@ -136,6 +160,12 @@ def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
         from vllm import LLM
 
         alive.append(LLM(**order.engine_arguments))
+    if order.workers:
+        workers: list[Report] = alive[0].collective_rpc(_of_a_worker)
+        if order.asks != LOAD:
+            alive[0].collective_rpc(_profile)
+        workers[0] = dataclasses.replace(workers[0], answers=[] if order.asks == LOAD else _ask(alive[0], order))
+        return Report(workers=workers)
     loads = watch.finish()  # before prompts make more of it: lazy values, adapters
     with _noting_drafts() as drafted:
         answers = [] if order.asks == LOAD else _ask(alive[0], order)
@@ -221,6 +251,42 @@ def _meet_at(port: int) -> None:
         return f"tcp://127.0.0.1:{port}", rank, rank
 
     ExecutorWithExternalLauncher._distributed_args = arguments
+
+
+def _of_a_worker(worker: Any) -> Report:
+    """What this worker of vLLM's own executor saw; it was forked from a process that was being watched."""
+    from vllm_rfork import seeding
+
+    del worker
+    ((watch, lines),) = _watching
+    seeds = [str(seed.address) for seed in seeding.wait_until_started(120) if seed.address]
+    return Report(loads=watch.finish(), seeds=seeds, storage_s=watch.storage_s, lines=lines.lines)
+
+
+def _profile(worker: Any) -> None:
+    """Make a later pipeline stage's buffers: vLLM does so in this run, and leaves it out on CPU without compilation."""
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and parallel_state.get_pp_group().world_size > 1:
+        worker.model_runner.profile_run()
+
+
+def _fork_workers(order: Order) -> None:
+    """Let vLLM's executor fork its workers, with all that watches this process; on CPU it would spawn them.
+
+    A node of several on this host gets the device of its number.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import multiproc_executor
+
+    multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have children
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    if order.engine_arguments.get("nnodes", 1) > 1 and not current_platform.is_cpu():
+        variable = current_platform.device_control_env_var
+        number = int(order.engine_arguments["node_rank"])
+        visible = os.environ.get(variable, "")
+        os.environ[variable] = visible.split(",")[number] if visible else str(number)
 
 
 def _be_replica(index: int, count: int) -> None:

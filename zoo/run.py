@@ -16,7 +16,7 @@ from typing import Any
 from zoo import checkpoints
 from zoo.observe import Load
 from zoo.planner import Planner, eventually, free_port
-from zoo.roles import ENGINE_ARGUMENTS, LOAD, Order, Report
+from zoo.roles import ENGINE_ARGUMENTS, LEADER, LOAD, Order, Report
 from zoo.specimen import Specimen, listed
 from zoo.stage import RoleFailed, in_a_process, instance
 
@@ -184,6 +184,7 @@ def _order(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: 
         media_token=specimen.media_token,
         drafts=specimen.models > 1,
         replicas=specimen.replicas,
+        workers=LEADER if specimen.executor else "",
         environment=setting.seed_environment if role == "seed" else setting.receiver_environment,
     )
 

@@ -48,6 +48,8 @@ class Specimen:
             data_parallel_size. Of a dense model with replicas, as many as those.
         replicas: data parallel engines of a dense model, which vLLM makes independent of each other: each may fork
             from any seed.
+        executor: vLLM's own executor starts the workers, on as many nodes as ``engine_arguments`` say (nnodes), each a
+            process of this host; else every worker is launched by itself, as torchrun does.
         needs_files: why even a fork needs the weight files at hand; empty where it does without.
         not_in_checkpoint: class of the model and name of each tensor that no checkpoint gives a value, since something
             replaces it later; what they are as loaded is not held against the default load, only against the seed.
@@ -75,6 +77,7 @@ class Specimen:
     models: int = 1
     ranks: int = 1
     replicas: int = 1
+    executor: bool = False
     needs_files: str = ""
     not_in_checkpoint: tuple[tuple[str, str], ...] = ()
     refused: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.planner import ROOT
-from zoo.roles import Order, Report, play
+from zoo.roles import FOLLOWER, LEADER, Order, Report, play
 
 #: For every role. Dynamo is off since vLLM compiles a helper of its sampler even where models are not compiled.
 ENVIRONMENT = {
@@ -124,7 +124,9 @@ class Instance:
         Raises:
             RoleFailed: see :meth:`Role.report`.
         """
-        return [role.report(timeout_s) for role in self.roles]
+        reports = [role.report(timeout_s) for role in self.roles]
+        workers = [worker for report in reports for worker in report.workers]
+        return workers + [report for report in reports if report.error] if workers else reports
 
     def end(self) -> None:
         """End every rank."""
@@ -139,6 +141,25 @@ def instance(order: Order, ranks: int, port: int) -> Iterator[Instance]:
     if order.replicas > 1:
         orders = [
             dataclasses.replace(order, replica=number, log=f"{order.log}.{number}") for number in range(order.replicas)
+        ]
+    elif order.workers:
+        nodes = int(order.engine_arguments.get("nnodes", 1))
+        sizes = order.engine_arguments.get("pipeline_parallel_size", 1)
+        arguments = {
+            **order.engine_arguments,
+            "tensor_parallel_size": ranks // sizes,
+            "distributed_executor_backend": "mp",
+        }
+        if nodes > 1:
+            arguments |= {"master_addr": "127.0.0.1", "master_port": port}
+        orders = [
+            dataclasses.replace(
+                order,
+                engine_arguments={**arguments, "node_rank": node} if nodes > 1 else arguments,
+                workers=FOLLOWER if node else LEADER,
+                log=f"{order.log}.{node}",
+            )
+            for node in range(nodes)
         ]
     elif ranks > 1:
         sizes = (order.engine_arguments.get(f"{kind}_parallel_size", 1) for kind in ("pipeline", "data"))
