@@ -19,7 +19,8 @@ seed and had no weight files (but for the rows that say why they need them). *Te
 the default load's SHA-256, as loaded (where the layout is `checkpoint`) and after post-processing, and every plain
 value that a model holds is the same. *Answers equal* means: the greedy tokens and the log-probabilities of the three
 best of each step, or the whole embedding, are the same to the last bit, one prompt at a time; with a draft model,
-what it proposes in each step as well.
+what it proposes in each step as well. With several ranks both hold for every rank against the same rank of the default
+load.
 
 *Refused* is what was listed beforehand, with a part of what the log says; the default loader then made the model good,
 and a listed refusal that forks is a failure. *Not run* is what vLLM itself cannot load on the platform, with a part of

@@ -303,7 +303,11 @@ def _be_replica(index: int, count: int) -> None:
         parallel = config.parallel_config
         parallel.data_parallel_size = count
         parallel.data_parallel_rank = parallel.data_parallel_index = index
-        parallel.reconfigure_for_independent_dp_rank()
+        if hasattr(parallel, "reconfigure_for_independent_dp_rank"):
+            parallel.reconfigure_for_independent_dp_rank()
+        else:  # before it had a name of its own; 0.24 is such a release
+            parallel.data_parallel_size = parallel.data_parallel_size_local = 1
+            parallel.data_parallel_rank = 0
         return config
 
     EngineArgs.create_engine_config = created

@@ -155,6 +155,43 @@ def test_data_parallel_replicas_of_a_dense_model_may_read_each_other(model_a: Pa
     assert len(prints) == len(keys) == 1
 
 
+def of_a_node(model: Path, node: int, **changes: Any) -> Any:
+    """As ``vllm serve --nnodes 2 --node-rank`` configures it, on the leader and headless."""
+    return vllm_config(
+        model,
+        nnodes=2,
+        node_rank=node,
+        master_addr="127.0.0.1",
+        master_port=29999,
+        distributed_executor_backend="mp",
+        **changes,
+    )
+
+
+def test_a_worker_s_key_says_its_node_and_its_rank_in_the_instance(model_a: Path, stand: Any) -> None:
+    """Two nodes with one instance of two tensor parallel ranks: the second node's worker has its rank over both."""
+    found = []
+    for node in range(2):
+        config = of_a_node(model_a, node, tensor_parallel_size=2)
+        stand(tp=node)
+        found.append(build_seed_key("m", "s", worker_identity(config, config.model_config)))
+    assert found == ["m$s$kv_both$0$0", "m$s$kv_both$1$1"]
+
+
+def test_dense_replicas_on_different_nodes_may_read_each_other(model_a: Path, stand: Any) -> None:
+    """vLLM counts nodes within a replica before it starts one."""
+    prints, keys = set(), set()
+    for node in range(2):
+        stand()
+        config = of_a_node(model_a, node, data_parallel_size=2)
+        config.parallel_config.data_parallel_index = node
+        config.parallel_config.reconfigure_for_independent_dp_rank()
+        prints.add(both(config))
+        keys.add(build_seed_key("m", "s", worker_identity(config, config.model_config)))
+    assert keys == {"m$s$kv_both$0$0"}
+    assert len(prints) == 1
+
+
 def test_the_rank_in_context_parallelism_is_found(stand: Any) -> None:
     stand(pcp=1)
     assert identity(prefill_context_parallel_size=2).context_rank == 1
