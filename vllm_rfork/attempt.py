@@ -28,7 +28,7 @@ from vllm_rfork.engines.table import engine_class
 from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import Lease, SeedAddress
-from vllm_rfork.receiver import ForkRequest, StageTimes, fork
+from vllm_rfork.receiver import ForkRequest, StageTimes, bounded, fork
 from vllm_rfork.segments import Segment
 
 logger = logging.getLogger(__name__)
@@ -307,7 +307,8 @@ class Attempt:
         try:
             if not engine.registered_nbytes:
                 with self.times.stage("registration"):
-                    engine.register(target.local.regions)
+                    bound_s = max(0.0, self._deadline - time.monotonic())
+                    bounded(engine, "register", bound_s, lambda: engine.register(target.local.regions))
                 self._registered = target.keep
             request = ForkRequest(
                 local=target.local,

@@ -128,7 +128,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
 
     def _build(self, plan: LoadPlan, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
         storage = self._storage()
-        if not plan.may_fork and loading.loads_whole_models(storage):
+        if (not plan.may_fork or plan.no_fork_reason) and loading.loads_whole_models(storage):
             plan.refuse_to_seed(
                 f"load format {plan.settings.rfork_fallback_load_format} builds and loads models as a whole, so the "
                 f"{plan.layout} layout cannot be captured"

@@ -108,7 +108,8 @@ class LoadPlan:
         Raises:
             ConfigError: there is no such engine or layout for this device.
         """
-        device = loading.target_device(vllm_config)
+        # Here, on the thread that loads: the seed's and the digests' threads have other devices of their own.
+        device = device_side(loading.target_device(vllm_config)).numbered
         layout = layout_for(settings, device)
         engine_name = settings.rfork_engine if settings.rfork_engine != "auto" else engine_for_device(device.type)
         identity = worker_identity(vllm_config, model_config)
@@ -298,7 +299,9 @@ class LoadPlan:
         """
         written = stage != SEED_STAGE
         try:
-            result = action()
+            # Whatever it is: an error that goes its own way would be told to no other rank.
+            with _whatever_is_raised("this worker cannot fork"):
+                result = action()
         except ForkError as error:
             self._owes_word_on = ""
             self.agreement.reach(stage, f"{type(error).__name__}: {error}", bound_s)
@@ -335,7 +338,8 @@ class LoadPlan:
         if self.no_seed_reason:
             return
         try:
-            self.built = state_of(model)
+            with _whatever_is_raised("the built model cannot be looked at"):
+                self.built = state_of(model)
         except ForkError as error:
             self.refuse_to_seed(str(error))
 
@@ -345,22 +349,28 @@ class LoadPlan:
             return
         if self.layout == RUNTIME:
             try:
-                self._weights = held_by(model)
+                with _whatever_is_raised("the loaded weights cannot be looked at"):
+                    self._weights = held_by(model)
             except ForkError as error:
                 self.refuse_to_seed(str(error))
             return
         try:
-            self._check_layout(model)
-            collection = self._collect(model)
-            after = state_of(model)
-            if gone := gone_state(self.built, after):
-                raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
-            self.state = dict(changed_state(self.built, after))
-            self.digests = self._digests(collection)
+            with _whatever_is_raised("the loaded model cannot be looked at"):
+                collection = self._capture_checkpoint(model)
         except ForkError as error:
             self.refuse_to_seed(str(error))
             return
         self._keep(collection)
+
+    def _capture_checkpoint(self, model: nn.Module) -> Collection:
+        self._check_layout(model)
+        collection = self._collect(model)
+        after = state_of(model)
+        if gone := gone_state(self.built, after):
+            raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
+        self.state = dict(changed_state(self.built, after))
+        self.digests = self._digests(collection)
+        return collection
 
     def capture_forked(self, collection: Collection, remote: Manifest) -> None:
         """Remember what a fork put there, with the seed's digests: what is passed on is vouched for by the first."""
@@ -397,17 +407,17 @@ class LoadPlan:
     def _capture_runtime(self, model: nn.Module) -> None:
         """Remember the post-processed model that was loaded from storage, if every weight in it is accounted for."""
         try:
-            collection = self._collect(model)
-            if collection.opaque:
-                raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
-            if unknown := ascend.unknown_class_tensors(model):
-                raise ForkError(f"classes hold tensors that may be weights: {', '.join(unknown[:5])}")
-            check_accounted(self._weights, held_by(model))
-            after = state_of(model)
-            state = changed_state(self.built, after)
-            with _whatever_is_raised("integers cannot be looked at"):
+            with _whatever_is_raised("the post-processed model cannot be looked at"):
+                collection = self._collect(model)
+                if collection.opaque:
+                    raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
+                if unknown := ascend.unknown_class_tensors(model):
+                    raise ForkError(f"classes hold tensors that may be weights: {', '.join(unknown[:5])}")
+                check_accounted(self._weights, held_by(model))
+                after = state_of(model)
+                state = changed_state(self.built, after)
                 check_no_addresses(collection, state)
-            self.digests = self._digests(collection)
+                self.digests = self._digests(collection)
         except ForkError as error:
             self.refuse_to_seed(f"the {self.layout} layout cannot be vouched for: {error}")
             return
@@ -415,7 +425,7 @@ class LoadPlan:
         self.collection = collection
 
     def _digests(self, collection: Collection) -> list[str]:
-        with self.attempt.times.stage("digest"), _whatever_is_raised("no digests can be taken"):
+        with self.attempt.times.stage("digest"):
             return verify.digests(span.data for span in collection.spans)
 
     def _find_loaded(self, model: nn.Module, loaded: Manifest) -> None:

@@ -98,7 +98,8 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
         paired = pair(request.local, remote)
         segments = [segment for segment in paired if segment.local not in request.untouched]
     with times.stage("connect"):
-        request.engine.connect(remote.endpoint, request.request_timeout_s)
+        bound_s = request.request_timeout_s
+        bounded(request.engine, "connect", bound_s, lambda: request.engine.connect(remote.endpoint, bound_s))
     reading = False
     try:
         with times.stage("epoch"):
@@ -116,7 +117,7 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
         raise
     finally:
         try:
-            request.engine.disconnect(remote.endpoint)
+            bounded(request.engine, "connect", bound_s, lambda: request.engine.disconnect(remote.endpoint))
         except EngineError as error:
             # It must not hide the first error, which says whether a read is in flight: an engine that is stuck in
             # one fails here as well.
@@ -155,7 +156,15 @@ def _read(
 
 
 def bounded_read(engine: TransferEngine, endpoint: str, batch: list[Segment], timeout_s: float) -> None:
-    """``engine.read`` on a thread of its own, given up where the engine does not keep its own bound.
+    """``engine.read`` within its bound; see :func:`bounded`."""
+    bounded(engine, "read", timeout_s, lambda: engine.read(endpoint, batch, timeout_s))
+
+
+def bounded(engine: TransferEngine, operation: str, timeout_s: float, call: Callable[[], None]) -> None:
+    """Make a native call on a thread of its own, given up where the engine does not keep its own bound.
+
+    Args:
+        timeout_s: that bound, in seconds.
 
     Raises:
         EngineError: the engine's own, or ``in_flight`` where it did not return one second after its bound: the
@@ -165,23 +174,23 @@ def bounded_read(engine: TransferEngine, endpoint: str, batch: list[Segment], ti
 
     def run() -> None:
         try:
-            engine.read(endpoint, batch, timeout_s)
+            call()
         except BaseException as error:  # noqa: BLE001 - it is raised again on the caller's thread
             failures.append(error)
 
-    thread = threading.Thread(target=run, name="rfork-read", daemon=True)
+    thread = threading.Thread(target=run, name=f"rfork-{operation}", daemon=True)
     thread.start()
     thread.join(timeout_s + 1.0)
     if thread.is_alive():
         raise EngineError(
             engine.name,
-            "read",
+            operation,
             f"no return within {timeout_s + 1.0:.1f} s",
-            mutated=True,
+            mutated=operation == "read",
             retry_elsewhere=False,
             in_flight=True,
         )
     for failure in failures:
         if isinstance(failure, ForkError):
             raise failure
-        raise EngineError(engine.name, "read", f"unexpected {type(failure).__name__}: {failure}") from failure
+        raise EngineError(engine.name, operation, f"unexpected {type(failure).__name__}: {failure}") from failure

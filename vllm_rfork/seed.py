@@ -70,6 +70,7 @@ class Seed:
         engine: open; the seed owns it from now on and closes it when it ends.
         keep: whatever keeps the manifest's memory alive; dropped at the end.
         recheck: raises ForkError where the bytes are not the manifest's any more; run before announcing.
+        off_device: set when :meth:`start` asks nothing of the device any more.
     """
 
     config: SeedConfig
@@ -78,6 +79,7 @@ class Seed:
     keep: Any
     recheck: Callable[[], None]
     intent: str = ""
+    off_device: threading.Event = field(default_factory=threading.Event)
     _parts: _Parts = field(default_factory=_Parts)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _withdrawing: threading.Event = field(default_factory=threading.Event)
@@ -112,6 +114,7 @@ class Seed:
             self.engine.register(self.manifest.regions)
         self._go_on()
         self.recheck()
+        self.off_device.set()
         self._go_on()
         epoch = uuid.uuid4().hex
         self.manifest = msgspec.structs.replace(self.manifest, endpoint=self.engine.endpoint, epoch=epoch)

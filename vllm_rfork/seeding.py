@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork import plan as plans
 from vllm_rfork.config import Settings
+from vllm_rfork.devices.choice import device_side
 from vllm_rfork.errors import ForkError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed, SeedConfig
@@ -32,28 +34,50 @@ class _Start:
         vouched: what it offers.
         found: for a return, the tensors and the digests that they must have.
         after: the start before this one, whose thread must have ended.
+        changes: how many withdrawals there had been when this was found to be good.
+        off_device: set when the start asks nothing of the device any more.
     """
 
     plan: LoadPlan
     vouched: Vouched
     found: tuple[Collection, list[str]] | None = None
     after: _Start | None = None
+    changes: int = 0
+    off_device: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread = field(init=False)
     withdrawn: str = ""
 
     def begin(self) -> None:
-        """Run in the background."""
+        """Run in the background, unless a change has begun meanwhile."""
         self.thread = threading.Thread(target=_start, args=(self.plan, self), name="rfork-seed", daemon=True)
         with _lock:
-            _starting.append(self)
-            self.thread.start()
+            if self.changes == _withdrawals.count:
+                _starting.append(self)
+                self.thread.start()
+                return
+            self.found, self.after = None, None
+            if _withdrawals.may_return:
+                _absent.append(self)
+        self.plan.attempt.close()
+
+
+@dataclass
+class _Withdrawals:
+    """How often the seeds of this process have been withdrawn, and whether they may return after the last time."""
+
+    count: int = 0
+    may_return: bool = True
 
 
 _seeds: list[Seed] = []
 _starting: list[_Start] = []
 #: Withdrawn for a change, and not back yet.
 _absent: list[_Start] = []
+_withdrawals = _Withdrawals()
 _lock = threading.Lock()
+
+#: How long, in seconds, capturing graphs waits for seeds that are being started: registering and digesting take less.
+LEAVES_DEVICE_WITHIN_S = 5.0
 
 
 class _Guard:
@@ -61,6 +85,12 @@ class _Guard:
 
     def withdraw(self, reason: str, *, last: bool) -> None:
         withdraw_all(reason, may_return=not last)
+
+    def leaves_device_alone(self) -> bool:
+        with _lock:
+            starting = [start for start in _starting if start.plan.device.type != "cpu"]
+        deadline = time.monotonic() + LEAVES_DEVICE_WITHIN_S
+        return all(start.off_device.wait(max(0.0, deadline - time.monotonic())) for start in starting)
 
     def come_back(self) -> None:
         come_back()
@@ -78,7 +108,8 @@ def become_seed(plan: LoadPlan, model: Any) -> None:
         return
     withdraw_before_changes(_Guard())
     keeps = plan.device.type in plans.KEEPS_LOADED
-    _Start(plan, Vouched.of(plan.seed_manifest(), plan.collection, model, keeps=keeps)).begin()
+    vouched = Vouched.of(plan.seed_manifest(), plan.collection, model, keeps=keeps)
+    _Start(plan, vouched, changes=_withdrawals.count).begin()
 
 
 def come_back() -> None:
@@ -89,34 +120,38 @@ def come_back() -> None:
     """
     with _lock:
         absent, _absent[:] = list(_absent), []
+        changes = _withdrawals.count
     for start in absent:
         try:
             found = start.vouched.again()
         except ForkError as error:
-            _stays_away(start, error)
+            _stays_away(start, error, changes)
         except Exception:
             # Whatever becomes of the seed, the worker's method has done its work.
             logger.exception("RFork: this worker is not a seed again")
         else:
-            _Start(start.plan, start.vouched, found, start).begin()
+            _Start(start.plan, start.vouched, found, start, changes).begin()
 
 
-def _stays_away(start: _Start, error: ForkError) -> None:
+def _stays_away(start: _Start, error: ForkError, changes: int) -> None:
     logger.warning("RFork: this worker is not a seed again: %s: %s", type(error).__name__, error)
     if start.vouched.kept is not None or start.vouched.hopeless:
         start.vouched.forget()  # no memory is kept for what will hardly be
         return
     with _lock:
-        _absent.append(start)  # a later change may bring the bytes back: after a deep sleep, weights are loaded again
+        # A later change may bring the bytes back: after a deep sleep, weights are loaded again.
+        if changes == _withdrawals.count or _withdrawals.may_return:
+            _absent.append(start)
 
 
 def _start(plan: LoadPlan, start: _Start) -> None:
     try:
+        device_side(plan.device).use()
         if start.found is not None:
             _prepare_return(plan, start, *start.found)
         if plan.reopen_engine:
             plan.attempt.reopen_engine()
-        seed = _make(plan)
+        seed = _make(plan, start.off_device)
         with _lock:
             # From here on a withdrawal finds the seed; an earlier one has left word.
             withdrawn = start.withdrawn
@@ -139,6 +174,7 @@ def _start(plan: LoadPlan, start: _Start) -> None:
         logger.exception("RFork: this worker is not a seed")
         _failed(plan, start, None)
     finally:
+        start.off_device.set()
         plan.attempt.end_intent()
         plan.collection, start.found, start.after = None, None, None
 
@@ -150,7 +186,7 @@ def _prepare_return(plan: LoadPlan, start: _Start, collection: Collection, diges
         ForkError: that thread hangs; or another change has begun.
     """
     settings = plan.settings
-    if start.after is not None:
+    if start.after is not None and start.after.thread.ident is not None:  # else it never began
         start.after.thread.join(settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec)
         if start.after.thread.is_alive():
             start.vouched.forget()
@@ -172,12 +208,12 @@ def _failed(plan: LoadPlan, start: _Start, error: ForkError | None) -> None:
     if withdrawn:
         logger.info("RFork: this worker is not a seed now: %s", withdrawn)
     elif start.found is not None and error is not None:
-        _stays_away(start, error)
+        _stays_away(start, error, start.changes)
     elif error is not None:
         logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
 
 
-def _make(plan: LoadPlan) -> Seed:
+def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:
     settings = plan.settings
     config = SeedConfig(
         planner_url=settings.rfork_scheduler_url,
@@ -199,6 +235,7 @@ def _make(plan: LoadPlan) -> Seed:
         keep=plan.collection,
         recheck=plan.recheck,
         intent=plan.attempt.intent,
+        off_device=off_device,
     )
 
 
@@ -215,6 +252,8 @@ def withdraw_all(reason: str, *, may_return: bool = False) -> None:
     model stays. Otherwise all of it is let go.
     """
     with _lock:
+        _withdrawals.count += 1
+        _withdrawals.may_return = may_return
         seeds, _seeds[:] = list(_seeds), []
         starting, _starting[:] = list(_starting), []
         for start in starting:

@@ -62,6 +62,15 @@ def test_the_text_names_the_device_as_the_process_counts(monkeypatch: pytest.Mon
     assert NpuSide(CPU).text == "npu:3"
 
 
+def test_a_device_without_a_number_is_the_asking_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM says ``cuda``; a thread that is begun later would take that for the first device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+
+    assert device_side(torch.device("cuda")).numbered == torch.device("cuda", 5)
+    assert device_side(torch.device("cuda", 1)).numbered == torch.device("cuda", 1)
+    assert device_side(CPU).numbered == CPU
+
+
 @pytest.mark.parametrize(
     ("visible", "physical"), [("", "1"), ("3,5", "5"), (" 3 , 5 ,", "5"), ("GPU-aa,GPU-bb", "GPU-bb")]
 )
@@ -95,7 +104,7 @@ def test_the_backend_is_asked_for_this_very_device(
         side.empty_cache()
         side.use()
 
-    assert called == [torch.device("cuda", 1), "emptied", ("use", torch.device("cuda", 1))]
+    assert called == [torch.device("cuda", 1), "emptied", ("use", 1)]
     assert npu.npu.calls == [("synchronize", 1), ("empty_cache", None), ("set_device", 1)]
 
 

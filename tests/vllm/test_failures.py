@@ -156,6 +156,33 @@ def test_a_seed_that_hangs(model_a: Path, default_a: Any, rfork_log: LogRecords)
             eventually(lambda: "/put_seed" in calls, "the lease is released")
 
 
+@pytest.mark.parametrize("operation", ["register", "connect"])
+def test_an_engine_that_hangs(
+    operation: str,
+    model_a: Path,
+    default_a: Any,
+    rfork_log: LogRecords,
+    seed: SeedProcess,
+    planner: Planner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Native calls that are not reads do not return either; its thread and its memory are the engine's from then on."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(MemoryEngine, operation, lambda self, *args: goes_on.wait(600))
+    bounds = {"rfork_fork_timeout_sec": 1.0, "rfork_request_timeout_sec": 1.0}
+    extra = extra_for(planner.url, rfork_become_seed=False, **bounds)
+    try:
+        loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
+        assert not goes_on.is_set()
+    finally:
+        goes_on.set()
+    assert (loaded.before, loaded.after) == (default_a.before, default_a.after)
+    (warning,) = [line for line in rfork_log.warnings if "falling back" in line]
+    assert f"{operation} failed: no return within 2.0 s" in warning
+    eventually(lambda: planner.leases() == 0, "no lease is left at the planner")
+    eventually(lambda: not open_engines(), "the engine is closed once it can be")
+
+
 def test_a_seed_of_another_key(model_a: Path, default_a: Any, rfork_log: LogRecords, seed: SeedProcess) -> None:
     with fakes.http_server(fakes.planner_that_grants(seed.said["seeds"][0], [])) as url:
         falls_back(model_a, default_a, url, rfork_log, cause="SeedError", model_url="another")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_rfork.vllm_compat.workers import CHANGES_WEIGHTS, withdraw_before_changes
+from vllm_rfork.vllm_compat.workers import CAPTURES_GRAPHS, CHANGES_WEIGHTS, withdraw_before_changes
 
 pytestmark = pytest.mark.vllm
 
@@ -19,6 +20,10 @@ class Log:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.quiet = True
+
+    def leaves_device_alone(self) -> bool:
+        return self.quiet
 
     def withdraw(self, reason: str, *, last: bool) -> None:
         self.lines.append(f"withdrawn{' for good' if last else ''}: {reason}")
@@ -72,6 +77,23 @@ def test_the_seed_is_withdrawn_before_the_method_runs(name: str, log: Log) -> No
 def test_serving_is_left_alone(log: Log) -> None:
     worker(log).execute_model()
     assert log.lines == ["execute_model"]
+
+
+@pytest.mark.parametrize("name", CAPTURES_GRAPHS)
+def test_graphs_are_captured_while_no_seed_asks_anything_of_the_device(name: str, log: Log) -> None:
+    one = worker(log, name)
+    assert getattr(one, name)() == f"{name} returned () {{}}"
+    assert log.lines == [name], "a seed that is ready does nothing to the device, and stays"
+
+    log.lines.clear()
+    log.quiet = False
+    assert getattr(one, name)() == f"{name} returned () {{}}"
+    assert log.lines == ["withdrawn: graphs are captured", name, BACK]
+
+    log.lines.clear()
+    one.model_config = SimpleNamespace(enforce_eager=True)
+    assert getattr(one, name)() == f"{name} returned () {{}}"
+    assert log.lines == [name], "there are no graphs"
 
 
 #: Calls in order; ``!`` marks one that fails, ``<-`` the moments at which the worker may be a seed again.

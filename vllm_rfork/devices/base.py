@@ -42,6 +42,11 @@ class DeviceSide:
         return 0
 
     @property
+    def numbered(self) -> torch.device:
+        """The same device for every thread: one without a number is whichever is the asking thread's own."""
+        return torch.device(self.device.type, self.index)
+
+    @property
     def text(self) -> str:
         """``cpu``, ``cuda:1``: what engines are told. The number counts as this process does, not as the host does."""
         return "cpu"

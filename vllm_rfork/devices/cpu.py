@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from vllm_rfork.devices.base import DeviceSide
 
 
@@ -11,3 +13,8 @@ class CpuSide(DeviceSide):
     """See the module's docstring; nearly all answers are the base's."""
 
     copies_by_itself: ClassVar[bool] = False
+
+    @property
+    def numbered(self) -> torch.device:
+        """Host memory has no number."""
+        return self.device

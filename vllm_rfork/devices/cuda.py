@@ -33,7 +33,7 @@ class CudaSide(DeviceSide):
 
     def use(self) -> None:
         """Make this the calling thread's device."""
-        torch.cuda.set_device(self.device)
+        torch.cuda.set_device(self.index)
 
     def synchronize(self) -> None:
         """Wait for all streams of the device."""

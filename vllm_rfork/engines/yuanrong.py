@@ -133,6 +133,8 @@ class YuanRongEngine(TransferEngine):
             self._table.check_new(regions)
             if not regions:
                 return
+            if self._acl is not None:
+                self._acl.ensure_context(self._device)
             addresses, lengths = [region.address for region in regions], [region.nbytes for region in regions]
             result = native.call("register", "batch_register_memory", addresses, lengths)
             if result.is_error():

@@ -106,6 +106,10 @@ def never_a_seed(vllm_config: Any) -> str:
     """Why workers with this configuration must not offer their weights; empty where they may."""
     if getattr(vllm_config.parallel_config, "enable_eplb", False):
         return "expert load balancing moves weights while serving (enable_eplb)"
+    # To 0.26. Attention writes them into its buffers in its first pass, after they have been vouched for.
+    cache_config = getattr(vllm_config, "cache_config", None)
+    if getattr(cache_config, "calculate_kv_scales", False):
+        return "scales of the KV cache are computed from the first requests (calculate_kv_scales)"
     return ascend.moves_weights(getattr(vllm_config, "additional_config", None))
 
 
@@ -122,7 +126,23 @@ def unregistrable(vllm_config: Any, device: torch.device) -> str:
                 f"weights lie in a pool of their own, whose memory is unmapped while the worker sleeps and which other "
                 f"processes cannot open ({option})"
             )
+    if reason := _offloads(vllm_config):
+        return reason
     return device_side(device).unregistrable()
+
+
+def _offloads(vllm_config: Any) -> str:
+    """Why weights lie outside the device's memory, by vLLM's options; empty where they do not."""
+    offload = getattr(vllm_config, "offload_config", None)
+    if offload is None:  # before there was one
+        by_size = getattr(vllm_config.cache_config, "cpu_offload_gb", 0)
+        by_layer = 0
+    else:
+        by_size, by_layer = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
+    for option, value in (("cpu_offload_gb", by_size), ("offload_group_size", by_layer)):
+        if value:
+            return f"a part of the weights is offloaded to host memory ({option}={value:g}), out of the engine's reach"
+    return ""
 
 
 def is_first_rank() -> bool:

@@ -1,8 +1,9 @@
 """The worker methods that change weights or let their memory go.
 
-Each is wrapped: the seed withdraws first, and where the method has ended the change, the worker is asked whether it
-can vouch for its weights again. Some changes last from one method to another: a worker sleeps until it wakes up, and
-an update is over when its last method says so. Must not decide what the weights are worth: whoever is called does.
+Each is wrapped, and so are those that capture graphs: the seed withdraws first, and where the method has ended the
+change, the worker is asked whether it can vouch for its weights again. Some changes last from one method to another: a
+worker sleeps until it wakes up, and an update is over when its last method says so. Must not decide what the weights
+are worth: whoever is called does.
 """
 
 from __future__ import annotations
@@ -71,14 +72,22 @@ CHANGES_WEIGHTS: dict[str, Change] = {
     "shutdown": Change("the worker shuts down", last=True),
 }
 
+#: Methods that capture graphs, the first to see how much memory they take. What another thread of the process asks of
+#: the device meanwhile, an allocation for instance, may fail the capture (``torch/cuda/graphs.py``:
+#: ``capture_error_mode``). Read in vLLM 0.32's and vLLM-Ascend 0.23's workers.
+CAPTURES_GRAPHS = ("determine_available_memory", "compile_or_warm_up_model")
+
 _MARK = "__rfork_withdraws_first__"
 
 
 class Guard(Protocol):
-    """Whoever knows the seeds of this process. Neither method may raise."""
+    """Whoever knows the seeds of this process. No method may raise."""
 
     def withdraw(self, reason: str, *, last: bool) -> None:
         """Be no seed any more when this returns; ``last``: for good."""
+
+    def leaves_device_alone(self) -> bool:
+        """Wait a little for seeds that are being started; False where one may still need the device."""
 
     def come_back(self) -> None:
         """No change is open any more: be a seed again if the weights are what they were."""
@@ -114,6 +123,12 @@ class Changes:
             if over:
                 self._guard.come_back()
 
+    def run_alone(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``method`` while no seed of this process asks anything of the device."""
+        if self._guard.leaves_device_alone():
+            return method(*args, **kwargs)
+        return self.run(Change("graphs are captured"), method, *args, **kwargs)
+
 
 def withdraw_before_changes(guard: Guard) -> list[str]:
     """Wrap every such method on every worker class of this process; returns the names that are wrapped now.
@@ -128,6 +143,8 @@ def withdraw_before_changes(guard: Guard) -> list[str]:
     for cls in _subclasses(WorkerBase):
         for name, change in CHANGES_WEIGHTS.items():
             wrapped += _wrap(cls, name, change, changes)
+        for name in CAPTURES_GRAPHS:
+            wrapped += _wrap(cls, name, None, changes)
     for cls in _extensions(WorkerBase):
         for name in vars(cls):
             if not name.startswith("_"):
@@ -136,12 +153,14 @@ def withdraw_before_changes(guard: Guard) -> list[str]:
     return wrapped
 
 
-def _wrap(cls: type, name: str, change: Change, changes: Changes) -> list[str]:
+def _wrap(cls: type, name: str, change: Change | None, changes: Changes) -> list[str]:
+    """Wrap the class's own method of that name, if it has one; without a change it captures graphs."""
     method = vars(cls).get(name)
     if not isinstance(method, types.FunctionType):
         return []
     if not hasattr(method, _MARK):
-        setattr(cls, name, _withdrawing(name, method, change, changes))
+        wrapper = _capturing(method, changes) if change is None else _withdrawing(name, method, change, changes)
+        setattr(cls, name, wrapper)
     return [f"{cls.__name__}.{name}"]
 
 
@@ -154,6 +173,17 @@ def _withdrawing(name: str, method: Callable[..., Any], change: Change, changes:
 
     setattr(withdrawing, _MARK, True)
     return withdrawing
+
+
+def _capturing(method: Callable[..., Any], changes: Changes) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def capturing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(getattr(self, "model_config", None), "enforce_eager", False):
+            return method(self, *args, **kwargs)  # there are no graphs
+        return changes.run_alone(method, self, *args, **kwargs)
+
+    setattr(capturing, _MARK, True)
+    return capturing
 
 
 def _change_of(name: str, change: Change, worker: Any) -> Change:
