@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest import Region
+from vllm_rfork.plain_values import integers
 from vllm_rfork.tensors import Collection
 from vllm_rfork.walk import Plain, walk
 
@@ -120,7 +121,7 @@ def check_no_addresses(collection: Collection, state: dict[str, Plain]) -> None:
         if _any_inside(tensor, collection.regions):
             raise ForkError(f"tensor {name} holds addresses of this process's memory, which mean nothing in another")
     for name, value in state.items():
-        if type(value) is int and any(_inside(value, region) for region in collection.regions):
+        if any(_inside(number, region) for number in integers(value) for region in collection.regions):
             raise ForkError(f"state {name} is an address in this process's memory, which means nothing in another")
 
 

@@ -2,7 +2,8 @@
 
 A memory copy does not carry them, so they travel in the manifest: what changed between the structure as built and the
 moment at which the seed vouches for it, and what was there before and is no plain value any more. The receiver makes
-its own the same or refuses.
+its own the same or refuses. Small arrays of numpy, sets and bytes travel likewise (``plain_values``); of larger ones,
+and of what cannot be set, a text is compared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import torch
 from torch import nn
 
 from vllm_rfork.errors import ForkError, ManifestMismatch
+from vllm_rfork.plain_values import from_data, is_plain
 from vllm_rfork.walk import Leaf, Opaque, Plain, assign, walk
+
+#: How names end under which something is compared, and never set.
+COMPARED = (".<member>", ".<digest>", ".<value>", ".<native>", ".<opaque>")
 
 
 def state_of(model: nn.Module) -> dict[str, Plain]:
@@ -23,8 +28,19 @@ def state_of(model: nn.Module) -> dict[str, Plain]:
 
 
 def changed_state(before: dict[str, Plain], after: dict[str, Plain]) -> dict[str, Plain]:
-    """What loading set: values that are new or differ. NaN counts as equal to itself."""
+    """What loading set: values that are new or differ."""
     return {name: value for name, value in after.items() if name not in before or not _same(before[name], value)}
+
+
+def check_passed_on(state: dict[str, Plain]) -> None:
+    """Prove that a model that has just been built can be given ``state``, as far as names tell.
+
+    Raises:
+        ForkError: names what is compared only: enumerations' members, what is too large to travel, native objects.
+    """
+    if stuck := [name for name in state if name.endswith(COMPARED)]:
+        more = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
+        raise ForkError(f"loading set {', '.join(stuck[:5])}{more}, which cannot be passed on")
 
 
 def gone_state(before: dict[str, Plain], after: dict[str, Plain]) -> tuple[str, ...]:
@@ -43,8 +59,8 @@ def apply_state(model: nn.Module, state: dict[str, Any]) -> None:
     leaves = {leaf.name: leaf for leaf in _plain_leaves(model)}
     modules = dict(model.named_modules())
     for name, value in state.items():
-        if not (value is None or isinstance(value, (bool, int, float, str))):
-            raise ForkError(f"state {name} of the seed is not a plain value", mutated=True)
+        if not is_plain(value):
+            _check_data(name, value)
         leaf = leaves.get(name)
         if leaf is None:
             # Loading may add an attribute that construction does not make.
@@ -92,9 +108,20 @@ def match_state(model: nn.Module, built: dict[str, Plain], state: dict[str, Any]
         raise error
 
 
+def _check_data(name: str, value: Any) -> None:
+    try:
+        from_data(value)
+    except ForkError as error:
+        raise ForkError(f"state {name} of the seed is not a plain value: {error}", mutated=True) from error
+
+
 def _plain_leaves(model: nn.Module) -> Iterator[Leaf]:
-    return (leaf for leaf in walk(model) if not isinstance(leaf.value, (torch.Tensor, Opaque)))
+    for leaf in walk(model):
+        if isinstance(leaf.value, Opaque):
+            yield Leaf(f"{leaf.name}.<opaque>", (), "opaque", leaf.value.kind)
+        elif not isinstance(leaf.value, torch.Tensor):
+            yield leaf
 
 
 def _same(one: Plain, other: Any) -> bool:
-    return type(one) is type(other) and (one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
+    return type(one) is type(other) and one == other

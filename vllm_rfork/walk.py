@@ -1,18 +1,25 @@
 """Walks everything reachable from a model: the one place that knows where tensors and state hide.
 
-Tensors hide in parameters, buffers, plain attributes, lists, dicts, helper objects that are not modules, and the
-closures of functions kept on any of these. The walk is depth-first in an order that depends on registration order
-and sorted attribute names only, never on object addresses, so two processes that build the same model give every
-leaf the same name. Must not change anything.
+Tensors hide in parameters, buffers, plain attributes, lists, dicts, helper objects that are not modules, the closures
+of functions kept on any of these, weak references, and attributes of tensors. The walk is breadth-first, in an order
+that depends on registration order and sorted attribute names only, never on object addresses: what is reached in
+several ways is named after the shortest, and two processes that build the same model give every leaf the same name.
+There is no bound on depth. What is not looked into is left out by rule (``scratch``, :data:`_FOREIGN`, classes and
+modules, which are the process's), or is an :class:`Opaque` leaf, or ends the walk. Must not change anything.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import enum
-import functools
+import os
+import sys
+import threading
 import types
-from collections import deque
-from collections.abc import Iterator, Mapping
+import weakref
+from collections import UserList, deque
+from collections.abc import ItemsView, Iterator, Mapping, Set, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,121 +27,76 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from vllm_rfork import plain_values
+from vllm_rfork.callables import keeps_own_results, opened
 from vllm_rfork.errors import ForkError
+from vllm_rfork.plain_values import Plain
+from vllm_rfork.scratch import SCRATCH, SCRATCH_OBJECTS, SCRATCH_OF, SCRATCH_WHEN
 
-#: How deep containers and helpers may nest; vLLM's deepest is 4 (module → quant_method → kernel → config → dict).
-MAX_DEPTH = 8
-#: More leaves than any model has: a walk that leaves the model would otherwise not end.
+__all__ = ["MAX_LEAVES", "MAX_NAME", "MAX_OBJECTS", "SCRATCH", "Leaf", "Opaque", "Plain", "assign", "walk"]
+
+#: More leaves and objects than any model has: a walk that leaves the model would otherwise not end.
 MAX_LEAVES = 5_000_000
-
-#: Attributes that hold runtime scratch, not weights: they are written while serving, so no seed can vouch for them,
-#: and a receiver must allocate its own. Reason by name:
-SCRATCH = {
-    "kv_cache": "bound to the KV cache after loading",
-    "_kv_cache": "bound to the KV cache after loading",
-    "workspace": "kernel scratch",
-    "workspace_buffer": "kernel scratch",
-    "_workspace_buffer": "kernel scratch",
-    "topk_indices_buffer": "sparse attention writes its indices there in every step",
-    "candidate_block_buffer": "sparse attention writes its candidates there in every step",
-    "_mtp_hidden_buffer": "hidden states that the target leaves for its draft in every step",
-    "_compress_scratch": "kernel scratch",
-    "deepstack_input_embeds": "features of images on their way to deeper layers, written per request",
-    "_ds_buffers": "features of images on their way to deeper layers, written per request",
-    "per_layer_embeddings": "embeddings of the tokens at hand, written in every step",
-    "_fp8_q_amax": "a history of what a vision tower has seen",
-    "_fp8_k_amax": "a history of what a vision tower has seen",
-    "_fp8_v_amax": "a history of what a vision tower has seen",
-    "expert_load_view": "EPLB statistics",
-    "logical_to_physical_map": "EPLB bookkeeping",
-    "logical_replica_count": "EPLB bookkeeping",
-    "key_cache": "vLLM-Ascend binds the KV cache to attention implementations",
-    "value_cache": "vLLM-Ascend binds the KV cache to attention implementations",
-    "o_proj_full_pool": "vLLM-Ascend gathers into it in every step",
-    "o_proj_full_gather_pool": "vLLM-Ascend gathers into it in every step",
-    "moe_load": "vLLM-Ascend's EPLB statistics",
-    "load_counter": "vLLM-Ascend's EPLB statistics",
-}
-
-#: The same under names that others may give to weights: by the module's class, and the reason.
-SCRATCH_OF = {
-    (kind, name): "inputs of a graph, written in every step (kv_sharing_fast_prefill)"
-    for kind in ("Gemma3nTextModel", "Gemma4Model")
-    for name in ("positions", "hidden_states", "per_layer_inputs")
-}
+MAX_OBJECTS = 2_000_000
+#: How long a name may become, in characters: some 150 steps. vLLM's longest has 150 characters.
+MAX_NAME = 1_000
 
 #: Classes of vLLM that stand where a layer is left out, and keep it on the meta device: another pipeline stage has it,
 #: or nothing needs it (the head of an embedding model, the tower of a modality that was switched off).
 PLACEHOLDERS = frozenset({"StageMissingLayer", "PPMissingLayer"})
 
-#: nn.Module's own bookkeeping.
+#: nn.Module's own bookkeeping; of it hooks alone can hold something.
 _MODULE_INTERNAL = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
-#: Packages whose objects hold no weights of the model, only machinery; torch's containers that do are modules.
+#: Packages whose objects hold no weights of the model, only machinery; torch's containers that do are modules. So do
+#: those of the standard library; the exceptions are below.
 _FOREIGN = frozenset(
     {
-        "abc",
-        "asyncio",
-        "builtins",
-        "collections",
-        "concurrent",
-        "contextlib",
-        "ctypes",
-        "datetime",
-        "enum",
-        "functools",
-        "inspect",
-        "io",
-        "itertools",
-        "logging",
-        "multiprocessing",
         "numpy",
-        "os",
-        "pathlib",
         "prometheus_client",
         "pydantic",
         "pydantic_core",
-        "queue",
-        "re",
         "regex",
-        "selectors",
-        "socket",
-        "subprocess",
-        "sys",
-        "threading",
-        "time",
         "tokenizers",
         "torch",
         "torch_npu",
         "tqdm",
         "transformers",
         "triton",
-        "types",
-        "typing",
-        "weakref",
         "zmq",
     }
 )
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace, threading.local)
+_SCRATCH_SOMEWHERE = {name for _, name in (*SCRATCH_OF, *SCRATCH_WHEN)}
 
-#: vLLM's settings, and the groups of ranks with their buffers and sockets: shared by the whole process, and describing
-#: weights without holding any. vLLM-Ascend hangs them on MoE layers' configurations and on attention implementations.
-_PROCESS_WIDE = ("vllm.config", "vllm.distributed", "vllm_ascend.distributed")
+#: vLLM's settings, names of number formats, the groups of ranks with their buffers and sockets, and compiled graphs,
+#: which get weights as inputs: shared by the whole process, or describing weights without holding any. vLLM-Ascend
+#: hangs them on MoE layers' configurations and on attention implementations.
+_PROCESS_WIDE = ("vllm.config", "vllm.scalar_type", "vllm.distributed", "vllm.compilation", "vllm_ascend.distributed")
 
-#: Plain values that may travel as state.
-Plain = bool | int | float | str | None
+
+class _Below(enum.Enum):
+    """What counts of plain values below a place; tensors and arrays count everywhere."""
+
+    MODULE = enum.auto()
+    #: A layer's quantization may hold its scales; its plain values are settings, which the fingerprint covers.
+    CONFIG = enum.auto()
+    #: Tensors carry what loaders need, and some methods' scales.
+    TENSOR = enum.auto()
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """Stands for a native object whose memory cannot be seen: packed weights may lie in it."""
+    """Stands for an object whose memory cannot be seen: packed weights may lie in it."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, a plain value or :class:`Opaque`: where it is called ``name``, and the ``owner`` and ``key`` under
-    which it is held.
+    """A tensor, a plain value, another value as plain data, or :class:`Opaque`: where it is called ``name``, and the
+    ``owner`` and ``key`` under which it is held.
     """
 
     name: str
@@ -146,40 +108,54 @@ class Leaf:
 def walk(model: nn.Module) -> Iterator[Leaf]:
     """Every tensor and plain value reachable from ``model``.
 
-    Aliased parameters and buffers come once per name; helper objects and hidden modules once, under the first
-    name that reaches them.
+    Aliased tensors come once per name; helper objects and hidden modules once, under the shortest name. No two leaves
+    have the same name.
 
     Raises:
-        ForkError: there is more than ``MAX_LEAVES``: the walk has left the model; or an object of the model's
-            raised while it was looked at.
+        ForkError: there are more than ``MAX_LEAVES`` or ``MAX_OBJECTS``, or longer names than ``MAX_NAME``: the walk
+            has left the model; or an array is too large to be compared; or an object of the model's raised while it
+            was looked at.
     """
-    leaves = enumerate(_Walker(model).modules(model, ""))
+    leaves = _Walker(model).leaves()
+    names: set[str] = set()
     while True:
         try:
-            count, leaf = next(leaves)
+            leaf = next(leaves)
         except StopIteration:
             return
+        except ForkError:
+            raise
         except Exception as error:
             # Mappings, slots and wrapper tensors run their own code, and a model that loads must not fail for it.
             raise ForkError(f"the model's attributes cannot be read: {type(error).__name__}: {error}") from error
-        if count > MAX_LEAVES:
+        if len(names) >= MAX_LEAVES:
             raise ForkError(f"more than {MAX_LEAVES} tensors and values are reachable from the model")
-        yield leaf
+        name = leaf.name
+        while name in names:  # a method's <self>, for instance, and a variable of that name in its closure
+            name += "'"
+        names.add(name)
+        yield leaf if name == leaf.name else dataclasses.replace(leaf, name=name)
 
 
 def assign(leaf: Leaf, value: Plain) -> None:
-    """Put ``value`` where ``leaf`` is held.
+    """Put ``value`` where ``leaf`` is held; arrays and sets of the same kind get its content where they stand.
 
     Raises:
-        ForkError: the place cannot be written (a closure, a tuple, a read-only attribute).
+        ForkError: the place cannot be written (a closure, a tuple, a read-only attribute), or there is no such value.
     """
+    made = plain_values.from_data(value)
+    by_index = isinstance(leaf.owner, (Mapping, list, deque, UserList))
     try:
-        if isinstance(leaf.owner, (dict, list)):
-            leaf.owner[leaf.key] = value
-        elif isinstance(leaf.owner, (tuple, types.CellType)):
+        if isinstance(leaf.owner, (tuple, types.CellType)):
             raise TypeError(f"a {type(leaf.owner).__name__} cannot be written")
+        if isinstance(value, dict):
+            held = leaf.owner[leaf.key] if by_index else getattr(leaf.owner, leaf.key, None)
+            if plain_values.put_into(held, made):
+                return
+        if by_index:
+            leaf.owner[leaf.key] = made
         else:
-            setattr(leaf.owner, leaf.key, value)
+            setattr(leaf.owner, leaf.key, made)
     except Exception as error:
         # Setters run their own code, and a module raises KeyError for a name that it has otherwise.
         raise ForkError(f"state {leaf.name} of the seed cannot be set here: {error}") from error
@@ -189,113 +165,192 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Something that was met and not looked into yet."""
+
+    value: Any
+    name: str
+    below: _Below
+
+
 class _Walker:
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._of_model = {id(module) for module in model.modules()}
         self._seen: set[int] = set()
         self._alive: list[Any] = []  # ids are only unique among living objects
-        self._of_model = {id(module) for module in model.modules()}
+        self._queue: deque[_Place] = deque()
+        #: Settings and what hangs on tensors come last: what can be reached otherwise is looked at with all its values.
+        self._later: deque[_Place] = deque()
 
-    def modules(self, root: nn.Module, prefix: str) -> Iterator[Leaf]:
-        for name, module in root.named_modules(prefix=prefix):
-            if self._first_visit(module):
-                yield from self._module(module, name)
+    def leaves(self) -> Iterator[Leaf]:
+        yield from self._modules(self._model, "", _Below.MODULE)
+        while self._queue:
+            yield from self._open(self._queue.popleft())
+        while self._later:
+            place = self._later.popleft()
+            if isinstance(place.value, torch.Tensor):
+                yield from self._attributes(place)
+            elif self._first_visit(place.value, place.name):
+                yield from self._open(place)
 
-    def _first_visit(self, thing: Any) -> bool:
+    def _first_visit(self, thing: Any, name: str) -> bool:
         if id(thing) in self._seen:
             return False
+        if len(self._alive) >= MAX_OBJECTS:
+            raise ForkError(f"more than {MAX_OBJECTS} objects are reachable from the model, by way of {name}")
         self._seen.add(id(thing))
         self._alive.append(thing)
         return True
 
-    def _module(self, module: nn.Module, name: str) -> Iterator[Leaf]:
+    def _modules(self, root: nn.Module, prefix: str, below: _Below) -> Iterator[Leaf]:
+        for name, module in root.named_modules(prefix=prefix):
+            # A hidden module may hold registered ones, which have names of their own, and was visited when it was met.
+            if root is not self._model and id(module) in self._of_model:
+                continue
+            if self._first_visit(module, name) or module is root:
+                yield from self._module(module, name, below)
+
+    def _module(self, module: nn.Module, name: str, below: _Below) -> Iterator[Leaf]:
         if type(module).__name__ in PLACEHOLDERS:
             return
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
-                if tensor is not None and key not in SCRATCH:
-                    yield from self._tensor(tensor, _join(name, key), module, key)
+                if tensor is not None and not _is_scratch(module, key):
+                    yield from self._tensor(tensor, _join(name, key), module, key, below)
         for key in sorted(set(vars(module)) - _MODULE_INTERNAL):
-            if key not in SCRATCH and (type(module).__name__, key) not in SCRATCH_OF:
-                yield from self._value(vars(module)[key], _join(name, key), module, key, 0)
+            if not _is_scratch(module, key):
+                yield from self._meet(vars(module)[key], _join(name, key), module, key, below)
+        for hooks in _HOOKS:
+            for number, hook in enumerate(vars(module)[hooks].values()):
+                yield from self._meet(hook, _join(name, f"<{hooks.strip('_')} {number}>"), (), number, below)
 
-    def _tensor(self, tensor: torch.Tensor, name: str, owner: Any, key: Any) -> Iterator[Leaf]:
+    def _tensor(self, tensor: torch.Tensor, name: str, owner: Any, key: Any, below: _Below) -> Iterator[Leaf]:
+        known = id(tensor) in self._seen
+        if known and below is _Below.TENSOR:
+            return  # loaders' closures lead back to the parameters that they hang on
         if is_traceable_wrapper_subclass(tensor):
             inner, _ = tensor.__tensor_flatten__()
             for part in inner:
-                yield from self._tensor(getattr(tensor, part), f"{name}.{part}", tensor, part)
+                yield from self._tensor(getattr(tensor, part), f"{name}.{part}", tensor, part, below)
         else:
             yield Leaf(name, owner, key, tensor)
+        if self._first_visit(tensor, name) and getattr(tensor, "__dict__", None):
+            self._later.append(_Place(tensor, name, _Below.TENSOR))
 
-    def _value(self, value: Any, name: str, owner: Any, key: Any, depth: int) -> Iterator[Leaf]:  # noqa: PLR0912
+    def _meet(self, value: Any, name: str, owner: Any, key: Any, below: _Below) -> Iterator[Leaf]:  # noqa: PLR0912
+        """The leaf that ``value`` is, or none: then it is looked into in its turn."""
+        if len(name) > MAX_NAME:
+            raise ForkError(f"the model nests deeper than can be named: {name[:200]}...")
+        if type(value) in weakref.ProxyTypes:
+            value = value.__repr__.__self__
         if isinstance(value, torch.Tensor):
-            yield from self._tensor(value, name, owner, key)
-            return
-        if value is None or type(value) in (bool, int, float, str):
-            yield Leaf(name, owner, key, value)
-            return
-        if isinstance(value, enum.Enum):
-            # Compared and never set: a member belongs to the whole process, and text is not one.
-            yield Leaf(f"{name}.<member>", (), "member", f"{type(value).__qualname__}.{value.name}")
-            return
-        if depth >= MAX_DEPTH or isinstance(value, (type, types.ModuleType)):
-            return
-        if isinstance(value, nn.Module):
-            # One that the model does not register, for instance kept in a list so as to stay out of state_dict.
-            if id(value) not in self._of_model:
-                yield from self.modules(value, name)
-            return
-        if not self._first_visit(value):
-            return
-        if isinstance(value, Mapping):
-            for number, (inner_key, inner) in enumerate(value.items()):
-                label = inner_key if isinstance(inner_key, (str, int)) else f"#{number}"
-                if inner_key not in SCRATCH:
-                    yield from self._value(inner, f"{name}[{label}]", value, inner_key, depth + 1)
-        elif isinstance(value, (list, tuple, deque)):
-            for number, inner in enumerate(value):
-                yield from self._value(inner, f"{name}[{number}]", value, number, depth + 1)
-        elif isinstance(value, functools.partial):
-            parts = {"func": value.func, "args": value.args, "keywords": value.keywords}
-            for label, inner in parts.items():
-                yield from self._value(inner, f"{name}.<{label}>", (), label, depth + 1)
-        elif isinstance(value, types.MethodType):
-            yield from self._value(value.__self__, f"{name}.<self>", (), "self", depth + 1)
-            yield from self._function(value.__func__, name, depth)
-        elif isinstance(value, types.FunctionType):
-            yield from self._function(value, name, depth)
-        elif isinstance(value, torch.ScriptObject):
+            yield from self._tensor(value, name, owner, key, below)
+        elif plain_values.is_plain(value):
+            if below is _Below.MODULE or (below is _Below.TENSOR and type(value) is float):
+                yield Leaf(name, owner, key, plain_values.from_plain(value))
+        elif isinstance(value, enum.Enum):
+            if below is _Below.MODULE:
+                # Compared and never set: a member belongs to the whole process, and text is not one.
+                yield Leaf(f"{name}.<member>", (), "member", f"{type(value).__qualname__}.{value.name}")
+        elif plain_values.is_data(value):
+            if below is _Below.MODULE or plain_values.is_array(value):
+                yield self._data(value, name, owner, key)
+        elif isinstance(value, (int, float, str)):
+            if below is _Below.MODULE:  # of a subclass, which a value from elsewhere is not
+                yield Leaf(f"{name}.<value>", (), "value", f"{type(value).__qualname__} {value}")
+        elif isinstance(value, (torch.ScriptObject, torch.UntypedStorage, torch.TypedStorage)):
             yield Leaf(name, owner, key, Opaque(type(value).__name__))
-        elif isinstance(value, types.SimpleNamespace) or self._is_helper(value):
-            yield from self._helper(value, name, depth)
-
-    def _function(self, function: Any, name: str, depth: int) -> Iterator[Leaf]:
-        code = getattr(function, "__code__", None)
-        for label, cell in zip(getattr(code, "co_freevars", ()), function.__closure__ or (), strict=False):
-            try:
-                inner = cell.cell_contents
-            except ValueError:  # an empty cell: the variable is not bound yet
-                continue
-            yield from self._value(inner, f"{name}.<{label}>", cell, label, depth + 1)
-        for number, inner in enumerate(function.__defaults__ or ()):
-            if isinstance(inner, torch.Tensor):
-                yield from self._value(inner, f"{name}.<default {number}>", (), number, depth + 1)
+        elif keeps_own_results(value):
+            yield Leaf(name, owner, key, Opaque("results that functools.lru_cache keeps"))
+        elif not isinstance(value, (type, types.ModuleType)):
+            self._put_off(value, name, below)
 
     @staticmethod
-    def _is_helper(value: Any) -> bool:
-        kind = type(value)
-        module = kind.__module__ or ""
-        return module.partition(".")[0] not in _FOREIGN and not module.startswith(_PROCESS_WIDE)
+    def _data(value: Any, name: str, owner: Any, key: Any) -> Leaf:
+        try:
+            data = plain_values.as_data(value)
+        except ForkError as error:
+            raise ForkError(f"{name} is {error}") from error
+        # What cannot be passed on is compared and never set.
+        return Leaf(name, owner, key, data) if isinstance(data, dict) else Leaf(f"{name}.<digest>", (), key, data)
 
-    def _helper(self, value: Any, name: str, depth: int) -> Iterator[Leaf]:
-        leaves = self._attributes(value, name, depth)
-        if type(value).__name__.endswith("Config"):
-            # A layer's quantization may hold its scales; its plain values are settings, which the fingerprint covers.
-            leaves = (leaf for leaf in leaves if isinstance(leaf.value, (torch.Tensor, Opaque)))
-        yield from leaves
+    def _put_off(self, value: Any, name: str, below: _Below) -> None:
+        if isinstance(value, nn.Module):
+            # One that the model does not register is kept in a list, for instance, so as to stay out of state_dict.
+            if id(value) in self._of_model:
+                return
+        elif value is os.environ or any(kind.__name__ in SCRATCH_OBJECTS for kind in type(value).__mro__):
+            return
+        if below is _Below.MODULE and type(value).__name__.endswith("Config") and _is_helper(value):
+            below = _Below.CONFIG
+        place = _Place(value, name, below)
+        if below is not _Below.MODULE:
+            self._later.append(place)
+        elif self._first_visit(value, name):
+            self._queue.append(place)
 
-    def _attributes(self, value: Any, name: str, depth: int) -> Iterator[Leaf]:
+    def _open(self, place: _Place) -> Iterator[Leaf]:
+        value, name, below = place.value, place.name, place.below
+        if isinstance(value, nn.Module):
+            yield from self._modules(value, name, below)
+        elif isinstance(value, Mapping):
+            yield from self._mapping(value, name, below)
+        elif isinstance(value, (list, tuple, deque, UserList)):
+            for number, inner in enumerate(value):
+                yield from self._meet(inner, f"{name}[{number}]", value, number, below)
+        elif isinstance(value, (ValuesView, ItemsView)) or plain_values.is_array(value):  # an array of objects
+            for number, inner in enumerate(value.flat if plain_values.is_array(value) else value):
+                yield from self._meet(inner, f"{name}[{number}]", (), number, below)
+        elif isinstance(value, Set):
+            yield from self._set(value, name, below)
+        else:
+            if isinstance(value, _NAMESPACES) or _is_helper(value):
+                yield from self._attributes(place)
+            for label, inner, owner in opened(value):
+                yield from self._meet(inner, f"{name}.<{label}>", owner, label, below)
+
+    def _mapping(self, value: Mapping[Any, Any], name: str, below: _Below) -> Iterator[Leaf]:
+        labels: set[str] = set()
+        for number, (key, inner) in enumerate(value.items()):
+            label = str(key) if isinstance(key, (str, int)) else f"#{number}"
+            if label in labels:  # 1 and "1"
+                label = f"#{number}"
+            labels.add(label)
+            if not (isinstance(key, str) and key in SCRATCH):
+                yield from self._meet(inner, f"{name}[{label}]", value, key, below)
+            if not plain_values.is_plain(key):
+                yield from self._meet(key, f"{name}.<key {number}>", (), number, _Below.CONFIG)
+
+    def _set(self, value: Set[Any], name: str, below: _Below) -> Iterator[Leaf]:
+        """Sets of other than plain values have no order that two processes share."""
+        members = [member for member in value if self._may_hold(member)]
+        if len(members) > 1:
+            yield Leaf(name, (), "", Opaque(f"a set of {len(members)} objects, which have no order"))
+        else:
+            for member in members:
+                yield from self._meet(member, f"{name}.<member>", (), 0, below)
+
+    def _may_hold(self, value: Any) -> bool:
+        if isinstance(value, nn.Module):
+            return id(value) not in self._of_model
+        if plain_values.is_plain(value) or isinstance(value, (enum.Enum, type, types.ModuleType, str, int, float)):
+            return False
+        if isinstance(value, (tuple, frozenset)):
+            return any(map(self._may_hold, value))
+        if isinstance(value, (torch.Tensor, Mapping, list, *_NAMESPACES)) or _is_helper(value):
+            return True
+        parts = opened(value)
+        if isinstance(value, types.FunctionType):  # may lead back to itself
+            return any(True for _ in parts)
+        return any(self._may_hold(inner) for _, inner, _ in parts)
+
+    def _attributes(self, place: _Place) -> Iterator[Leaf]:
+        """What hangs on a helper or a tensor."""
+        value, name, below = place.value, place.name, place.below
         attributes = dict(getattr(value, "__dict__", {}))
-        for kind in type(value).__mro__:
+        for kind in () if isinstance(value, torch.Tensor) else type(value).__mro__:
             slots = kind.__dict__.get("__slots__", ())
             for slot in (slots,) if isinstance(slots, str) else slots:
                 if slot not in attributes and slot not in ("__dict__", "__weakref__"):
@@ -303,6 +358,30 @@ class _Walker:
                         attributes[slot] = getattr(value, slot)
                     except AttributeError:  # a slot that was never filled
                         continue
+        if not attributes and _is_native(value) and below is _Below.MODULE:
+            # What it holds cannot be seen; that it is there can.
+            yield Leaf(f"{name}.<native>", (), "native", f"{type(value).__module__}.{type(value).__qualname__}")
         for key in sorted(attributes, key=str):
-            if key not in SCRATCH:
-                yield from self._value(attributes[key], f"{name}.{key}", value, key, depth + 1)
+            if not _is_scratch(value, key):
+                yield from self._meet(attributes[key], f"{name}.{key}", value, key, below)
+
+
+def _is_scratch(holder: Any, key: str) -> bool:
+    if key in SCRATCH:
+        return True
+    if key not in _SCRATCH_SOMEWHERE:
+        return False
+    return any((kind.__name__, key) in SCRATCH_OF for kind in type(holder).__mro__) or any(
+        name == key and vars(holder).get(flag) is True for flag, name in SCRATCH_WHEN
+    )
+
+
+def _is_helper(value: Any) -> bool:
+    module = type(value).__module__ or ""
+    package = module.partition(".")[0]
+    foreign = package in _FOREIGN or package in sys.stdlib_module_names
+    return not (foreign or module.startswith(_PROCESS_WIDE))
+
+
+def _is_native(value: Any) -> bool:
+    return not hasattr(value, "__dict__") and any("__slots__" not in vars(kind) for kind in type(value).__mro__[:-1])

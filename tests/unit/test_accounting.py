@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from vllm_rfork.accounting import check_accounted, check_no_addresses, held_by
 from vllm_rfork.errors import ForkError
+from vllm_rfork.state import state_of
 from vllm_rfork.tensors import collect
 
 CPU = torch.device("cpu")
@@ -114,6 +116,13 @@ def test_an_address_among_the_values_is_refused() -> None:
     state = {"layers.0.size": 4096, "layers.0.pointer": one.layers[0].o_proj.weight.data_ptr()}
     with pytest.raises(ForkError, match=r"layers\.0\.pointer is an address"):
         check_no_addresses(collect(one, CPU), state)
+
+
+def test_an_address_in_an_array_of_numpy_is_refused_too() -> None:
+    one = model()
+    one.layers[0].pointers = np.array([0, one.layers[0].o_proj.weight.data_ptr() + 8])
+    with pytest.raises(ForkError, match=r"layers\.0\.pointers is an address"):
+        check_no_addresses(collect(one, CPU), state_of(one))
 
 
 def test_numbers_are_no_addresses() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import subprocess
 import sys
+import threading
+import types
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
+from vllm_rfork import walk
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest import check_manifest, decode_manifest, encode_manifest
 from vllm_rfork.segments import pair
@@ -30,12 +37,40 @@ IDENTITY = {
 
 
 class Helper:
-    __slots__ = ("__dict__", "slot")
+    __slots__ = ("__dict__", "__weakref__", "slot")
 
     def __init__(self) -> None:
         self.slot = torch.ones(2)
         self.in_helper = torch.ones(3)
         self.scale = 0.5
+
+    def use(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(slots=True)
+class Record:
+    tensor: torch.Tensor
+    number: int
+
+
+class Struct(msgspec.Struct):
+    tensor: Any
+
+
+class Named(NamedTuple):
+    tensor: torch.Tensor
+
+
+HELD, HELD_TOO = Helper(), Helper()
+
+
+def with_defaults(number: int = 1, cache: Any = (torch.ones(21),), *, more: Any = torch.ones(22)) -> None:  # noqa: B008
+    pass
+
+
+def hook(held: torch.Tensor, *args: Any) -> None:
+    pass
 
 
 class Hiding(nn.Module):
@@ -56,6 +91,19 @@ class Hiding(nn.Module):
         self.kv_cache = torch.ones(12)
         self.flag = True
         self.ratio = 1.5
+        self.method = Helper().use
+        self.native_method = torch.ones(13).add
+        self.reference = weakref.ref(HELD)
+        self.proxy = weakref.proxy(HELD_TOO)
+        self.defaults = with_defaults
+        self.weight.aux = {"scale": torch.ones(14), "again": self.weight}
+        self.only_one = {Helper()}
+        self.values = {"a": torch.ones(15)}.values()
+        self.drawn = iter([torch.ones(16)])
+        self.record = Record(torch.ones(17), 1)
+        self.struct = Struct(torch.ones(18))
+        self.named = Named(torch.ones(19))
+        self.register_forward_hook(functools.partial(hook, torch.ones(20)))
 
 
 class Tied(nn.Module):
@@ -73,19 +121,143 @@ def names(model: nn.Module) -> list[str]:
 
 
 def test_every_hiding_place_is_found_and_scratch_is_left_out() -> None:
-    assert names(Hiding()) == [
-        "weight",
-        "buffer",
-        "scratchless",
-        "closure.<closed>",
-        "hidden[0].weight",
-        "impl.in_helper",
-        "impl.slot",
-        "listed[0]",
-        "listed[1][deep][0]",
-        "partial.<args>[0]",
-        "plain",
-    ]
+    found = {entry.name: entry.shape for entry in collect(Hiding(), CPU).entries}
+    assert found == {
+        "weight": (4, 4),
+        "buffer": (5,),
+        "scratchless": (6,),
+        "closure.<closed>": (10,),
+        "hidden[0].weight": (2, 2),
+        "impl.in_helper": (3,),
+        "impl.slot": (2,),
+        "listed[0]": (8,),
+        "listed[1][deep][0]": (9,),
+        "partial.<args>[0]": (11,),
+        "plain": (7,),
+        "method.<self>.in_helper": (3,),
+        "method.<self>.slot": (2,),
+        "native_method.<self>": (13,),
+        "reference.<ref>.in_helper": (3,),
+        "reference.<ref>.slot": (2,),
+        "proxy.in_helper": (3,),
+        "proxy.slot": (2,),
+        "defaults.<default 1>[0]": (21,),
+        "defaults.<default more>": (22,),
+        "weight.aux[scale]": (14,),
+        "only_one.<member>.in_helper": (3,),
+        "only_one.<member>.slot": (2,),
+        "values[0]": (15,),
+        "drawn.<held 0>[0]": (16,),
+        "record.tensor": (17,),
+        "struct.tensor": (18,),
+        "named[0]": (19,),
+        "<forward_hooks 0>.<args>[0]": (20,),
+    }
+
+
+def test_however_deep_it_lies() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.nest = torch.ones(3)
+    for _ in range(100):
+        model.nest = [model.nest]
+    assert names(model) == ["weight", "nest" + "[0]" * 100]
+    for _ in range(300):
+        model.nest = [model.nest]
+    with pytest.raises(ForkError, match=r"deeper than can be named: nest\[0\]\[0\]"):
+        names(model)
+
+
+def test_what_is_met_far_down_first_is_named_after_the_nearest_place() -> None:
+    """Else an attribute that sorts before all others, and that one worker alone has, would give it another name."""
+    model = nn.Linear(1, 1, bias=False)
+    helper = Helper()
+    model.nearest = helper
+    model.a_long_way = [[[[[[[[[helper]]]]]]]]]
+    assert names(model) == ["weight", "nearest.in_helper", "nearest.slot"]
+    del model.nearest
+    assert names(model) == ["weight", *(f"a_long_way{'[0]' * 9}.{name}" for name in ("in_helper", "slot"))]
+
+
+def test_a_walk_that_leaves_the_model_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "MAX_OBJECTS", 50)
+    model = nn.Linear(1, 1)
+    model.many = [[] for _ in range(100)]
+    with pytest.raises(ForkError, match=r"more than 50 objects .* by way of many\[\d+\]"):
+        names(model)
+
+
+def test_no_two_leaves_have_one_name() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.mixed = {1: torch.ones(1), "1": torch.ones(2)}
+    self = torch.ones(3)
+
+    def closed(_: Any) -> Any:
+        return self
+
+    model.method = types.MethodType(closed, torch.ones(4))
+    shapes = {entry.name: entry.shape for entry in collect(model, CPU).entries}
+    assert shapes == {
+        "weight": (1, 1),
+        "mixed[1]": (1,),
+        "mixed[#1]": (2,),
+        "method.<self>": (4,),
+        "method.<self>'": (3,),
+    }
+
+
+def test_a_hidden_module_does_not_give_its_name_to_registered_ones() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    hidden = nn.Sequential(nn.Linear(2, 2, bias=False))
+    hidden.borrowed = model[0]
+    model.hidden = [hidden]
+    assert names(model) == ["0.weight", "hidden[0].0.weight"]
+
+
+def test_settings_are_looked_at_last() -> None:
+    """A helper that a layer's configuration holds too would otherwise be one of the settings, without its values."""
+
+    class SomeConfig:
+        def __init__(self, helper: Helper) -> None:
+            self.aside, self.own = helper, 3
+
+    model = nn.Linear(1, 1)
+    helper = Helper()
+    model.config, model.impl = SomeConfig(helper), [helper]
+    assert {name: value for name, value in state_of(model).items() if "scale" in name} == {"impl[0].scale": 0.5}
+    assert "config.own" not in state_of(model)
+
+
+def cached() -> Any:
+    @functools.lru_cache
+    def kept(number: int) -> torch.Tensor:
+        return torch.ones(number)
+
+    kept(2)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("thing", "reason"),
+    [
+        (lambda: {Helper(), Helper()}, "a set of 2 objects, which have no order"),
+        (lambda: torch.ones(2).untyped_storage(), "UntypedStorage"),
+        (cached, "results that functools.lru_cache keeps"),
+    ],
+)
+def test_what_may_hold_weights_and_cannot_be_named_is_opaque(thing: Any, reason: str) -> None:
+    model = nn.Linear(1, 1)
+    model.layer = nn.Linear(1, 1)
+    model.layer.odd = thing()
+    assert collect(model, CPU).opaque == (f"layer.odd ({reason})",)
+
+
+def test_what_holds_no_weights_is_left_alone() -> None:
+    model = nn.Linear(1, 1)
+    model.modules_too, model.functions = {model}, {len, print, names}
+    model.lock, model.environment, model.kind = threading.Lock(), os.environ, Helper
+    model.gone = weakref.ref(Helper())
+    assert state_of(model).keys() == state_of(nn.Linear(1, 1)).keys()
+    assert collect(model, CPU).opaque == ()
 
 
 def test_what_serving_writes_to_is_none_of_a_seeds() -> None:
@@ -104,7 +276,35 @@ def test_what_serving_writes_to_is_none_of_a_seeds() -> None:
             super().__init__()
             self.positions = torch.zeros(3)
 
-    assert names(nn.Sequential(Gemma3nTextModel(), Other())) == ["0.weight", "1.positions"]
+    class Derived(Gemma3nTextModel):
+        pass
+
+    model = nn.Sequential(Gemma3nTextModel(), Other(), Derived())
+    assert names(model) == ["0.weight", "1.positions", "2.weight"]
+
+
+def test_scales_that_a_tower_computes_while_serving_are_none_of_a_seeds() -> None:
+    class Tower(nn.Module):
+        def __init__(self, *, dynamic: bool) -> None:
+            super().__init__()
+            self._fp8_dynamic_scale = dynamic
+            self.register_buffer("_fp8_q_scale", torch.ones(1))
+            self.register_buffer("_fp8_q_amax", torch.zeros(16))
+
+    assert names(nn.Sequential(Tower(dynamic=True), Tower(dynamic=False))) == ["1._fp8_q_scale"]
+
+
+def test_objects_that_are_scratch_are_left_out_whole() -> None:
+    class DirectCPWorkspace:
+        def __init__(self) -> None:
+            self.shared = torch.ones(3)
+
+    class DirectDCPA2AWorkspace(DirectCPWorkspace):
+        pass
+
+    model = nn.Linear(1, 1, bias=False)
+    model.manager = [DirectDCPA2AWorkspace()]
+    assert names(model) == ["weight"]
 
 
 def test_native_objects_are_seen_in_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
