@@ -87,6 +87,8 @@ ROWS: tuple[Row, ...] = (
     # Classes whose modules begin so are not looked into.
     Row("vllm.config"),
     Row("vllm.distributed"),
+    Row("vllm.compilation"),
+    Row("vllm.scalar_type"),
     Row("vllm_ascend.distributed", package=ASCEND),
     *members(
         "vllm.config.vllm",
@@ -94,6 +96,7 @@ ROWS: tuple[Row, ...] = (
         "model_config",
         "parallel_config",
         "cache_config",
+        "offload_config",
         "load_config",
         "device_config",
         "compilation_config",
@@ -133,6 +136,8 @@ ROWS: tuple[Row, ...] = (
         "data_parallel_size",
         "prefill_context_parallel_size",
     ),
+    *members("vllm.config.cache", "CacheConfig", "calculate_kv_scales", until="0.30.0"),
+    *members("vllm.config.cache", "CacheConfig", "cpu_offload_gb", until="0.18.0"),
     *members("vllm.config.kv_transfer", "KVTransferConfig", "kv_role"),
     *members("vllm.config.speculative", "SpeculativeConfig", "draft_model_config"),
     # --- process-wide state and workers -----------------------------------------------------------------------------
@@ -214,6 +219,7 @@ CONFIGURATIONS: dict[str, tuple[str, str]] = {
     "load": ("vllm.config.load", "LoadConfig"),
     "device": ("vllm.config.device", "DeviceConfig"),
     "kv_transfer": ("vllm.config.kv_transfer", "KVTransferConfig"),
+    "scheduler": ("vllm.config.scheduler", "SchedulerConfig"),
     "speculative": ("vllm.config.speculative", "SpeculativeConfig"),
 }
 

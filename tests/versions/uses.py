@@ -19,6 +19,7 @@ OBJECTS = {
     "load_config": "LoadConfig",
     "parallel_config": "ParallelConfig",
     "parallel": "ParallelConfig",
+    "cache_config": "CacheConfig",
     "device_config": "DeviceConfig",
     "compilation_config": "CompilationConfig",
     "compilation": "CompilationConfig",

@@ -49,6 +49,7 @@ def configurations() -> dict[str, Any]:
         "load": vllm.LoadConfig,
         "device": vllm.DeviceConfig,
         "kv_transfer": vllm.KVTransferConfig,
+        "scheduler": vllm.SchedulerConfig,
         "speculative": vllm.SpeculativeConfig,
     }
 
@@ -99,6 +100,10 @@ def test_the_sections_are_where_vllm_has_them_and_their_facts_are_canonical(mode
     assert options["parallel"]["tensor_parallel_size"] == 1
     assert first["kind"] == ["generate", "none"]
 
+    larger = facts("runtime", max_num_batched_tokens=128)
+    assert larger != first
+    assert facts("runtime", max_num_batched_tokens=128, max_num_seqs=3) == larger
+    assert facts("checkpoint", max_num_batched_tokens=128) == facts("checkpoint")
     assert facts("runtime", moe_backend="triton") != first
     assert facts("checkpoint", moe_backend="triton") == facts("checkpoint")
     assert build_fingerprint(facts("checkpoint")) != build_fingerprint(first)

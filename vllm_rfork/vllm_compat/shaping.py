@@ -20,6 +20,7 @@ SECTIONS: dict[str, str] = {
     "load": "load_config",
     "device": "device_config",
     "kv_transfer": "kv_transfer_config",
+    "scheduler": "scheduler_config",
     "speculative": "speculative_config",
 }
 
@@ -87,6 +88,10 @@ IN_RUNTIME: dict[str, tuple[str, ...]] = {
     "parallel": ("all2all_backend", "enable_dbo", "dcp_comm_backend"),
     # SFA on Ascend keeps or drops projections by it.
     "kv_transfer": ("kv_role",),
+    # Post-processing makes the kernels of experts and of packed embeddings for so many tokens at once, and what it
+    # leaves beside the tensors becomes the seed's: a receiver that takes larger batches would overrun them. On Ascend
+    # it decides by them whether MLA's projections are packed into one (enable_mlapo).
+    "scheduler": ("max_num_batched_tokens", "max_num_scheduled_tokens"),
     "speculative": ("moe_backend", "attention_backend", "kv_cache_dtype"),
 }
 
@@ -100,6 +105,7 @@ LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
             "load_config",
             "device_config",
             "kv_transfer_config",
+            "scheduler_config",
             "speculative_config",
         ),
         "counts whole": (
@@ -114,7 +120,6 @@ LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "adapters wrap layers later and leave the base's bytes alone": ("lora_config",),
         "shapes graphs, not weights": ("compilation_config", "optimization_level", "performance_mode"),
         "about requests, caches, logs or life cycle": (
-            "scheduler_config",
             "aux_output_config",
             "watermark_config",
             "diffusion_config",
@@ -344,6 +349,33 @@ LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
             "kv_ip",
             "kv_parallel_size",
             "kv_rank",
+        ),
+    },
+    "scheduler": {
+        "follows from the model": ("runner_type", "is_multimodal_model"),
+        "sizes buffers that are written in every step; one that no rule leaves out makes a mismatch": (
+            "max_num_seqs",
+            "max_num_encoder_input_tokens",
+            "encoder_cache_size",
+        ),
+        "which requests run when, and how their answers go out": (
+            "max_num_active_seqs",
+            "max_num_partial_prefills",
+            "max_long_partial_prefills",
+            "long_prefill_token_threshold",
+            "long_prefill_token_threshold_adaptive",
+            "max_num_queued_reqs",
+            "max_num_queued_tokens",
+            "enable_chunked_prefill",
+            "policy",
+            "disable_chunked_mm_input",
+            "scheduler_cls",
+            "disable_hybrid_kv_cache_manager",
+            "scheduler_reserve_full_isl",
+            "watermark",
+            "prefill_schedule_interval",
+            "async_scheduling",
+            "stream_interval",
         ),
     },
     "speculative": {
