@@ -1,0 +1,29 @@
+"""Settings under which serving writes to weights: such a worker offers none, and says why."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from vllm_rfork.vllm_compat import loading
+
+
+@pytest.mark.parametrize(
+    ("eplb", "scales", "reason"),
+    [
+        (True, False, "enable_eplb"),
+        (False, True, "calculate_kv_scales"),
+        (False, False, ""),
+        (False, None, ""),  # from 0.30 on there is no such option
+    ],
+)
+def test_serving_that_writes_to_weights_makes_no_seed(eplb: bool, scales: bool | None, reason: str) -> None:
+    config = types.SimpleNamespace(
+        additional_config=None,
+        parallel_config=types.SimpleNamespace(enable_eplb=eplb),
+        cache_config=types.SimpleNamespace(**({} if scales is None else {"calculate_kv_scales": scales})),
+    )
+    found = loading.never_a_seed(config)
+    assert bool(found) is bool(reason)
+    assert reason in found
