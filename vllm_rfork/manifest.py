@@ -52,7 +52,9 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
     ``dtype`` is torch's name without the prefix (``bfloat16``); ``shape`` and ``stride`` count elements;
     ``format`` is a private layout such as an NPU's NZ (0: none). A tensor without elements has ``span`` -1, and
-    so has a small tensor that does not live on the engine's device: its bytes travel in ``inline``.
+    so has a small tensor that does not live on the engine's device: its bytes travel in ``inline``. Inline tensors
+    that overlap have one ``inline_group``, a number, and ``offset`` counts from the group's first byte; None from a
+    seed that does not say which of them do.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
     offset: int = 0
     format: int = 0
     inline: bytes | None = None
+    inline_group: int | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +73,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``endpoint`` is how ``engine`` reaches the seed (opaque text); ``state`` is the Python-side state that
     loading set (``path.attribute`` → plain value), ``state_gone`` what was plain before and is not any more;
+    ``built`` is how the model was built, by ``built.py``, None where the seed does not say;
     ``epoch`` names one life of the seed with unchanged weights.
     """
 
@@ -85,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[TensorEntry, ...]
     state: dict[str, Any] = {}
     state_gone: tuple[str, ...] = ()
+    built: dict[str, str] | None = None
     digest_algorithm: str = ""
 
     @property
@@ -155,6 +160,8 @@ def _check_tensors(manifest: Manifest) -> None:
         seen.add(tensor.name)
         if len(tensor.shape) != len(tensor.stride) or any(size < 0 for size in tensor.shape):
             raise SeedError(f"tensor {tensor.name!r} of the seed's manifest has an impossible shape or stride")
+        if tensor.inline_group is not None and (tensor.inline is None or tensor.span != -1 or tensor.inline_group < 0):
+            raise SeedError(f"tensor {tensor.name!r} of the seed's manifest is no inline tensor and in a group of them")
         if tensor.span == -1:
             continue
         if not 0 <= tensor.span < len(manifest.spans):

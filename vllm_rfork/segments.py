@@ -13,6 +13,9 @@ from typing import NamedTuple
 from vllm_rfork.errors import ManifestMismatch
 from vllm_rfork.manifest import Manifest, TensorEntry
 
+#: How much of a value from elsewhere a message shows, in characters.
+MAX_SHOWN = 80
+
 
 class Segment(NamedTuple):
     """One contiguous copy: local address, remote address, length in bytes."""
@@ -29,8 +32,8 @@ def pair(local: Manifest, remote: Manifest) -> list[Segment]:
     in different orders. A segment lies in one span on either side and so never crosses a registration.
 
     Raises:
-        ManifestMismatch: layouts, tensors, dtypes, shapes, strides, formats or alias structure differ; the
-            error lists all of it.
+        ManifestMismatch: layouts, tensors, dtypes, shapes, strides, formats, alias structure or how the models were
+            built differ; the error lists all of it.
     """
     differences: list[str] = []
     if local.layout != remote.layout:
@@ -46,6 +49,7 @@ def pair(local: Manifest, remote: Manifest) -> list[Segment]:
     differences.extend(f"{name}: only the seed has it" for name in theirs if name not in ours)
     if not differences:
         differences.extend(_alias_differences(local, remote))
+    differences.extend(built_differences(local.built, remote.built))
     if differences:
         raise ManifestMismatch(differences)
 
@@ -70,6 +74,21 @@ def paired_digests(local: Manifest, remote: Manifest) -> dict[int, str]:
     return {
         tensor.span: remote.spans[remote_span_of[tensor.name]].digest for tensor in local.tensors if tensor.span != -1
     }
+
+
+def built_differences(local: dict[str, str] | None, remote: dict[str, str] | None) -> Iterator[str]:
+    """What two constructors chose otherwise (``built.py``); nothing where the receiver has not looked.
+
+    A name that one side lacks is no difference: which values are there depends on options that shape no weights.
+    """
+    if local is None:
+        return
+    if remote is None:
+        yield "as built: the seed does not say how its model was built"
+        return
+    for name, ours in local.items():
+        if (theirs := remote.get(name, ours)) != ours:
+            yield f"{name} as built: {theirs[:MAX_SHOWN]} on the seed, {ours[:MAX_SHOWN]} on the receiver"
 
 
 def batches(segments: Iterable[Segment], *, max_nbytes: int, max_items: int) -> Iterator[list[Segment]]:
@@ -110,13 +129,17 @@ def _alias_differences(local: Manifest, remote: Manifest) -> Iterator[str]:
     ours, theirs = _members(local), _members(remote)
     for name, members in ours.items():
         others = theirs[name]
-        if members != others:
+        if members and others and members != others:
             yield f"{name}: shares memory with {_names(others)} on the seed, with {_names(members)} on the receiver"
     theirs_by_name = {tensor.name: tensor for tensor in remote.tensors}
     for tensor in local.tensors:
         other = theirs_by_name[tensor.name]
         if (tensor.span == -1) != (other.span == -1):
             yield f"{tensor.name}: has memory on one side only"
+        elif tensor.inline_group is not None and other.inline is not None and other.inline_group is None:
+            yield f"{tensor.name}: the seed does not say which small tensors share memory"
+        elif (tensor.inline is None) != (other.inline is None):
+            yield f"{tensor.name}: has its bytes in the manifest on one side only"
         elif tensor.span != -1 and ours[tensor.name] == theirs[tensor.name]:
             mine, remotes = local.spans[tensor.span].nbytes, remote.spans[other.span].nbytes
             if mine != remotes:
@@ -124,13 +147,20 @@ def _alias_differences(local: Manifest, remote: Manifest) -> Iterator[str]:
 
 
 def _members(manifest: Manifest) -> dict[str, tuple[tuple[str, int], ...]]:
-    """Tensor name → the (name, offset) pairs of everything in its span, itself included."""
-    of_span: dict[int, list[tuple[str, int]]] = {}
+    """Tensor name → the (name, offset) pairs of everything in its memory, itself included: its span or inline group."""
+    of_memory: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for tensor in manifest.tensors:
-        if tensor.span != -1:
-            of_span.setdefault(tensor.span, []).append((tensor.name, tensor.offset))
-    groups = {span: tuple(sorted(members)) for span, members in of_span.items()}
-    return {tensor.name: groups.get(tensor.span, ()) for tensor in manifest.tensors}
+        if memory := _memory(tensor):
+            of_memory.setdefault(memory, []).append((tensor.name, tensor.offset))
+    groups = {memory: tuple(sorted(members)) for memory, members in of_memory.items()}
+    return {tensor.name: groups[memory] if (memory := _memory(tensor)) else () for tensor in manifest.tensors}
+
+
+def _memory(tensor: TensorEntry) -> tuple[str, int] | None:
+    """What it lies in; None where it has no elements, or its seed does not say."""
+    if tensor.span != -1:
+        return "span", tensor.span
+    return None if tensor.inline_group is None else ("inline", tensor.inline_group)
 
 
 def _names(members: tuple[tuple[str, int], ...]) -> str:

@@ -7,25 +7,25 @@ is an error, never left out.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.blocks import merge_into_blocks
 from vllm_rfork.devices.choice import device_side
-from vllm_rfork.errors import ForkError
+from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
 from vllm_rfork.walk import Leaf, Opaque, walk
 
 #: A tensor off the engine's device travels inside the manifest up to this size, in bytes: scales and index tables.
 MAX_INLINE_NBYTES = 256 * 1024
-#: 64-bit integer tensors up to this many elements may be tables of pointers; index tables of that size are rare.
-MAX_ADDRESSES = 65_536
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Collection:
 
     ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
     maps the names of inline tensors to the tensors; ``opaque`` names native objects whose memory cannot be seen;
-    ``integers`` are the tensors that are small enough to be tables of addresses.
+    ``integers`` are the tensors that may be tables of addresses.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -93,12 +93,11 @@ def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
     opaque = tuple(f"{leaf.name} ({leaf.value.kind})" for leaf in leaves if isinstance(leaf.value, Opaque))
     on_device: list[tuple[str, torch.Tensor]] = []
     inline: dict[str, torch.Tensor] = {}
-    empty: set[str] = set()
     for leaf in found:
         tensor = _plain(leaf)
         if tensor.numel() == 0:
-            empty.add(leaf.name)
-        elif tensor.device.type == device.type:
+            continue
+        if tensor.device.type == device.type:
             on_device.append((leaf.name, tensor))
         elif tensor.numel() * tensor.element_size() <= MAX_INLINE_NBYTES:
             inline[leaf.name] = tensor
@@ -110,8 +109,9 @@ def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
     side = device_side(device)
     spans, span_of = _spans(on_device, side)
     regions, span_regions = _regions(spans, side)
-    entries = tuple(_entry(leaf, spans, span_of, inline, empty, side=side) for leaf in found)
-    integers = {name: tensor for name, tensor in on_device if _may_be_addresses(tensor)}
+    groups = _inline_groups(inline)
+    entries = tuple(_entry(leaf, spans, span_of, inline, groups, side=side) for leaf in found)
+    integers = {name: tensor for name, tensor in (*on_device, *inline.items()) if _may_be_addresses(tensor)}
     return Collection(entries, spans, regions, span_regions, inline, opaque, integers)
 
 
@@ -122,7 +122,7 @@ def names_in(collection: Collection, spans: Iterable[int]) -> str:
 
 
 def apply_inline(collection: Collection, manifest: Manifest) -> None:
-    """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes.
+    """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes and who shares memory.
 
     Raises:
         ForkError: bytes are missing or of the wrong length.
@@ -136,6 +136,27 @@ def apply_inline(collection: Collection, manifest: Manifest) -> None:
             raise ForkError(f"the seed sent no usable bytes for tensor {entry.name}", mutated=True)
         source = torch.frombuffer(bytearray(entry.inline), dtype=torch.uint8).view(target.dtype).view(target.shape)
         target.copy_(source)
+
+
+def check_inline(collection: Collection, manifest: Manifest) -> None:
+    """Prove that inline tensors hold the seed's bytes when all else has been done to the model.
+
+    Raises:
+        VerificationError: names those that do not.
+    """
+    sent = {entry.name: entry.inline for entry in manifest.tensors}
+    if wrong := [name for name, tensor in collection.inline.items() if _raw(tensor) != sent.get(name)]:
+        raise VerificationError(f"{len(wrong)} small tensors have not the seed's bytes: {', '.join(wrong[:5])}")
+
+
+def with_inline(collection: Collection, manifest: Manifest) -> Collection:
+    """``collection`` with the inline bytes that ``manifest`` has in place of those that were there when it was made."""
+    sent = {entry.name: entry.inline for entry in manifest.tensors}
+    entries = tuple(
+        msgspec.structs.replace(entry, inline=sent.get(entry.name)) if entry.name in collection.inline else entry
+        for entry in collection.entries
+    )
+    return dataclasses.replace(collection, entries=entries)
 
 
 def _plain(leaf: Leaf) -> torch.Tensor:
@@ -158,27 +179,46 @@ def _plain(leaf: Leaf) -> torch.Tensor:
 
 
 def _may_be_addresses(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.int64, torch.uint64) and tensor.numel() <= MAX_ADDRESSES
+    return tensor.dtype in (torch.int64, torch.uint64)
 
 
 def _spans(tensors: list[tuple[str, torch.Tensor]], side: DeviceSide) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
     """Merge overlapping tensors into spans, numbered in the order in which the walk first meets them."""
-    extents = sorted((*side.extent(tensor), number) for number, (_, tensor) in enumerate(tensors))
+    spans: list[LocalSpan] = []
+    span_of: dict[str, int] = {}
+    for index, (start, end, members) in enumerate(_overlapping([side.extent(tensor) for _, tensor in tensors])):
+        data = _bytes_of([tensors[number] for number in members], start, end, side)
+        spans.append(LocalSpan(start, end - start, data))
+        span_of.update({tensors[number][0]: index for number in members})
+    return tuple(spans), span_of
+
+
+def _inline_groups(inline: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Inline tensor → the number of the overlapping ones it is among, and its offset there in bytes."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in inline.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    groups: dict[str, tuple[int, int]] = {}
+    count = 0
+    for device, names in by_device.items():
+        side = device_side(device)
+        for start, _, members in _overlapping([side.extent(inline[name]) for name in names]):
+            for number in members:
+                groups[names[number]] = count, inline[names[number]].data_ptr() - start
+            count += 1
+    return groups
+
+
+def _overlapping(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
+    """Start, end and members of each group of extents that overlap, in the order of the groups' first members."""
     groups: list[tuple[int, int, list[int]]] = []
-    for start, end, number in extents:
+    for (start, end), number in sorted((extent, number) for number, extent in enumerate(extents)):
         if groups and start < groups[-1][1]:
             before, until, members = groups[-1]
             groups[-1] = (before, max(until, end), [*members, number])
         else:
             groups.append((start, end, [number]))
-    groups.sort(key=lambda group: min(group[2]))
-    spans: list[LocalSpan] = []
-    span_of: dict[str, int] = {}
-    for index, (start, end, members) in enumerate(groups):
-        data = _bytes_of([tensors[number] for number in members], start, end, side)
-        spans.append(LocalSpan(start, end - start, data))
-        span_of.update({tensors[number][0]: index for number in members})
-    return tuple(spans), span_of
+    return sorted(groups, key=lambda group: min(group[2]))
 
 
 def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int, side: DeviceSide) -> torch.Tensor:
@@ -223,22 +263,24 @@ def _entry(
     spans: tuple[LocalSpan, ...],
     span_of: dict[str, int],
     inline: dict[str, torch.Tensor],
-    empty: set[str],
+    groups: dict[str, tuple[int, int]],
     *,
     side: DeviceSide,
 ) -> TensorEntry:
     tensor: torch.Tensor = leaf.value
     name = leaf.name
-    number = -1 if name in empty or name in inline else span_of[name]
+    number = span_of.get(name, -1)
+    group, within = groups.get(name, (None, 0))
     return TensorEntry(
         name=name,
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),
         stride=tuple(tensor.stride()),
         span=number,
-        offset=tensor.data_ptr() - spans[number].address if number != -1 else 0,
+        offset=tensor.data_ptr() - spans[number].address if number != -1 else within,
         format=side.private_format(tensor.detach()) if number != -1 else 0,
         inline=_raw(inline[name]) if name in inline else None,
+        inline_group=group,
     )
 
 
