@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -26,6 +27,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def meeting_port() -> int:
+    """A free TCP port of 127.0.0.1 that nobody is given who asks the system for any, as engines and seeds do.
+
+    For a port that is bound much later than it is chosen.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("of a hundred ports between 20000 and 32000 none is free")
 
 
 def eventually(condition: Callable[[], _T], what: str, timeout_s: float = 30.0) -> _T:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import logging
 
@@ -20,3 +22,8 @@ for _name in (
     "vllm_rfork.loader",
 ):
     importlib.import_module(_name)
+
+# vLLM collects garbage twice in every load; what imports have made never is any, and looking at it takes a second.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)  # else native modules complain of leaks

@@ -15,7 +15,7 @@ from typing import Any
 
 from zoo import checkpoints
 from zoo.observe import Load
-from zoo.planner import Planner, eventually, free_port
+from zoo.planner import Planner, eventually, meeting_port
 from zoo.roles import ENGINE_ARGUMENTS, LEADER, LOAD, Order, Report
 from zoo.specimen import Specimen, listed
 from zoo.stage import RoleFailed, in_a_process, instance
@@ -138,7 +138,7 @@ def _run(specimen: Specimen, setting: Setting, row: Row) -> None:
         checkpoints.without_weights(folder, bare)
         if specimen.adapter:
             shutil.copytree(folder / "adapter", bare / "adapter", dirs_exist_ok=True)
-    with instance(_order(specimen, setting, folder, "seed", LOAD), specimen.ranks, free_port()) as seed:
+    with instance(_order(specimen, setting, folder, "seed", LOAD), specimen.ranks, meeting_port()) as seed:
         seeds = seed.reports(setting.timeout_s)
         row.failures += _differences(specimen, "the seed", default, seeds, layout="", used=False)
         if refused is None:
@@ -156,7 +156,7 @@ def _check_meaning(specimen: Specimen, answers: list[Any], row: Row) -> None:
 
 
 def _load(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: str) -> list[Report]:
-    with instance(_order(specimen, setting, folder, role, asks), specimen.ranks, free_port()) as running:
+    with instance(_order(specimen, setting, folder, role, asks), specimen.ranks, meeting_port()) as running:
         return running.reports(setting.timeout_s)
 
 

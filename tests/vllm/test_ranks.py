@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.rank_process import FAULTS, Outcome, play
-from zoo.planner import free_port
+from zoo.planner import meeting_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -18,7 +18,7 @@ def outcomes(
     vllm_imported: None, model_a: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Outcome] | str]:
     """What both ranks report, by fault; see ``rank_process``."""
-    context, port, logs = multiprocessing.get_context("forkserver"), free_port(), tmp_path_factory.mktemp("ranks")
+    context, port, logs = multiprocessing.get_context("forkserver"), meeting_port(), tmp_path_factory.mktemp("ranks")
     running = []
     for rank in range(2):
         ours, theirs = context.Pipe()
