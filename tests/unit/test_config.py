@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 from vllm_rfork import messages
@@ -188,3 +190,13 @@ def test_the_token_is_not_in_the_representation() -> None:
 def test_only_a_json_object_is_taken() -> None:
     with pytest.raises(ConfigError, match="JSON object"):
         parse_config([("model_url", "m")], {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("rfork_token", "hunter2\n"), ("rfork_scheduler_url", "ftp://u:hunter2@host")]
+)
+def test_no_secret_in_the_traceback_of_a_wrong_setting(option: str, value: str) -> None:
+    """vLLM logs the whole chain of a start that fails."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config({option: value})
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.vllm import models
+from vllm_rfork.engines.memory import open_engines
 from zoo.planner import Planner, eventually
 from zoo.stage import fork_server
 
@@ -150,6 +151,27 @@ def seed(planner: Planner, model_a: Path) -> Iterator[SeedProcess]:
     eventually(planner.seeds, "seed is announced")
     yield process
     process.end()
+
+
+@pytest.fixture
+def no_seeds() -> Iterator[None]:
+    """No seed of an earlier test in this process, and none of this one's after it."""
+    from vllm_rfork import seeding
+
+    seeding.withdraw_all("a test begins")
+    yield
+    seeding.withdraw_all("a test is over")
+    eventually(lambda: not open_engines(), "every engine is closed")
+
+
+@pytest.fixture
+def runtime_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime layout on this machine's processor, where vLLM packs no weight into native objects now."""
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr("vllm_rfork.plan.NO_RUNTIME", frozenset())
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
+    monkeypatch.setattr(utils.ops, "_supports_onednn", False)
 
 
 class LogRecords(logging.Handler):

@@ -2,77 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from aiohttp import web
 
 from tests.vllm import fakes, models
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
-from tests.vllm.engine_process import free_port, load_digested, vllm_config
+from tests.vllm.engine_process import free_port, load, load_digested, vllm_config
+from tests.vllm.falling_back import falls_back, nothing_left_behind
 from vllm_rfork import plan
-from vllm_rfork.background import background
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
 from vllm_rfork.errors import ConfigError
 
 pytestmark = pytest.mark.vllm
-
-
-def things_that_leak() -> tuple[set[str], set[int]]:
-    """Threads by name and child processes by pid that this package may have left behind."""
-    threads = {thread.name for thread in threading.enumerate() if "rfork" in thread.name.lower()}
-    return threads, {child.pid for child in psutil.Process().children(recursive=True)}
-
-
-@contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """After the block: the threads and processes of before, and no engine that is open or holds a registration."""
-    background()  # the process-wide loop is there for good; it is not what is looked for
-    threads, processes = things_that_leak()
-
-    def clean() -> bool:
-        now_threads, now_processes = things_that_leak()
-        idle_io = {name for name in now_threads if "-io" in name}
-        return not (now_threads - threads - idle_io) and now_processes <= processes and not open_engines()
-
-    yield
-    eventually(clean, f"threads, processes and engines of before (now {things_that_leak()}, {open_engines()})")
-
-
-def falls_back(
-    model: Path,
-    expected: Any,
-    url: str,
-    log: LogRecords,
-    *,
-    cause: str,
-    leases: Callable[[], int] | None = None,
-    **extra: Any,
-) -> float:
-    """Load ``model`` with the planner at ``url`` and check all that must hold after a failure; returns the seconds."""
-    with nothing_left_behind():
-        started = time.monotonic()
-        options = extra_for(url, **{"rfork_become_seed": False, **extra})
-        loaded = load_digested(vllm_config(model, load_format="rfork", extra=options))
-        seconds = time.monotonic() - started
-    assert loaded.before == expected.before
-    assert loaded.after == expected.after
-    warnings = [line for line in log.warnings if "falling back" in line]
-    assert len(warnings) == 1, log.warnings
-    assert cause in warnings[0], warnings[0]
-    if leases is not None:
-        eventually(lambda: leases() == 0, "no lease is left at the planner")
-    return seconds
 
 
 # --- planners ---------------------------------------------------------------------------------------------------
@@ -94,6 +46,34 @@ def test_a_planner_that_hangs_costs_one_request_timeout_in_total(
         )
     # The bound is one second; the rest is the load itself, on a machine that may be busy.
     assert seconds - without_us < 1.0 + 5.0
+
+
+def test_a_name_server_that_hangs_costs_one_request_timeout_in_total(
+    model_a: Path, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking up the planner's name is part of reaching it."""
+    over = threading.Event()
+    lookup = socket.getaddrinfo
+
+    def hanging(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host != "planner.invalid":
+            return lookup(host, *args, **kwargs)
+        over.wait(20)
+        raise OSError("no answer from the name server")
+
+    monkeypatch.setattr("socket.getaddrinfo", hanging)
+    extra = extra_for("http://planner.invalid:1", rfork_request_timeout_sec=0.5, rfork_become_seed=False)
+    del extra["rfork_seed_advertise_host"]
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+    loading_thread = threading.Thread(
+        target=load, args=(vllm_config(model_a, load_format="rfork", extra=extra),), daemon=True
+    )
+    loading_thread.start()
+    try:
+        eventually(lambda: any("falling back" in line for line in rfork_log.warnings), "the fallback", 15)
+    finally:
+        over.set()
+        loading_thread.join(30)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 429, 500, 502, 503])
@@ -452,8 +432,6 @@ def test_a_fork_that_takes_too_long_gives_up(
 def test_a_taken_port_means_no_seed_and_a_correct_model(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner
 ) -> None:
-    import socket
-
     from vllm_rfork import seeding
 
     with socket.socket() as taken, nothing_left_behind():

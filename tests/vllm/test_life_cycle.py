@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,14 @@ from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, free_port, load, load_digested, vllm_config
 from vllm_rfork import plan, seeding
 from vllm_rfork.clients import PlannerClient, SeedClient
-from vllm_rfork.engines.memory import open_engines
 from vllm_rfork.errors import SeedError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed
 from vllm_rfork.vllm_compat.workers import Change, Changes
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
 NORM = "model.norm.weight"
-
-
-@pytest.fixture(autouse=True)
-def no_seeds() -> Iterator[None]:
-    seeding.withdraw_all("a test begins")
-    yield
-    seeding.withdraw_all("a test is over")
-    eventually(lambda: not open_engines(), "every engine is closed")
 
 
 @pytest.fixture

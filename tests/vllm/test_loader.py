@@ -14,8 +14,8 @@ from torch import nn
 from tests.vllm import fakes
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import digests_of, distributed, free_port, load, load_digested, vllm_config
-from vllm_rfork import plan, plugin, seeding
-from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork import plugin, seeding
+from vllm_rfork.engines.memory import MemoryEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -223,39 +223,7 @@ def test_reads_keep_within_the_bound_that_the_user_gave(
     assert len(sizes) > 10
 
 
-# --- what is not offered ------------------------------------------------------------------------------------------
-
-
-def test_weights_that_post_processing_wrote_to_are_not_offered(
-    model_a: Path, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.model_executor.model_loader import base_loader
-
-    process = base_loader.process_weights_after_loading
-
-    def writing(model: nn.Module, *args: Any) -> None:
-        model.get_parameter("model.norm.weight").data.add_(1)  # through .data: no version counter moves
-        process(model, *args)
-
-    monkeypatch.setattr(base_loader, "process_weights_after_loading", writing)
-    extra = extra_for(planner.url, model_url="written-to")
-    load(vllm_config(model_a, load_format="rfork", extra=extra))
-    assert not [seed for seed in seeding.wait_until_started(30) if seed.address]
-    assert any("not a seed" in line and "model.norm.weight" in line for line in rfork_log.warnings)
-    assert "written-to" not in str(planner.snapshot())
-
-
-def test_models_that_are_quantized_while_loading_refuse_the_checkpoint_layout() -> None:
-    from vllm_rfork.vllm_compat.loading import quantizes_online
-
-    class Online:
-        uses_meta_device = True
-
-    layer = nn.Linear(2, 2)
-    assert not quantizes_online(layer)
-    layer.quant_method = Online()
-    assert quantizes_online(layer)
-    assert quantizes_online(nn.Linear(2, 2, device="meta"))
+# --- ports --------------------------------------------------------------------------------------------------------
 
 
 def test_the_order_of_ports_keeps_target_and_draft_apart() -> None:
@@ -269,48 +237,3 @@ def test_the_order_of_ports_keeps_target_and_draft_apart() -> None:
         for draft in (False, True)
     }
     assert ports == set(range(9000, 9008))
-
-
-@pytest.mark.parametrize("how", ["from storage", "forked"])
-def test_where_weights_are_not_kept_twice_replaced_ones_mean_no_seed(
-    how: str,
-    model_a: Path,
-    default_a: Any,
-    planner: Planner,
-    seed: SeedProcess,
-    rfork_log: LogRecords,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As on accelerators; on CPU post-processing replaces every linear weight."""
-    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
-    eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
-    key = "tiny" if how == "forked" else "not-kept"
-    loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
-    assert loaded.before == default_a.before
-    assert loaded.after == default_a.after
-    assert not [each for each in seeding.wait_until_started(30) if each.address]
-    assert any("not a seed" in line and "qkv_proj.weight" in line for line in rfork_log.warnings)
-    assert not open_engines()
-
-
-@pytest.mark.parametrize("how", ["from storage", "forked"])
-def test_where_weights_are_not_kept_twice_untouched_ones_are_offered(
-    how: str, model_a: Path, planner: Planner, seed: SeedProcess, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with unquantized dense models on accelerators, where post-processing leaves the tensors in place."""
-    from vllm.model_executor.model_loader import base_loader
-
-    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
-    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
-    eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
-    key = "tiny" if how == "forked" else "in-place"
-    model = load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
-    try:
-        (mine,) = [each for each in seeding.wait_until_started(30) if each.address]
-        eventually(lambda: str(mine.address) in planner.seeds(), "it is announced")
-        registered = {(region.address, region.nbytes) for region in mine.manifest.regions}
-        weight = model.get_parameter("model.norm.weight")
-        assert (weight.data_ptr(), weight.nbytes) in registered
-        assert rfork_log.warnings == []
-    finally:
-        seeding.withdraw_all("test is over")

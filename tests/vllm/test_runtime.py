@@ -52,15 +52,11 @@ def process_like_an_accelerator(model: nn.Module) -> None:
 
 
 @pytest.fixture
-def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+def accelerated(runtime_allowed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's processor post-processes as an accelerator would, and the layout is allowed on it."""
-    from vllm.model_executor.layers import utils
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-    monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
     monkeypatch.setattr(CpuSide, "copies_by_itself", True)
-    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
-    monkeypatch.setattr(utils.ops, "_supports_onednn", False)
     monkeypatch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", process_like_an_accelerator, raising=False)
 
 

@@ -1,0 +1,40 @@
+"""What goes wrong on purpose in these tests."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from vllm_rfork.engines.memory import MemoryEngine
+
+
+def raising(error: BaseException) -> Any:
+    """A callable that raises ``error``, whatever it is given."""
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return raises
+
+
+def scrambled(read: Any) -> Any:
+    """``MemoryEngine.read`` that reports success and has written other bytes than the seed's."""
+
+    def scrambling(self: MemoryEngine, endpoint: str, segments: Any, timeout_s: float) -> None:
+        read(self, endpoint, segments, timeout_s)
+        for segment in segments:
+            ctypes.memset(segment.local, 0x55, segment.nbytes)
+
+    return scrambling
+
+
+def with_attribute(init: Any, name: str, value: Any) -> Any:
+    """A constructor that leaves one more attribute; vLLM looks at its signature, which stays."""
+
+    @functools.wraps(init)
+    def initialised(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        setattr(self, name, value)
+
+    return initialised

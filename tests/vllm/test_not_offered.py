@@ -1,0 +1,124 @@
+"""What a worker does not offer: weights that it cannot vouch for, or that will move while it serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
+from tests.vllm.engine_process import load, load_digested, vllm_config
+from tests.vllm.faults import scrambled, with_attribute
+from vllm_rfork import plan, seeding
+from vllm_rfork.engines.memory import MemoryEngine, open_engines
+
+pytestmark = pytest.mark.vllm
+
+
+def test_weights_that_post_processing_wrote_to_are_not_offered(
+    model_a: Path, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+
+    def writing(model: nn.Module, *args: Any) -> None:
+        model.get_parameter("model.norm.weight").data.add_(1)  # through .data: no version counter moves
+        process(model, *args)
+
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", writing)
+    extra = extra_for(planner.url, model_url="written-to")
+    load(vllm_config(model_a, load_format="rfork", extra=extra))
+    assert not [seed for seed in seeding.wait_until_started(30) if seed.address]
+    assert any("not a seed" in line and "model.norm.weight" in line for line in rfork_log.warnings)
+    assert "written-to" not in str(planner.snapshot())
+
+
+def test_models_that_are_quantized_while_loading_refuse_the_checkpoint_layout() -> None:
+    from vllm_rfork.vllm_compat.loading import quantizes_online
+
+    class Online:
+        uses_meta_device = True
+
+    layer = nn.Linear(2, 2)
+    assert not quantizes_online(layer)
+    layer.quant_method = Online()
+    assert quantizes_online(layer)
+    assert quantizes_online(nn.Linear(2, 2, device="meta"))
+
+
+@pytest.mark.parametrize("how", ["from storage", "forked"])
+def test_where_weights_are_not_kept_twice_replaced_ones_mean_no_seed(
+    how: str,
+    model_a: Path,
+    default_a: Any,
+    planner: Planner,
+    seed: SeedProcess,
+    rfork_log: LogRecords,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on accelerators; on CPU post-processing replaces every linear weight."""
+    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
+    key = "tiny" if how == "forked" else "not-kept"
+    loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
+    assert loaded.before == default_a.before
+    assert loaded.after == default_a.after
+    assert not [each for each in seeding.wait_until_started(30) if each.address]
+    assert any("not a seed" in line and "qkv_proj.weight" in line for line in rfork_log.warnings)
+    assert not open_engines()
+
+
+@pytest.mark.parametrize("how", ["from storage", "forked"])
+def test_where_weights_are_not_kept_twice_untouched_ones_are_offered(
+    how: str, model_a: Path, planner: Planner, seed: SeedProcess, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with unquantized dense models on accelerators, where post-processing leaves the tensors in place."""
+    from vllm.model_executor.model_loader import base_loader
+
+    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
+    eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
+    key = "tiny" if how == "forked" else "in-place"
+    model = load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
+    try:
+        (mine,) = [each for each in seeding.wait_until_started(30) if each.address]
+        eventually(lambda: str(mine.address) in planner.seeds(), "it is announced")
+        registered = {(region.address, region.nbytes) for region in mine.manifest.regions}
+        weight = model.get_parameter("model.norm.weight")
+        assert (weight.data_ptr(), weight.nbytes) in registered
+        assert rfork_log.warnings == []
+    finally:
+        seeding.withdraw_all("test is over")
+
+
+def test_bytes_that_were_not_checked_are_not_passed_on(
+    model_a: Path, planner: Planner, seed: SeedProcess, monkeypatch: pytest.MonkeyPatch, no_seeds: None,
+    rfork_log: LogRecords,
+) -> None:  # fmt: skip
+    """Whoever switches the check off runs a risk of their own, not of others."""
+    monkeypatch.setattr(MemoryEngine, "read", scrambled(MemoryEngine.read))
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, rfork_verify="off")))
+    assert seeding.wait_until_started(30) == []
+    assert any("forked" in line for line in rfork_log.texts())
+
+
+def test_a_value_that_loading_replaces_by_an_object_is_not_offered(
+    model_a: Path, planner: Planner, no_seeds: None, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Receivers would go on with what construction put there."""
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    load_weights = Qwen2ForCausalLM.load_weights
+
+    def replacing(self: Any, weights: Any) -> Any:
+        self.scheme = object()
+        return load_weights(self, weights)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "__init__", with_attribute(Qwen2ForCausalLM.__init__, "scheme", None))
+    monkeypatch.setattr(Qwen2ForCausalLM, "load_weights", replacing)
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="replaces a value")))
+    assert seeding.wait_until_started(30) == []
+    assert any("not a seed" in line and "scheme" in line for line in rfork_log.warnings), rfork_log.warnings

@@ -1,0 +1,100 @@
+"""A withdrawal that meets a seed while it is being made: it does not wait for ever, and nothing comes after it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
+from tests.vllm.engine_process import load, vllm_config
+from vllm_rfork import seeding
+from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.plan import LoadPlan
+
+pytestmark = pytest.mark.vllm
+
+
+def test_no_seed_comes_after_a_withdrawal_that_met_it_while_it_was_made(
+    model_a: Path, planner: Planner, monkeypatch: pytest.MonkeyPatch, no_seeds: None
+) -> None:
+    """The bytes may have changed since: what was captured before the withdrawal must never be announced."""
+    making, go_on = threading.Event(), threading.Event()
+    make = seeding._make
+
+    def slowly(*args: Any) -> Any:
+        making.set()
+        assert go_on.wait(30)
+        return make(*args)
+
+    monkeypatch.setattr(seeding, "_make", slowly)
+    extra = extra_for(planner.url, model_url="withdrawn while made")
+    load(vllm_config(model_a, load_format="rfork", extra=extra))
+    assert making.wait(30)
+    starting = list(seeding._starting)
+    seeding.withdraw_all("weights are updated")
+    go_on.set()
+    for each in starting:
+        each.thread.join(30)
+    assert seeding.wait_until_started(1) == []
+    eventually(lambda: not open_engines(), "the engine is closed")
+
+
+def test_a_withdrawal_does_not_wait_for_all_of_a_start(
+    model_a: Path, planner: Planner, monkeypatch: pytest.MonkeyPatch, no_seeds: None
+) -> None:
+    """It meets the start in the check of the bytes: nothing is served or announced after that."""
+    checking, go_on = threading.Event(), threading.Event()
+    recheck = LoadPlan.recheck
+
+    def slowly(plan: LoadPlan) -> None:
+        checking.set()
+        assert go_on.wait(30)
+        recheck(plan)
+
+    monkeypatch.setattr(LoadPlan, "recheck", slowly)
+    monkeypatch.setattr("vllm_rfork.seed.SeedService", lambda **_: pytest.fail("a service was made"))
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="withdrawn while checked")))
+    assert checking.wait(30)
+    # It is in the list by now, where the withdrawal finds it.
+    (seed,) = seeding._seeds
+    withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",))
+    withdrawal.start()
+    eventually(seed._withdrawing.is_set, "the withdrawal has begun")
+    go_on.set()
+    withdrawal.join(30)
+    assert seeding.wait_until_started(5) == []
+    eventually(lambda: not open_engines(), "the engine is closed")
+
+
+def test_a_withdrawal_is_bounded_where_a_start_never_ends(
+    model_a: Path, planner: Planner, monkeypatch: pytest.MonkeyPatch, no_seeds: None, rfork_log: LogRecords
+) -> None:
+    """A native call that hangs must not take the worker with it; and what comes after it must not be served."""
+    registering, go_on = threading.Event(), threading.Event()
+    register = MemoryEngine.register
+
+    def hanging(self: MemoryEngine, regions: Any) -> None:
+        registering.set()
+        assert go_on.wait(60)
+        register(self, regions)
+
+    monkeypatch.setattr(MemoryEngine, "register", hanging)
+    bounds = {"rfork_request_timeout_sec": 0.5, "rfork_seed_timeout_sec": 0.5}
+    extra = extra_for(planner.url, model_url="hangs while registering", **bounds)
+    load(vllm_config(model_a, load_format="rfork", extra=extra))
+    assert registering.wait(30)
+    starting = list(seeding._starting)
+    withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",), daemon=True)
+    withdrawal.start()
+    withdrawal.join(20)
+    returned = not withdrawal.is_alive()
+    go_on.set()
+    for each in starting:
+        each.thread.join(30)
+    assert returned
+    assert seeding.wait_until_started(1) == []
+    assert not any("announced" in line for line in rfork_log.texts())
+    eventually(lambda: not open_engines(), "the engine is closed")
