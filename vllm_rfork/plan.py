@@ -28,7 +28,7 @@ from vllm_rfork.manifest import Manifest
 from vllm_rfork.own_address import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 from vllm_rfork.segments import pair, paired_digests
-from vllm_rfork.state import apply_state, changed_state, gone_state, match_state, state_of
+from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
 from vllm_rfork.tensors import Collection, apply_inline, collect, names_in
 from vllm_rfork.vllm_compat import ascend, loading
 from vllm_rfork.vllm_compat.agreement import Agreement
@@ -369,6 +369,7 @@ class LoadPlan:
         if gone := gone_state(self.built, after):
             raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
         self.state = dict(changed_state(self.built, after))
+        check_passed_on(self.state)
         self.digests = self._digests(collection)
         return collection
 
