@@ -138,6 +138,11 @@ ROWS: tuple[Row, ...] = (
     ),
     *members("vllm.config.cache", "CacheConfig", "calculate_kv_scales", until="0.30.0"),
     *members("vllm.config.cache", "CacheConfig", "cpu_offload_gb", until="0.18.0"),
+    *members("vllm.config.vllm", "VllmConfig", "offload_config", since="0.18.0"),
+    *members("vllm.config.offload", "OffloadConfig", "uva", "prefetch", since="0.18.0"),
+    *members("vllm.config.offload", "UVAOffloadConfig", "cpu_offload_gb", since="0.18.0"),
+    *members("vllm.config.offload", "PrefetchOffloadConfig", "offload_group_size", since="0.18.0"),
+    *members("vllm.config.cache", "CacheConfig", "cpu_offload_gb", until="0.18.0"),
     *members("vllm.config.kv_transfer", "KVTransferConfig", "kv_role"),
     *members("vllm.config.speculative", "SpeculativeConfig", "draft_model_config"),
     # --- process-wide state and workers -----------------------------------------------------------------------------
