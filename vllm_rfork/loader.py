@@ -3,8 +3,9 @@
 vLLM's own ``BaseModelLoader.load_model`` stays in charge: it builds the structure, calls :meth:`load_weights`, and
 post-processes, in every version and with every platform's patches. In the ``checkpoint`` layout forking happens
 inside ``load_weights``, where the default loader would read storage; in the ``runtime`` layout ``load_weights``
-reserves a seed and puts dummy weights in, and the fork goes over what post-processing made of them. The one
-``except ForkError`` of the package is here.
+reserves a seed and puts dummy weights in, and the fork goes over what post-processing made of them. Whether a
+:class:`~vllm_rfork.errors.ForkError` ends in a load from storage is decided here alone: others catch one to add to it,
+to try another seed, or to say why there is no seed, and pass it on or log it.
 """
 
 from __future__ import annotations
