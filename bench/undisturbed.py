@@ -3,7 +3,8 @@
 ``python -m bench.undisturbed --model FOLDER`` on any platform that vLLM serves on. The seed serves in this process;
 the peer is a process of its own that reads all of the weights again and again through the same engine, which is more
 than any fleet asks: a fork reads them once. Idle and read turns alternate. Also prints what an idle seed costs in
-processor time. Not part of ``make bench``: it says nothing about a machine without accelerators.
+processor time, and what verification costs a fork: reads without digests, with digests beside them, and with digests
+after them, in turns. Not part of ``make bench``: it says nothing about a machine without accelerators.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 #: Token steps per turn, and turns of each kind.
 STEPS, TURNS = 300, 4
+#: Reads of each kind for what verification costs.
+READS = 7
 IDLE_S = 10.0
 
 
@@ -107,6 +110,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tell("go")
         turns["read"].append(turn())
         rates.append(float(tell("pause").split()[1]))
+    verification = json.loads(tell("verify"))
     reader.kill()
     file.unlink()
     planner.stop()
@@ -116,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "nbytes": nbytes,
         "read_gb_per_s": [round(rate, 1) for rate in rates],
         **summary(turns),
+        "verification": verification,
         "idle_share_of_a_core": idle_share,
         "idle_share_of_a_core_without_seed": share_of_a_core(),
     }
@@ -169,6 +174,8 @@ def read_for_ever(file: Path, engine_name: str, device: str) -> None:
         engine.read(manifest.endpoint, batch, 60.0)
     print("ready", flush=True)
     for line in sys.stdin:
+        if line == "verify\n":
+            print(json.dumps(verified_reads(manifest, segments, engine, buffer)), flush=True)
         if line != "go\n":
             continue
         paused = threading.Event()
@@ -180,6 +187,51 @@ def read_for_ever(file: Path, engine_name: str, device: str) -> None:
                 engine.read(manifest.endpoint, batch, 60.0)
             copied += manifest.nbytes
         print(f"rate {copied / 1e9 / (time.perf_counter() - began):.3f}", flush=True)
+
+
+def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any) -> dict[str, Any]:
+    """Median seconds of a whole read by what is done about digests; ``first`` is the first one beside a read."""
+    from types import SimpleNamespace
+
+    from vllm_rfork import verify
+    from vllm_rfork.checking import ArrivalCheck
+    from vllm_rfork.devices.choice import device_side
+    from vllm_rfork.receiver import bounded_read
+    from vllm_rfork.segments import batches
+    from vllm_rfork.tensors import LocalSpan
+
+    start = buffer.data_ptr()
+    spans = [
+        LocalSpan(segment.local, segment.nbytes, buffer[segment.local - start :][: segment.nbytes])
+        for segment in segments
+    ]
+    collection: Any = SimpleNamespace(spans=spans, entries=())
+    expected = {number: span.digest for number, span in enumerate(manifest.spans)}
+    side, limits = device_side(buffer.device), engine.limits
+
+    def read(how: str) -> float:
+        side.synchronize()
+        began = time.perf_counter()
+        check = ArrivalCheck(collection, list(expected), side, 60.0)
+        for batch in batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items):
+            bounded_read(engine, manifest.endpoint, batch, 60.0)
+            if how == "beside":
+                check.arrived(batch)
+        if how == "beside":
+            check.finish(expected)
+        elif how == "after" and verify.digests(span.data for span in spans) != list(expected.values()):
+            raise RuntimeError("what was read is not what the seed vouched for")
+        seconds = time.perf_counter() - began
+        check.close()
+        return seconds
+
+    first = {"first without": read("without"), "first beside": read("beside")}
+    kinds = ("without", "beside", "after")
+    taken = {how: [] for how in kinds}  # type: dict[str, list[float]]
+    for _ in range(READS):
+        for how in kinds:
+            taken[how].append(read(how))
+    return {**first, **{how: {"median": statistics.median(each), "all": sorted(each)} for how, each in taken.items()}}
 
 
 if __name__ == "__main__":
