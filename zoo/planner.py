@@ -68,7 +68,8 @@ class Planner:
             [sys.executable, *self._command(), "--port", str(self.port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            # What this process imports may come from there, too, where nothing is installed.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )
         eventually(self._up, "planner is up")
 
