@@ -17,26 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
 from tests.vllm.conftest import LogRecords, Planner, extra_for
-from tests.vllm.engine_process import load, load_digested, vllm_config
+from tests.vllm.engine_process import digests_of, load, load_digested, vllm_config
 from vllm_rfork import plan, seeding, segments, verify, walk
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.engines.memory import MemoryEngine
+from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest import Manifest
+from vllm_rfork.state import apply_state
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
 NORM = "model.norm.weight"
-
-
-@pytest.fixture(autouse=True)
-def no_other_seeds() -> Iterator[None]:
-    seeding.withdraw_all("a test begins")
-    yield
-    seeding.withdraw_all("a test is over")
+HEAD = "lm_head.weight"
 
 
 @dataclass
@@ -62,6 +60,15 @@ class Fleet:
         (seed,) = seeding.wait_until_started(30)
         assert seed.address, self._log.warnings
         return model
+
+    def no_seed(self, cause: str) -> None:
+        """A worker that loads and does not offer what it has; it says why in one WARNING."""
+        self._log.records.clear()
+        load(vllm_config(self._model, load_format="rfork", extra=self._extra))
+        assert seeding.wait_until_started(30) == []
+        (warning,) = self._log.warnings
+        assert "not a seed" in warning
+        assert cause in warning
 
     def fork(self, **changes: Any) -> Outcome:
         default = self._default(**changes)
@@ -119,6 +126,13 @@ def altered(
         if loaded is not None:
             patch.setattr(Qwen2ForCausalLM, "load_weights", after(Qwen2ForCausalLM.load_weights, loaded))
         yield
+
+
+def post_process(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Models of this class are changed when vLLM post-processes them."""
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+    patch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", change, raising=False)
 
 
 def refused(outcome: Outcome, cause: str) -> None:
@@ -183,12 +197,7 @@ def test_coverage(fleet: Callable[..., Fleet]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             pair = segments.pair
 
-            def overlooking(local: Any, remote: Any) -> Any:
-                both = {entry.name for entry in remote.tensors}
-                kept = tuple(entry for entry in local.tensors if entry.name in both)
-                return pair(_with_tensors(local, kept), remote)
-
-            patch.setattr("vllm_rfork.receiver.pair", overlooking)
+            patch.setattr("vllm_rfork.receiver.pair", lambda ours, theirs: pair(_known_to(theirs, ours), theirs))
             patch.setattr(plan, "paired_digests", _of_common(segments.paired_digests))
             refused(one.fork(), "the seed has no digests of derived_scale")  # a second guard behind the first
             patch.setattr(plan, "spans_to_check", lambda collection, how: [])
@@ -197,27 +206,40 @@ def test_coverage(fleet: Callable[..., Fleet]) -> None:
     assert outcome.model.derived_scale.tolist() == [0.0] * 4
 
 
-def _with_tensors(manifest: Any, tensors: Any) -> Any:
-    import msgspec
+def test_coverage_in_the_other_direction(fleet: Callable[..., Fleet]) -> None:
+    """A derived scale that only the seed has: whatever the receiver has is equal, and its model lacks the scale."""
+    one = fleet("control: only the seed has it")
 
-    return msgspec.structs.replace(manifest, tensors=tensors)
+    def derive(model: Any) -> None:
+        model.derived_scale = torch.full((4,), 3.0)
+
+    with altered(loaded=derive):
+        seed = one.seed()
+        refused(one.fork(), "derived_scale: only the seed has it")
+        with pytest.MonkeyPatch.context() as patch:
+            pair = segments.pair
+            patch.setattr("vllm_rfork.receiver.pair", lambda ours, theirs: pair(ours, _known_to(ours, theirs)))
+            outcome = one.fork()
+    let_through(outcome, "derived_scale")
+    assert seed.derived_scale.tolist() == [3.0] * 4
+    assert not hasattr(outcome.model, "derived_scale")
+
+
+def _known_to(other: Manifest, manifest: Manifest) -> Manifest:
+    """``manifest`` without the tensors that ``other`` has none of."""
+    names = {entry.name for entry in other.tensors}
+    kept = tuple(entry for entry in manifest.tensors if entry.name in names)
+    return msgspec.structs.replace(manifest, tensors=kept)
 
 
 def _of_common(digests: Any) -> Any:
-    def common(local: Any, remote: Any) -> Any:
-        both = {entry.name for entry in remote.tensors}
-        return digests(_with_tensors(local, tuple(e for e in local.tensors if e.name in both)), remote)
-
-    return common
+    return lambda local, remote: digests(_known_to(remote, local), remote)
 
 
 def test_coverage_after_post_processing(
-    fleet: Callable[..., Fleet], rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+    fleet: Callable[..., Fleet], runtime_allowed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight that post-processing packs into something that cannot be seen: what is left is equal on both sides."""
-    from vllm.model_executor.layers import utils
-    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-
     one = fleet("control: accounting")
 
     def pack(model: Any) -> None:
@@ -226,14 +248,8 @@ def test_coverage_after_post_processing(
         down.packed.rows = down.weight.data.float().numpy()
         down.weight.data = torch.empty(0)
 
-    # As on an accelerator: see ``test_runtime.py``.
-    monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
-    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
-    monkeypatch.setattr(utils.ops, "_supports_onednn", False)
-    monkeypatch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", pack, raising=False)
-    with pytest.raises(ValueError, match="not enough values"):
-        one.seed()
-    assert any("post-processing emptied model.layers.0.mlp.down_proj.weight" in line for line in rfork_log.warnings)
+    post_process(monkeypatch, pack)
+    one.no_seed("post-processing emptied model.layers.0.mlp.down_proj.weight")
 
     monkeypatch.setattr(plan, "check_accounted", lambda loaded, runtime: None)
     seed = one.seed()
@@ -293,7 +309,7 @@ def test_python_side_state(fleet: Callable[..., Fleet], monkeypatch: pytest.Monk
     assert outcome.model._k_scale_float == 1.0, "every tensor is right, and the model is not"
 
 
-def test_python_side_state_that_cannot_be_set(fleet: Callable[..., Fleet]) -> None:
+def test_python_side_state_that_cannot_be_set(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no place for it, going on without it would be the same wrong model."""
     one = fleet("control: scalar without a place")
 
@@ -304,6 +320,61 @@ def test_python_side_state_that_cannot_be_set(fleet: Callable[..., Fleet]) -> No
         assert one.seed() is not None
     with altered(built=lambda model: setattr(model, "scales", []), loaded=derive):
         refused(one.fork(), "no place here")
+
+        def where_there_is_a_place(model: Any, state: dict[str, Any]) -> None:
+            for name, value in state.items():
+                with contextlib.suppress(ForkError):
+                    apply_state(model, {name: value})
+
+        monkeypatch.setattr(plan, "apply_state", where_there_is_a_place)
+        outcome = one.fork()
+    let_through(outcome)
+    assert outcome.model.scales == [], "every tensor is right, and the scale is missing"
+
+
+def test_python_side_state_after_post_processing(
+    fleet: Callable[..., Fleet], runtime_allowed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float that post-processing derives: the receiver has derived one too, from dummy weights."""
+    one = fleet("control: derived scalar")
+
+    def derive(model: Any) -> None:
+        model._k_scale_float = float(model.get_parameter(HEAD).float().abs().max())
+
+    post_process(monkeypatch, derive)
+    seed = one.seed()
+    carried = one.fork()
+    assert carried.forked
+    assert carried.model._k_scale_float == seed._k_scale_float
+    monkeypatch.setattr(plan, "match_state", lambda *args: None)
+    outcome = one.fork()
+    assert outcome.forked
+    assert outcome.warnings == []
+    assert digests_of(outcome.model) == digests_of(seed)
+    assert outcome.model._k_scale_float != seed._k_scale_float, "every tensor is right, and the model is not"
+
+
+def test_python_side_state_after_post_processing_that_cannot_be_set(
+    fleet: Callable[..., Fleet], runtime_allowed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in a tuple, which nobody can write to."""
+    one = fleet("control: derived scalar without a place")
+
+    def derive(model: Any) -> None:
+        model.scales = (float(model.get_parameter(HEAD).float().abs().max()),)
+
+    post_process(monkeypatch, derive)
+    seed = one.seed()
+    outcome = one.fork()
+    assert not outcome.forked
+    assert any("falling back" in line and "state scales[0]" in line for line in outcome.warnings), outcome.warnings
+    assert outcome.model.scales == seed.scales
+    monkeypatch.setattr(plan, "match_state", lambda *args: None)
+    outcome = one.fork()
+    assert outcome.forked
+    assert outcome.warnings == []
+    assert digests_of(outcome.model) == digests_of(seed)
+    assert outcome.model.scales != seed.scales, "derived from dummy weights"
 
 
 def test_digests(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +398,11 @@ def test_digests(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_epoch(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seed's weights change while they are read, by a receiver that was told to check no digests."""
+    """The seed's weights change while they are read.
+
+    Both halves run with ``rfork_verify=off``: digests would find the same bytes wrong, and a control switches off one
+    guard at a time. So this shows what the epoch alone is good for; by default there are both.
+    """
     one = fleet("control: epoch", rfork_verify="off")
     seed = one.seed()
     read, norm = MemoryEngine.read, seed.get_parameter(NORM)
@@ -364,6 +439,8 @@ def test_fingerprint(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatc
 
     seeding.withdraw_all("the next seed")
     monkeypatch.setattr(plan, "build_fingerprint", lambda facts: "all the same")
+    # A second guard behind the first: what constructors have chosen.
+    monkeypatch.setattr(segments, "built_differences", lambda local, remote: [])
     assert one.seed() is not None
     outcome = one.fork(**other)
     assert outcome.forked
