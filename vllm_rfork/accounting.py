@@ -8,6 +8,7 @@ have taken its place nearby. And nothing of what is offered may be an address: i
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections import Counter
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest import Region
 from vllm_rfork.plain_values import integers
@@ -29,6 +31,8 @@ REPLACED_SHARE = 0.5
 #: How many levels above the module that lost a weight its replacement may lie: a latent-attention projection is folded
 #: into the attention's ``impl``, two levels away.
 LEVELS_UP = 2
+#: So many integers are compared at a time: some 100 MB of masks and copies.
+PIECE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -111,26 +115,87 @@ def _by_owner(nbytes_of: dict[str, int]) -> Counter[str]:
     return sums
 
 
-def check_no_addresses(collection: Collection, state: dict[str, Plain]) -> None:
-    """Prove that neither tensors nor values hold addresses of the memory that is offered.
+def check_no_addresses(collection: Collection, state: dict[str, Plain], memory: Iterable[Region] = ()) -> None:
+    """Prove that neither tensors nor values hold addresses of this process's memory.
+
+    Args:
+        collection, state: what is offered.
+        memory: what addresses may point to besides what is offered, as :func:`memory_of` finds it.
 
     Raises:
         ForkError: names the first that does.
     """
+    starts, ends = _merged([*collection.regions, *memory])
+    if not starts:
+        return
     for name, tensor in collection.integers.items():
-        if _any_inside(tensor, collection.regions):
+        if _any_inside(tensor, starts, ends):
             raise ForkError(f"tensor {name} holds addresses of this process's memory, which mean nothing in another")
     for name, value in state.items():
-        if any(_inside(number, region) for number in integers(value) for region in collection.regions):
+        if any(_inside(number, starts, ends) for number in integers(value)):
             raise ForkError(f"state {name} is an address in this process's memory, which means nothing in another")
 
 
-def _inside(value: int, region: Region) -> bool:
-    return region.address <= value < region.address + region.nbytes
+def memory_of(model: nn.Module, collection: Collection, side: DeviceSide) -> list[Region]:
+    """Where this process's tensors lie, scratch included, which is nowhere else looked at.
+
+    All of the allocator's memory, where it says so; the storages behind what was collected; and those of the tensors
+    that modules and their helpers hold.
+
+    Raises:
+        ForkError: the allocator does not tell.
+    """
+    regions = [Region(block.address, block.nbytes) for block in side.blocks()]
+    tensors = [span.data for span in collection.spans] + [*collection.inline.values(), *_held(model)]
+    for tensor in tensors:
+        try:
+            storage = tensor.untyped_storage()
+            address, nbytes = storage.data_ptr(), storage.nbytes()
+        except (RuntimeError, NotImplementedError):  # a wrapper: its parts have been collected
+            continue
+        if address and nbytes:
+            regions.append(Region(address, nbytes))
+    return regions
 
 
-def _any_inside(tensor: torch.Tensor, regions: Iterable[Region]) -> bool:
-    low = min(region.address for region in regions)
-    values = tensor.reshape(-1).view(torch.int64)
-    suspects = values[values >= low].tolist()
-    return any(_inside(value, region) for value in suspects for region in regions)
+def _held(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            yield from _tensors_in(value)
+            if not isinstance(value, (nn.Module, torch.Tensor)):
+                for inner in list(getattr(value, "__dict__", {}).values()):
+                    yield from _tensors_in(inner)
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(each, torch.Tensor) and not each.is_meta:
+            yield each
+
+
+def _merged(regions: Iterable[Region]) -> tuple[list[int], list[int]]:
+    """First addresses and those one past the last, of regions that do not touch, in order."""
+    starts: list[int] = []
+    ends: list[int] = []
+    for start, end in sorted((region.address, region.address + region.nbytes) for region in regions):
+        if ends and start <= ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        else:
+            starts.append(start)
+            ends.append(end)
+    return starts, ends
+
+
+def _inside(value: int, starts: list[int], ends: list[int]) -> bool:
+    number = bisect.bisect_right(starts, value) - 1
+    return number >= 0 and value < ends[number]
+
+
+def _any_inside(tensor: torch.Tensor, starts: list[int], ends: list[int]) -> bool:
+    """Compared where ``tensor`` lies, and piece by piece; the few values that may be addresses are looked at here."""
+    for values in tensor.reshape(-1).view(torch.int64).split(PIECE):
+        suspects = values[(values >= starts[0]) & (values < ends[-1])].cpu()
+        places = torch.searchsorted(torch.tensor(starts), suspects, right=True) - 1
+        if bool((suspects < torch.tensor(ends)[places]).any()):
+            return True
+    return False

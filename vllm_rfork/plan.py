@@ -16,20 +16,21 @@ import torch
 from torch import nn
 
 from vllm_rfork import verify
-from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by
+from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by, memory_of
 from vllm_rfork.attempt import MAX_SEEDS, Attempt
+from vllm_rfork.built import marks_of
 from vllm_rfork.checking import ArrivalCheck, spans_to_check
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.table import engine_for_device
-from vllm_rfork.errors import ConfigError, ForkError, PlannerError, VerificationError
+from vllm_rfork.errors import ConfigError, ForkError, ManifestMismatch, PlannerError, VerificationError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.own_address import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
-from vllm_rfork.segments import pair, paired_digests
+from vllm_rfork.segments import built_differences, pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
-from vllm_rfork.tensors import Collection, apply_inline, collect, names_in
+from vllm_rfork.tensors import Collection, apply_inline, check_inline, collect, names_in, with_inline
 from vllm_rfork.vllm_compat import ascend, loading
 from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
@@ -69,6 +70,7 @@ class LoadPlan:
         unreachable: the planner's name could not be looked up in time: there is nobody to ask for a seed.
         shared_storages: where the memory lies that other models of this process use already.
         built: the Python-side state as built, before anything was loaded.
+        marks: what of it, and of the classes that were chosen, must be as it was on the seed; None: not looked at yet.
         collection, digests, state, state_gone: the layout, captured for the seed; the collection keeps it alive.
     """
 
@@ -91,6 +93,7 @@ class LoadPlan:
     unreachable: PlannerError | None = None
     shared_storages: frozenset[int] = frozenset()
     built: dict[str, Plain] = field(default_factory=dict)
+    marks: dict[str, str] | None = None
     collection: Collection | None = None
     digests: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
@@ -178,6 +181,7 @@ class LoadPlan:
             "fingerprint": self.fingerprint,
             "epoch": "",
             "layout": self.layout,
+            "built": self.marks,
             "engine": self.attempt.engine_name,
             "endpoint": "",
             "digest_algorithm": verify.ALGORITHM,
@@ -248,6 +252,7 @@ class LoadPlan:
                 self._checks.run()
             else:
                 apply_state(model, manifest.state)
+            check_inline(collection, manifest)
 
     def prepare(self, model: nn.Module) -> Collection | None:
         """What must be there before the model is touched: a lease, and the spans to fill or the seed's manifest.
@@ -261,7 +266,11 @@ class LoadPlan:
                 raise self.unreachable
             if self.no_fork_reason:
                 raise ForkError(self.no_fork_reason)
-            collection = self.collect_empty(model) if self.layout == CHECKPOINT else None
+            collection = None
+            if self.layout == CHECKPOINT:
+                collection = self.collect_empty(model)
+                with _whatever_is_raised("the built model cannot be looked at"):
+                    self._look_at_built(model)
             self.attempt.reserve(self.fingerprint)
             if self.layout == RUNTIME:
                 # Now, since post-processing is next: ranks make communicators for experts in it, together, and one
@@ -324,7 +333,9 @@ class LoadPlan:
             promised, self._promised = self._promised, None
             if promised is None:
                 raise ForkError("no seed has said yet what it holds")
-            self.built = state_of(model)
+            self._look_at_built(model)
+            if differences := list(built_differences(self.marks, promised.built)):
+                raise ManifestMismatch(differences)  # as pairing would, after post-processing
             self.holds_dummies = True
             loading.fill_with_dummies(model, model_config, self.load_config)
             loading.tie_dummies(model, {entry.name: entry.span for entry in promised.tensors})
@@ -339,9 +350,14 @@ class LoadPlan:
             return
         try:
             with _whatever_is_raised("the built model cannot be looked at"):
-                self.built = state_of(model)
+                self._look_at_built(model)
         except ForkError as error:
             self.refuse_to_seed(str(error))
+
+    def _look_at_built(self, model: nn.Module) -> None:
+        """Remember ``model`` as it was built: before anything is loaded into it."""
+        self.built = state_of(model)
+        self.marks = marks_of(model, self.built, kernels=self.layout == RUNTIME)
 
     def capture_loaded(self, model: nn.Module) -> None:
         """Remember what storage put into ``model``: references to the tensors, their digests, the changed state."""
@@ -370,6 +386,7 @@ class LoadPlan:
             raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
         self.state = dict(changed_state(self.built, after))
         check_passed_on(self.state)
+        check_no_addresses(collection, self.state, memory_of(model, collection, device_side(self.device)))
         self.digests = self._digests(collection)
         return collection
 
@@ -378,6 +395,7 @@ class LoadPlan:
         if self.no_seed_reason:
             return
         self.digests = list(self._digests_of(remote, collection).values())
+        collection = with_inline(collection, remote)  # its own are what stood there before the fork
         self.state, self.state_gone = dict(remote.state), remote.state_gone
         if self.layout == RUNTIME:
             self.collection = collection  # it stands; nothing replaces it any more
@@ -417,7 +435,7 @@ class LoadPlan:
                 check_accounted(self._weights, held_by(model))
                 after = state_of(model)
                 state = changed_state(self.built, after)
-                check_no_addresses(collection, state)
+                check_no_addresses(collection, state, memory_of(model, collection, device_side(self.device)))
                 self.digests = self._digests(collection)
         except ForkError as error:
             self.refuse_to_seed(f"the {self.layout} layout cannot be vouched for: {error}")
@@ -440,7 +458,7 @@ class LoadPlan:
             )
             return
         self.digests = list(self._digests_of(loaded, collection).values())
-        self.collection = collection
+        self.collection = with_inline(collection, loaded)
 
     def _digests_of(self, manifest: Manifest, collection: Collection) -> dict[int, str]:
         """What ``manifest`` says of each span of ``collection``, by span number in order; the two have been paired."""
