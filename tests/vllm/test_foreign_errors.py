@@ -65,6 +65,26 @@ def test_no_memory_for_digests_costs_the_seed_and_not_the_start(
     assert any("not a seed" in line and "OutOfMemoryError" in line for line in rfork_log.warnings)
 
 
+def test_a_property_that_raises_costs_the_fork_and_the_seed_and_not_the_start(
+    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, seed: SeedProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Models compute some attributes when asked, and may not be ready for that; the other ranks hear of it too."""
+    told: list[tuple[str, str]] = []
+
+    class Telling:
+        def reach(self, stage: str, reason: str, bound_s: float) -> str:
+            told.append((stage, reason))
+            return reason
+
+    monkeypatch.setattr("vllm_rfork.plan.loading.quantizes_online", raising(RuntimeError("not before warm-up")))
+    monkeypatch.setattr("vllm_rfork.plan.Agreement.of", lambda *args: Telling())
+    falls_back(model_a, default_a, planner.url, rfork_log, cause="RuntimeError: not before warm-up")
+    assert [stage for stage, reason in told if "not before warm-up" in reason] == ["seed"]
+    load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="raises")))
+    assert any("not a seed" in line and "not before warm-up" in line for line in rfork_log.warnings)
+
+
 class _Hostile(dict[str, int]):
     def items(self) -> Any:
         raise RuntimeError("not now")
