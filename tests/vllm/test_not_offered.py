@@ -13,6 +13,7 @@ from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.faults import scrambled, with_attribute
 from vllm_rfork import plan, seeding
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.vllm_compat.loading import never_a_seed, quantizes_online
 
 pytestmark = pytest.mark.vllm
 
@@ -37,8 +38,6 @@ def test_weights_that_post_processing_wrote_to_are_not_offered(
 
 
 def test_models_that_are_quantized_while_loading_refuse_the_checkpoint_layout() -> None:
-    from vllm_rfork.vllm_compat.loading import quantizes_online
-
     class Online:
         uses_meta_device = True
 
@@ -122,3 +121,57 @@ def test_a_value_that_loading_replaces_by_an_object_is_not_offered(
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="replaces a value")))
     assert seeding.wait_until_started(30) == []
     assert any("not a seed" in line and "scheme" in line for line in rfork_log.warnings), rfork_log.warnings
+
+
+# --- experts that move --------------------------------------------------------------------------------------------
+
+
+def parallel(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """vLLM's own ParallelConfig with its checks, which know no expert load balancing on a processor."""
+    from vllm.config import ParallelConfig
+    from vllm.platforms import current_platform
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+        return ParallelConfig(tensor_parallel_size=2, enable_expert_parallel=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, ""),
+        ({"enable_eplb": True}, "enable_eplb"),
+        ({"enable_eplb": True, "enable_elastic_ep": True, "eplb_config": {"use_async": False}}, "enable_eplb"),
+    ],
+    ids=["experts stay", "load balancing", "elastic"],
+)
+def test_a_configuration_under_which_experts_move_makes_no_seed(
+    options: dict[str, Any], reason: str, model_a: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own configuration says so, on every platform that has it."""
+    config = vllm_config(model_a)
+    config.parallel_config = parallel(monkeypatch, **options)
+    found = never_a_seed(config)
+    assert bool(found) is bool(reason)
+    assert reason in found
+
+
+def test_elastic_experts_are_balanced_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one option tells of both; where this changes, ``never_a_seed`` has to look at the other one as well."""
+    with pytest.raises(ValueError, match="enable_eplb"):
+        parallel(monkeypatch, enable_elastic_ep=True)
+
+
+@pytest.mark.usefixtures("no_seeds")
+def test_a_worker_whose_experts_move_loads_and_offers_nothing(
+    model_a: Path, default_a: Any, planner: Planner, rfork_log: LogRecords
+) -> None:
+    config = vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="experts move"))
+    config.parallel_config.enable_eplb = True  # dense: nothing moves, and the setting alone decides
+    loaded = load_digested(config)
+    assert loaded.before == default_a.before
+    assert seeding.wait_until_started(1) == []
+    (warning,) = rfork_log.warnings
+    assert "not a seed" in warning
+    assert "enable_eplb" in warning
+    assert "experts move" not in str(planner.snapshot())
