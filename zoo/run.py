@@ -20,8 +20,8 @@ from zoo.roles import ENGINE_ARGUMENTS, LEADER, LOAD, Order, Report
 from zoo.specimen import Specimen, listed
 from zoo.stage import RoleFailed, in_a_process, instance
 
-#: Places for adapters, made after the base model; what is in them before there is an adapter means nothing.
-NOT_COMPARED = re.compile(r"^lora_manager\.")
+#: Places and indices of adapters, made after the base model; what is in them before there is an adapter means nothing.
+NOT_COMPARED = re.compile(r"^lora_manager\.|\.punica_wrapper\.")
 #: How many differing names a failure tells.
 NAMED = 4
 

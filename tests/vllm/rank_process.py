@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 #: What a collective waits for a rank that does not come.
@@ -96,6 +95,7 @@ def _needs_both_ranks() -> list[int]:
     from vllm_rfork import plan
 
     plan.NO_RUNTIME = frozenset()  # as on an accelerator; see test_runtime
+    setattr(plan, "built_differences", lambda *args: ())  # noqa: B010 - no seed here says how its model was built
     utils.check_cpu_sgl_kernel = lambda *args: False
     utils.ops._supports_onednn = False
     built: list[int] = []
@@ -122,6 +122,7 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
     """Give this rank a seed that says what the rank expects, and rank 1 the fault; returns what undoes it."""
     from vllm_rfork.attempt import Attempt
     from vllm_rfork.errors import ForkError, ManifestMismatch, NoSeedAvailable
+    from vllm_rfork.manifest import Manifest
     from vllm_rfork.vllm_compat import loading
 
     here = rank == 1
@@ -132,8 +133,18 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
         if here and fault == "no seed":
             raise NoSeedAvailable("no seed for this rank")
 
-    def peek(self: Any, fingerprint: str) -> Any:
-        return SimpleNamespace(tensors=())
+    def peek(self: Any, fingerprint: str) -> Manifest:
+        return Manifest(
+            seed_key=self.seed_key,
+            fingerprint=fingerprint,
+            epoch="",
+            layout="runtime",
+            engine=self.engine_name,
+            endpoint="",
+            regions=(),
+            spans=(),
+            tensors=(),
+        )
 
     def run(self: Any, target: Any) -> Any:
         if here and fault == "before a write":
