@@ -104,9 +104,12 @@ ROWS: tuple[Row, ...] = (
         "kv_transfer_config",
         "quant_config",
         "additional_config",
+        "lora_config",
     ),
     *members("vllm.config.device", "DeviceConfig", "device"),
-    *members("vllm.config.compilation", "CompilationConfig", "static_forward_context", "static_all_moe_layers"),
+    *members(
+        "vllm.config.compilation", "CompilationConfig", "static_forward_context", "static_all_moe_layers", "custom_ops"
+    ),
     *members(
         "vllm.config.model",
         "ModelConfig",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from vllm_rfork.seed_key import build_fingerprint
-from vllm_rfork.vllm_compat import fingerprint, plain, shaping, shaping_environment
+from vllm_rfork.vllm_compat import fingerprint, installed, plain, shaping, shaping_environment, shaping_modules
 
 CPU = torch.device("cpu")
 
@@ -66,9 +69,16 @@ def fields_of(section: str) -> list[str]:
     return [*shaping.ALWAYS.get(section, ()), *shaping.IN_RUNTIME.get(section, ()), *left_out]
 
 
-def digest(config: Any, *, layout: str = "runtime", dummy: bool = False, environ: Any = None) -> str:
+def digest(
+    config: Any,
+    *,
+    layout: str = "runtime",
+    dummy: bool = False,
+    environ: Any = None,
+    device: torch.device = CPU,
+) -> str:
     facts = fingerprint.fingerprint_facts(
-        config, config.model, layout=layout, engine="memory", device=CPU, dummy=dummy, environ=environ or {}
+        config, config.model, layout=layout, engine="memory", device=device, dummy=dummy, environ=environ or {}
     )
     return build_fingerprint(facts)
 
@@ -76,6 +86,23 @@ def digest(config: Any, *, layout: str = "runtime", dummy: bool = False, environ
 def layouts_moved(before: Any, after: Any, **more: Any) -> set[str]:
     layouts = ("checkpoint", "runtime")
     return {layout for layout in layouts if digest(before, layout=layout) != digest(after, layout=layout, **more)}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces what is installed: modules with the distributions that bring them."""
+
+    def replace(**found: list[str]) -> None:
+        monkeypatch.setattr(installed, "_module", lambda name: tuple(found[name]) if name in found else None)
+
+    return replace
 
 
 BOTH, RUNTIME = {"checkpoint", "runtime"}, {"runtime"}
@@ -133,6 +160,50 @@ def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
         changed = configured()
         vars(getattr(changed, path)).update(change)
         assert layouts_moved(configured(), changed) == RUNTIME
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(section, name) for section, why in shaping.WHOLE_LEFT_OUT.items() for names in why.values() for name in names],
+)
+def test_what_is_left_out_of_a_whole_section_does_not_move_it(section: str, name: str) -> None:
+    """Eager workers warm nothing up and run other norms: their weights are those of workers with graphs."""
+    changed = configured()
+    setattr(getattr(changed, shaping.WHOLE_IN_RUNTIME[section]), name, "another")
+    assert not layouts_moved(configured(), changed)
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [({"num_experts": 8}, RUNTIME), ({"ffn_config": {"moe_top_k": 2}}, RUNTIME), ({}, set())],
+    ids=_said,
+)
+def test_adapters_move_it_where_kernels_of_experts_are_chosen_by_them(experts: Any, expected: set[str]) -> None:
+    """How many adapters and of which rank does not: they are wrapped around what has been loaded."""
+    plain_model, with_lora, with_more = configured(), configured(), configured()
+    for config in (plain_model, with_lora, with_more):
+        config.model.hf_config = hf_config(**experts)
+    with_lora.lora_config = SimpleNamespace(max_loras=1)
+    with_more.lora_config = SimpleNamespace(max_loras=4)
+    assert layouts_moved(plain_model, with_lora) == expected
+    assert not layouts_moved(with_lora, with_more)
+
+
+def test_a_rotary_operation_moves_it_where_it_wants_its_table_in_another_type(gpu: torch.device) -> None:
+    """Eager and compiled workers of all other models pair: ``custom_ops`` differs between them by default."""
+
+    def rotary(rope_type: str, *custom_ops: str, device: torch.device = gpu) -> str:
+        config = configured()
+        config.model.hf_config = hf_config(rope_parameters={"rope_type": rope_type})
+        config.compilation_config = SimpleNamespace(custom_ops=list(custom_ops))
+        return digest(config, device=device)
+
+    on, off = rotary("yarn", "all"), rotary("yarn", "none", "+quant_fp8")
+    assert on != off
+    assert on == rotary("yarn", "none", "+rotary_embedding")
+    assert off == rotary("yarn", "all", "-rotary_embedding")
+    assert rotary("default", "all") == rotary("default", "none")
+    assert rotary("yarn", "all", device=CPU) == rotary("yarn", "none", device=CPU)
 
 
 def test_the_model_s_own_configuration_moves_it() -> None:
@@ -199,22 +270,21 @@ def test_kind_draft_and_random_weights_move_it() -> None:
     assert digest(configured(), dummy=True) != digest(seeded, dummy=True)
 
 
-@pytest.mark.parametrize("fact", ["plugin", "vllm", "plugins", "torch", "layout", "engine", "device", "kernels"])
+@pytest.mark.parametrize(
+    "fact", ["plugin", "vllm", "plugins", "libraries", "torch", "layout", "engine", "device", "kernels"]
+)
 def test_versions_layout_engine_and_device_are_facts_of_their_own(fact: str) -> None:
     facts = fingerprint.fingerprint_facts(
         configured(), configured().model, layout="runtime", engine="memory", device=CPU, dummy=False
     )
-    assert facts[fact]
+    assert fact in facts
     assert build_fingerprint({**facts, fact: "another"}) != build_fingerprint(facts)
 
 
-def test_the_device_s_name_counts_where_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    device = torch.device("cuda", 0)
+def test_the_device_s_name_counts_where_kernels_do(gpu: torch.device) -> None:
     facts = {
         layout: fingerprint.fingerprint_facts(
-            configured(), configured().model, layout=layout, engine="memory", device=device, dummy=False
+            configured(), configured().model, layout=layout, engine="memory", device=gpu, dummy=False
         )["device"]
         for layout in ("checkpoint", "runtime")
     }
@@ -222,13 +292,96 @@ def test_the_device_s_name_counts_where_kernels_do(monkeypatch: pytest.MonkeyPat
     assert facts["runtime"]["name"] == "H100"
 
 
-def test_plugins_of_workers_are_known_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def points(group: str) -> list[Any]:
-        dist = {"vllm.general_plugins": ("b", "2"), "vllm.platform_plugins": ("a", "1")}[group]
-        return [SimpleNamespace(dist=SimpleNamespace(name=dist[0], version=dist[1])), SimpleNamespace(dist=None)]
+def test_the_toolkit_of_an_accelerator_counts_where_kernels_do(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {layout: digest(configured(), layout=layout, device=gpu) for layout in BOTH}
+    monkeypatch.setattr(torch.version, "cann", "9.1.0", raising=False)
+    assert {layout for layout in BOTH if digest(configured(), layout=layout, device=gpu) != before[layout]} == RUNTIME
 
-    monkeypatch.setattr(fingerprint.metadata, "entry_points", points)
-    assert fingerprint._plugins.__wrapped__() == {"a": "1", "b": "2"}
+
+# --- what is installed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        *((module, BOTH) for module in shaping_modules.ALWAYS),
+        *((module, RUNTIME) for module in shaping_modules.IN_RUNTIME),
+        *((module, set()) for names in shaping_modules.LEFT_OUT.values() for module in names),
+    ],
+    ids=_said,
+)
+def test_a_package_moves_it_by_being_there_and_by_its_version(
+    module: str, expected: set[str], install: Callable[..., None]
+) -> None:
+    digests = []
+    for found in ({}, {module: [f"{module}==1"]}, {module: [f"{module}==2"]}):
+        install(**found)
+        digests.append({layout: digest(configured(), layout=layout) for layout in BOTH})
+    for first, second in ((0, 1), (1, 2)):
+        assert {layout for layout in BOTH if digests[first][layout] != digests[second][layout]} == expected
+
+
+def test_a_module_is_found_with_or_without_a_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels_of_a_source_tree").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(installed, "_module", installed._module.__wrapped__)
+    found = installed.modules(["pytest", "yaml", "kernels_of_a_source_tree", "not_there_at_all"])
+    assert found == {
+        "pytest": [f"pytest=={installed.version_of('pytest')}"],
+        # Its distribution has another name, which no list of ours knows.
+        "yaml": [f"PyYAML=={installed.version_of('pyyaml')}"],
+        "kernels_of_a_source_tree": [],
+    }
+
+
+def test_the_toolkit_s_tools_count_where_flashinfer_would_have_to_compile(
+    install: Callable[..., None], tmp_path: Path
+) -> None:
+    for tool in ("bin/nvcc", "ninja"):
+        file = tmp_path / tool
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("")
+        file.chmod(0o755)
+    with_tools = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
+    without = {"PATH": "", "CUDA_HOME": str(tmp_path / "elsewhere")}
+    assert installed.toolkit_tools(with_tools) == {"nvcc": True, "ninja": True}
+    assert installed.toolkit_tools({"PATH": os.pathsep.join(with_tools.values())})["ninja"]
+    assert installed.toolkit_tools(without) == {"nvcc": False, "ninja": False}
+
+    def moved() -> bool:
+        return digest(configured(), environ=with_tools) != digest(configured(), environ=without)
+
+    install(flashinfer=["flashinfer-python==1"])
+    assert moved()
+    install(flashinfer=["flashinfer-python==1"], flashinfer_cubin=["flashinfer-cubin==1"])
+    assert not moved()
+    install()
+    assert not moved()
+
+
+def test_plugins_count_with_their_versions_where_vllm_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {
+        "vllm.general_plugins": [("b", "2", "models"), ("b", "2", "patches"), ("vllm-rfork", "1", "rfork")],
+        "vllm.platform_plugins": [("a", "1", "npu")],
+    }
+
+    def entry_points(group: str) -> list[Any]:
+        dists = [SimpleNamespace(name=name, version=version) for name, version, _ in points[group]]
+        named = [SimpleNamespace(dist=dist, name=row[2]) for dist, row in zip(dists, points[group], strict=True)]
+        return [*named, SimpleNamespace(dist=None, name="loose", value="module:call")]
+
+    monkeypatch.setattr(installed.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(installed, "_entry_points", installed._entry_points.__wrapped__)
+    everything = {"a==1": ["npu"], "b==2": ["models", "patches"], "module:call": ["loose"]}
+    assert installed.plugins({}) == everything
+    # As vLLM reads it: names between commas, and an empty text names none.
+    assert installed.plugins({"VLLM_PLUGINS": "rfork,patches"}) == {"b==2": ["patches"]}
+    assert installed.plugins({"VLLM_PLUGINS": ""}) == {}
+    assert layouts_moved(configured(), configured(), environ={"VLLM_PLUGINS": "rfork"}) == BOTH
+    every_name = {"VLLM_PLUGINS": "rfork,npu,models,patches,loose"}
+    assert not layouts_moved(configured(), configured(), environ=every_name)
 
 
 # --- the environment ------------------------------------------------------------------------------------------------
@@ -251,6 +404,15 @@ def test_plugins_of_workers_are_known_with_their_versions(monkeypatch: pytest.Mo
         ("VLLM_DISABLED_KERNELS", RUNTIME),
         ("VLLM_ROCM_MOE_PADDING", RUNTIME),
         ("VLLM_KERNEL_OF_THE_FUTURE", RUNTIME),
+        # Nobody has read these; a pattern for logs, ports, paths or hosts must not take them in.
+        ("VLLM_USE_TRANSPOSED_W13_SUPPORT", RUNTIME),
+        ("VLLM_MOE_TOPOLOGY", RUNTIME),
+        ("VLLM_MOE_PACK_FAST_PATH", RUNTIME),
+        ("VLLM_QUANT_ON_HOST", RUNTIME),
+        ("VLLM_FP8_ANALOG_SCALES", RUNTIME),
+        ("VLLM_LOGGING_LEVEL", set()),
+        ("VLLM_PORT", set()),
+        ("VLLM_NIXL_SIDE_CHANNEL_PORT", set()),
         ("VLLM_HOST_IP", set()),
         ("VLLM_API_KEY", set()),
         ("VLLM_FUTURE_TOKEN", set()),
@@ -268,6 +430,14 @@ def test_every_pattern_of_the_environment_can_match() -> None:
     for pattern in shaping_environment.IN_RUNTIME:
         name = re.sub(r"\[(.).*?\]", r"\1", pattern.replace("*", "X"))
         assert shaping_environment.place_of(name) in {"runtime", "always"}, pattern
+
+
+def test_what_is_left_out_is_named_from_its_beginning() -> None:
+    """But for secrets, whose values must count nowhere, and for the ends of names that say enough."""
+    ends = {"VLLM_*_PORT", "VLLM_*_SIDE_CHANNEL_HOST", "VLLM_*_TIMEOUT", "VLLM_*_TIMEOUT_S", "VLLM_*_TIMEOUT_SECONDS"}
+    secrets = {"*_API_KEY", "*SECRET*", "*PASSWORD*", "*TOKEN"}
+    patterns = {pattern for names in shaping_environment.LEFT_OUT.values() for pattern in names}
+    assert {pattern for pattern in patterns if "*" in pattern[:-1]} == ends | secrets
 
 
 # --- canonical ------------------------------------------------------------------------------------------------------
@@ -308,5 +478,6 @@ def test_the_fingerprint_of_fixed_facts_is_pinned() -> None:
         dummy=False,
         environ={"VLLM_MARLIN_USE_ATOMIC_ADD": "1", "VLLM_PORT": "1"},
     )
-    fixed = dict.fromkeys(("plugin", "vllm", "plugins", "torch", "device", "kernels"), "fixed")
-    assert build_fingerprint({**facts, **fixed}) == "8c472c30cc5966a2e87bf9d939a9df1c"
+    fixed = dict.fromkeys(("plugin", "vllm", "plugins", "libraries", "torch", "device", "kernels"), "fixed")
+    fixed["toolkit_tools"] = "fixed"
+    assert build_fingerprint({**facts, **fixed}) == "866041cad1505e498cef03657ed0323d"

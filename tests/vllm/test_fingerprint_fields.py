@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork.seed_key import build_fingerprint
-from vllm_rfork.vllm_compat import shaping
+from vllm_rfork.vllm_compat import shaping, shaping_modules
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 from vllm_rfork.vllm_compat.shaping_environment import place_of
 
@@ -52,6 +54,54 @@ def configurations() -> dict[str, Any]:
         "scheduler": vllm.SchedulerConfig,
         "speculative": vllm.SpeculativeConfig,
     }
+
+
+#: Where vLLM's models are built, processed and given kernels.
+WHERE_WEIGHTS_ARE_SHAPED = (
+    "model_executor",
+    "models",
+    "kernels",
+    "ir",
+    "platforms",
+    "utils",
+    "v1/attention",
+    "_aiter_ops.py",
+)
+IMPORTS = re.compile(r"(?:import[ \t]+|from[ \t]+(?=[\w.]+[ \t]+import\b))(\w+)")
+#: How vLLM asks whether a package is there.
+ASKS = ("_has_module", "_has_module_spec", "find_spec", "import_module", "PlaceholderModule")
+ASKED = re.compile(rf"(?:{'|'.join(ASKS)})\(\s*[\"'](\w+)")
+#: No modules: lines of comments that begin like imports.
+WORDS_OF_COMMENTS = {"path", "stability"}
+
+
+def modules_asked_for() -> Iterator[str]:
+    import vllm
+
+    root = Path(vllm.__file__).parent
+    for place in WHERE_WEIGHTS_ARE_SHAPED:
+        files = [root / place] if place.endswith(".py") else (root / place).rglob("*.py")
+        for file in files:
+            source = file.read_text()
+            # Files are many: expressions see only what can fit.
+            lines = (line.lstrip() for line in source.splitlines() if "import " in line)
+            yield from (found[1] for line in lines if (found := IMPORTS.match(line)) is not None)
+            if any(word in source for word in ASKS):
+                yield from ASKED.findall(source)
+
+
+def test_every_package_that_vllm_looks_for_where_it_shapes_weights_is_in_one_of_the_lists() -> None:
+    """vLLM takes other kernels where one is there; a new one fails here until somebody has read what it does."""
+    theirs = set(modules_asked_for()) - set(sys.stdlib_module_names) - WORDS_OF_COMMENTS - {"vllm"}
+    assert theirs > {"flashinfer", "deep_gemm", "triton_kernels", "cutlass", "humming", "tilelang"}
+    left_out = {name for names in shaping_modules.LEFT_OUT.values() for name in names}
+    assert theirs - left_out - {*shaping_modules.ALWAYS, *shaping_modules.IN_RUNTIME} == set()
+
+
+def test_no_package_is_in_two_lists() -> None:
+    left_out = [name for names in shaping_modules.LEFT_OUT.values() for name in names]
+    everything = [*shaping_modules.ALWAYS, *shaping_modules.IN_RUNTIME, *left_out]
+    assert len(everything) == len(set(everything))
 
 
 @pytest.mark.parametrize("section", [*shaping.SECTIONS, "vllm"])
@@ -107,3 +157,37 @@ def test_the_sections_are_where_vllm_has_them_and_their_facts_are_canonical(mode
     assert facts("runtime", moe_backend="triton") != first
     assert facts("checkpoint", moe_backend="triton") == facts("checkpoint")
     assert build_fingerprint(facts("checkpoint")) != build_fingerprint(first)
+
+
+def test_what_is_left_out_of_a_whole_section_is_a_field_of_it() -> None:
+    import vllm.config as vllm
+
+    left_out = {name for names in shaping.WHOLE_LEFT_OUT["kernel"].values() for name in names}
+    theirs = {field.name for field in dataclasses.fields(vllm.KernelConfig)}
+    assert left_out < theirs
+    # What chooses kernels stays.
+    assert {"moe_backend", "linear_backend"} <= theirs - left_out
+
+
+def test_workers_whose_weights_are_the_same_have_one_fingerprint(model_a: Path) -> None:
+    """With graphs and without, with adapters and without where there are no experts."""
+
+    def facts(**changes: Any) -> tuple[Any, dict[str, Any]]:
+        config = vllm_config(model_a, **changes)
+        return config, fingerprint_facts(
+            config, config.model_config, layout="runtime", engine="memory", device=torch.device("cpu"), dummy=False
+        )
+
+    eager, facts_of_eager = facts(enforce_eager=True)
+    graphs, facts_of_graphs = facts(enforce_eager=False)
+    # Not because vLLM made the two alike:
+    assert eager.compilation_config.custom_ops != graphs.compilation_config.custom_ops
+    assert eager.kernel_config.enable_jit_warmup != graphs.kernel_config.enable_jit_warmup
+    assert facts_of_eager == facts_of_graphs
+    for changes in (
+        {"enable_lora": True},
+        {"performance_mode": "interactivity"},
+        {"optimization_level": 0},
+        {"compilation_config": {"custom_ops": ["all"]}},
+    ):
+        assert facts(**changes)[1] == facts_of_eager, changes

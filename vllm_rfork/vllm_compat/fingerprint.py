@@ -1,23 +1,22 @@
 """The facts that shape a worker's bytes, as plain data for :func:`~vllm_rfork.seed_key.build_fingerprint`.
 
-Which options count, in which layout, and which do not and why, is in :mod:`~vllm_rfork.vllm_compat.shaping` and
-:mod:`~vllm_rfork.vllm_compat.shaping_environment`. Of the ranks only those are here that the seed key has no place for:
+Which options, variables and packages count, in which layout, and which do not and why, is in
+:mod:`~vllm_rfork.vllm_compat.shaping`, :mod:`~vllm_rfork.vllm_compat.shaping_environment` and
+:mod:`~vllm_rfork.vllm_compat.shaping_modules`. Of the ranks only those are here that the seed key has no place for:
 without expert parallelism, experts are cut across data and context parallel ranks as well.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from vllm_rfork import __version__
-from vllm_rfork.vllm_compat import shaping
+from vllm_rfork.vllm_compat import installed, shaping, shaping_modules
 from vllm_rfork.vllm_compat.identity import is_draft
 from vllm_rfork.vllm_compat.plain import plain
 from vllm_rfork.vllm_compat.shaping_environment import shaping_environment
@@ -46,8 +45,8 @@ VOLATILE = frozenset(
 #: What building and loading write into a quantization's configuration: the model's class decides, or a clock.
 WRITTEN_BY_LOADING = frozenset({"packed_modules_mapping", "quantized_layers", "online_quantization_time"})
 
-#: Entry points of these groups run inside workers and may change how models are built or processed.
-PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+#: Parts of names by which a model's configuration tells that it has experts, in whatever words.
+WORDS_FOR_EXPERTS = ("expert", "moe")
 
 
 def fingerprint_facts(
@@ -66,16 +65,18 @@ def fingerprint_facts(
     What chooses kernels counts in the runtime layout alone. ``dummy``: weights are random ones, drawn from the seed.
     """
     runtime = layout == "runtime"
+    facts_of_model = plain(model_config.hf_config.to_dict(), leave_out=VOLATILE)
     facts: dict[str, Any] = {
         "plugin": __version__,
-        "vllm": _version_of("vllm"),
-        "plugins": _plugins(),
+        "vllm": _version_of_vllm(),
+        "plugins": installed.plugins(environ),
+        "libraries": installed.modules(shaping_modules.ALWAYS),
         "torch": torch.__version__.partition("+")[0],
         "layout": layout,
         "engine": engine,
         "device": _device_generation(device, runtime=runtime),
         "architectures": list(getattr(model_config.hf_config, "architectures", None) or []),
-        "hf_config": plain(model_config.hf_config.to_dict(), leave_out=VOLATILE),
+        "hf_config": facts_of_model,
         "kind": [plain(getattr(model_config, name, None)) for name in ("runner_type", "convert_type")],
         "quant_config": _quantization(vllm_config, model_config),
         "options": _options(vllm_config, model_config, runtime=runtime),
@@ -84,10 +85,13 @@ def fingerprint_facts(
         "context_rank": context_rank,
         "draft": is_draft(vllm_config, model_config),
         "dummy_weights": [getattr(model_config, "seed", None)] if dummy else None,
+        "rotary_op": _rotary_op(vllm_config, facts_of_model, device),
     }
     if runtime:
-        found = {name: _version_of(name) for name in shaping.KERNEL_DISTRIBUTIONS}
-        facts["kernels"] = {name: version for name, version in found.items() if version is not None}
+        kernels = facts["kernels"] = installed.modules(shaping_modules.IN_RUNTIME)
+        if "flashinfer" in kernels and "flashinfer_cubin" not in kernels:
+            facts["toolkit_tools"] = installed.toolkit_tools(environ)
+        facts["lora"] = _experts_with_lora(vllm_config, facts_of_model)
     return facts
 
 
@@ -104,7 +108,8 @@ def _options(vllm_config: Any, model_config: Any, *, runtime: bool) -> dict[str,
     for section, path in whole.items():
         found = _at(vllm_config, model_config, path)
         if found is not None:
-            options[section] = plain(found)
+            left_out = {name for names in shaping.WHOLE_LEFT_OUT.get(section, {}).values() for name in names}
+            options[section] = plain(found, leave_out=frozenset(left_out))
     return options
 
 
@@ -141,29 +146,58 @@ def _device_generation(device: torch.device, *, runtime: bool) -> dict[str, Any]
         return facts
     if device.type == "cuda":
         facts["capability"] = list(torch.cuda.get_device_capability(device))
-        if runtime:
-            facts["toolkit"] = torch.version.cuda or torch.version.hip
+    if runtime:
+        # ``cann``: torch_npu's; MLA's projections are packed from one of its versions on.
+        toolkits = (getattr(torch.version, name, None) for name in ("cuda", "hip", "cann"))
+        facts["toolkit"] = next((str(toolkit) for toolkit in toolkits if toolkit), None)
     backend = getattr(torch, device.type, None)
     if backend is not None and hasattr(backend, "get_device_name") and (runtime or device.type != "cuda"):
         facts["name"] = str(backend.get_device_name(device))
     return facts
 
 
-@functools.cache
-def _plugins() -> dict[str, str]:
-    """Distributions whose plugins run in workers, with their versions; this one counts by itself."""
-    points = [point for group in PLUGIN_GROUPS for point in metadata.entry_points(group=group)]
-    found = {point.dist.name: point.dist.version for point in points if point.dist is not None}
-    return {name: version for name, version in sorted(found.items()) if name != "vllm-rfork"}
+def _experts_with_lora(vllm_config: Any, facts_of_model: Any) -> bool:
+    """With adapters vLLM takes other kernels for experts, and these other weights: halves of ``w13`` change places.
+
+    Whether a model has experts is asked broadly. A dense model's weights are the same with adapters and without.
+    """
+    if getattr(vllm_config, "lora_config", None) is None:
+        return False
+    return any(word in name.lower() for name, _ in _items(facts_of_model) for word in WORDS_FOR_EXPERTS)
 
 
-@functools.cache
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        if distribution != "vllm":
-            return None
+def _rotary_op(vllm_config: Any, facts_of_model: Any, device: torch.device) -> bool | None:
+    """On GPUs, and for scaled rotary embeddings as DeepSeek's: whether ``custom_ops`` has vLLM's own operation on.
+
+    FlashInfer's then takes the table of cosines in float32; the others, in the model's type. Graphs have it off by
+    default, eager workers on. Nothing else that ``custom_ops`` chooses is in memory.
+    """
+    if device.type != "cuda":
+        return None
+    scaled = ("yarn", "deepseek")
+    types = [str(value) for name, value in _items(facts_of_model) if name in ("rope_type", "type")]
+    if not any(word in rope for rope in types for word in scaled):
+        return None
+    chosen = list(getattr(getattr(vllm_config, "compilation_config", None), "custom_ops", None) or ())
+    return "+rotary_embedding" in chosen or ("all" in chosen and "-rotary_embedding" not in chosen)
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of plain data, at any depth."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name, inner
+            yield from _items(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _items(inner)
+
+
+def _version_of_vllm() -> str:
+    """Without a distribution (a source tree on the path) what it says itself."""
+    version = installed.version_of("vllm")
+    if version is None:
         import vllm
 
-        return str(vllm.__version__)
+        version = str(vllm.__version__)
+    return version

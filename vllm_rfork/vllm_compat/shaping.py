@@ -1,7 +1,7 @@
 """Which options and environment variables shape weights, and which do not, and why.
 
 Every field of the configurations below has its place here; a test compares them with the installed vLLM, so that a
-new field is looked at by a person. Tables only: :mod:`~vllm_rfork.vllm_compat.identity` reads them.
+new field is looked at by a person. Tables only: :mod:`~vllm_rfork.vllm_compat.fingerprint` reads them.
 
 ``ALWAYS`` shapes the structure or what loading puts into it, so it counts in both layouts. ``IN_RUNTIME`` chooses
 kernels, and with them what post-processing makes of the weights: it counts in the runtime layout alone, since in the
@@ -27,6 +27,21 @@ SECTIONS: dict[str, str] = {
 #: Sections that count whole, whatever fields a version gives them.
 WHOLE_ALWAYS = {"offload": "offload_config", "engram": "engram_config"}
 WHOLE_IN_RUNTIME = {"attention": "attention_config", "kernel": "kernel_config", "mamba": "mamba_config"}
+
+#: Section that counts whole → why → fields that do not. Eager workers and those with graphs differ in these.
+WHOLE_LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
+    "kernel": {
+        "compiles and tunes kernels that have been chosen": (
+            "enable_flashinfer_autotune",
+            "enable_cutedsl_warmup",
+            "enable_jit_warmup",
+            "enable_rocm_segmented_attn_autotune",
+        ),
+        "which of several implementations of norms and activations runs; they take the same weights": (
+            "ir_op_priority",
+        ),
+    },
+}
 
 ALWAYS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -117,8 +132,13 @@ LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
             "quant_config",
             "additional_config",
         ),
-        "adapters wrap layers later and leave the base's bytes alone": ("lora_config",),
-        "shapes graphs, not weights": ("compilation_config", "optimization_level", "performance_mode"),
+        "whether there is one counts in the runtime layout for models with experts, whose kernel is chosen by it; "
+        "adapters themselves wrap layers later and leave the base's bytes alone": ("lora_config",),
+        "shapes graphs, not weights, but for one custom op, which counts as rotary_op": ("compilation_config",),
+        "acts through other fields: of compilation_config and kernel_config": ("optimization_level",),
+        "acts through max_num_batched_tokens, which counts, max_num_seqs and the sizes of graphs": (
+            "performance_mode",
+        ),
         "about requests, caches, logs or life cycle": (
             "aux_output_config",
             "watermark_config",
@@ -428,14 +448,3 @@ ADDITIONAL_LEFT_OUT = {
     "parses the configuration anew": ("refresh",),
     "binds threads": ("enable_cpu_binding", "cpu_binding"),
 }
-
-#: Distributions that choose kernels when they are there.
-KERNEL_DISTRIBUTIONS = (
-    "amd-aiter",
-    "compressed-tensors",
-    "deep-gemm",
-    "flashinfer-python",
-    "torch-npu",
-    "triton",
-    "triton-ascend",
-)
