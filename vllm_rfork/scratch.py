@@ -29,6 +29,7 @@ SCRATCH = {
     "_fp8_q_amax": "a history of what a vision tower has seen",
     "_fp8_k_amax": "a history of what a vision tower has seen",
     "_fp8_v_amax": "a history of what a vision tower has seen",
+    "punica_wrapper": "which adapters the tokens at hand ask for, written in every step",
     "expert_load_view": "EPLB statistics",
     "logical_to_physical_map": "EPLB bookkeeping",
     "logical_replica_count": "EPLB bookkeeping",

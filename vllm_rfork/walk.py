@@ -206,9 +206,7 @@ class _Walker:
 
     def _modules(self, root: nn.Module, prefix: str, below: _Below) -> Iterator[Leaf]:
         for name, module in root.named_modules(prefix=prefix):
-            # A hidden module may hold registered ones, which have names of their own, and was visited when it was met.
-            if root is not self._model and id(module) in self._of_model:
-                continue
+            # A hidden module may hold registered ones, which came first, and was visited itself when it was met.
             if self._first_visit(module, name) or module is root:
                 yield from self._module(module, name, below)
 

@@ -176,6 +176,11 @@ def test_what_is_met_far_down_first_is_named_after_the_nearest_place() -> None:
     assert names(model) == ["weight", "nearest.in_helper", "nearest.slot"]
     del model.nearest
     assert names(model) == ["weight", *(f"a_long_way{'[0]' * 9}.{name}" for name in ("in_helper", "slot"))]
+    for long, short in (("a", "z"), ("z", "a")):
+        model = nn.Linear(1, 1, bias=False)
+        setattr(model, long, [[[[helper]]]])
+        setattr(model, short, [[helper]])
+        assert names(model) == ["weight", f"{short}[0][0].in_helper", f"{short}[0][0].slot"]
 
 
 def test_a_walk_that_leaves_the_model_ends(monkeypatch: pytest.MonkeyPatch) -> None:

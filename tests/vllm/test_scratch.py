@@ -1,0 +1,26 @@
+"""What is left out as scratch is still there in vLLM under these names; a rule that has outlived its class goes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import vllm
+
+from vllm_rfork.scratch import SCRATCH_OBJECTS, SCRATCH_OF, SCRATCH_WHEN
+
+
+def test_every_rule_about_a_class_is_about_one_that_vllm_has() -> None:
+    wanted = {kind for kind, _ in SCRATCH_OF} | set(SCRATCH_OBJECTS)
+    defined = re.compile(rf"^class ({'|'.join(sorted(wanted))})\b", re.MULTILINE)
+    text_of: dict[str, str] = {}
+    flagged = ""
+    for file in Path(vllm.__file__).parent.rglob("*.py"):
+        text = file.read_text()
+        for kind in defined.findall(text):
+            text_of[kind] = text_of.get(kind, "") + text
+        if any(f"self.{flag} = " in text for flag, _ in SCRATCH_WHEN):
+            flagged += text
+    assert wanted - text_of.keys() == set()
+    assert {(kind, name) for kind, name in SCRATCH_OF if not re.search(rf"\b{name}\b", text_of[kind])} == set()
+    assert {name for _, name in SCRATCH_WHEN if name not in flagged} == set()
