@@ -303,6 +303,7 @@ def _be_replica(index: int, count: int) -> None:
         parallel = config.parallel_config
         parallel.data_parallel_size = count
         parallel.data_parallel_rank = parallel.data_parallel_index = index
+        parallel.data_parallel_rank_local = index  # which chooses its device
         if hasattr(parallel, "reconfigure_for_independent_dp_rank"):
             parallel.reconfigure_for_independent_dp_rank()
         else:  # before it had a name of its own; 0.24 is such a release
