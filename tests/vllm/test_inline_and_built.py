@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -16,6 +17,8 @@ from vllm_rfork.built import LARGEST_INT, marks_of
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.manifest import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.plan import LoadPlan
+from vllm_rfork.receiver import StageTimes
 from vllm_rfork.segments import built_differences, pair
 from vllm_rfork.state import changed_state, gone_state, match_state, state_of
 from vllm_rfork.tensors import Collection, apply_inline, check_inline, collect, with_inline
@@ -345,3 +348,76 @@ def test_every_block_of_the_allocator_counts(monkeypatch: pytest.MonkeyPatch) ->
     check_no_addresses(collection, {"pointer": (1 << 40) + 4096}, memory)
     with pytest.raises(ForkError, match="state pointer is an address"):
         check_no_addresses(collection, {"pointer": (1 << 40) + 4095}, memory)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
+    """One load of the runtime layout, for a device on which nothing here lies."""
+    monkeypatch.setattr("vllm_rfork.plan.device_side", lambda device: device_side(CPU))
+    return LoadPlan(
+        settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=1.0)),
+        device=ELSEWHERE,
+        identity=cast("Any", None),
+        seed_key="seed_key",
+        fingerprint="fingerprint",
+        layout="runtime",
+        attempt=cast("Any", SimpleNamespace(engine_name="engine", times=StageTimes(), take_back_intent=lambda: None)),
+        advertise_host="",
+        load_config=None,
+        shows_progress=False,
+        agreement=cast("Any", SimpleNamespace(reach=lambda *told: "", alone=True)),
+    )
+
+
+def test_a_receiver_becomes_a_seed_of_the_bytes_it_was_sent(plan: LoadPlan) -> None:
+    remote = manifest_of(collect(holding(k=torch.tensor([3.0])), ELSEWHERE))
+    collection = collect(holding(k=torch.tensor([0.5])), ELSEWHERE)
+    plan.capture_forked(collection, remote)
+    assert plan.seed_manifest().tensors == remote.tensors
+
+
+def test_a_load_ends_with_a_look_at_the_small_tensors(plan: LoadPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = manifest_of(collect(holding(k=torch.tensor([3.0])), ELSEWHERE))
+    model = holding(k=torch.tensor([0.5]))
+    check = cast("Any", SimpleNamespace(collection=collect(model, ELSEWHERE), numbers=[]))
+    plan.accept(model, check, remote)
+    model.k.fill_(0.5)
+    monkeypatch.setattr("vllm_rfork.plan.apply_inline", lambda collection, manifest: None)
+    with pytest.raises(VerificationError, match="small tensors"):
+        plan.accept(model, check, remote)
+
+
+def test_a_model_that_was_built_otherwise_is_refused_before_it_is_touched(
+    plan: LoadPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[nn.Module] = []
+    monkeypatch.setattr("vllm_rfork.plan.loading.fill_with_dummies", lambda model, *others: filled.append(model))
+    for theirs, ours in ((Backend.CUTLASS, Backend.TRITON), (Backend.TRITON, Backend.TRITON)):
+        seed = model_of(theirs)
+        plan._promised = manifest_of(collect(seed, ELSEWHERE), built=marks(seed))
+        if theirs is ours:
+            plan.fill_with_dummies(model_of(ours), None)
+            assert plan.holds_dummies
+            assert len(filled) == 1
+        else:
+            with pytest.raises(ManifestMismatch, match=r"backend\.<member> as built") as caught:
+                plan.fill_with_dummies(model_of(ours), None)
+            assert not caught.value.mutated
+            assert not plan.holds_dummies
+            assert not filled
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "runtime"])
+def test_no_layout_is_offered_with_addresses_in_it(plan: LoadPlan, layout: str) -> None:
+    plan.layout, plan.device = layout, CPU
+    for held in (None, "table", "pointer"):
+        plan.no_seed_reason, plan.collection = "", None
+        model = offering()
+        plan.state_before(model)
+        address = model.workspace.data_ptr()
+        if held is not None:
+            setattr(model, held, torch.tensor([address]) if held == "table" else address)
+        plan.capture_loaded(model)
+        plan.settle(model)
+        assert (plan.collection is None) is (held is not None)
+        assert ("address" in plan.no_seed_reason) is (held is not None), plan.no_seed_reason
