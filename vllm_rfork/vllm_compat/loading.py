@@ -135,7 +135,8 @@ def _offloads(vllm_config: Any) -> str:
     """Why weights lie outside the device's memory, by vLLM's options; empty where they do not."""
     offload = getattr(vllm_config, "offload_config", None)
     if offload is None:  # before there was one
-        by_size = getattr(vllm_config.cache_config, "cpu_offload_gb", 0)
+        cache_config = getattr(vllm_config, "cache_config", None)
+        by_size = getattr(cache_config, "cpu_offload_gb", 0)
         by_layer = 0
     else:
         by_size, by_layer = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
