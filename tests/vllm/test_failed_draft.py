@@ -44,9 +44,7 @@ def engines(vllm_imported: None, model_a: Path, model_b: Path, tmp_path_factory:
         found = []
         for _, connection in running:
             assert connection.poll(300), f"no report; see {logs}"
-            report, seen = connection.recv()
-            assert not report.error, f"{report.error}; see {logs}"
-            found.append((report, seen))
+            found.append(connection.recv())
         (default, _), (failed, seen) = found
         return Engines(default, failed, seen)
     finally:
@@ -83,6 +81,7 @@ def test_rotary_tables_that_both_models_share_are_what_they_were(engines: Engine
 
 
 def test_the_engine_answers_and_drafts_as_with_the_default_loader(engines: Engines) -> None:
+    assert [engines.default.error, engines.failed.error] == ["", ""]
     assert engines.failed.answers == engines.default.answers
     *answers, (kind, drafted) = engines.failed.answers
     assert kind == "drafts"
