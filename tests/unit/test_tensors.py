@@ -465,3 +465,12 @@ def test_differences_are_reported_together() -> None:
         "only_there: only the se",
     ):
         assert part in text
+
+
+def test_numbers_that_move_between_devices_are_not_weights() -> None:
+    """On CUDA, vLLM before 0.30 made them anew on the host in each weight update; no seed came back after one."""
+    attention = nn.Module()
+    for name in ("q_range", "k_range", "v_range"):
+        setattr(attention, name, torch.tensor(200.0))
+    attention.weight = nn.Parameter(torch.ones(3))
+    assert [entry.name for entry in collect(attention, CPU).entries] == ["weight"]
