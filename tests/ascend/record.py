@@ -163,7 +163,7 @@ def torch_npu(root: Path) -> dict[str, Any]:
     functions = {}
     for file in ("memory.py", "utils.py"):
         for name, function in _functions(ast.parse((root / "npu" / file).read_text())):
-            if name in ("synchronize", "empty_cache", "current_device", "memory_snapshot"):
+            if name in ("synchronize", "empty_cache", "current_device", "set_device", "memory_snapshot"):
                 functions[name] = [argument.arg for argument in function.args.args]
     formats = {}
     for node in ast.walk(ast.parse((root / "npu" / "_format.py").read_text())):
