@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from vllm_rfork import verify
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.errors import VerificationError
@@ -32,6 +34,25 @@ def spans_to_check(collection: Collection, how: str) -> list[int]:
     """Numbers of the spans that ``rfork_verify`` asks to compare: ``full``, ``sample`` or ``off``."""
     every = {"full": 1, "sample": SAMPLE_EVERY}
     return list(range(0, len(collection.spans), every[how])) if how in every else []
+
+
+def get_ready(side: DeviceSide) -> threading.Thread:
+    """Have the device load the digests' kernels in the background; returns the thread that waits for it.
+
+    A first use takes a GPU some 25 ms, which is nothing while a model is built and much beside a read.
+    """
+
+    def digest_something() -> None:
+        try:
+            side.use()
+            nbytes = verify.ROWS * verify.COLUMNS * 8 + 1  # a whole block, and a rest
+            verify.digest(torch.zeros(nbytes, dtype=torch.uint8, device=side.device))
+        except Exception as error:  # noqa: BLE001 - whoever needs a digest later finds out, and says so
+            logger.debug("RFork: %s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
+
+    thread = threading.Thread(target=digest_something, name="rfork-verify-ready", daemon=True)
+    thread.start()
+    return thread
 
 
 class ArrivalCheck:

@@ -19,7 +19,7 @@ from vllm_rfork import verify
 from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by, memory_of
 from vllm_rfork.attempt import MAX_SEEDS, Attempt
 from vllm_rfork.built import marks_of
-from vllm_rfork.checking import ArrivalCheck, spans_to_check
+from vllm_rfork.checking import ArrivalCheck, get_ready, spans_to_check
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
@@ -113,6 +113,7 @@ class LoadPlan:
         """
         # Here, on the thread that loads: the seed's and the digests' threads have other devices of their own.
         device = device_side(loading.target_device(vllm_config)).numbered
+        side = device_side(device)
         layout = layout_for(settings, device)
         engine_name = settings.rfork_engine if settings.rfork_engine != "auto" else engine_for_device(device.type)
         identity = worker_identity(vllm_config, model_config)
@@ -138,9 +139,7 @@ class LoadPlan:
             # The whole bound has been used up, and a call to the planner would look the name up again.
             host, unreachable = "", PlannerError(str(error))
         # Without an address of its own a worker can still read from others.
-        config = EngineConfig(
-            device=device_side(device).text, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec
-        )
+        config = EngineConfig(device=side.text, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec)
         plan = cls(
             settings=settings,
             device=device,
@@ -166,6 +165,8 @@ class LoadPlan:
         if reason := loading.unregistrable(vllm_config, device):
             plan.no_fork_reason = reason
             plan.refuse_to_seed(reason)
+        elif side.copies_by_itself and settings.rfork_verify != "off":
+            get_ready(side)
         return plan
 
     def refuse_to_seed(self, reason: str) -> None:

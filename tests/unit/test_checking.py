@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_rfork import verify
-from vllm_rfork.checking import SAMPLE_EVERY, ArrivalCheck, spans_to_check
+from vllm_rfork.checking import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.errors import VerificationError
@@ -194,6 +194,26 @@ def test_a_device_that_hangs_does_not_hang_the_start(collection: Collection) -> 
         check.finish({0: "any"})
     waits.set()
     check.close()
+
+
+def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    digested: list[int] = []
+    monkeypatch.setattr(verify, "digest", lambda span: digested.append(span.numel()))
+    get_ready(accelerator()).join(20)
+    (nbytes,) = digested
+    whole, rest = divmod(nbytes, verify.ROWS * verify.COLUMNS * 8)
+    assert whole
+    assert rest
+
+    class Failing(DeviceSide):
+        def use(self) -> None:
+            raise RuntimeError("the device is lost")
+
+    with caplog.at_level("DEBUG", "vllm_rfork"):
+        get_ready(Failing(CPU)).join(20)
+    assert "cannot digest yet: RuntimeError: the device is lost" in caplog.text
 
 
 def test_a_read_that_fails_lets_go_of_the_memory() -> None:
