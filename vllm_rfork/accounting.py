@@ -23,7 +23,7 @@ from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest import Region
 from vllm_rfork.plain_values import integers
 from vllm_rfork.tensors import Collection
-from vllm_rfork.walk import Plain, walk
+from vllm_rfork.walk import Leaf, Plain, walk
 
 #: A replacement has at least this share of the bytes that it replaces. Repacking keeps them all, and what it drops
 #: beside them (group indices, zero points) is small; a bias or a scale that stays behind is far less.
@@ -50,8 +50,13 @@ def held_by(model: nn.Module) -> dict[str, Held]:
     Raises:
         ForkError: the model cannot be walked.
     """
+    return held_in(walk(model))
+
+
+def held_in(leaves: Iterable[Leaf]) -> dict[str, Held]:
+    """As :func:`held_by`, of a walk."""
     held = {}
-    for leaf in walk(model):
+    for leaf in leaves:
         tensor = leaf.value
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             held[leaf.name] = Held(tensor.numel() * tensor.element_size(), tensor.dtype, tuple(tensor.shape))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vllm_rfork import verify
-from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by, memory_of
+from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, held_by, held_in, memory_of
 from vllm_rfork.attempt import MAX_SEEDS, Attempt
 from vllm_rfork.built import marks_of
 from vllm_rfork.checking import ArrivalCheck, get_ready, spans_to_check
@@ -29,13 +29,13 @@ from vllm_rfork.manifest import Manifest
 from vllm_rfork.own_address import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
 from vllm_rfork.segments import built_differences, pair, paired_digests
-from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
-from vllm_rfork.tensors import Collection, apply_inline, check_inline, collect, names_in, with_inline
+from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_in, state_of
+from vllm_rfork.tensors import Collection, account, apply_inline, check_inline, names_in, with_inline
 from vllm_rfork.vllm_compat import ascend, loading
 from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 from vllm_rfork.vllm_compat.identity import worker_identity
-from vllm_rfork.walk import Plain
+from vllm_rfork.walk import Leaf, Plain, walk
 
 logger = logging.getLogger(__name__)
 
@@ -203,14 +203,19 @@ class LoadPlan:
         Raises:
             ForkError: something cannot be accounted for, or no engine can keep it registered.
         """
+        return self._collect_with_leaves(model)[0]
+
+    def _collect_with_leaves(self, model: nn.Module) -> tuple[Collection, list[Leaf]]:
+        """As :meth:`_collect`, and the walk that it comes from: a walk through a large model takes a while."""
         with _whatever_is_raised("the model's memory cannot be looked at"):
             side = device_side(self.device)
             side.synchronize()
-            collection = collect(model, self.device)
+            leaves = list(walk(model))
+            collection = account(leaves, self.device)
             reason = side.unregistrable(collection.regions)
         if reason:
             raise ForkError(reason)
-        return collection
+        return collection, leaves
 
     def shared_spans(self, collection: Collection) -> frozenset[int]:
         """Addresses of the spans that an earlier model uses too: a fork that goes wrong must not write there."""
@@ -381,8 +386,8 @@ class LoadPlan:
 
     def _capture_checkpoint(self, model: nn.Module) -> Collection:
         self._check_layout(model)
-        collection = self._collect(model)
-        after = state_of(model)
+        collection, leaves = self._collect_with_leaves(model)
+        after = state_in(leaves)
         if gone := gone_state(self.built, after):
             raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
         self.state = dict(changed_state(self.built, after))
@@ -428,13 +433,13 @@ class LoadPlan:
         """Remember the post-processed model that was loaded from storage, if every weight in it is accounted for."""
         try:
             with _whatever_is_raised("the post-processed model cannot be looked at"):
-                collection = self._collect(model)
+                collection, leaves = self._collect_with_leaves(model)
                 if collection.opaque:
                     raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
                 if unknown := ascend.unknown_class_tensors(model):
                     raise ForkError(f"classes hold tensors that may be weights: {', '.join(unknown[:5])}")
-                check_accounted(self._weights, held_by(model))
-                after = state_of(model)
+                check_accounted(self._weights, held_in(leaves))
+                after = state_in(leaves)
                 state = changed_state(self.built, after)
                 check_no_addresses(collection, state, memory_of(model, collection, device_side(self.device)))
                 self.digests = self._digests(collection)

@@ -24,7 +24,12 @@ COMPARED = (".<member>", ".<digest>", ".<value>", ".<native>", ".<opaque>")
 
 def state_of(model: nn.Module) -> dict[str, Plain]:
     """Every plain value reachable from ``model``, by name."""
-    return {leaf.name: leaf.value for leaf in _plain_leaves(model)}
+    return state_in(walk(model))
+
+
+def state_in(leaves: Iterable[Leaf]) -> dict[str, Plain]:
+    """As :func:`state_of`, of a walk."""
+    return {leaf.name: leaf.value for leaf in _plain(leaves)}
 
 
 def changed_state(before: dict[str, Plain], after: dict[str, Plain]) -> dict[str, Plain]:
@@ -56,7 +61,7 @@ def apply_state(model: nn.Module, state: dict[str, Any]) -> None:
     """
     if not state:
         return
-    leaves = {leaf.name: leaf for leaf in _plain_leaves(model)}
+    leaves = {leaf.name: leaf for leaf in _plain(walk(model))}
     modules = dict(model.named_modules())
     for name, value in state.items():
         if not is_plain(value):
@@ -115,8 +120,8 @@ def _check_data(name: str, value: Any) -> None:
         raise ForkError(f"state {name} of the seed is not a plain value: {error}", mutated=True) from error
 
 
-def _plain_leaves(model: nn.Module) -> Iterator[Leaf]:
-    for leaf in walk(model):
+def _plain(leaves: Iterable[Leaf]) -> Iterator[Leaf]:
+    for leaf in leaves:
         if isinstance(leaf.value, Opaque):
             yield Leaf(f"{leaf.name}.<opaque>", (), "opaque", leaf.value.kind)
         elif not isinstance(leaf.value, torch.Tensor):

@@ -95,7 +95,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     ):
         monkeypatch.setattr(where, name, one.queueing(what, getattr(where, name)))
     for where, name, how in (
-        (plan, "collect", "addresses"),
+        (plan, "walk", "addresses"),
         (vouched, "account", "addresses"),
         (MemoryEngine, "register", "registered"),
         (MemoryEngine, "read", "read"),
