@@ -113,7 +113,8 @@ class _RowSums:
         nbytes = data.numel()
         position, rows = 0, nbytes // _ROW_NBYTES
         # Words must be aligned. A span at an odd address is rare, and copied piece by piece.
-        words = _words(data, rows) if data.data_ptr() % _WORD == 0 and data.storage_offset() % _WORD == 0 else None
+        aligned = data.data_ptr() % _WORD == 0 and data.storage_offset() % _WORD == 0
+        words = _words(data, rows) if rows and aligned else None
         most = self._capacity if words is not None else _COPIED_BLOCKS
         while rows:
             blocks = min(rows // ROWS, most, self._capacity - self._used) or 1
