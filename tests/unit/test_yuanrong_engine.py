@@ -401,13 +401,19 @@ def test_the_generation_that_bounds_its_calls_is_told_the_peer_itself(engine: Yu
     assert Native.made[0].called("read")[0][0] == peer
 
 
-def test_the_reading_thread_gets_a_context_first(engine: YuanRongEngine, peer: str) -> None:
-    reading(engine, peer)
-    thread = threading.Thread(target=lambda: engine.read(peer, segments(1), 5.0))
+@pytest.mark.parametrize("operation", ["register", "read"])
+def test_the_thread_that_calls_gets_a_context_first(engine: YuanRongEngine, peer: str, operation: str) -> None:
+    """A fork bounds native calls by threads of their own, and the runtime counts contexts by thread."""
+    engine.open(EngineConfig(device="npu:0", timeout_s=5.0))
+    if operation == "read":
+        engine.register(REGIONS)
+        engine.connect(peer, 5.0)
+    calls = {"register": lambda: engine.register(REGIONS), "read": lambda: engine.read(peer, segments(1), 5.0)}
+    thread = threading.Thread(target=calls[operation])
     thread.start()
     thread.join(10)
     assert isinstance(engine._acl, Acl)
-    assert engine._acl.threads == [(thread.ident, 0)]
+    assert engine._acl.threads[-1] == (thread.ident, 0)
 
 
 @pytest.mark.parametrize(
