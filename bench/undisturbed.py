@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         turn()
     idle_share = share_of_a_core()
 
-    file = Path(f"/tmp/rfork-undisturbed-{os.getpid()}.json")  # noqa: S108 - written and read by this user's processes
+    file = Path(tempfile.mkdtemp()) / "manifest.json"
     file.write_bytes(encode_manifest(seed.manifest))
     command = [sys.executable, "-m", "bench.undisturbed", "--model", "-", "--engine", arguments.engine]
     reader = subprocess.Popen(
@@ -112,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rates.append(float(tell("pause").split()[1]))
     verification = json.loads(tell("verify"))
     reader.kill()
-    file.unlink()
+    shutil.rmtree(file.parent)
     planner.stop()
     nbytes = seed.manifest.nbytes
     seeding.withdraw_all("the bench is over")

@@ -19,6 +19,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vllm_rfork.scratch import SCRATCH_OBJECTS
 from vllm_rfork.walk import Plain
 
 #: Words of an attribute's name and why its value does not count, whatever it is.
@@ -29,6 +30,7 @@ LEFT_OUT = {
             "addr address addresses host hostname ip port ports url uri endpoint pid ppid tid uid uuid id ids "
             "rank ranks device devices gpu gpus npu numa node cpu cpus core cores thread threads sm sms"
         ),
+        "how text and media become inputs": "tokenizer processor video videos pruning pruned",
         "where files lie": "path paths dir dirs file files filename folder root",
         "handles, addresses and counters": (
             "handle handles ptr pointer fd stream event count counter nonce hash version"
@@ -165,6 +167,8 @@ def _helpers(holder: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
         if kind.__module__.partition(".")[0] not in _PACKAGES or hasattr(value, "named_modules"):
             continue
         if not _counts(key) or kind.__name__.endswith("Config") or hasattr(kind, "__members__"):
+            continue
+        if any(base.__name__ in SCRATCH_OBJECTS for base in kind.__mro__):
             continue
         name = f"{prefix}.{key}" if prefix else key
         yield f"{name}{_CLASS}", kind.__qualname__

@@ -18,7 +18,7 @@ import torch
 
 from vllm_rfork import verify
 from vllm_rfork.devices.base import DeviceSide
-from vllm_rfork.errors import VerificationError
+from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.segments import Segment
 from vllm_rfork.tensors import Collection, names_in
 
@@ -89,7 +89,8 @@ class ArrivalCheck:
         """Compare; ``expected`` has a digest for each number, or the seed never vouched for that memory.
 
         Raises:
-            VerificationError: bytes are not the seed's, or digests could not be taken, or not in time.
+            VerificationError: bytes are not the seed's.
+            ForkError: digests could not be taken, or not in time.
         """
         if unknown := [number for number in self.numbers if not expected.get(number)]:
             raise VerificationError(f"the seed has no digests of {names_in(self.collection, unknown)}")
@@ -105,9 +106,12 @@ class ArrivalCheck:
             self._batches.put(None)
             self._thread.join(self._timeout_s)
             if self._thread.is_alive():
-                raise VerificationError(f"{self._side.text} has not finished its digests after {self._timeout_s:g} s")
+                text = f"{self._side.text} has not finished its digests after {self._timeout_s:g} s"
+                raise ForkError(text, mutated=True)
             for failure in self._failures:
-                raise VerificationError(f"no digests: {type(failure).__name__}: {failure}") from failure
+                # It is this device's fault, and another seed would meet it again.
+                text = f"no digests: {type(failure).__name__}: {failure}"
+                raise ForkError(text, mutated=True) from failure
         wrong = verify.differing(self._found, {number: expected[number] for number in self.numbers})
         if wrong:
             raise VerificationError(

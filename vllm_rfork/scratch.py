@@ -78,5 +78,8 @@ SCRATCH_WHEN = {
 SCRATCH_OBJECTS = {
     "DirectCPWorkspace": "what ranks of context parallelism hand to each other",
     "CollectiveKernel": "memory that ranks share while experts' results are summed up",
+    "PreTrainedTokenizerBase": "turns text into tokens, and has all of its vocabulary in dicts and lists",
+    "TokenizerLike": "turns text into tokens, and has all of its vocabulary in dicts and lists",
+    "ProcessorMixin": "turns media into inputs, by a tokenizer of its own",
     "RoutedExpertsSink": "which experts the tokens at hand went to",
 }

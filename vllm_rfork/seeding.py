@@ -55,7 +55,7 @@ class _Start:
                 _starting.append(self)
                 self.thread.start()
                 return
-            self.found, self.after = None, None
+            self.found = None
             if _withdrawals.may_return:
                 _absent.append(self)
         self.plan.attempt.close()
@@ -186,9 +186,12 @@ def _prepare_return(plan: LoadPlan, start: _Start, collection: Collection, diges
         ForkError: that thread hangs; or another change has begun.
     """
     settings = plan.settings
-    if start.after is not None and start.after.thread.ident is not None:  # else it never began
-        start.after.thread.join(settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec)
-        if start.after.thread.is_alive():
+    before = start.after
+    while before is not None and before.thread.ident is None:  # it never began
+        before = before.after
+    if before is not None:
+        before.thread.join(settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec)
+        if before.thread.is_alive():
             start.vouched.forget()
             raise ForkError("the start of the seed before it still hangs")
     if start.withdrawn:

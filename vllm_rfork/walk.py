@@ -4,13 +4,15 @@ Tensors hide in parameters, buffers, plain attributes, lists, dicts, helper obje
 of functions kept on any of these, weak references, and attributes of tensors. The walk is breadth-first, in an order
 that depends on registration order and sorted attribute names only, never on object addresses: what is reached in
 several ways is named after the shortest, and two processes that build the same model give every leaf the same name.
-There is no bound on depth. What is not looked into is left out by rule (``scratch``, :data:`_FOREIGN`, classes and
-modules, which are the process's), or is an :class:`Opaque` leaf, or ends the walk. Must not change anything.
+There is no bound on depth. What is not looked into is left out by rule (``scratch``; what :data:`_FOREIGN` packages and
+the standard library make, queues and futures among it; attributes of text; classes and modules, which are the
+process's), or is an :class:`Opaque` leaf, or ends the walk. Must not change anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import os
@@ -18,7 +20,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import UserList, deque
+from collections import UserDict, UserList, deque
 from collections.abc import ItemsView, Iterator, Mapping, Set, ValuesView
 from dataclasses import dataclass
 from typing import Any
@@ -242,7 +244,10 @@ class _Walker:
         if len(name) > MAX_NAME:
             raise ForkError(f"the model nests deeper than can be named: {name[:200]}...")
         if type(value) in weakref.ProxyTypes:
-            value = value.__repr__.__self__
+            try:
+                value = value.__repr__.__self__
+            except ReferenceError:  # what it stood for is gone
+                return
         if isinstance(value, torch.Tensor):
             yield from self._tensor(value, name, owner, key, below)
         elif plain_values.is_plain(value):
@@ -303,7 +308,10 @@ class _Walker:
                 yield from self._meet(inner, f"{name}[{number}]", (), number, below)
         elif isinstance(value, Set):
             yield from self._set(value, name, below)
-        else:
+        if isinstance(value, (Mapping, list, tuple, deque, UserList, Set)):
+            if _is_helper(value) and getattr(value, "__dict__", None):
+                yield from self._attributes(place)
+        elif not (isinstance(value, (nn.Module, ValuesView, ItemsView)) or plain_values.is_array(value)):
             if isinstance(value, _NAMESPACES) or _is_helper(value):
                 yield from self._attributes(place)
             for label, inner, owner in opened(value):
@@ -312,7 +320,7 @@ class _Walker:
     def _mapping(self, value: Mapping[Any, Any], name: str, below: _Below) -> Iterator[Leaf]:
         labels: set[str] = set()
         for number, (key, inner) in enumerate(value.items()):
-            label = str(key) if isinstance(key, (str, int)) else f"#{number}"
+            label = _label(key) or f"#{number}"
             if label in labels:  # 1 and "1"
                 label = f"#{number}"
             labels.add(label)
@@ -349,17 +357,17 @@ class _Walker:
         value, name, below = place.value, place.name, place.below
         attributes = dict(getattr(value, "__dict__", {}))
         for kind in () if isinstance(value, torch.Tensor) else type(value).__mro__:
-            slots = kind.__dict__.get("__slots__", ())
-            for slot in (slots,) if isinstance(slots, str) else slots:
-                if slot not in attributes and slot not in ("__dict__", "__weakref__"):
-                    try:
-                        attributes[slot] = getattr(value, slot)
-                    except AttributeError:  # a slot that was never filled
-                        continue
+            # By their descriptors: names of private slots are mangled, and ``__slots__`` may be used up.
+            for slot, member in vars(kind).items() if "__slots__" in vars(kind) else ():
+                if isinstance(member, types.MemberDescriptorType) and slot not in attributes:
+                    with contextlib.suppress(AttributeError):  # one that was never filled
+                        attributes[slot] = member.__get__(value)
         if not attributes and _is_native(value) and below is _Below.MODULE:
             # What it holds cannot be seen; that it is there can.
             yield Leaf(f"{name}.<native>", (), "native", f"{type(value).__module__}.{type(value).__qualname__}")
         for key in sorted(attributes, key=str):
+            if key == "data" and isinstance(value, (UserList, UserDict)):
+                continue  # its items, which have been met
             if not _is_scratch(value, key):
                 yield from self._meet(attributes[key], f"{name}.{key}", value, key, below)
 
@@ -372,6 +380,19 @@ def _is_scratch(holder: Any, key: str) -> bool:
     return any((kind.__name__, key) in SCRATCH_OF for kind in type(holder).__mro__) or any(
         name == key and vars(holder).get(flag) is True for flag, name in SCRATCH_WHEN
     )
+
+
+def _label(key: Any) -> str:
+    """What a key is called wherever it stands in its mapping; empty where that cannot be told."""
+    if isinstance(key, enum.Enum):
+        return f"{type(key).__qualname__}.{key.name}"
+    if isinstance(key, (str, int)):
+        return str(key)
+    if isinstance(key, torch.dtype):
+        return str(key)
+    if isinstance(key, tuple) and all(isinstance(part, (str, int, torch.dtype, type(None))) for part in key):
+        return f"({', '.join(map(str, key))})"
+    return ""
 
 
 def _is_helper(value: Any) -> bool:

@@ -16,7 +16,7 @@ from vllm_rfork import verify
 from vllm_rfork.checking import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.cpu import CpuSide
-from vllm_rfork.errors import VerificationError
+from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.segments import Segment, batches
 from vllm_rfork.tensors import Collection, collect
 
@@ -164,7 +164,7 @@ def test_a_device_that_fails_is_a_failed_verification(collection: Collection, mo
     monkeypatch.setattr(verify.Digester, "add", fail)
     check = checked(collection, accelerator())
     check.arrived(segments_of(collection))
-    with pytest.raises(VerificationError, match="no digests: OutOfMemoryError: no room for sums"):
+    with pytest.raises(ForkError, match="no digests: OutOfMemoryError: no room for sums"):
         check.finish(dict.fromkeys(range(len(SIZES)), "any"))
     check.close()
 
@@ -190,7 +190,7 @@ def test_a_device_that_hangs_does_not_hang_the_start(collection: Collection) -> 
 
     check = ArrivalCheck(collection, [0], Hanging(CPU), 0.05)
     check.arrived(segments_of(collection))
-    with pytest.raises(VerificationError, match=r"has not finished its digests after 0\.05 s"):
+    with pytest.raises(ForkError, match=r"has not finished its digests after 0\.05 s"):
         check.finish({0: "any"})
     waits.set()
     check.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import os
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from vllm_rfork import walk
+from vllm_rfork.built import marks_of
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest import check_manifest, decode_manifest, encode_manifest
 from vllm_rfork.segments import pair
@@ -474,3 +476,56 @@ def test_numbers_that_move_between_devices_are_not_weights() -> None:
         setattr(attention, name, torch.tensor(200.0))
     attention.weight = nn.Parameter(torch.ones(3))
     assert [entry.name for entry in collect(attention, CPU).entries] == ["weight"]
+
+
+def test_tokenizers_that_models_keep_are_no_part_of_them() -> None:
+    """Those of transformers hang all of their vocabulary on themselves, and vLLM's classes hide whose they are."""
+    base = type("PreTrainedTokenizerBase", (), {})
+    tokenizer = type("CachedTokenizer", (base,), {"__module__": "vllm.tokenizers.hf"})()
+    tokenizer._vocab = {f"token {number}": number for number in range(1000)}
+    tokenizer.padding_side = "left"
+    model = nn.Linear(2, 2)
+    model._tokenizer = tokenizer
+    assert [leaf.name for leaf in walk.walk(model) if "tokenizer" in leaf.name] == []
+    assert not any("tokenizer" in name for name in marks_of(model, state_of(model), kernels=True))
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Keeping(dict[str, Any]):
+    pass
+
+
+class Private:
+    __slots__ = iter(["__own"])  # type: ignore[assignment]  # used up when the class has been made
+
+    def __init__(self) -> None:
+        self.__own = torch.ones(3)
+
+
+def test_what_hangs_on_containers_and_private_slots_is_found() -> None:
+    model = nn.Module()
+    model.table = Keeping(a=torch.ones(1))
+    model.table.beside = torch.ones(2)
+    model.private = Private()
+    short_lived = Keeping()
+    model.gone = weakref.proxy(short_lived)
+    del short_lived
+    assert sorted(entry.shape for entry in collect(model, CPU).entries) == [(1,), (2,), (3,)]
+
+
+def test_keys_are_called_the_same_whatever_order_they_came_in() -> None:
+    """Two tables whose entries came in another order must not be copied crosswise."""
+
+    def model(*keys: Any) -> nn.Module:
+        made = nn.Module()
+        made.table = {key: torch.full((2,), float(number)) for number, key in enumerate(keys)}
+        return made
+
+    keys = ((1, 0), (0, 1), torch.Size([2, 2]), torch.float16, Colour.RED, ("a", None))
+    names = [entry.name for entry in collect(model(*keys), CPU).entries]
+    assert len(set(names)) == len(keys)
+    assert sorted(names) == sorted(entry.name for entry in collect(model(*reversed(keys)), CPU).entries)
+    assert not any("#" in name for name in names)
