@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_rfork.scratch import SCRATCH_OBJECTS
+from vllm_rfork.scratch import is_scratch_object
 from vllm_rfork.walk import Plain
 
 #: Words of an attribute's name and why its value does not count, whatever it is.
@@ -168,7 +168,7 @@ def _helpers(holder: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
             continue
         if not _counts(key) or kind.__name__.endswith("Config") or hasattr(kind, "__members__"):
             continue
-        if any(base.__name__ in SCRATCH_OBJECTS for base in kind.__mro__):
+        if is_scratch_object(value):
             continue
         name = f"{prefix}.{key}" if prefix else key
         yield f"{name}{_CLASS}", kind.__qualname__

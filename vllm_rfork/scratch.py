@@ -1,6 +1,6 @@
 """What no seed can vouch for and no receiver needs: memory that serving writes to. Left out by name, with the reason.
 
-Tables only; :mod:`~vllm_rfork.walk` reads them. A rule stands here where forward passes of vLLM or vLLM-Ascend write to
+Tables, which the walk and ``built`` read. A rule stands here where forward passes of vLLM or vLLM-Ascend write to
 the memory, and write it before they read it, so that what a receiver has allocated for itself is as good.
 """
 
@@ -83,3 +83,8 @@ SCRATCH_OBJECTS = {
     "ProcessorMixin": "turns media into inputs, by a tokenizer of its own",
     "RoutedExpertsSink": "which experts the tokens at hand went to",
 }
+
+
+def is_scratch_object(value: object) -> bool:
+    """Whether ``value`` is of a class in :data:`SCRATCH_OBJECTS`, or of one derived from it."""
+    return any(kind.__name__ in SCRATCH_OBJECTS for kind in type(value).__mro__)

@@ -33,7 +33,7 @@ from vllm_rfork import plain_values
 from vllm_rfork.callables import keeps_own_results, opened
 from vllm_rfork.errors import ForkError
 from vllm_rfork.plain_values import Plain
-from vllm_rfork.scratch import SCRATCH, SCRATCH_OBJECTS, SCRATCH_OF, SCRATCH_WHEN
+from vllm_rfork.scratch import SCRATCH, SCRATCH_OF, SCRATCH_WHEN, is_scratch_object
 
 __all__ = ["MAX_LEAVES", "MAX_NAME", "MAX_OBJECTS", "SCRATCH", "Leaf", "Opaque", "Plain", "assign", "walk"]
 
@@ -284,7 +284,7 @@ class _Walker:
             # One that the model does not register is kept in a list, for instance, so as to stay out of state_dict.
             if id(value) in self._of_model:
                 return
-        elif value is os.environ or any(kind.__name__ in SCRATCH_OBJECTS for kind in type(value).__mro__):
+        elif value is os.environ or is_scratch_object(value):
             return
         if below is _Below.MODULE and type(value).__name__.endswith("Config") and _is_helper(value):
             below = _Below.CONFIG

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import multiprocessing.util
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 from zoo.events_updates import register_updates
 from zoo.observe import Load, watching
-from zoo.roles import Order, _ask, _innermost, _Lines
+from zoo.roles import Order, _ask, _innermost, _Lines, recorded
 
 #: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.receiver``, and which call of it.
 #: The first request is the manifest's, the second asks whether its epoch still holds; all on the loading thread.
@@ -124,13 +123,7 @@ def act(part: Part, connection: Connection) -> None:
     A command is a method's name of :class:`_Commands` with its arguments; its answer is ``("ok", value)`` or
     ``("error", text)``.
     """
-    order = part.order
-    with open(order.log, "ab", buffering=0) as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-    os.environ.update(order.environment)
-    lines = _Lines()
-    logging.getLogger("vllm_rfork").addHandler(lines)
+    lines = recorded(part.order)
     commands = _Commands(lines)
     try:
         started = _start(part, connection, commands)

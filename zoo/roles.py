@@ -103,14 +103,20 @@ class _Lines(logging.Handler):
 _watching: list[tuple[Watch, _Lines]] = []
 
 
-def play(order: Order, connection: Connection) -> None:
-    """Follow ``order``, send a :class:`Report`, and stay until something arrives or the other end is gone."""
+def recorded(order: Order) -> _Lines:
+    """Make this process print into its log, give it its environment, and keep what the plugin logs from now on."""
     with open(order.log, "ab", buffering=0) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     os.environ.update(order.environment)
     lines = _Lines()
     logging.getLogger("vllm_rfork").addHandler(lines)
+    return lines
+
+
+def play(order: Order, connection: Connection) -> None:
+    """Follow ``order``, send a :class:`Report`, and stay until something arrives or the other end is gone."""
+    lines = recorded(order)
     alive: list[Any] = []  # the engine
     with watching() as watch:
         _watching.append((watch, lines))
