@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from typing import Any
 
+import pytest
+
 from vllm_rfork.engines.memory import MemoryEngine
+from vllm_rfork.plan import LoadPlan
 
 
 def raising(error: BaseException) -> Any:
@@ -16,6 +20,20 @@ def raising(error: BaseException) -> Any:
         raise error
 
     return raises
+
+
+def held_up_recheck(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Seeds stop in the check of their bytes, which sets the first event, and go on once the second is set."""
+    checking, go_on = threading.Event(), threading.Event()
+    recheck = LoadPlan.recheck
+
+    def slowly(plan: LoadPlan) -> None:
+        checking.set()
+        assert go_on.wait(30)
+        recheck(plan)
+
+    monkeypatch.setattr(LoadPlan, "recheck", slowly)
+    return checking, go_on
 
 
 def scrambled(read: Any) -> Any:

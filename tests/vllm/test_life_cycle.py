@@ -15,10 +15,10 @@ import torch
 
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, free_port, load, load_digested, vllm_config
+from tests.vllm.faults import held_up_recheck
 from vllm_rfork import plan, seeding
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed
 from vllm_rfork.vllm_compat.workers import Change, Changes
 
@@ -248,15 +248,7 @@ def test_a_return_that_meets_the_next_change_waits_for_the_one_after(
     model_a: Path, planner: Planner, changes: Changes, monkeypatch: pytest.MonkeyPatch, rfork_log: LogRecords
 ) -> None:
     _, old = loaded(model_a, planner, "changed often")
-    checking, go_on = threading.Event(), threading.Event()
-    recheck = LoadPlan.recheck
-
-    def slowly(self: LoadPlan) -> None:
-        checking.set()
-        assert go_on.wait(30)
-        recheck(self)
-
-    monkeypatch.setattr(LoadPlan, "recheck", slowly)
+    checking, go_on = held_up_recheck(monkeypatch)
     changes.run(Change("weights are updated"), nothing)
     assert checking.wait(30)
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
+from tests.vllm.faults import held_up_recheck
 from vllm_rfork import seeding
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
-from vllm_rfork.plan import LoadPlan
 
 pytestmark = pytest.mark.vllm
 
@@ -46,15 +46,7 @@ def test_a_withdrawal_does_not_wait_for_all_of_a_start(
     model_a: Path, planner: Planner, monkeypatch: pytest.MonkeyPatch, no_seeds: None
 ) -> None:
     """It meets the start in the check of the bytes: nothing is served or announced after that."""
-    checking, go_on = threading.Event(), threading.Event()
-    recheck = LoadPlan.recheck
-
-    def slowly(plan: LoadPlan) -> None:
-        checking.set()
-        assert go_on.wait(30)
-        recheck(plan)
-
-    monkeypatch.setattr(LoadPlan, "recheck", slowly)
+    checking, go_on = held_up_recheck(monkeypatch)
     monkeypatch.setattr("vllm_rfork.seed.SeedService", lambda **_: pytest.fail("a service was made"))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="withdrawn while checked")))
     assert checking.wait(30)
