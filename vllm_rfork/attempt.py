@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
 import socket
 import threading
 import time
@@ -30,8 +29,9 @@ from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import Lease, SeedAddress
 from vllm_rfork.receiver import ForkRequest, StageTimes, bounded, fork
 from vllm_rfork.segments import Segment
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 #: Seeds that one start tries before it reads storage: a second may be better, a third failure is the fleet's.
 MAX_SEEDS = 3
@@ -248,7 +248,7 @@ class Attempt:
         self._failed.append(grant.lease.seed)
         if not error.retry_elsewhere or len(self._failed) == MAX_SEEDS or time.monotonic() >= self._deadline:
             raise error
-        logger.warning("RFork: seed %s failed (%s), asking for another", grant.lease.seed, str(error))
+        logger.warning("seed %s failed (%s), asking for another", grant.lease.seed, str(error))
 
     def _end_grant(self, grant: _Grant, error: BaseException | None, nbytes: int | None = None) -> None:
         """Stop renewing and release, in the background. Without an error and ``nbytes`` the lease was not used."""
@@ -300,7 +300,7 @@ class Attempt:
             try:
                 await self._planner.intend(self.seed_key, self.intent, ttl_s=INTENT_TTL_S, fingerprint=fingerprint)
             except PlannerError as error:
-                logger.debug("RFork: the intent could not be renewed: %s", error)
+                logger.debug("the intent could not be renewed: %s", error)
 
     def _fork_once(self, engine: TransferEngine, grant: _Grant, target: Target) -> Manifest:
         incoming = target.incoming()
@@ -342,7 +342,7 @@ class Attempt:
         try:
             await self._planner.release(grant.lease, **outcome)
         except PlannerError as error:
-            logger.warning("RFork: the lease on seed %s could not be released: %s", grant.lease.seed, error)
+            logger.warning("the lease on seed %s could not be released: %s", grant.lease.seed, error)
 
     def hand_over_engine(self) -> TransferEngine:
         """The engine for the seed that this worker becomes: the open one, or a new one where that was closed.
@@ -371,7 +371,7 @@ class Attempt:
 
         def close(opened: concurrent.futures.Future[TransferEngine]) -> None:
             if (error := opened.exception()) is not None:
-                logger.debug("RFork: %s", error)
+                logger.debug("%s", error)
             else:
                 _close(opened.result(), kept)
 
@@ -403,7 +403,7 @@ class Attempt:
             try:
                 self._intending.cancel(self.settings.rfork_request_timeout_sec)
             except TimeoutError as error:
-                logger.debug("RFork: %s", error)
+                logger.debug("%s", error)
             self._intending = None
 
     def take_back_intent(self) -> None:
@@ -420,7 +420,7 @@ class Attempt:
         try:
             await self._planner.intend(self.seed_key, intent, ttl_s=0.0)
         except PlannerError as error:
-            logger.debug("RFork: the intent could not be taken back, and expires: %s", error)
+            logger.debug("the intent could not be taken back, and expires: %s", error)
 
     def close(self) -> None:
         """This worker is no seed: close the engine, give back what is reserved, take the intent back. Idempotent."""
@@ -435,9 +435,9 @@ def _close(engine: TransferEngine, keep: Any) -> None:
         engine.close()
     except EngineError as error:
         if keep is None:
-            logger.debug("RFork: %s", error)
+            logger.debug("%s", error)
             return
-        logger.warning("RFork: %s; its buffers stay allocated until this process ends", error)
+        logger.warning("%s; its buffers stay allocated until this process ends", error)
         _given_up.append((engine, keep))
 
 

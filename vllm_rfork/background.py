@@ -4,7 +4,7 @@ Everything that talks HTTP lives in this loop: planner and seed calls, lease ren
 service. Loader code reaches it through :meth:`Background.call` (wait for an answer, bounded) and
 :meth:`Background.spawn` (let it run). The thread is a daemon and never keeps a process alive.
 
-Must not import anything of the package.
+Must not import anything of the package but the loggers.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import itertools
-import logging
 import os
 import threading
 import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-logger = logging.getLogger(__name__)
+from vllm_rfork.worker_log import worker_logger
+
+logger = worker_logger(__name__)
 
 T = TypeVar("T")
 

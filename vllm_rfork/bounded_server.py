@@ -22,9 +22,11 @@ from typing import cast
 
 from aiohttp import web
 
-logger = logging.getLogger(__name__)
+from vllm_rfork.worker_log import worker_logger
+
+logger = worker_logger(__name__)
 #: aiohttp writes a traceback for every malformed request; whoever scans ports must not fill a worker's log.
-_quiet = logging.getLogger(__name__ + ".requests")
+_quiet = worker_logger(__name__ + ".requests")
 _quiet.setLevel(logging.CRITICAL + 1)
 
 _CHUNK_NBYTES = 256 * 1024
@@ -165,7 +167,7 @@ class BoundedServer:
                 try:
                     connection, _ = await loop.sock_accept(listener)
                 except OSError as error:
-                    logger.warning("The service takes no connection for a moment: %s", error)
+                    logger.warning("the service takes no connection for a moment: %s", error)
                     await asyncio.sleep(_ACCEPT_PAUSE_S)
                     continue
                 if len(self._opening) + len(self._connections) >= 4 * self._bounds.max_connections:
@@ -184,7 +186,7 @@ class BoundedServer:
         except BaseException as error:
             connection.close()
             if isinstance(error, (OSError, asyncio.TimeoutError)):
-                logger.debug("A connection came to nothing: %s: %s", type(error).__name__, error)
+                logger.debug("a connection came to nothing: %s: %s", type(error).__name__, error)
                 return
             raise
         # From here on the socket is the transport's to close.
@@ -196,7 +198,7 @@ class BoundedServer:
                 ssl_handshake_timeout=timeout_s if encrypted else None,
             )
         except OSError as error:  # ssl.SSLError is one
-            logger.debug("A connection came to nothing: %s: %s", type(error).__name__, error)
+            logger.debug("a connection came to nothing: %s: %s", type(error).__name__, error)
 
     # --- answers -------------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class BoundedServer:
         try:
             return await self._handler(request)
         except Exception:
-            logger.exception("A request for %s failed", request.path[:200])
+            logger.exception("a request for %s failed", request.path[:200])
             return Reply(500, "internal error")
 
 
@@ -330,7 +332,7 @@ class _Connection(asyncio.Protocol):
     def drop(self, reason: str) -> None:
         """Close the connection at once, whatever is still to be written."""
         if self._transport is not None:
-            logger.debug("A connection is dropped after %.1f s: %s", time.monotonic() - self._connected_at, reason)
+            logger.debug("a connection is dropped after %.1f s: %s", time.monotonic() - self._connected_at, reason)
             self._transport.abort()
 
     def _set_deadline(self, after_s: float) -> None:

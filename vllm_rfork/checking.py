@@ -8,7 +8,6 @@ digests cost a fork little more than those of its last batch. Which digests are 
 from __future__ import annotations
 
 import bisect
-import logging
 import queue
 import threading
 import time
@@ -21,8 +20,9 @@ from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.segments import Segment
 from vllm_rfork.tensors import Collection, names_in
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 #: ``rfork_verify=sample`` looks at every so-many-th span.
 SAMPLE_EVERY = 8
@@ -48,7 +48,7 @@ def get_ready(side: DeviceSide) -> threading.Thread:
             nbytes = verify.ROWS * verify.COLUMNS * 8 + 1  # a whole block, and a rest
             verify.digest(torch.zeros(nbytes, dtype=torch.uint8, device=side.device))
         except Exception as error:  # noqa: BLE001 - whoever needs a digest later finds out, and says so
-            logger.debug("RFork: %s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
+            logger.debug("%s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
 
     thread = threading.Thread(target=digest_something, name="rfork-verify-ready", daemon=True)
     thread.start()
@@ -126,7 +126,7 @@ class ArrivalCheck:
             self._batches.put(None)
             self._thread.join(CLOSE_S)
             if self._thread.is_alive():
-                logger.warning("RFork: digests on %s do not end; their memory stays allocated", self._side.text)
+                logger.warning("digests on %s do not end; their memory stays allocated", self._side.text)
 
     def _run(self) -> None:
         try:
@@ -165,7 +165,7 @@ class ArrivalCheck:
                 order.append(number)
         self._found = dict(zip(order, digester.finish(), strict=True))
         logger.debug(
-            "RFork: digests of %d spans in %.3f s beside the read, %.3f s of them to queue them",
+            "digests of %d spans in %.3f s beside the read, %.3f s of them to queue them",
             len(order),
             time.perf_counter() - started,
             busy_s,

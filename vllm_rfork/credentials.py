@@ -8,7 +8,6 @@ text that holds a token or a key. Must not know any path or header of the protoc
 from __future__ import annotations
 
 import hmac
-import logging
 import os
 import ssl
 import time
@@ -19,8 +18,9 @@ from typing import Generic, TypeVar
 
 from vllm_rfork.config import Settings
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 T = TypeVar("T")
 
@@ -70,12 +70,12 @@ class Reloaded(Generic[T]):
             self._value = self._read()
         except ConfigError as error:
             if str(error) != self._problem:
-                logger.warning("RFork: %s changed and cannot be used; the earlier stays: %s", self._what, error)
+                logger.warning("%s changed and cannot be used; the earlier stays: %s", self._what, error)
             self._problem = str(error)  # and the version stays, so that it is tried again
             return
         self._version = version
         self._problem = ""
-        logger.info("RFork: %s re-read", self._what)
+        logger.info("%s re-read", self._what)
 
     def _versions(self) -> tuple[object, ...]:
         return tuple(_version(path) for path in self._paths)

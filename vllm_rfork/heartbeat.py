@@ -8,7 +8,6 @@ hears of the seed again with the next beat. Must not know what makes a seed trus
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -16,8 +15,9 @@ from collections.abc import Awaitable, Callable
 from vllm_rfork.clients import Outcome, PlannerClient
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 #: A beat comes after this share of the interval to all of it, so that a fleet's beats spread out.
 _EARLIEST = 0.8
@@ -89,7 +89,7 @@ class Heartbeat:
             while not self._over.is_set():
                 started_at = self._clock()
                 if not self._still_vouching():
-                    logger.info("RFork: seed %s can no longer vouch for its weights", self.seed)
+                    logger.info("seed %s can no longer vouch for its weights", self.seed)
                     break
                 await self._beat()
                 await self._pause(self._delay_s() - (self._clock() - started_at))
@@ -97,9 +97,7 @@ class Heartbeat:
             try:
                 await self.withdraw()
             except PlannerError as error:
-                logger.warning(
-                    "RFork: seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error
-                )
+                logger.warning("seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error)
 
     async def withdraw(self) -> Outcome:
         """Take the seed back and end :meth:`run`; no beat follows. Repeating it returns the first outcome.
@@ -129,7 +127,7 @@ class Heartbeat:
             await asyncio.wait({announcing}, timeout=_PATIENCE_S)
             announcing.cancel()
         outcome = await self._client.withdraw(self.seed_key, self.seed)
-        logger.info("RFork: seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
+        logger.info("seed %s withdrawn from the planner (%s)", self.seed, outcome.value)
         return outcome
 
     async def _beat(self) -> None:
@@ -158,12 +156,12 @@ class Heartbeat:
             self._announced = False
             self._missed += 1
             if self._missed == 1:
-                logger.warning("RFork: seed %s is not announced, trying again in the background: %s", self.seed, error)
+                logger.warning("seed %s is not announced, trying again in the background: %s", self.seed, error)
             return
         if self._missed:
-            logger.info("RFork: seed %s is announced again, after %d missed beats", self.seed, self._missed)
+            logger.info("seed %s is announced again, after %d missed beats", self.seed, self._missed)
         elif self._first:
-            logger.info("RFork: seed %s announced, key %s", self.seed, self.seed_key)
+            logger.info("seed %s announced, key %s", self.seed, self.seed_key)
         self._first = False
         self._announced = True
         self._missed = 0

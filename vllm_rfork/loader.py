@@ -10,7 +10,6 @@ to try another seed, or to say why there is no seed, and pass it on or log it.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import Any
@@ -28,8 +27,9 @@ from vllm_rfork.progress import forking_progress
 from vllm_rfork.tensors import Collection
 from vllm_rfork.vllm_compat import loading
 from vllm_rfork.vllm_compat.registries import Registries
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 
 class _StartOver(Exception):
@@ -86,7 +86,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         settings = self._config.settings
         if settings.missing:
             logger.warning(
-                "RFork: %s not set, so there is nothing to match seeds by: loading with load_format=%s, not a seed",
+                "%s not set, so there is nothing to match seeds by: loading with load_format=%s, not a seed",
                 ", ".join(settings.missing),
                 settings.rfork_fallback_load_format,
             )
@@ -98,7 +98,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             raise
         except Exception as error:  # noqa: BLE001 - looking at configurations and devices runs code that is not ours
             logger.warning(
-                "RFork: falling back to load_format=%s, not a seed: this worker cannot be described: %s: %s",
+                "falling back to load_format=%s, not a seed: this worker cannot be described: %s: %s",
                 settings.rfork_fallback_load_format,
                 type(error).__name__,
                 error,
@@ -160,7 +160,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                     self._fork(plan, model, collection)
                 return
             except NoSeedAvailable as reason:
-                logger.info("RFork: %s: loading from storage", str(reason))  # as below: an error keeps its frames
+                logger.info("%s: loading from storage", str(reason))  # as below: an error keeps its frames
             except ForkError as error:
                 self._fell_back(plan, error)
                 if error.mutated:
@@ -175,7 +175,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         plan.capture_loaded(model)
         nbytes = plan.nbytes_of(model)
         logger.info(
-            "RFork: loaded %d bytes (%.2f GB) from storage in %.2f s (%.2f GB/s), load_format=%s",
+            "loaded %d bytes (%.2f GB) from storage in %.2f s (%.2f GB/s), load_format=%s",
             nbytes,
             nbytes / 1e9,
             seconds,
@@ -187,7 +187,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
     def _fell_back(plan: LoadPlan, error: ForkError) -> None:
         """Say why there is no fork, and let go of everything that was for it while the model is still here."""
         logger.warning(
-            "RFork: falling back to load_format=%s: %s: %s",
+            "falling back to load_format=%s: %s: %s",
             plan.settings.rfork_fallback_load_format,
             type(error).__name__,
             str(error),  # the error itself would keep the model, wherever somebody keeps log records
@@ -216,7 +216,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             plan.attempt.let_go()  # nobody will keep for it what post-processing replaces
         seconds = time.perf_counter() - started
         logger.info(
-            "RFork: forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s (%s)",
+            "forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s (%s)",
             remote.nbytes,
             remote.nbytes / 1e9,
             seconds,

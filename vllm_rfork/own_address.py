@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import ipaddress
-import logging
 import os
 import socket
 import threading
@@ -12,8 +11,9 @@ import urllib.parse
 from typing import Any
 
 from vllm_rfork.config import Settings
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 
 def advertise_host(settings: Settings) -> str:
@@ -29,7 +29,7 @@ def advertise_host(settings: Settings) -> str:
     if host := settings.rfork_seed_advertise_host:
         if is_loopback(host) and not is_loopback(parts.hostname or ""):
             logger.warning(
-                "RFork: rfork_seed_advertise_host is %s: no other machine can fork from this worker under that", host
+                "rfork_seed_advertise_host is %s: no other machine can fork from this worker under that", host
             )
         return host
     if (host := os.environ.get("VLLM_HOST_IP", "")) and not is_loopback(host):
@@ -44,7 +44,7 @@ def advertise_host(settings: Settings) -> str:
     except TimeoutError:
         raise
     except OSError as error:
-        logger.warning("RFork: no route to the planner at %s: %s", parts.hostname, error)
+        logger.warning("no route to the planner at %s: %s", parts.hostname, error)
         return ""
 
 

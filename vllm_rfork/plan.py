@@ -7,7 +7,6 @@ opening thread belongs to the attempt.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -36,8 +35,9 @@ from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 from vllm_rfork.vllm_compat.identity import worker_identity
 from vllm_rfork.walk import Leaf, Plain, walk
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 T = TypeVar("T")
 
@@ -155,8 +155,8 @@ class LoadPlan:
             no_seed_reason="" if settings.rfork_become_seed else "rfork_become_seed is false",
             unreachable=unreachable,
         )
-        logger.info("RFork: seed key %s, fingerprint %s, engine %s", seed_key, plan.fingerprint, engine_name)
-        logger.debug("RFork: the fingerprint covers %s", facts)
+        logger.info("seed key %s, fingerprint %s, engine %s", seed_key, plan.fingerprint, engine_name)
+        logger.debug("the fingerprint covers %s", facts)
         if not host:
             reason = unreachable or "there is no route to the planner (set rfork_seed_advertise_host)"
             plan.refuse_to_seed(f"its own address is not known: {reason}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import logging
 
-logger = logging.getLogger(__name__)
+from vllm_rfork.worker_log import worker_logger
+
+logger = worker_logger(__name__)
 
 LOAD_FORMAT = "rfork"
 
@@ -28,9 +29,9 @@ def register() -> None:
         importlib.import_module(_IN_TREE)
     except ModuleNotFoundError as error:
         if not _IN_TREE.startswith(error.name or "?"):
-            logger.warning("RFork: vLLM-Ascend's rfork module does not import (%s); this package's is used", error)
+            logger.warning("vLLM-Ascend's rfork module does not import (%s); this package's is used", error)
     except Exception as error:  # noqa: BLE001 - whatever ails a module that is not needed must not fail the start
-        logger.warning("RFork: vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
+        logger.warning("vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
     from vllm_rfork.loader import RForkModelLoader
     from vllm_rfork.vllm_compat.loading import log_through_vllm
 

@@ -8,7 +8,6 @@ not know what a tensor is: the loader does that. Must not import torch or vLLM.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -22,8 +21,9 @@ from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import EngineError, ForkError, SeedError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.segments import Segment, batches, pair
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
         except EngineError as error:
             # It must not hide the first error, which says whether a read is in flight: an engine that is stuck in
             # one fails here as well.
-            logger.warning("RFork: %s", error)
+            logger.warning("%s", error)
     return remote
 
 

@@ -7,7 +7,6 @@ only then the memory is let go. Must not import torch or vLLM: the memory is kep
 
 from __future__ import annotations
 
-import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.seed_service import Offer, SeedService
 from vllm_rfork.watcher import Watcher
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Seed:
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
         self._go_on()
-        logger.debug("RFork: seed %s is ready, epoch %s", address, epoch)
+        logger.debug("seed %s is ready, epoch %s", address, epoch)
         return address
 
     def withdraw(self, reason: str) -> None:
@@ -170,13 +170,13 @@ class Seed:
             service.suspend(reason)
         bound_s = self.config.ready_timeout_s + self.config.request_timeout_s
         if not self._lock.acquire(timeout=bound_s):
-            logger.warning("RFork: the seed that is being started does not notice its withdrawal: %s", reason)
+            logger.warning("the seed that is being started does not notice its withdrawal: %s", reason)
             return
         try:
             if self._ended:
                 return
             if self._parts.address is not None:
-                logger.info("RFork: seed %s withdraws: %s", self._parts.address, reason)
+                logger.info("seed %s withdraws: %s", self._parts.address, reason)
             self._end()
         finally:
             self._lock.release()
@@ -211,7 +211,7 @@ class Seed:
         try:
             action()
         except (ForkError, TimeoutError, OSError) as error:
-            logger.warning("RFork: could not %s: %s", what, error)
+            logger.warning("could not %s: %s", what, error)
             return False
         return True
 

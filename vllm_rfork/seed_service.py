@@ -8,7 +8,6 @@ returns no address is given out any more. Must not import torch or vLLM, nor kno
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -25,8 +24,9 @@ from vllm_rfork.credentials import Credentials, Options, equal
 from vllm_rfork.errors import SeedError
 from vllm_rfork.installed_base import InstalledBase, info_payload, shape_payload
 from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 _JSON = "application/json"
 #: The manifest versions that can be written, newest last. A reader states the newest that it reads; one that
@@ -134,7 +134,7 @@ class SeedService:
             await self._server.stop()
             raise
         scheme = "http" if self._credentials.server_context() is None else "https"
-        logger.info("Seed service answers %s on %s:%d for key %s", scheme, self.bind_host, self.port, self.seed_key)
+        logger.info("seed service answers %s on %s:%d for key %s", scheme, self.bind_host, self.port, self.seed_key)
         return self.port
 
     async def stop(self) -> None:

@@ -22,8 +22,9 @@ from vllm_rfork.seed_key import WorkerIdentity
 from vllm_rfork.tensors import Collection
 from vllm_rfork.vllm_compat.workers import withdraw_before_changes
 from vllm_rfork.vouched import Vouched
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -103,7 +104,7 @@ def become_seed(plan: LoadPlan, model: Any) -> None:
     """
     if plan.no_seed_reason or plan.collection is None:
         level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
-        logger.log(level, "RFork: this worker is not a seed: %s", plan.no_seed_reason or "no weights were captured")
+        logger.log(level, "this worker is not a seed: %s", plan.no_seed_reason or "no weights were captured")
         plan.attempt.close()
         return
     withdraw_before_changes(_Guard())
@@ -128,13 +129,13 @@ def come_back() -> None:
             _stays_away(start, error, changes)
         except Exception:
             # Whatever becomes of the seed, the worker's method has done its work.
-            logger.exception("RFork: this worker is not a seed again")
+            logger.exception("this worker is not a seed again")
         else:
             _Start(start.plan, start.vouched, found, start, changes).begin()
 
 
 def _stays_away(start: _Start, error: ForkError, changes: int) -> None:
-    logger.warning("RFork: this worker is not a seed again: %s: %s", type(error).__name__, error)
+    logger.warning("this worker is not a seed again: %s: %s", type(error).__name__, error)
     if start.vouched.kept is not None or start.vouched.hopeless:
         start.vouched.forget()  # no memory is kept for what will hardly be
         return
@@ -166,12 +167,12 @@ def _start(plan: LoadPlan, start: _Start) -> None:
                 _seeds[:] = [each for each in _seeds if each is not seed]
             raise
         if start.after is not None:
-            logger.info("RFork: this worker is a seed again, at %s in a new epoch: its bytes are the same", address)
+            logger.info("this worker is a seed again, at %s in a new epoch: its bytes are the same", address)
     except ForkError as error:
         _failed(plan, start, error)
     except Exception:
         # The guard of a background thread: serving goes on without being a seed.
-        logger.exception("RFork: this worker is not a seed")
+        logger.exception("this worker is not a seed")
         _failed(plan, start, None)
     finally:
         start.off_device.set()
@@ -209,11 +210,11 @@ def _failed(plan: LoadPlan, start: _Start, error: ForkError | None) -> None:
         if not withdrawn:
             _starting[:] = [each for each in _starting if each is not start]
     if withdrawn:
-        logger.info("RFork: this worker is not a seed now: %s", withdrawn)
+        logger.info("this worker is not a seed now: %s", withdrawn)
     elif start.found is not None and error is not None:
         _stays_away(start, error, start.changes)
     elif error is not None:
-        logger.warning("RFork: this worker is not a seed: %s: %s", type(error).__name__, error)
+        logger.warning("this worker is not a seed: %s: %s", type(error).__name__, error)
 
 
 def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import logging
 import os
 import select
 import signal
@@ -35,8 +34,9 @@ from vllm_rfork import messages
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import SeedError
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 _MAIN = Path(__file__).resolve().with_name("watch_main.py")
 #: Pauses in seconds before each further attempt: a planner's restart fits in between, and after some seconds
@@ -208,7 +208,7 @@ class Watcher:
             try:
                 self._process.send(order)
             except OSError as error:
-                logger.warning("The watcher process %d is gone (%s); starting another one", self._process.pid, error)
+                logger.warning("the watcher process %d is gone (%s); starting another one", self._process.pid, error)
                 self._process.end(0.0)
                 self._process = None
             else:
@@ -235,7 +235,7 @@ class Watcher:
             if isinstance(error, (OSError, subprocess.SubprocessError, ValueError)):
                 raise SeedError(f"the watcher process cannot be started: {error}", retry_elsewhere=False) from error
             raise
-        logger.debug("Watcher process %d started", pid)
+        logger.debug("watcher process %d started", pid)
         return process
 
     def abandon(self) -> None:

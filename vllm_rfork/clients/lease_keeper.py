@@ -7,15 +7,15 @@ batches. Must not release the lease; whoever acquired it does, after the keeper 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 
 from vllm_rfork.clients.planner_client import Outcome, PlannerClient
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import Lease
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 #: A lease is renewed when this share of its TTL has passed, so that two renewals may fail.
 _RENEW_AFTER = 1 / 3
@@ -114,9 +114,9 @@ class LeaseKeeper:
 
     def _note(self, problem: str) -> None:
         if problem != self._problem:
-            logger.warning("RFork: the lease on seed %s could not be renewed: %s", self.lease.seed, problem)
+            logger.warning("the lease on seed %s could not be renewed: %s", self.lease.seed, problem)
         self._problem = problem
 
     def _lose(self, error: PlannerError) -> None:
-        logger.warning("RFork: %s", error)
+        logger.warning("%s", error)
         self._lost = error

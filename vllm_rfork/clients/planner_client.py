@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import math
 import random
 import re
@@ -24,8 +23,9 @@ from vllm_rfork.clients.http import Answer, BoundedHttp, went_away, without_cred
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 #: Bound of a JSON answer (``/healthz``, ``/debug/snapshot``) in bytes; 50,000 seeds take about 20 MB.
 MAX_JSON_NBYTES = 64 * 1024 * 1024
@@ -286,7 +286,7 @@ class PlannerClient:
             pause_s *= 1 + self._jitter() / 2
             if self._clock() + pause_s >= over:
                 raise problem
-            logger.info("RFork: %s; asking again in %.1f s", problem, pause_s)
+            logger.info("%s; asking again in %.1f s", problem, pause_s)
             await self._sleep(pause_s)
             now = self._clock()
 
@@ -305,7 +305,7 @@ class PlannerClient:
         other = await self._exchange(method, path, _spelled(headers, hyphens=not hyphens), deadline)
         if other.status == 400:
             return answer
-        logger.info("The %s wants header names with %s", self._name, "underscores" if hyphens else "hyphens")
+        logger.info("the %s wants header names with %s", self._name, "underscores" if hyphens else "hyphens")
         self._hyphens = not hyphens
         return other
 
@@ -354,7 +354,7 @@ class PlannerClient:
             seed, user_id = messages.seed_address(headers), messages.required(headers, messages.USER_ID)
             await self._call("POST", messages.PUT_SEED, {**seed.headers(), messages.USER_ID: user_id}, deadline)
         except (BadMessage, PlannerError) as error:
-            logger.debug("The lease in an unusable answer could not be given back: %s", error)
+            logger.debug("the lease in an unusable answer could not be given back: %s", error)
 
     def _remember_state(self, seed: SeedAddress, answer: Answer) -> None:
         """Keep the planner's state id for the next beat, by which it sees whether it has lost its state since."""

@@ -17,7 +17,6 @@ Must not read or write weights, and must not raise: an agreement that cannot be 
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import threading
 import time
 from collections import Counter
@@ -26,8 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.vllm_compat.identity import is_draft
+from vllm_rfork.worker_log import worker_logger
 
-logger = logging.getLogger(__name__)
+logger = worker_logger(__name__)
 
 #: Characters of a reason that others are told.
 MAX_REASON_LENGTH = 500
@@ -126,7 +126,7 @@ class Agreement:
             decision = f"rank {self.rank}: the store of the ranks failed: {_shortened(str(error))}"
             self._broken = decision
         logger.debug(
-            "RFork: %d ranks agreed on %s in %.2f s: %s", len(self.members), stage, self.clock() - started,
+            "%d ranks agreed on %s in %.2f s: %s", len(self.members), stage, self.clock() - started,
             decision or "yes",
         )  # fmt: skip
         return decision

@@ -9,14 +9,15 @@ are worth: whoever is called does.
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-logger = logging.getLogger(__name__)
+from vllm_rfork.worker_log import worker_logger
+
+logger = worker_logger(__name__)
 
 #: Changes that last beyond the method that begins them.
 ASLEEP, UPDATING, EMPTIED = "asleep", "updating", "emptied"
@@ -149,7 +150,7 @@ def withdraw_before_changes(guard: Guard) -> list[str]:
         for name in vars(cls):
             if not name.startswith("_"):
                 wrapped += _wrap(cls, name, Change(f"the worker extension's {name} is called"), changes)
-    logger.debug("RFork: these worker methods withdraw the seed first: %s", ", ".join(wrapped))
+    logger.debug("these worker methods withdraw the seed first: %s", ", ".join(wrapped))
     return wrapped
 
 

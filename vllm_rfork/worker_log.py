@@ -1,0 +1,34 @@
+"""The loggers of a worker: one filter puts ``RFork:`` in front of each of their lines.
+
+vLLM's log holds the lines of many packages, so every line of this one begins the same way. No call site types the
+prefix. The planner has a log of its own and does not use this module. Must not import anything of the package.
+"""
+
+from __future__ import annotations
+
+import logging
+
+PREFIX = "RFork: "
+
+
+class Prefixed(logging.Filter):
+    """Puts :data:`PREFIX` in front of a record's message, once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change ``record`` in place; never drops one."""
+        if not str(record.msg).startswith(PREFIX):  # a record may come back, from a queue for example
+            record.msg = f"{PREFIX}{record.msg}"
+        return True
+
+
+_PREFIXED = Prefixed()
+
+
+def worker_logger(name: str) -> logging.Logger:
+    """The logger called ``name``, with the prefix.
+
+    A filter of a logger sees that logger's own records alone, not its children's: each module asks here.
+    """
+    logger = logging.getLogger(name)
+    logger.addFilter(_PREFIXED)  # does nothing the second time
+    return logger
