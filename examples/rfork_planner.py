@@ -104,8 +104,8 @@ class Planner:
     def renew(self, address: Address, user_id: str) -> bool:
         """False where the lease is unknown: expired, released, or its seed gone."""
         self.sweep()
-        seed = self.seeds.get(address)
-        if seed is None or user_id not in seed.leases:
+        seed = self._leased(address, user_id)
+        if seed is None:
             return False
         seed.leases[user_id] = self._expiry()
         return True
@@ -113,10 +113,12 @@ class Planner:
     def put(self, address: Address, user_id: str) -> bool:
         """False where the lease is unknown; for the client both mean that it is gone."""
         self.sweep()
-        seed = self.seeds.get(address)
-        known = seed is not None and seed.leases.pop(user_id, None) is not None
+        seed = self._leased(address, user_id)
+        if seed is None:
+            return False
+        del seed.leases[user_id]
         self.sweep()
-        return known
+        return True
 
     def remove(self, address: Address, key: str) -> int:
         """The status: 200 removed, 404 unknown or announced under another key, 409 draining."""
@@ -129,6 +131,11 @@ class Planner:
             return 409
         del self.seeds[address]
         return 200
+
+    def _leased(self, address: Address, user_id: str) -> Seed | None:
+        """The seed that carries this lease. The rank does not count: newer clients may leave it out."""
+        ip, port, _ = address
+        return next((s for s in self.seeds.values() if (s.ip, s.port) == (ip, port) and user_id in s.leases), None)
 
     def _expiry(self) -> float:
         return self.clock() + self.lease_ttl_s if self.lease_ttl_s else float("inf")
@@ -150,20 +157,21 @@ def header(request: web.Request, name: str) -> str:
     return value
 
 
-def number(request: web.Request, name: str, low: int, high: int = 2**31 - 1) -> int:
-    """The header as an integer within bounds; 400 otherwise."""
-    value = header(request, name)
+def number(request: web.Request, name: str, low: int, high: int = 2**31 - 1, missing: str = "") -> int:
+    """The header as an integer within bounds; 400 otherwise. ``missing`` is what counts where it is not there."""
+    there = any(request.headers.get(each, "").strip() for each in (name, name.replace("_", "-")))
+    value = header(request, name) if there or not missing else missing
     if not re.fullmatch("[0-9]{1,10}", value) or not low <= int(value) <= high:
         raise bad(f"header {name} must be an integer from {low} to {high}")
     return int(value)
 
 
 def seed_address(request: web.Request) -> Address:
-    """The three headers that name a seed."""
+    """The headers that name a seed. The rank is deprecated: newer clients may leave it out, which means 0."""
     ip = header(request, "SEED_IP")
     if not re.fullmatch(r"[A-Za-z0-9._:%\[\]-]{1,253}", ip):
         raise bad("header SEED_IP must be a host name or an address")
-    return ip, number(request, "SEED_PORT", 1, 65535), number(request, "SEED_RANK", 0)
+    return ip, number(request, "SEED_PORT", 1, 65535), number(request, "SEED_RANK", 0, missing="0")
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ def make_app(planner: Planner, sweep_every_s: float = 5.0) -> web.Application:
     async def add_seed(request: web.Request) -> web.Response:
         key = header(request, "SEED_KEY")  # opaque here: a key with other than printable ASCII comes escaped (RFC 8187)
         address = seed_address(request)
-        number(request, "SEED_REFCNT", 0)  # must be there, means nothing
+        number(request, "SEED_REFCNT", 0, missing="0")  # deprecated, means nothing
         planner.add(address, key)
         return web.Response(text="ok\n")
 

@@ -25,6 +25,7 @@ DEBUG_SNAPSHOT = "/debug/snapshot"
 SEED_KEY = "SEED_KEY"
 SEED_IP = "SEED_IP"
 SEED_PORT = "SEED_PORT"
+#: Deprecated in the installed base: optional everywhere, and a missing rank is 0. Older planners demand both.
 SEED_RANK = "SEED_RANK"
 SEED_REFCNT = "SEED_REFCNT"
 USER_ID = "USER_ID"
@@ -199,17 +200,17 @@ _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}\Z")
 
 
 def seed_address(headers: Mapping[str, str]) -> SeedAddress:
-    """The seed that the headers name.
+    """The seed that the headers name; without a rank, rank 0.
 
     Raises:
-        BadMessage: a header is missing, the port is not 1 to 65535, the rank is negative, or the host is not a
+        BadMessage: host or port is missing, the port is not 1 to 65535, the rank is negative, or the host is not a
             host name or an address literal.
     """
     host = required(headers, SEED_IP).strip("[]")
     if not _HOST.match(host):
         raise BadMessage(f"header {SEED_IP} must be a host name or an address, got {host[:80]!r}")
     port = integer(required(headers, SEED_PORT), SEED_PORT, minimum=1, maximum=65535)
-    return SeedAddress(host, port, integer(required(headers, SEED_RANK), SEED_RANK, minimum=0))
+    return SeedAddress(host, port, integer(header(headers, SEED_RANK) or "0", SEED_RANK, minimum=0))
 
 
 def parse_seed_address(text: str) -> SeedAddress:
@@ -220,6 +221,8 @@ def parse_seed_address(text: str) -> SeedAddress:
     """
     host, _, tail = text.strip().rpartition(":")
     host, _, port = host.rpartition(":")
+    if not tail:
+        raise BadMessage(f"a seed must look like ip:port:rank, got {text[:80]!r}")
     return seed_address({SEED_IP: host, SEED_PORT: port, SEED_RANK: tail})
 
 

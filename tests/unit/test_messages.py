@@ -117,8 +117,18 @@ def test_a_lease_is_read_from_an_answer(extra: dict[str, str], ttl_s: float | No
     assert lease.headers() == ANSWER
 
 
-@pytest.mark.parametrize("missing", list(ANSWER))
-def test_a_lease_needs_all_four_headers(missing: str) -> None:
+def test_a_missing_rank_is_0_but_not_in_a_text() -> None:
+    """Newer peers leave it out of headers; where one text names a seed it is never missing."""
+    assert messages.seed_address(CIMultiDict({"SEED_IP": "10.0.0.1", "SEED_PORT": "80"})).rank == 0
+    headers = {name: value for name, value in ANSWER.items() if name != "SEED_RANK"}
+    assert messages.lease_from_answer(CIMultiDict(headers)).seed == SeedAddress("10.0.0.1", 80, 0)
+    for text in ("10.0.0.1:80", "10.0.0.1:80:"):
+        with pytest.raises(BadMessage):
+            messages.parse_seed_address(text)
+
+
+@pytest.mark.parametrize("missing", [name for name in ANSWER if name != "SEED_RANK"])
+def test_a_lease_needs_the_other_three_headers(missing: str) -> None:
     headers = {name: value for name, value in ANSWER.items() if name != missing}
     with pytest.raises(BadMessage, match=missing):
         messages.lease_from_answer(CIMultiDict(headers))

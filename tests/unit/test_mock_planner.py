@@ -214,12 +214,38 @@ async def test_names_are_read_in_every_spelling(spelling) -> None:  # type: igno
 
 FULL = {**SEED, "SEED_KEY": "k", "SEED_REFCNT": "0", "USER_ID": "u"}
 NEEDED = {
-    ("POST", "/add_seed"): ["SEED_KEY", "SEED_IP", "SEED_PORT", "SEED_RANK", "SEED_REFCNT"],
+    ("POST", "/add_seed"): ["SEED_KEY", "SEED_IP", "SEED_PORT"],
     ("GET", "/get_seed"): ["SEED_KEY"],
-    ("POST", "/put_seed"): ["SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID"],
-    ("POST", "/renew_seed_lease"): ["SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID"],
-    ("POST", "/remove_seed"): ["SEED_KEY", "SEED_IP", "SEED_PORT", "SEED_RANK"],
+    ("POST", "/put_seed"): ["SEED_IP", "SEED_PORT", "USER_ID"],
+    ("POST", "/renew_seed_lease"): ["SEED_IP", "SEED_PORT", "USER_ID"],
+    ("POST", "/remove_seed"): ["SEED_KEY", "SEED_IP", "SEED_PORT"],
 }
+
+
+async def test_rank_and_reference_count_may_be_missing_from_every_call() -> None:
+    """As vLLM-Ascend's clients after 0.30.0rc2 may send them; a missing rank is 0."""
+    named = {name: value for name, value in SEED.items() if name != "SEED_RANK"}
+    async with planner() as (calls, _):
+        assert (await calls("POST", "/add_seed", named, SEED_KEY="k"))[0] == 200
+        lease = await calls.get()
+        assert lease is not None
+        assert lease["SEED_RANK"] == "0"
+        for call, status in (("/renew_seed_lease", 200), ("/put_seed", 200), ("/put_seed", 404)):
+            assert await calls.lease(call, {**named, "USER_ID": lease["USER_ID"]}) == status
+        assert (await calls("POST", "/remove_seed", named, SEED_KEY="k"))[0] == 200
+
+
+async def test_a_lease_on_a_seed_with_a_rank_ends_by_a_receiver_that_states_none() -> None:
+    named = {name: value for name, value in SEED.items() if name != "SEED_RANK"}
+    async with planner() as (calls, _):
+        await calls.add({"SEED_RANK": "3"})
+        lease = await calls.get()
+        assert lease is not None
+        assert lease["SEED_RANK"] == "3"
+        held = {**named, "USER_ID": lease["USER_ID"]}
+        assert await calls.lease("/renew_seed_lease", held) == 200
+        assert await calls.lease("/put_seed", held) == 200
+        assert await calls.get() is not None
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ class Api:
         """Announce a seed; also its heartbeat."""
         headers = request.headers
         key, seed = self._key(headers), messages.seed_address(headers)
-        messages.integer(messages.required(headers, messages.SEED_REFCNT), messages.SEED_REFCNT, minimum=0)
+        messages.integer(header(headers, messages.SEED_REFCNT) or "0", messages.SEED_REFCNT, minimum=0)
         slots = header(headers, messages.SLOTS)
         announcement = Announcement(
             key=key,
@@ -307,7 +307,13 @@ def _text(headers: Mapping[str, str], name: str, max_length: int = MAX_ID_LENGTH
 
 
 def _user_id(headers: Mapping[str, str]) -> str:
-    return messages.decode_text(messages.required(headers, messages.USER_ID))
+    """The lease id. One that is not even text is a lease that is unknown: clients of the installed base that are
+    answered 400 to ``put_seed`` never become a seed."""
+    value = messages.required(headers, messages.USER_ID)
+    try:
+        return messages.decode_text(value)
+    except BadMessage as error:
+        raise UnknownLease("no such lease") from error
 
 
 def _excluded(headers: Mapping[str, str]) -> frozenset[str]:

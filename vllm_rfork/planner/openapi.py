@@ -35,7 +35,7 @@ _SCHEMAS: dict[str, tuple[_Data, str]] = {
         "Host of the seed's HTTP service; the caller's own unless the planner trusts announced addresses.",
     ),
     messages.SEED_PORT: (_number(65535, 1), "Port of the seed's HTTP service."),
-    messages.SEED_RANK: (_number(2**31 - 1), "The seed's tensor-parallel rank."),
+    messages.SEED_RANK: (_number(2**31 - 1), "The seed's tensor-parallel rank; 0 where it is missing."),
     messages.SEED_REFCNT: (_number(2**31 - 1), "Historical: clients send 0, and it is ignored."),
     messages.USER_ID: (
         {"type": "string", "minLength": 1, "maxLength": messages.MAX_HEADER_LENGTH, "pattern": _TEXT},
@@ -75,7 +75,7 @@ _SCHEMAS: dict[str, tuple[_Data, str]] = {
     messages.CAUSE: (_OWN_ID, "The error class that ended a failed fork."),
 }
 
-_SEED_NAME = (messages.SEED_IP, messages.SEED_PORT, messages.SEED_RANK)
+_SEED_NAME = (messages.SEED_IP, messages.SEED_PORT)
 
 
 def _sent(names: Iterable[str], *, required: bool) -> list[_Data]:
@@ -150,7 +150,7 @@ def _paths() -> dict[str, dict[str, _Data]]:
     get_seed = _call(
         "getSeed",
         "Lease a seed, wait for one, or be told to load from storage.",
-        _text("A lease.", _answered(*_SEED_NAME, messages.USER_ID, messages.LEASE_TTL_SEC)),
+        _text("A lease.", _answered(*_SEED_NAME, messages.SEED_RANK, messages.USER_ID, messages.LEASE_TTL_SEC)),
         "400 429 503",
         needs=[messages.SEED_KEY],
         takes=[messages.FINGERPRINT, messages.WAIT_SEC, messages.EXCLUDE, messages.INTENT, messages.LABELS],
@@ -163,8 +163,10 @@ def _paths() -> dict[str, dict[str, _Data]]:
                 "Announce a seed; also its heartbeat.",
                 _text("Known.", _answered(messages.STATE)),
                 "400 403 429 503",
-                needs=[messages.SEED_KEY, *_SEED_NAME, messages.SEED_REFCNT],
+                needs=[messages.SEED_KEY, *_SEED_NAME],
                 takes=[
+                    messages.SEED_RANK,
+                    messages.SEED_REFCNT,
                     messages.FINGERPRINT,
                     messages.SLOTS,
                     messages.LABELS,
@@ -182,7 +184,7 @@ def _paths() -> dict[str, dict[str, _Data]]:
                 done,
                 "400 404 503",
                 needs=[*_SEED_NAME, messages.USER_ID],
-                takes=[messages.RESULT, messages.NBYTES, messages.SECONDS, messages.CAUSE],
+                takes=[messages.SEED_RANK, messages.RESULT, messages.NBYTES, messages.SECONDS, messages.CAUSE],
             )
         },
         messages.RENEW_SEED_LEASE: {
@@ -192,6 +194,7 @@ def _paths() -> dict[str, dict[str, _Data]]:
                 _text("Renewed.", _answered(messages.LEASE_TTL_SEC)),
                 "400 404 503",
                 needs=[*_SEED_NAME, messages.USER_ID],
+                takes=[messages.SEED_RANK],
             )
         },
         messages.REMOVE_SEED: {
@@ -201,6 +204,7 @@ def _paths() -> dict[str, dict[str, _Data]]:
                 done,
                 "400 403 404 409 503",
                 needs=[messages.SEED_KEY, *_SEED_NAME],
+                takes=[messages.SEED_RANK],
             )
         },
         messages.ADD_INTENT: {
