@@ -7,7 +7,6 @@ it is the only module in which they meet. Must not import aiohttp, torch or anyt
 
 from __future__ import annotations
 
-import math
 import re
 import urllib.parse
 from collections.abc import Mapping
@@ -148,30 +147,40 @@ def required(headers: Mapping[str, str], name: str) -> str:
     return value
 
 
-def integer(value: str, name: str, *, minimum: int, maximum: int = 2**31 - 1) -> int:
-    """``value`` as a decimal integer within bounds.
+#: The one grammar of numbers from outside. Python's own ``int`` and ``float`` accept more: other scripts' digits,
+#: ``1_0``, ``+1``, ``-0``, ``1e3``, ``nan``, and numbers so small or so large that a quotient is infinite.
+_INTEGER = re.compile(r"(?:0|[1-9][0-9]{0,15})\Z")
+_DECIMAL = re.compile(r"(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,20})?\Z")
+
+
+def integer(value: str, name: str, *, minimum: int, maximum: int = 2**31 - 1, kind: str = "header") -> int:
+    """``value`` as a decimal integer within bounds: ASCII digits, no sign, no leading zero, at most 16 of them.
+
+    ``kind`` is what ``name`` names, for the message: a header or a query parameter.
 
     Raises:
         BadMessage: anything else; the message names ``name`` and the bounds.
     """
-    if not re.fullmatch(r"[0-9]{1,12}", value) or not minimum <= int(value) <= maximum:
-        raise BadMessage(f"header {name} must be an integer from {minimum} to {maximum}, got {value[:40]!r}")
+    if not _INTEGER.match(value) or not minimum <= int(value) <= maximum:
+        raise BadMessage(f"{kind} {name} must be an integer from {minimum} to {maximum}, got {value[:40]!r}")
     return int(value)
 
 
 def seconds(value: str, name: str, *, maximum: float) -> float:
-    """``value`` as finite seconds from 0 to ``maximum``.
+    """``value`` as seconds from 0 to ``maximum``: ASCII digits with an optional fraction, no sign, no exponent.
 
     Raises:
         BadMessage: anything else.
     """
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= maximum:
+    if not _DECIMAL.match(value) or float(value) > maximum:
         raise BadMessage(f"header {name} must be a number of seconds from 0 to {maximum:g}, got {value[:40]!r}")
-    return number
+    return float(value)
+
+
+def seconds_text(number: float) -> str:
+    """``number`` of seconds (0 or more) as :func:`seconds` reads it, to a thousandth; never 0 for more than 0."""
+    text = f"{max(number, 0.001) if number > 0 else 0:.3f}"
+    return text.rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)

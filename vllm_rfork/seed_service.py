@@ -8,7 +8,6 @@ returns no address is given out any more. Must not import torch or vLLM, nor kno
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from vllm_rfork.credentials import Credentials, Options, equal
 from vllm_rfork.errors import SeedError
 from vllm_rfork.installed_base import InstalledBase, info_payload, shape_payload
 from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
+from vllm_rfork.messages import BadMessage
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
@@ -253,11 +253,13 @@ class SeedService:
                 "sizes or layout differ",
             )
         stated = request.query.get(messages.MANIFEST_VERSION_PARAM, str(_UNSTATED_VERSION))
-        if not re.fullmatch(r"[0-9]{1,6}", stated):
-            return Reply(400, "version must be the newest manifest version that the receiver reads, a number")
-        readable = [version for version in state.manifests if version <= int(stated)]
+        try:
+            newest = messages.integer(stated, messages.MANIFEST_VERSION_PARAM, minimum=0, kind="parameter")
+        except BadMessage as error:
+            return Reply(400, f"{error}: it is the newest manifest version that the receiver reads")
+        readable = [version for version in state.manifests if version <= newest]
         if not readable:
-            return Reply(406, f"this seed writes manifest versions {sorted(state.manifests)}, not {int(stated)}")
+            return Reply(406, f"this seed writes manifest versions {sorted(state.manifests)}, not {newest}")
         body = state.manifests[max(readable)]
         return Reply(200, body, _JSON, state.headers, still_true=lambda: self._state is state)
 

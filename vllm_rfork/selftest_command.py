@@ -22,7 +22,7 @@ class Size(click.ParamType[int]):
         """Bytes."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d{1,15})\s*([kmg]?)(i?b)?", str(value).strip().lower())
+        found = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)(i?b)?", str(value).strip().lower())
         if not found or not int(found[1]):
             self.fail(f"{value!r} is not a size such as 256M or 2GiB", param, ctx)
         return int(found[1]) * _UNITS[found[2]]

@@ -148,6 +148,9 @@ async def test_every_missing_or_empty_header_is_named(call: tuple[str, str], hea
         ("SEED_PORT", "65536"),
         ("SEED_PORT", "1.5"),
         ("SEED_PORT", "９"),
+        ("SEED_PORT", "+1"),
+        ("SEED_PORT", "1_0"),
+        ("SEED_RANK", "-0"),
         ("SEED_RANK", "-1"),
         ("SEED_RANK", "x"),
         ("SEED_REFCNT", "-1"),
@@ -172,6 +175,8 @@ async def test_every_bad_header_is_named(name: str, value: str) -> None:
     [
         ("RFORK-WAIT-SEC", "soon"),
         ("RFORK-WAIT-SEC", "nan"),
+        ("RFORK-WAIT-SEC", "1e1"),
+        ("RFORK-WAIT-SEC", "1_0"),
         ("RFORK-EXCLUDE", "a:b"),
         ("RFORK-EXCLUDE", "a:1:1," * 257),
     ],
@@ -179,6 +184,16 @@ async def test_every_bad_header_is_named(name: str, value: str) -> None:
 async def test_bad_wishes_are_refused(name: str, value: str) -> None:
     async with planner() as client:
         assert await client.status("GET", "/get_seed", SEED_KEY="k", **{name: value}) == 400
+
+
+@pytest.mark.parametrize("value", ["-1", "+1", "1_0", "1e1", "１", "", "100001"])
+async def test_a_bad_query_parameter_is_named(value: str) -> None:
+    async with (
+        planner() as client,
+        aiohttp.ClientSession() as session,
+        session.get(client.planner.url + "/debug/snapshot", params={"limit": value}) as answer,
+    ):
+        assert (answer.status, "parameter limit" in await answer.text()) == (400, True)
 
 
 async def test_hyphens_count_as_underscores() -> None:

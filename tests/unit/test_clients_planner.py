@@ -310,7 +310,7 @@ async def test_a_release_says_how_the_fork_went() -> None:
     async with serve(app) as url:
         await PlannerClient(url).release(LEASE, result="failed", nbytes=7, seconds=1.25, cause="SeedError")
     names = ("RFORK-RESULT", "RFORK-NBYTES", "RFORK-SECONDS", "RFORK-CAUSE")
-    assert [seen[0].headers[name] for name in names] == ["failed", "7", "1.250", "SeedError"]
+    assert [seen[0].headers[name] for name in names] == ["failed", "7", "1.25", "SeedError"]
 
 
 async def test_a_withdrawal_survives_a_hiccup() -> None:

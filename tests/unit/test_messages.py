@@ -105,6 +105,50 @@ def test_seconds_are_finite_and_bounded(value: str) -> None:
         messages.seconds(value, "X-SEC", maximum=100)
 
 
+#: What ``int`` or ``float`` accept and the grammar does not.
+NOT_NUMBERS = [
+    "１",
+    "١",
+    "1_0",
+    "+1",
+    "-0",
+    "-1",
+    " 1",
+    "1 ",
+    "1\n",
+    "01",
+    "0x1",
+    "1e1",
+    "",
+    "inf",
+    "nan",
+    "²",
+    "1.",
+    ".5",
+]
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, "1.0", "11", "9" * 17])
+def test_integers_have_one_spelling(value: str) -> None:
+    with pytest.raises(BadMessage, match="X-N"):
+        messages.integer(value, "X-N", minimum=0, maximum=10)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, "5e-324", "1.5e1", "1.1_1", "1,5", "1" * 10, "0." + "1" * 21])
+def test_seconds_have_one_spelling(value: str) -> None:
+    with pytest.raises(BadMessage, match="X-SEC"):
+        messages.seconds(value, "X-SEC", maximum=1e9)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (60, "60"), (0.1, "0.1"), (1e-9, "0.001"), (86400.0, "86400"), (1e7, "10000000"), (1.0625, "1.062")],
+)
+def test_seconds_are_written_as_they_are_read(number: float, text: str) -> None:
+    assert messages.seconds_text(number) == text
+    assert messages.seconds(text, "X-SEC", maximum=1e9) == pytest.approx(number, abs=1e-3)
+
+
 ANSWER = {"SEED_IP": "10.0.0.1", "SEED_PORT": "80", "SEED_RANK": "2", "USER_ID": "u1"}
 
 

@@ -167,7 +167,9 @@ async def test_a_reader_gets_the_newest_manifest_version_that_it_reads() -> None
         assert status == 406
         assert "[2, 3]" in text
     async with serving() as service:
-        assert (await get(service, messages.SEED_MANIFEST, version="one"))[0] == 400
+        for version in ("one", "+1", "1_0", "１", "-0"):
+            status, text = await get(service, messages.SEED_MANIFEST, version=version)
+            assert (status, "parameter version" in text) == (400, True)
 
 
 async def test_a_manifest_is_encoded_once_however_many_read_it() -> None:

@@ -173,7 +173,7 @@ class PlannerClient:
             headers |= {
                 messages.RESULT: result,
                 messages.NBYTES: str(nbytes),
-                messages.SECONDS: f"{seconds:.3f}",
+                messages.SECONDS: messages.seconds_text(seconds),
                 **_given(messages.CAUSE, cause),
             }
         answer = await self._retried(messages.PUT_SEED, headers, RELEASE_PAUSES_S, deadline=None)
@@ -237,7 +237,7 @@ class PlannerClient:
         headers = {
             **self._key(seed_key, fingerprint),
             messages.INTENT: messages.encode_text(intent),
-            messages.INTENT_TTL_SEC: f"{ttl_s:g}",
+            messages.INTENT_TTL_SEC: messages.seconds_text(ttl_s),
         }
         answer = await self._call("POST", messages.ADD_INTENT, headers, self._deadline())
         return self._outcome(messages.ADD_INTENT, answer, unknown=(404, 405))
@@ -267,7 +267,7 @@ class PlannerClient:
         patient, away_since, now = wait_s > 0, math.inf, started_at
         while True:
             left_s = started_at + wait_s - now
-            waiting = _given(messages.WAIT_SEC, f"{left_s:g}" if left_s > 0 else "")
+            waiting = _given(messages.WAIT_SEC, messages.seconds_text(left_s) if left_s > 0 else "")
             try:
                 answer = await self._call("GET", messages.GET_SEED, {**headers, **waiting}, deadline)
             except PlannerError as error:

@@ -7,18 +7,15 @@ only to those who ask. Must not decide anything about seeds and leases itself, a
 from __future__ import annotations
 
 import gzip
-import json
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-import msgspec
 from aiohttp import web
 
 from vllm_rfork import __version__, messages
 from vllm_rfork.messages import BadMessage, header
-from vllm_rfork.planner import dashboard
+from vllm_rfork.planner import dashboard, valid_json
 from vllm_rfork.planner.access import AddressCheck, Tokens
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.openapi import description
@@ -47,8 +44,6 @@ OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ, messages.DASHBOARD})
 MAX_ID_LENGTH = 256
 MAX_EXCLUDED = 256
 MAX_SNAPSHOT = 100_000
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Refused(Exception):
@@ -184,11 +179,13 @@ class Api:
             self._metrics.missed(ask.key, waited_s)
             granted = {messages.INTENT: messages.INTENT_GRANTED} if result.intent else {}
             if result.intent:
-                granted[messages.INTENT_TTL_SEC] = f"{self._settings.intent_ttl_sec:g}"
+                granted[messages.INTENT_TTL_SEC] = messages.seconds_text(self._settings.intent_ttl_sec)
             raise Refused(404, "no free seed for this key", granted)
         self._metrics.granted(ask.key, waited_s)
         lease = messages.Lease(result.seed, result.user_id, result.ttl_s)
-        return web.Response(text="ok\n", headers={**lease.headers(), messages.LEASE_TTL_SEC: f"{result.ttl_s:g}"})
+        return web.Response(
+            text="ok\n", headers={**lease.headers(), messages.LEASE_TTL_SEC: messages.seconds_text(result.ttl_s)}
+        )
 
     async def put_seed(self, request: web.BaseRequest) -> web.Response:
         """Release a lease, with or without a word on how the fork went."""
@@ -202,7 +199,9 @@ class Api:
         """Give a lease its TTL again."""
         seed, user_id = messages.seed_address(request.headers), _user_id(request.headers)
         await self._store.renew(seed, user_id)
-        return web.Response(text="ok\n", headers={messages.LEASE_TTL_SEC: f"{self._settings.lease_ttl_sec:g}"})
+        return web.Response(
+            text="ok\n", headers={messages.LEASE_TTL_SEC: messages.seconds_text(self._settings.lease_ttl_sec)}
+        )
 
     async def remove_seed(self, request: web.BaseRequest) -> web.Response:
         """Withdraw a seed."""
@@ -247,7 +246,9 @@ class Api:
 
     async def snapshot(self, request: web.BaseRequest) -> web.Response:
         """The state, of one ``key`` where given, at most ``limit`` entries a list."""
-        limit = messages.integer(request.query.get("limit", "1000"), "limit", minimum=0, maximum=MAX_SNAPSHOT)
+        limit = messages.integer(
+            request.query.get("limit", "1000"), "limit", minimum=0, maximum=MAX_SNAPSHOT, kind="parameter"
+        )
         return _json(await self._store.snapshot(key=request.query.get("key"), limit=limit))
 
     async def openapi(self, _: web.BaseRequest) -> web.Response:
@@ -281,7 +282,7 @@ class Api:
             "limit": dashboard.LIMIT,
         }
         shown = await self._store.overview(key=key, limit=dashboard.LIMIT)
-        return _encoded({"planner": planner, "key": key, **shown})
+        return valid_json.encode({"planner": planner, "key": key, **shown})
 
     # --- headers -------------------------------------------------------------------------------------------------
     def _key(self, headers: Mapping[str, str]) -> str:
@@ -333,31 +334,16 @@ def _outcome(headers: Mapping[str, str]) -> Outcome | None:
     if result not in (messages.RESULT_OK, messages.RESULT_FAILED):
         raise BadMessage(f"header {messages.RESULT} must be ok or failed, got {result[:40]!r}")
     nbytes = header(headers, messages.NBYTES) or "0"
-    if not nbytes.isascii() or not nbytes.isdigit() or len(nbytes) > 16:
-        raise BadMessage(f"header {messages.NBYTES} must be a number of bytes, got {nbytes[:40]!r}")
     return Outcome(
         result == messages.RESULT_OK,
-        int(nbytes),
+        messages.integer(nbytes, messages.NBYTES, minimum=0, maximum=10**16 - 1),
         messages.seconds(header(headers, messages.SECONDS) or "0", messages.SECONDS, maximum=1e7),
         _text(headers, messages.CAUSE),
     )
 
 
-def _as_words(surrogate: re.Match[str]) -> str:
-    """Six characters, backslash first, in place of one that no JSON reader has to take."""
-    return f"\\\\u{ord(surrogate[0]):04x}"
-
-
-def _encoded(data: object) -> bytes:
-    """JSON, whatever characters the keys hold."""
-    try:
-        return msgspec.json.encode(data)
-    except UnicodeEncodeError:  # a key that arrived as bytes other than UTF-8 holds surrogates: no text in JSON
-        return _SURROGATE.sub(_as_words, json.dumps(data, ensure_ascii=False)).encode("utf-8")
-
-
 def _json(data: object) -> web.Response:
-    return web.Response(body=_encoded(data), content_type="application/json")
+    return web.Response(body=valid_json.encode(data), content_type="application/json")
 
 
 def _zipped(request: web.BaseRequest, body: bytes, headers: Mapping[str, str]) -> web.Response:
