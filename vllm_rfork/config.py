@@ -7,6 +7,8 @@ out in an outage; all other unknown keys belong to the fallback loader. Must not
 
 from __future__ import annotations
 
+import difflib
+import ipaddress
 import os
 import re
 import typing
@@ -47,12 +49,59 @@ _EITHER = ("rfork_token", "rfork_token_file")
 NEEDED = ("model_url", "model_deploy_strategy_name", "rfork_scheduler_url")
 
 _PREFIX = "rfork_"
+_SEPARATOR = "rfork_seed_key_separator"
 
 
-def _http_url(value: str) -> str:
-    if value and not value.lower().startswith(("http://", "https://")):
+def base_url(value: str) -> str:
+    """A planner's base URL in the form that every part of the package uses: without spaces around it and last slashes.
+
+    It is ``http://`` or ``https://``, a host, and optionally a port from 1 to 65535 and a path. A user and a password
+    may stand before the host. The empty text is returned as it is: no planner.
+
+    Raises:
+        ValueError: the text is not such a URL. Its message does not quote the URL, which may contain a password.
+    """
+    value = value.strip()
+    if not value:
+        return value
+    if not value.lower().startswith(("http://", "https://")):
         raise ValueError("not an http:// or https:// URL")
+    if _NOT_IN_URLS.search(value):
+        raise ValueError("spaces and control characters are not allowed in a URL")
+    if "?" in value or "#" in value:
+        raise ValueError("a base URL has no query and no fragment")
+    match = _AUTHORITY.match(value.partition("://")[2].partition("/")[0])
+    if match is None or (match["port"] is not None and not 1 <= int(match["port"]) <= 65535):
+        raise ValueError("what follows :// is not a host and a port from 1 to 65535")
+    _check_host(match["host"].strip("[]"), bracketed=match["host"].startswith("["))
     return value.rstrip("/")
+
+
+_NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]|\s")
+#: Optionally a user and a password; a name or an address, IPv6 in brackets; optionally a port.
+_AUTHORITY = re.compile(r"(?:[^\[\]@]*@)?(?P<host>\[[^\[\]]+\]|[^:\[\]]+)(:(?P<port>[0-9]{1,5}))?\Z")
+#: As RFC 1123 has it, and the underscore, which container runtimes put into names.
+_HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)\Z")
+
+
+def _check_host(host: str, *, bracketed: bool) -> None:
+    """Raise ValueError if no resolver can know ``host``: a name or a literal address, without brackets."""
+    if bracketed:
+        ipaddress.IPv6Address(host)  # its error is a ValueError that names the address
+        return
+    try:
+        labels = host.removesuffix(".").encode("idna").decode("ascii").split(".")
+    except UnicodeError as error:
+        raise ValueError("the host is not a name or an address") from error
+    if not all(_HOST_LABEL.match(label) for label in labels):
+        raise ValueError("the host is not a name or an address")
+    if labels[-1].isdigit():  # a top-level domain never is, so it is an address
+        ipaddress.IPv4Address(host)
+
+
+def _stripped(value: Any) -> Any:
+    """Text without the white space around it: a value read from a file or a Secret often ends in a line break."""
+    return value.strip() if isinstance(value, str) else value
 
 
 def _one_line(value: str) -> str:
@@ -83,6 +132,8 @@ PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Line = Annotated[str, AfterValidator(_one_line)]
+#: Not stripped: a space may be meant.
+Separator = Annotated[str, AfterValidator(_one_line), Field(min_length=1, max_length=16)]
 
 #: What each kind of field accepts, in a user's words, for the error that fails the start.
 _ACCEPTS: dict[Any, str] = {
@@ -105,11 +156,11 @@ class Settings(BaseModel):
     #: Deployment strategy identifier; part of the seed key.
     model_deploy_strategy_name: Line = ""
     #: Base URL of the planner.
-    rfork_scheduler_url: Annotated[str, AfterValidator(_http_url)] = ""
+    rfork_scheduler_url: Annotated[str, AfterValidator(base_url)] = ""
     #: How long the own seed service may take to become healthy.
     rfork_seed_timeout_sec: PositiveSeconds = 30.0
     #: Between the parts of the seed key; equal across compatible instances.
-    rfork_seed_key_separator: Annotated[Line, Field(min_length=1, max_length=16)] = "$"
+    rfork_seed_key_separator: Separator = "$"
     #: Bound on one request, and on all that an unreachable planner may cost a start.
     rfork_request_timeout_sec: PositiveSeconds = 10.0
     #: Planners drop a seed unseen for 60 s; half of that survives one lost beat.
@@ -204,22 +255,33 @@ def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[st
         if key in Settings.model_fields:
             ours[key] = value
         elif str(key).lower().startswith(_PREFIX):
-            known = ", ".join(name for name in Settings.model_fields if name.startswith(_PREFIX))
-            raise ConfigError(str(key), "there is no such option", f"one of {known}")
+            raise _unknown_option(str(key))
         else:
             passed_through[key] = value
     decided = set(ours).union(_EITHER if set(_EITHER) & set(ours) else ())
     for name, variable in ENVIRONMENT.items():
-        if name not in decided and environment.get(variable):
-            ours[name] = _from_text(name, variable, environment[variable])
+        text = environment.get(variable, "")
+        if name not in decided and text:
+            if name == "rfork_token" and not text.strip():
+                raise ConfigError(f"{name} (from {variable})", "contains only white space", "a token, or unset it")
+            ours[name] = _from_text(name, variable, text)
     try:
-        settings = Settings(**ours)
+        settings = Settings(**{name: each if name == _SEPARATOR else _stripped(each) for name, each in ours.items()})
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
-        raise ConfigError(name, first["msg"].lower(), _accepts(name)) from error
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(name, problem[:1].lower() + problem[1:], _accepts(name)) from error
     _check_together(settings)
     return ParsedConfig(settings, passed_through)
+
+
+def _unknown_option(key: str) -> ConfigError:
+    """The error for a key that looks like an option of this package and is not one; suggests the nearest name."""
+    known = [name for name in Settings.model_fields if name.startswith(_PREFIX)]
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return ConfigError(key, f"there is no such option; {hint}".rstrip("; "), f"one of {', '.join(known)}")
 
 
 def _check_together(settings: Settings) -> None:
@@ -258,7 +320,7 @@ def _accepts(name: str) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(typing.get_args(hint))
     return {
-        "rfork_scheduler_url": "a URL that begins with http:// or https://",
+        "rfork_scheduler_url": "a base URL such as http://planner:1223",
         "rfork_seed_key_separator": "1 to 16 characters",
         "rfork_seed_port_base": "an integer from 0 to 65000",
         "rfork_max_batch_bytes": "an integer greater than 0",

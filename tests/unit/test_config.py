@@ -77,6 +77,26 @@ def test_the_environment_is_a_fallback_and_the_extra_config_wins(name: str) -> N
         ("model_url", "two\nlines", "one line of text"),
         ("rfork_scheduler_url", "planner:1223", "http://"),
         ("rfork_scheduler_url", 1223, "http://"),
+        ("rfork_scheduler_url", "http://h:99999", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://h:0", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://h:", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://h:12a", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://[::1", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://[::1]x:1", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://[10.0.0.1]:1", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://a..b", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://.a", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://10.0.0.300:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://a b:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://a\tb:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://a\\b:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://-a:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", f"http://{'a' * 64}:1223", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://h:1223?x=1", "http://planner:1223"),
+        ("rfork_scheduler_url", "http://h:1223#x", "http://planner:1223"),
+        ("rfork_scheduler_url", "http:///h", "http://planner:1223"),
         ("rfork_seed_timeout_sec", 0, "greater than 0"),
         ("rfork_seed_timeout_sec", -1, "greater than 0"),
         ("rfork_seed_timeout_sec", float("nan"), "finite"),
@@ -119,6 +139,80 @@ def test_a_wrong_value_names_the_field_and_what_it_accepts(name: str, value: obj
     assert caught.value.field == name
     assert str(caught.value).startswith(f"{name}: ")
     assert accepts in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("http://h:1223 ", "http://h:1223"),
+        ("\thttp://h:1223/\n", "http://h:1223"),
+        ("http://h", "http://h"),
+        ("HTTPS://H:443/planner/", "HTTPS://H:443/planner"),
+        ("http://planner.svc.cluster.local.:1223", "http://planner.svc.cluster.local.:1223"),
+        ("http://[::1]:1223", "http://[::1]:1223"),
+        ("http://[fe80::1%eth0]:1223", "http://[fe80::1%eth0]:1223"),
+        ("http://10.0.0.3:1223", "http://10.0.0.3:1223"),
+        ("http://user:p%40ss@h:1223", "http://user:p%40ss@h:1223"),
+        ("http://rfork_planner-1:1223", "http://rfork_planner-1:1223"),
+        ("http://plänner.example:1223", "http://plänner.example:1223"),
+        (" ", ""),
+    ],
+)
+def test_a_base_url_is_kept_without_spaces_and_last_slashes(given: str, kept: str) -> None:
+    assert parse_config({"rfork_scheduler_url": given}, {}).settings.rfork_scheduler_url == kept
+    assert parse_config({}, {"RFORK_SCHEDULER_URL": given}).settings.rfork_scheduler_url == kept
+
+
+def text_options() -> list[str]:
+    """The options that take any line of text."""
+    return [
+        name
+        for name, each in Settings.model_fields.items()
+        if each.annotation is str and name not in {"rfork_scheduler_url", "rfork_seed_key_separator", "rfork_labels"}
+    ]
+
+
+@pytest.mark.parametrize("name", text_options())
+def test_white_space_around_an_option_does_not_count(name: str) -> None:
+    beside = BESIDE.get(name, {})
+    assert getattr(parse_config({**beside, name: " value\r\n"}, {}).settings, name) == "value"
+    if name in ENVIRONMENT:
+        assert getattr(parse_config(beside, {ENVIRONMENT[name]: " value\n"}).settings, name) == "value"
+
+
+def test_white_space_around_choices_and_numbers_does_not_count() -> None:
+    settings = parse_config({"rfork_layout": " runtime\n"}, {"RFORK_SEED_SLOTS": "3\n"}).settings
+    assert (settings.rfork_layout, settings.rfork_seed_slots) == ("runtime", 3)
+
+
+def test_a_separator_is_taken_as_it_is() -> None:
+    assert parse_config({"rfork_seed_key_separator": " | "}, {}).settings.rfork_seed_key_separator == " | "
+
+
+def test_a_blank_token_in_the_environment_fails_the_start() -> None:
+    """Otherwise a Secret that lost its content would open this worker's seed service to everybody."""
+    with pytest.raises(ConfigError, match="RFORK_TOKEN"):
+        parse_config({}, {"RFORK_TOKEN": " \n"})
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("rfork_seed_wait", "rfork_seed_wait_sec"),
+        ("rfork_verfy", "rfork_verify"),
+        ("RFORK_ENGINE", "rfork_engine"),
+        ("rfork_sheduler_url", "rfork_scheduler_url"),
+    ],
+)
+def test_a_misspelt_option_names_the_one_that_was_meant(given: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {meant}\\?"):
+        parse_config({given: 1}, {})
+
+
+def test_an_option_that_resembles_none_gets_no_advice() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"rfork_": 1}, {})
+    assert "did you mean" not in str(caught.value)
 
 
 def test_every_option_has_words_for_what_it_accepts() -> None:
@@ -183,7 +277,7 @@ def test_the_token_is_not_in_the_representation() -> None:
     settings = parse_config({"rfork_token": "s3cret"}, {}).settings
     assert "s3cret" not in repr(settings)
     with pytest.raises(ConfigError) as caught:
-        parse_config({"rfork_token": "s3cret\n"}, {})
+        parse_config({"rfork_token": "s3cret\ns3cret"}, {})
     assert "s3cret" not in str(caught.value)
 
 
@@ -193,7 +287,15 @@ def test_only_a_json_object_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("rfork_token", "hunter2\n"), ("rfork_scheduler_url", "ftp://u:hunter2@host")]
+    ("option", "value"),
+    [
+        ("rfork_token", "hunter2\nhunter2"),
+        ("rfork_scheduler_url", "ftp://u:hunter2@host"),
+        ("rfork_scheduler_url", "http://u:hunter2@host:port"),
+        ("rfork_scheduler_url", "http://u:hunter2@a..b"),
+        ("rfork_scheduler_url", "http://u:hunter2@[::1"),
+        ("rfork_scheduler_url", "http://u:hunter2[@h"),
+    ],
 )
 def test_no_secret_in_the_traceback_of_a_wrong_setting(option: str, value: str) -> None:
     """vLLM logs the whole chain of a start that fails."""
