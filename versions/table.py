@@ -56,6 +56,7 @@ ROWS: tuple[Row, ...] = (
     Row(_LOADER, "register_model_loader", takes=(), positional=1),
     Row(_LOADER, "_LOAD_FORMAT_TO_MODEL_LOADER"),
     Row(_LOADER, "get_model_loader", takes=(), positional=1),
+    Row("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
     # --- the loader's flow ------------------------------------------------------------------------------------------
     Row(_BASE, "BaseModelLoader"),
     Row(_BASE, "BaseModelLoader.__init__", takes=(), positional=1),

@@ -32,8 +32,11 @@ def register() -> None:
             logger.warning("vLLM-Ascend's rfork module does not import (%s); this package's is used", error)
     except Exception as error:  # noqa: BLE001 - whatever ails a module that is not needed must not fail the start
         logger.warning("vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
+    from vllm_rfork.config import parse_config
     from vllm_rfork.loader import RForkModelLoader
+    from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.loading import log_through_vllm
 
     log_through_vllm()
+    check_options_early(LOAD_FORMAT, parse_config)
     model_loader.register_model_loader(LOAD_FORMAT)(RForkModelLoader)
