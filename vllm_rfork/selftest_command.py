@@ -33,17 +33,19 @@ class Size(click.ParamType[int]):
 @click.option("--device", default="cpu", show_default=True, help="The receiver's torch device: cpu, cuda:0, npu:0.")
 @click.option("--seed-device", default=None, help="The seed's device.  [default: the receiver's]")
 @click.option("--size", "nbytes", type=Size(), default="256M", show_default=True, help="Bytes to fork.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address under which the processes reach another.")
+@click.option("--host", default=None, help="IPv4 address that the engine listens on.  [default: 127.0.0.1]")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds.")
 @click.option("--corrupt", is_flag=True, hidden=True, help="Alter the seed's memory after its digest was taken.")
 @click.pass_context
-def selftest(ctx: click.Context, /, seed_device: str | None, **given: Any) -> None:
+def selftest(ctx: click.Context, /, seed_device: str | None, host: str | None, **given: Any) -> None:
     """Fork random bytes from one process to another and compare digests.
 
     Run this first on new hardware. It starts a seed and a receiver on this machine, moves the bytes with the engine
     that vLLM would use, and prints what it measured.
     """
-    outcome = run(Plan(seed_device=seed_device or given["device"], **given))
+    if host is not None and (hint := ENGINES[given["engine"]].host_hint):
+        raise click.UsageError(f"--host has no effect on engine {given['engine']}: {hint}")
+    outcome = run(Plan(seed_device=seed_device or given["device"], host=host or "127.0.0.1", **given))
     for line in outcome.lines:
         click.echo(line, err=bool(outcome.code))
     ctx.exit(outcome.code)

@@ -35,6 +35,15 @@ def test_right_bytes_are_exit_0_with_a_speed(engine: str) -> None:
     assert str(8 << 20) in done.stdout
 
 
+@pytest.mark.parametrize(("engine", "hint"), [("nixl", "UCX_NET_DEVICES"), ("memory", "no network")])
+def test_a_host_that_the_engine_would_ignore_is_refused(engine: str, hint: str) -> None:
+    """It passed, and said nothing about the address that it was asked to test."""
+    done = selftest("--engine", engine, "--size", "1M", "--host", "10.9.9.9")
+    assert done.returncode == 2
+    assert "--host has no effect" in done.stderr
+    assert hint in done.stderr
+
+
 @pytest.mark.parametrize("engine", ["memory", "nixl"])
 def test_an_altered_seed_is_exit_1(engine: str) -> None:
     """One bit of one byte, after the digest was taken."""

@@ -11,19 +11,37 @@ from vllm_rfork.errors import ConfigError
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine: the adapter's module and class, and the command that installs what it needs."""
+    """One engine.
+
+    Attributes:
+        module, cls: the adapter's.
+        hint: the command that installs what it needs.
+        host_hint: how to choose the network interface, for an engine that does not listen on ``EngineConfig.host``;
+            empty for one that does.
+    """
 
     module: str
     cls: str
     hint: str
+    host_hint: str = ""
 
 
 ENGINES: dict[str, EngineRow] = {
     "yuanrong": EngineRow(
         "vllm_rfork.engines.yuanrong", "YuanRongEngine", "install it with: pip install 'vllm-rfork[ascend]'"
     ),
-    "nixl": EngineRow("vllm_rfork.engines.nixl", "NixlEngine", "install it with: pip install 'vllm-rfork[nixl]'"),
-    "memory": EngineRow("vllm_rfork.engines.memory", "MemoryEngine", "it is part of vllm-rfork, for tests and demos"),
+    "nixl": EngineRow(
+        "vllm_rfork.engines.nixl",
+        "NixlEngine",
+        "install it with: pip install 'vllm-rfork[nixl]'",
+        host_hint="UCX listens on every interface; set UCX_NET_DEVICES to choose",
+    ),
+    "memory": EngineRow(
+        "vllm_rfork.engines.memory",
+        "MemoryEngine",
+        "it is part of vllm-rfork, for tests and demos",
+        host_hint="it uses no network",
+    ),
 }
 
 #: ``rfork_engine=auto``: by torch device type.
