@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.redis_server import free_port
+from tests.standin import build
 from vllm_rfork.cli import main
 from vllm_rfork.commands import checks
 from vllm_rfork.messages import encode_text
@@ -21,6 +23,12 @@ from vllm_rfork.planner.settings import Settings
 
 TOKEN = "a-token-that-no-output-may-hold"
 KEY = "/models/q$prod$kv_both$0$0"
+
+
+@pytest.fixture(scope="module")
+def standin() -> Path:
+    """The folder with the host stand-in for the Ascend runtime."""
+    return build.build()
 
 
 @pytest.fixture(scope="module")
@@ -187,26 +195,78 @@ def only_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_is_not_installed_fails_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hide = "import sys; sys.modules['yr'] = None"
-    monkeypatch.setitem(checks._LOADERS, "yuanrong", f"{hide}\n{checks._LOADERS['yuanrong']}")
+    monkeypatch.setitem(checks._EXAMINERS, "yuanrong", f"{hide}\n{checks._EXAMINERS['yuanrong']}")
     found = checks.engine("yuanrong", wanted=True)
     assert found.state == checks.FAIL
     assert "vllm-rfork[ascend]" in found.advice
     assert checks.engine("yuanrong", wanted=False).state == checks.NOTE
 
 
-def test_an_engine_whose_import_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checks._LOADERS, "nixl", "import os; os.kill(os.getpid(), 11)")
+def test_yuanrong_without_the_ascend_runtime_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel imports without CANN, and every read would fail."""
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    found = checks.engine("yuanrong", wanted=True)
+    assert found.state == checks.FAIL
+    assert "libascendcl.so" in found.found
+    assert "set_env.sh" in found.advice
+
+
+def test_yuanrong_with_a_runtime_is_found_working(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(standin))
+    found = checks.engine("yuanrong", wanted=True)
+    assert (found.state, found.advice) == (checks.OK, "")
+    assert "stand-in" in found.found
+
+
+def test_a_planners_host_needs_no_engine(monkeypatch: pytest.MonkeyPatch, planner: PlannerUnderTest) -> None:
+    absent = checks.Finding("engine", checks.NOTE, "not installed", "install it")
+    monkeypatch.setattr(checks, "engine", lambda name, wanted: absent)
+    monkeypatch.setattr(checks, "is_worker_host", lambda: False)
+    done = run("doctor", "--url", planner.url)
+    assert done.exit_code == 0, done.output
+    assert "planner's host" in done.output
+    monkeypatch.setattr(checks, "is_worker_host", lambda: True)
+    assert run("doctor", "--url", planner.url).exit_code == 1
+
+
+def test_vllm_is_installed_here() -> None:
+    assert checks.is_worker_host()
+
+
+@pytest.mark.parametrize(
+    ("status", "third_party"), [(503, False), (500, False), (429, False), (404, True), (405, True)]
+)
+def test_only_a_missing_call_tells_of_a_third_party_planner(status: int, third_party: bool) -> None:
+    found = checks._admission(status)
+    assert found.state == checks.NOTE
+    assert str(status) in found.found
+    assert ("third-party" in found.advice) == third_party
+    assert ("log" in found.advice) != third_party
+
+
+@pytest.mark.parametrize("url", ["http://h:99999", "ftp://h", "http://a..b"])
+def test_an_unusable_url_is_told_by_every_command(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_the_planner(monkeypatch)
+    done = run("doctor", "--url", url)
+    assert (done.exit_code, "unusable URL" in done.output) == (1, True)
+    done = run("seeds", "--url", url)
+    assert (done.exit_code, "unusable" in done.output) == (2, True)
+
+
+def test_an_engine_whose_start_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(checks._EXAMINERS, "nixl", "import os; os.kill(os.getpid(), 11)")
     found = checks.engine("nixl", wanted=False)
     assert found.state == checks.FAIL
     assert "signal 11" in found.found
 
 
-def test_engines_are_examined_without_torch() -> None:
+def test_engines_are_examined_without_torch(standin: Path) -> None:
     """And so the doctor works on a host that has none."""
     code = "import sys; sys.modules['torch'] = None"
-    for name, loader in checks._LOADERS.items():
+    for name, examiner in checks._EXAMINERS.items():
         done = subprocess.run(
-            [sys.executable, "-c", checks._IMPORT.format(loader=f"{code}\n{loader}")],
+            [sys.executable, "-c", checks._EXAMINE.format(examiner=f"{code}\n{examiner}")],
+            env={**os.environ, "LD_LIBRARY_PATH": str(standin)},
             capture_output=True,
             text=True,
             check=False,

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_rfork.clients.http import Answer, BoundedHttp
-from vllm_rfork.config import parse_config
+from vllm_rfork.config import base_url, parse_config
 from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import ConfigError, PlannerError
 
@@ -46,16 +46,17 @@ def json_option(command: _F) -> _F:
 
 
 def checked_url(url: str | None) -> str:
-    """``url`` without its last slash.
+    """``url`` as a base URL.
 
     Raises:
-        click.UsageError: there is none, or it is not an http(s) URL.
+        click.UsageError: it is missing or not a base URL.
     """
     if not url:
         raise click.UsageError(f"say where the planner is: --url http://host:1223, or {URL_VARIABLE}")
-    if not url.lower().startswith(("http://", "https://")):
-        raise click.UsageError("the planner's URL must begin with http:// or https://")
-    return url.rstrip("/")
+    try:
+        return base_url(url)
+    except ValueError as error:
+        raise click.UsageError(f"the planner's URL is unusable: {error}; it must look like http://host:1223") from error
 
 
 def credentials() -> Credentials:

@@ -7,12 +7,14 @@ of the command. Must not import torch, vLLM or an engine's package.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rfork.commands.asking import TOKEN_VARIABLE, URL_VARIABLE, ask, credentials
+from vllm_rfork.config import base_url
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import DEBUG_SNAPSHOT, HEALTHZ, READYZ
 
@@ -21,21 +23,36 @@ _IMPORT_TIMEOUT_S = 60.0
 _CMA_TIMEOUT_S = 20.0
 UNWIND = "libunwind.so.8"
 
-#: Engine → what loads its package as the engine itself would, errors with their hints included.
-_LOADERS = {
-    "yuanrong": "from vllm_rfork.engines.yuanrong_native import load_binding as load",
-    "nixl": "from vllm_rfork.engines.nixl_agent import load_bindings as load",
+#: Engine → a function ``examine`` that loads what the engine itself would load, and returns what works here.
+_EXAMINERS = {
+    "yuanrong": """
+from vllm_rfork.engines.yuanrong_native import AclRuntime, load_binding
+def examine():
+    load_binding()
+    if not AclRuntime().has_device_memory:
+        return "its package and an Ascend runtime without device memory (a host stand-in) load"
+    return "its package and the Ascend runtime load"
+""",
+    "nixl": """
+from vllm_rfork.engines.nixl_agent import Agent
+def examine():
+    Agent("rfork-doctor", "DRAM", emulation=False).destroy()
+    return "an agent opens, with UCX"
+""",
 }
-_IMPORT = """
+_EXAMINE = """
 import os, sys
 os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-{loader}
-from vllm_rfork.errors import EngineUnavailable
+{examiner}
+from vllm_rfork.errors import EngineError, EngineUnavailable
 try:
-    load()
+    print(examine(), flush=True)
 except EngineUnavailable as error:
-    print(error, file=sys.stderr)
+    print(error, file=sys.stderr, flush=True)
     os._exit(3)
+except EngineError as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(4)
 os._exit(0)
 """
 _HOLDER = """
@@ -73,9 +90,10 @@ def planner(url: str | None, timeout_s: float) -> list[Finding]:
     """Whether a planner is there, well, ready, and lets this caller in."""
     if not url:
         return [Finding("planner", NOTE, "no address given", f"say --url http://host:1223, or set {URL_VARIABLE}")]
-    if not url.lower().startswith(("http://", "https://")):
-        return [Finding("planner", FAIL, "its URL does not begin with http:// or https://", "correct it")]
-    url = url.rstrip("/")
+    try:
+        url = base_url(url)
+    except ValueError as error:
+        return [Finding("planner", FAIL, f"unusable URL: {error}", "give a base URL such as http://planner:1223")]
     try:
         health = ask(url, HEALTHZ, timeout_s=timeout_s)
         ready = ask(url, READYZ, timeout_s=timeout_s)
@@ -98,8 +116,8 @@ def _readiness(status: int, text: str) -> Finding:
     if status == 200:
         return Finding("planner ready", OK, "takes requests, and its store answers")
     if status == 404:
-        return Finding("planner ready", NOTE, f"has no {READYZ}", "a planner of another make; nothing to do")
-    advice = "wait for its start or drain to end; with --store redis://, see whether Redis answers"
+        return Finding("planner ready", NOTE, f"has no {READYZ}", "a third-party planner; nothing to do")
+    advice = "wait for its start or drain to end; with --store redis://, check that Redis answers"
     return Finding("planner ready", FAIL, f"{status}: {text}", advice)
 
 
@@ -114,31 +132,40 @@ def _admission(status: int) -> Finding:
         return Finding(
             "planner token", NOTE, "none is demanded: whoever reaches the planner may use it", "see SECURITY.md"
         )
-    return Finding(
-        "planner token", NOTE, f"cannot tell: {DEBUG_SNAPSHOT} answers {status}", "a planner of another make"
-    )
+    if status in {404, 405}:
+        advice = "a third-party planner; nothing to do"
+    else:
+        advice = "look at the planner's log and its store, then run this again"
+    return Finding("planner token", NOTE, f"cannot tell: {DEBUG_SNAPSHOT} answers {status}", advice)
 
 
 def engine(name: str, *, wanted: bool) -> Finding:
-    """Whether the package of engine ``name`` can be imported here; ``wanted`` makes its absence a failure."""
+    """What works of engine ``name`` on this host; ``wanted`` makes its absence a failure."""
     check = f"engine {name}"
     state = FAIL if wanted else NOTE
-    command = [sys.executable, "-c", _IMPORT.format(loader=_LOADERS[name])]
+    command = [sys.executable, "-c", _EXAMINE.format(examiner=_EXAMINERS[name])]
     try:
         done = subprocess.run(  # noqa: S603 - this very Python, and a constant
             command, capture_output=True, text=True, errors="replace", check=False, timeout=_IMPORT_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return Finding(check, FAIL, f"its import does not end within {_IMPORT_TIMEOUT_S:g} s", "reinstall it")
+        return Finding(check, FAIL, f"its start does not end within {_IMPORT_TIMEOUT_S:g} s", "reinstall it")
     if done.returncode == 0:
-        return Finding(check, OK, "its package can be imported")
+        return Finding(check, OK, (done.stdout.strip().splitlines() or ["it works"])[-1])
     said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == 3:
         found, _, advice = said.rpartition("; ")
         return Finding(check, state, found, advice)
+    if done.returncode == 4:
+        return Finding(check, state, said, f"vllm-rfork selftest --engine {name} shows more")
     if done.returncode < 0:
-        said = f"its import died of signal {-done.returncode}: {said}"
+        said = f"its start died of signal {-done.returncode}: {said}"
     return Finding(check, FAIL, said, "reinstall it for this Python and this processor")
+
+
+def is_worker_host() -> bool:
+    """Whether vLLM is installed here, so that workers may start on this host. Imports nothing."""
+    return importlib.util.find_spec("vllm") is not None
 
 
 def libunwind(*, wanted: bool) -> Finding:

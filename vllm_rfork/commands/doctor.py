@@ -26,7 +26,8 @@ _STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
 def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | None, as_json: bool) -> None:
     """Check planner, engines and this machine, and say what to do.
 
-    Without --engine one of the two must be there; --engine nixl or yuanrong makes that one necessary.
+    --engine makes that engine necessary. Without it one engine must work if vLLM is installed here; a host without
+    vLLM, such as a planner's, needs none.
     """
     found = examine(url, timeout_s, engine)
     if as_json:
@@ -40,7 +41,11 @@ def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Findi
     """Every finding, in the order in which a fork needs the things."""
     engines = [checks.engine(name, wanted=name == wanted) for name in ("yuanrong", "nixl")]
     if wanted is None and not any(each.state == OK for each in engines):
-        engines = [dataclasses.replace(each, state=FAIL) for each in engines]
+        if checks.is_worker_host():
+            engines = [dataclasses.replace(each, state=FAIL) for each in engines]
+        else:
+            advice = "nothing to do on a planner's host; a worker needs one engine, and vLLM"
+            engines = [dataclasses.replace(each, state=NOTE, advice=advice) for each in engines]
     return [
         *checks.planner(url, timeout_s),
         *engines,
