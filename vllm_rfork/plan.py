@@ -26,7 +26,7 @@ from vllm_rfork.engines.table import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, ManifestMismatch, PlannerError, VerificationError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.own_address import advertise_host
-from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
+from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, seed_key_parts
 from vllm_rfork.segments import built_differences, pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_in, state_of
 from vllm_rfork.tensors import Collection, account, apply_inline, check_inline, names_in, with_inline
@@ -117,21 +117,31 @@ class LoadPlan:
         layout = layout_for(settings, device)
         engine_name = settings.rfork_engine if settings.rfork_engine != "auto" else engine_for_device(device.type)
         identity = worker_identity(vllm_config, model_config)
-        seed_key = build_seed_key(
-            settings.model_url,
-            settings.model_deploy_strategy_name,
-            identity,
-            separator=settings.rfork_seed_key_separator,
-        )
-        facts = fingerprint_facts(
-            vllm_config,
-            model_config,
-            layout=layout,
-            engine=engine_name,
-            device=device,
-            dummy=settings.rfork_fallback_load_format == "dummy",
-            context_rank=identity.context_rank,
-        )
+        named = (settings.model_url, settings.model_deploy_strategy_name, identity)
+        separator = settings.rfork_seed_key_separator
+        seed_key = build_seed_key(*named, separator=separator)
+        parts = seed_key_parts(*named)
+        if ambiguous := [name for name, text in parts.items() if separator in text]:
+            # Not refused: existing fleets use such names, and their planners and dashboards know these keys.
+            logger.warning(
+                "rfork_seed_key_separator %r occurs in %s, so workers with other values may have the same seed key "
+                "%s, and only the fingerprint tells them apart; choose a separator that occurs in none of them",
+                separator,
+                ", ".join(f"{name} {parts[name]!r}" for name in ambiguous),
+                seed_key,
+            )
+        facts = {
+            **fingerprint_facts(
+                vllm_config,
+                model_config,
+                layout=layout,
+                engine=engine_name,
+                device=device,
+                dummy=settings.rfork_fallback_load_format == "dummy",
+                context_rank=identity.context_rank,
+            ),
+            **parts,
+        }
         unreachable = None
         try:
             host = advertise_host(settings)

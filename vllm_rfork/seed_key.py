@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Raised whenever what the digest covers changes its meaning, so that old and new never agree by accident.
-FINGERPRINT_VERSION = 2
+FINGERPRINT_VERSION = 3
 
 #: ``kv_mode`` without a KV-transfer configuration.
 KV_BOTH = "kv_both"
@@ -50,15 +50,29 @@ def build_seed_key(model_url: str, strategy: str, identity: WorkerIdentity, *, s
     ``model_url`` and ``strategy`` are taken as they are, whatever text they hold: the installed base does the
     same. ``messages.encode_text`` makes the key safe for a header.
     """
-    parts = [model_url, strategy, identity.kv_mode, str(identity.node_rank)]
+    return separator.join(seed_key_parts(model_url, strategy, identity).values())
+
+
+def seed_key_parts(model_url: str, strategy: str, identity: WorkerIdentity) -> dict[str, str]:
+    """The parts of the seed key by name, in the key's order; each is a fact of the fingerprint as well.
+
+    The key alone is ambiguous where a part contains the separator: with ``-``, (``q-7b``, ``chat-prod``) and
+    (``q-7b-chat``, ``prod``) have one key. The fingerprint tells such workers apart.
+    """
+    parts = {
+        "model_url": model_url,
+        "model_deploy_strategy_name": strategy,
+        "kv_mode": identity.kv_mode,
+        "node_rank": str(identity.node_rank),
+    }
     if identity.pp_rank is not None:
-        parts.append(f"pp{identity.pp_rank}")
-    parts.append(str(identity.tp_rank))
+        parts["pp_rank"] = f"pp{identity.pp_rank}"
+    parts["tp_rank"] = str(identity.tp_rank)
     if identity.ep_rank is not None:
-        parts.append(f"ep{identity.ep_rank}")
+        parts["ep_rank"] = f"ep{identity.ep_rank}"
     if identity.is_draft:
-        parts.append("draft")
-    return separator.join(parts)
+        parts["role"] = "draft"
+    return parts
 
 
 def build_fingerprint(facts: Mapping[str, Any]) -> str:

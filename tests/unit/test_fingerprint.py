@@ -363,13 +363,21 @@ def test_the_toolkit_s_tools_count_where_flashinfer_would_have_to_compile(
 
 def test_plugins_count_with_their_versions_where_vllm_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     points = {
-        "vllm.general_plugins": [("b", "2", "models"), ("b", "2", "patches"), ("vllm-rfork", "1", "rfork")],
+        "vllm.general_plugins": [
+            ("b", "2", "models"),
+            ("b", "2", "patches"),
+            ("vllm-rfork", "1", "rfork"),
+            ("vllm", "0.32.0+cpu", "lora_hf_hub_resolver"),
+        ],
         "vllm.platform_plugins": [("a", "1", "npu")],
     }
 
     def entry_points(group: str) -> list[Any]:
         dists = [SimpleNamespace(name=name, version=version) for name, version, _ in points[group]]
-        named = [SimpleNamespace(dist=dist, name=row[2]) for dist, row in zip(dists, points[group], strict=True)]
+        named = [
+            SimpleNamespace(dist=dist, name=row[2], value=f"{row[0].replace('-', '_')}.plugins.x:register")
+            for dist, row in zip(dists, points[group], strict=True)
+        ]
         return [*named, SimpleNamespace(dist=None, name="loose", value="module:call")]
 
     monkeypatch.setattr(installed.metadata, "entry_points", entry_points)
@@ -380,6 +388,7 @@ def test_plugins_count_with_their_versions_where_vllm_loads_them(monkeypatch: py
     assert installed.plugins({"VLLM_PLUGINS": "rfork,patches"}) == {"b==2": ["patches"]}
     assert installed.plugins({"VLLM_PLUGINS": ""}) == {}
     assert layouts_moved(configured(), configured(), environ={"VLLM_PLUGINS": "rfork"}) == BOTH
+    # But for vLLM's own, which count with its version: adapters' resolvers change no weight.
     every_name = {"VLLM_PLUGINS": "rfork,npu,models,patches,loose"}
     assert not layouts_moved(configured(), configured(), environ=every_name)
 
@@ -480,4 +489,11 @@ def test_the_fingerprint_of_fixed_facts_is_pinned() -> None:
     )
     fixed = dict.fromkeys(("plugin", "vllm", "plugins", "libraries", "torch", "device", "kernels"), "fixed")
     fixed["toolkit_tools"] = "fixed"
-    assert build_fingerprint({**facts, **fixed}) == "866041cad1505e498cef03657ed0323d"
+    assert build_fingerprint({**facts, **fixed}) == "ffb26b271e14a008742926f3866d4b99"
+
+
+def test_plugins_that_vllm_brings_itself_do_not_count() -> None:
+    """``VLLM_PLUGINS=rfork`` on one instance only: both pair. This runs on the installed vLLM's own entry points."""
+    shipped = {point.name for point in installed.metadata.entry_points(group="vllm.general_plugins")} - {"rfork"}
+    assert any("resolver" in name for name in shipped), "the test is about vLLM's LoRA resolvers"
+    assert installed.plugins({"VLLM_PLUGINS": "rfork"}) == installed.plugins({})

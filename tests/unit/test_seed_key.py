@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_rfork.messages import decode_text, encode_text
-from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
+from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, seed_key_parts
 
 PINNED = {
     "/models/q$prod$kv_both$0$0": ("/models/q", "prod", WorkerIdentity("kv_both", 0, 0), "$"),
@@ -46,7 +46,7 @@ FACTS = {"dtype": "torch.bfloat16", "sizes": {"tensor_parallel_size": 2}, "hf_co
 
 
 def test_the_fingerprint_is_pinned() -> None:
-    assert build_fingerprint(FACTS) == "1e1627ddb119f5b23fb0362050c6774c"
+    assert build_fingerprint(FACTS) == "0f8ca3a9ccbff39ac11bd334ae54d93e"
 
 
 def test_the_order_of_facts_does_not_matter() -> None:
@@ -65,6 +65,26 @@ def test_the_order_of_facts_does_not_matter() -> None:
 )
 def test_every_fact_moves_the_fingerprint(changed: dict[str, object]) -> None:
     assert build_fingerprint({**FACTS, **changed}) != build_fingerprint(FACTS)
+
+
+RANK_0 = WorkerIdentity("kv_both", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("separator", "first", "second"),
+    [
+        ("-", ("qwen-7b", "chat-prod", RANK_0), ("qwen-7b-chat", "prod", RANK_0)),
+        ("$", ("x$s", "t", RANK_0), ("x", "s$t", RANK_0)),
+        ("1", ("m", "s", WorkerIdentity("kv_both", 1, 11)), ("m", "s", WorkerIdentity("kv_both", 11, 1))),
+    ],
+)
+def test_workers_with_one_key_and_other_parts_have_other_fingerprints(
+    separator: str, first: tuple[str, str, WorkerIdentity], second: tuple[str, str, WorkerIdentity]
+) -> None:
+    """Names and ranks are facts by themselves: the key's text is ambiguous where a part contains the separator."""
+    assert build_seed_key(*first, separator=separator) == build_seed_key(*second, separator=separator)
+    prints = {build_fingerprint({**FACTS, **seed_key_parts(*each)}) for each in (first, second)}
+    assert len(prints) == 2
 
 
 def test_what_is_not_plain_data_is_refused() -> None:

@@ -73,8 +73,10 @@ def toolkit_tools(environ: Mapping[str, str]) -> dict[str, bool]:
 
 
 def plugins(environ: Mapping[str, str]) -> dict[str, list[str]]:
-    """Distribution and version → plugins of it that vLLM loads into workers; this package counts by itself.
+    """Distribution and version → plugins of it that vLLM loads into workers.
 
+    This package counts by itself, and so do vLLM's own plugins (LoRA resolvers): with vLLM's version. Where
+    ``VLLM_PLUGINS`` names ``rfork`` alone they are not loaded, and shape no weights.
     ``VLLM_PLUGINS`` names those that are loaded; where it is not set, all are.
     """
     allowed = environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else None
@@ -91,6 +93,11 @@ def _entry_points() -> tuple[tuple[str, str], ...]:
     found = {
         (f"{point.dist.name}=={point.dist.version}" if point.dist is not None else str(point.value), point.name)
         for point in points
-        if point.dist is None or point.dist.name != "vllm-rfork"
+        if (point.dist is None or point.dist.name != "vllm-rfork") and not _is_vllms(point.value)
     }
     return tuple(sorted(found))
+
+
+def _is_vllms(value: str) -> bool:
+    """Whether an entry point (``module:attribute``) is part of vLLM, whose distribution has several names."""
+    return value.partition(":")[0].split(".")[0] == "vllm"
