@@ -12,16 +12,26 @@
         └── VerificationError  bytes arrived and they are wrong
 
 Only ``loader.py`` and the guards of background tasks catch :class:`ForkError`. Nothing in the package
-returns ``None`` or ``False`` to mean failure. Must not import anything of the package.
+returns ``None`` or ``False`` to mean failure. Every text is made printable and cut here, whoever wrote what it quotes:
+errors end in logs, in terminals and at other ranks. Must not import anything of the package but ``quoting``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vllm_rfork.quoting import MAX_MESSAGE, printable
+
 
 class RForkError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose.
+
+    Args:
+        message: may quote text from elsewhere; kept as one printable line of at most ``MAX_MESSAGE`` characters.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message, MAX_MESSAGE))
 
 
 class ConfigError(RForkError, ValueError):
@@ -81,13 +91,16 @@ class ManifestMismatch(ForkError):
     """Seed and receiver hold different tensors under one key; carries every difference at once.
 
     Args:
-        differences: one line per difference, in the receiver's order; never empty.
+        differences: one line per difference, in the receiver's order; never empty. Each is kept as a printable line
+            of at most ``MAX_DIFFERENCE`` characters.
     """
 
     SHOWN = 20
+    #: Characters of one difference: two long names and two values.
+    MAX_DIFFERENCE = 600
 
     def __init__(self, differences: Sequence[str]) -> None:
-        self.differences = list(differences)
+        self.differences = [printable(each, self.MAX_DIFFERENCE) for each in differences]
         shown = "; ".join(self.differences[: self.SHOWN])
         more = len(self.differences) - self.SHOWN
         tail = f"; and {more} more" if more > 0 else ""

@@ -1,23 +1,30 @@
-"""The loggers of a worker: one filter puts ``RFork:`` in front of each of their lines.
+"""The loggers of a worker: one filter puts ``RFork:`` in front of each of their lines and makes them printable.
 
 vLLM's log holds the lines of many packages, so every line of this one begins the same way. No call site types the
-prefix. The planner has a log of its own and does not use this module. Must not import anything of the package.
+prefix. Lines quote planners, seeds and requests, so what would forge another line or steer a terminal is escaped here,
+whatever the call site did. The planner has a log of its own and does not use this module. Must not import anything of
+the package but ``quoting``.
 """
 
 from __future__ import annotations
 
 import logging
 
+from vllm_rfork.quoting import MAX_LINE, printable
+
 PREFIX = "RFork: "
 
 
 class Prefixed(logging.Filter):
-    """Puts :data:`PREFIX` in front of a record's message, once."""
+    """Puts :data:`PREFIX` in front of a record's message, once, and escapes what does not print in it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change ``record`` in place; never drops one."""
         if not str(record.msg).startswith(PREFIX):  # a record may come back, from a queue for example
             record.msg = f"{PREFIX}{record.msg}"
+        message = record.getMessage()
+        if (shown := printable(message, MAX_LINE)) != message:
+            record.msg, record.args = shown, None
         return True
 
 

@@ -77,6 +77,10 @@ def test_what_others_announce_cannot_steer_the_terminal(planner: PlannerUnderTes
     done = run("seeds", "--url", planner.url)
     assert "Ünï[bold]�[2J" in done.output
     assert "\x1b" not in done.output
+    as_json = run("seeds", "--url", planner.url, "--json")
+    assert as_json.output.isascii()
+    assert as_json.output.replace("\n", "").isprintable()
+    assert any("\x1b" in each["key"] for each in json.loads(as_json.output))
 
 
 def test_one_key_can_be_chosen_and_the_address_may_stand_in_the_environment(planner: PlannerUnderTest) -> None:

@@ -8,6 +8,7 @@ through that would steer it.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,10 +22,13 @@ from vllm_rfork.clients.http import Answer, BoundedHttp
 from vllm_rfork.config import base_url, parse_config
 from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import ConfigError, PlannerError
+from vllm_rfork.quoting import printable
 
 URL_VARIABLE = "RFORK_SCHEDULER_URL"
 TOKEN_VARIABLE = "RFORK_TOKEN"  # noqa: S105 - the variable's name
 MAX_BODY_NBYTES = 64 << 20
+#: Characters of one cell: the longest seed key, and more.
+MAX_CELL = 4096
 
 #: Of a table that goes into a pipe or a file: no line is folded there.
 _UNFOLDED_WIDTH = 10_000
@@ -108,9 +112,14 @@ def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, 
 
 
 def shown(value: object) -> Text:
-    """``value`` as a table's cell: no markup, no control characters."""
+    """``value`` as a table's cell: no markup, no control characters, at most ``MAX_CELL`` characters."""
     text = "-" if value is None or value == "" else str(value)
-    return Text("".join(each if each.isprintable() else "�" for each in text))
+    return Text(printable("".join(each if each.isprintable() else "�" for each in text[: MAX_CELL + 1]), MAX_CELL))
+
+
+def echo_json(data: object) -> None:
+    """Print ``data`` as JSON in ASCII: planners' texts cannot steer the terminal that shows it."""
+    click.echo(json.dumps(data, indent=2))
 
 
 def print_table(table: Table) -> None:

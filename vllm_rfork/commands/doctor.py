@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 
 import click
-import msgspec
 from rich.table import Table
 
 from vllm_rfork.commands import checks
-from vllm_rfork.commands.asking import json_option, planner_options, print_table, shown
+from vllm_rfork.commands.asking import echo_json, json_option, planner_options, print_table, shown
 from vllm_rfork.commands.checks import FAIL, NOTE, OK, Finding
 
 _STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
@@ -31,7 +30,7 @@ def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | 
     """
     found = examine(url, timeout_s, engine)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode([dataclasses.asdict(each) for each in found]), indent=2))
+        echo_json([dataclasses.asdict(each) for each in found])
     else:
         _print(found)
     ctx.exit(1 if any(each.state == FAIL for each in found) else 0)

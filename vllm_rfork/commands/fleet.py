@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
-import msgspec
 from rich.table import Table
 
-from vllm_rfork.commands.asking import ask_json, json_option, planner_options, print_table, shown
+from vllm_rfork.commands.asking import ask_json, echo_json, json_option, planner_options, print_table, shown
 from vllm_rfork.messages import DEBUG_SNAPSHOT
 
 _Row = Mapping[str, Any]
@@ -34,7 +33,7 @@ def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_jso
     """List the seeds that the planner knows."""
     found = _lists(ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit)), "seeds")
     if as_json:
-        _print_json(found["seeds"])
+        echo_json(found["seeds"])
         return
     _print_table("seeds", _SEED_COLUMNS, found["seeds"], limit)
 
@@ -52,7 +51,7 @@ def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_js
     answer = ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit))
     found = _lists(answer, "leases", "waiting", "intents")
     if as_json:
-        _print_json(found)
+        echo_json(found)
         return
     _print_table("leases", _LEASE_COLUMNS, found["leases"], limit)
     if found["waiting"]:
@@ -71,10 +70,6 @@ def _lists(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _narrowed(key: str | None, limit: int) -> dict[str, str]:
     return {"limit": str(limit), **({} if key is None else {"key": key})}
-
-
-def _print_json(data: object) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(data), indent=2))
 
 
 def _print_table(title: str, columns: Sequence[_Column], rows: Sequence[_Row], limit: int) -> None:

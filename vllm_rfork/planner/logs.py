@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 import time
 
 from vllm_rfork.planner import valid_json
+from vllm_rfork.quoting import MAX_LINE, printable
 
 #: Names of a record that are logging's own; everything else was given with ``extra``.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_NOT_ASCII = re.compile("[^\\x20-\\x7e]")
 
 
 class JsonLines(logging.Formatter):
@@ -18,15 +22,17 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON; never a line break inside."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        message = record.getMessage()[:MAX_LINE]  # JSON escapes what does not print
+        line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message}
         line |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return valid_json.encode(line).decode()
+        # In ASCII: other characters may steer the terminal that shows the log.
+        return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], valid_json.encode(line).decode())
 
 
 class TextLines(logging.Formatter):
-    """``LEVEL date logger: message field=value``; line breaks in a message are escaped, so that none is forged."""
+    """``LEVEL date logger: message field=value``; what does not print is escaped, so that no line can be forged."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
@@ -34,8 +40,8 @@ class TextLines(logging.Formatter):
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(record.created))
         line = f"{record.levelname} {at} {record.name}: {record.getMessage()}"
         line += "".join(f" {name}={value!r}" for name, value in fields.items())
-        line = line.replace("\r", "\\r").replace("\n", "\\n")
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        lines = [line, *(self.formatException(record.exc_info).splitlines() if record.exc_info else ())]
+        return "\n".join(printable(each, MAX_LINE) for each in lines)
 
 
 def set_up(log_format: str, log_level: str) -> None:
