@@ -7,10 +7,12 @@ it is the only module in which they meet. Must not import aiohttp, torch or anyt
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # --- the installed base ------------------------------------------------------------------------------------------
 ADD_SEED = "/add_seed"
@@ -220,6 +222,47 @@ def seed_address(headers: Mapping[str, str]) -> SeedAddress:
         raise BadMessage(f"header {SEED_IP} must be a host name or an address, got {host[:80]!r}")
     port = integer(required(headers, SEED_PORT), SEED_PORT, minimum=1, maximum=65535)
     return SeedAddress(host, port, integer(header(headers, SEED_RANK) or "0", SEED_RANK, minimum=0))
+
+
+#: What inet_aton() reads besides dotted quads: ``127.1``, ``0x7f000001``, ``2130706433``, ``0177.0.0.1``.
+_NUMERIC = re.compile(r"(?:0[xX][0-9a-fA-F]+|[0-9]+)(?:\.(?:0[xX][0-9a-fA-F]+|[0-9]+)){0,3}\Z")
+_ZONE = re.compile(r"[A-Za-z0-9_.-]{1,15}\Z")
+
+
+def canonical_host(host: str) -> str:
+    """The one spelling of ``host``: ``127.1``, ``0x7f000001`` and ``::ffff:127.0.0.1`` are all ``127.0.0.1``.
+
+    Host names are in lower case, without a dot at the end. Planners identify a seed by its address, and compare it
+    with the caller's: two spellings would be two seeds.
+
+    Raises:
+        BadMessage: not an address or a host name, an address that no peer can connect to (``0.0.0.0``, multicast),
+            or a zone (``%eth0``) behind anything but an IPv6 link-local address.
+    """
+    literal, percent, zone = host.strip("[]").partition("%")
+    try:
+        address = ipaddress.ip_address(literal)
+    except ValueError:
+        if _NUMERIC.match(literal):
+            try:
+                address = ipaddress.IPv4Address(socket.inet_aton(literal))
+            except OSError as error:
+                raise BadMessage(f"header {SEED_IP} is not an address: {host[:80]!r}") from error
+        elif percent or ":" in literal or not _HOST.match(literal):
+            raise BadMessage(f"header {SEED_IP} must be a host name or an address, got {host[:80]!r}") from None
+        else:
+            return literal.lower().rstrip(".")
+    address = getattr(address, "ipv4_mapped", None) or address
+    if percent and not (address.version == 6 and address.is_link_local and _ZONE.match(zone)):
+        raise BadMessage(f"header {SEED_IP} has a zone, which only an IPv6 link-local address has: {host[:80]!r}")
+    if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
+        raise BadMessage(f"header {SEED_IP} is {address}, which no peer can connect to")
+    return f"{address}{percent}{zone}"
+
+
+def canonical(seed: SeedAddress) -> SeedAddress:
+    """``seed`` with its host in the one spelling of :func:`canonical_host`. Raises BadMessage as that does."""
+    return replace(seed, host=canonical_host(seed.host))
 
 
 def parse_seed_address(text: str) -> SeedAddress:

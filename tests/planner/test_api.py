@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 from multidict import CIMultiDictProxy
 
 from vllm_rfork import messages
-from vllm_rfork.planner.access import Tokens
+from vllm_rfork.planner.access import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.resolver import Resolver
 from vllm_rfork.planner.settings import settings_from
 
 SEED = {"SEED_IP": "127.0.0.1", "SEED_PORT": "5000", "SEED_RANK": "0"}
@@ -400,17 +403,77 @@ async def test_sweeping_goes_on_after_a_failure(
         await eventually(lambda: "Seed dropped" in caplog.text)
 
 
-async def test_a_caller_announces_and_withdraws_its_own_address_only() -> None:
+async def test_a_caller_announces_and_withdraws_its_own_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AddressCheck, "__init__", functools.partialmethod(AddressCheck.__init__, resolver=KNOWN_NAMES))
     async with planner() as client:
-        for foreign in ("10.1.2.3", "192.0.2.1", "0.0.0.0", "no-such-host.invalid"):
+        for foreign in ("10.1.2.3", "192.0.2.1", "no-such-host.invalid", "elsewhere.example"):
             status, _, text = await client.call("POST", "/add_seed", **{**ADD, "SEED_IP": foreign})
             assert (status, "--trust-announced-address" in text) == (403, True), foreign
+            assert "rfork_seed_advertise_host" in text
+            assert "VLLM_HOST_IP" in text
             remove = {"SEED_KEY": "k", **SEED, "SEED_IP": foreign}
             assert await client.status("POST", "/remove_seed", **remove) == 403
         for own in ("127.0.0.1", "127.0.0.9", "localhost", "::1", "[::1]", "::ffff:127.0.0.1"):
             assert await client.add(SEED_IP=own) == 200, own
     async with planner(trust_announced_address=True) as client:
         assert await client.add(SEED_IP="10.1.2.3") == 200
+
+
+async def test_every_spelling_of_an_address_is_one_seed_and_one_lease() -> None:
+    async with planner() as client:
+        for own in ("127.1", "0x7f000001", "0177.0.0.1", "2130706433", "[::ffff:127.0.0.1]", "127.0.0.1"):
+            assert await client.add(SEED_IP=own) == 200, own
+        status, headers, _ = await client.call("GET", "/get_seed", SEED_KEY="k")
+        assert (status, headers["SEED_IP"]) == (200, "127.0.0.1")
+        assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404, "one slot, not one for each spelling"
+        given = {name: headers[name] for name in ("SEED_PORT", "SEED_RANK", "USER_ID")}
+        assert await client.status("POST", "/put_seed", **given, SEED_IP="127.1") == 200
+        excluded = f"127.1:{given['SEED_PORT']}:{given['SEED_RANK']}"
+        assert await client.status("GET", "/get_seed", **{"SEED_KEY": "k", "RFORK-EXCLUDE": excluded}) == 404
+        for nobody in ("127.0.0.1%junk", "localhost%junk", "0.0.0.0", "::", "224.0.0.1", "0x1ffffffff", "fe80::1%a/b"):
+            assert await client.add(SEED_IP=nobody) == 400, nobody
+
+
+async def test_a_token_speaks_for_addresses_on_another_network_but_not_for_loopback() -> None:
+    member = {"Authorization": "Bearer secret"}
+    environ = {"RFORK_TOKEN": "secret"}
+    async with planner(environ) as client:
+        assert await client.add(SEED_IP="10.1.2.3") == 401
+        assert await client.add(SEED_IP="10.1.2.3", **member) == 200
+        remove = {"SEED_KEY": "k", **SEED, "SEED_IP": "10.1.2.3", **member}
+        assert await client.status("POST", "/remove_seed", **remove) == 200
+    async with planner(environ, check_announced_address=True) as client:
+        assert await client.add(SEED_IP="10.1.2.3", **member) == 403
+        assert await client.add(**member) == 200
+    members = AddressCheck(Trust.MEMBERS, resolver=KNOWN_NAMES)
+    assert await members.allows("10.1.2.3", "192.0.2.5")
+    for loopback in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
+        assert not await members.allows(loopback, "192.0.2.5"), loopback
+
+
+class KnownNames(Resolver):
+    async def addresses(self, name: str, caller: str) -> list[str]:
+        return {"localhost": ["127.0.0.1"], "elsewhere.example": ["192.0.2.7"]}.get(name, [])
+
+
+KNOWN_NAMES = KnownNames()
+
+
+async def test_a_name_that_cannot_be_looked_up_now_is_answered_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Event()
+
+    def find(name: str) -> list[str]:
+        slow.wait()
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr("vllm_rfork.planner.resolver.TIMEOUT_S", 0.05)
+    stuck = Resolver(find=find)
+    monkeypatch.setattr(AddressCheck, "__init__", functools.partialmethod(AddressCheck.__init__, resolver=stuck))
+    async with planner() as client:
+        status, headers, text = await client.call("POST", "/add_seed", **{**ADD, "SEED_IP": "own.example"})
+        assert (status, headers["Retry-After"], "own.example" in text) == (503, "5", True)
+        assert await client.add() == 200, "an address needs no look-up"
+        slow.set()
 
 
 async def test_oversized_requests_are_refused_and_the_planner_lives_on() -> None:

@@ -190,6 +190,32 @@ def test_the_doctor_says_that_the_token_is_wrong(planner: PlannerUnderTest, monk
     assert "wrong-token" not in done.output
 
 
+@pytest.mark.parametrize("token", [TOKEN, None])
+def test_the_doctor_finds_an_address_that_the_planner_does_not_let_this_host_announce(
+    token: str | None, planner: PlannerUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``VLLM_HOST_IP`` of the data network, and a planner on the management network."""
+    only_the_planner(monkeypatch)
+    tokenless = PlannerUnderTest().until_ready()
+    try:
+        url = planner.url if token else tokenless.url
+        assert "announced address" not in states(run("doctor", "--url", url, "--json", token=token, VLLM_HOST_IP=""))
+        done = run("doctor", "--url", url, "--json", token=token, VLLM_HOST_IP="10.9.9.9")
+        (found,) = [each for each in json.loads(done.output) if each["check"] == "announced address"]
+        if token:
+            assert found["state"] == "ok"
+        else:
+            assert (found["state"], done.exit_code) == ("fail", 1)
+            for part in ("VLLM_HOST_IP", "10.9.9.9", "127.0.0.1"):
+                assert part in found["found"]
+            for part in ("token", "rfork_seed_advertise_host"):
+                assert part in found["advice"]
+        done = run("doctor", "--url", url, "--json", token=token, VLLM_HOST_IP="0.0.0.0")
+        assert states(done)["announced address"] == "note"
+    finally:
+        tokenless.kill()
+
+
 def only_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the slower checks out."""
     well = checks.Finding("as if", checks.OK, "")

@@ -61,7 +61,7 @@ def headers_in(function: Any) -> set[str]:
     """The headers that a call of the API reads or writes, by the names that its source uses."""
     known = header_names()
     through = {
-        "seed_address": {"SEED_IP", "SEED_PORT", "SEED_RANK"},
+        "_seed_address": {"SEED_IP", "SEED_PORT", "SEED_RANK"},
         "_key": {"SEED_KEY"},
         "_wait_s": {"WAIT_SEC"},
         "_user_id": {"USER_ID"},

@@ -200,6 +200,58 @@ def test_vllms_own_address_is_taken_unless_it_is_this_machines_alone(monkeypatch
         assert advertise_host(settings("http://10.0.0.9:1")) == "10.0.0.3"
 
 
+@pytest.mark.parametrize("unspecified", ["0.0.0.0", "::", "0", "[::]", "0x0"])
+def test_an_address_that_is_every_address_is_never_announced(
+    unspecified: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    route(monkeypatch, "10.0.0.3")
+    monkeypatch.setenv("VLLM_HOST_IP", unspecified)
+    assert advertise_host(settings("http://10.0.0.9:1")) == "10.0.0.3"
+    for part in ("VLLM_HOST_IP", unspecified, "rfork_seed_advertise_host"):
+        assert part in caplog.text
+    with pytest.raises(ConfigError, match="rfork_seed_advertise_host"):
+        advertise_host(settings("http://10.0.0.9:1", rfork_seed_advertise_host=unspecified))
+
+
+def test_a_loopback_host_ip_is_warned_of_only_where_the_planner_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    assert advertise_host(settings(f"http://127.0.0.1:{free_port()}")) == "127.0.0.1"
+    assert caplog.records == []
+    route(monkeypatch, "10.0.0.3")
+    assert advertise_host(settings("http://10.0.0.9:1")) == "10.0.0.3"
+    assert "VLLM_HOST_IP" in caplog.text
+
+
+def test_the_address_is_that_of_the_connection_that_reached_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``localhost`` is ::1 first in many /etc/hosts, while the planner listens on 127.0.0.1 alone, or the reverse."""
+    with socket.create_server(("127.0.0.1", 0)) as planner:
+        port = planner.getsockname()[1]
+        names = [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
+        ]
+        monkeypatch.setattr(own_address.socket, "getaddrinfo", lambda *_, **__: names)
+        assert advertise_host(settings(f"http://localhost:{port}")) == "127.0.0.1"
+    # Nobody listens yet: the route to the first address.
+    assert own_address.is_loopback(advertise_host(settings(f"http://localhost:{port}")))
+
+
+def test_a_planner_that_takes_no_connection_costs_a_start_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_address, "_CONNECT_TIMEOUT_S", 0.05)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        filling = [socket.socket() for _ in range(4)]
+        for each in filling:
+            each.setblocking(False)
+            each.connect_ex(deaf.getsockname())  # the queue is full: further connections get no answer
+        assert advertise_host(settings(f"http://127.0.0.1:{deaf.getsockname()[1]}")) == "127.0.0.1"
+        for each in filling:
+            each.close()
+
+
 def test_a_planner_on_loopback_is_reached_from_loopback() -> None:
     for host in ("127.0.0.1", "localhost"):
         assert own_address.is_loopback(advertise_host(settings(f"http://{host}:{free_port()}")))
@@ -223,6 +275,7 @@ def route(monkeypatch: pytest.MonkeyPatch, way: str | OSError) -> None:
             return self
 
         def __exit__(self, *args: object) -> None: ...
+        def settimeout(self, seconds: float) -> None: ...
         def connect(self, address: object) -> None:
             if isinstance(way, OSError):
                 raise way

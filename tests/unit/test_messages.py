@@ -196,3 +196,34 @@ def test_the_manifest_in_the_protocols_description_is_one() -> None:
     assert example is not None
     manifest = decode_manifest(example[1].encode())
     assert [tensor.name for tensor in manifest.tensors] == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("host", "spelling"),
+    [
+        ("127.1", "127.0.0.1"),
+        ("0x7f000001", "127.0.0.1"),
+        ("0177.0.0.1", "127.0.0.1"),
+        ("2130706433", "127.0.0.1"),
+        ("::ffff:127.0.0.1", "127.0.0.1"),
+        ("::FFFF:7f00:1", "127.0.0.1"),
+        ("[2001:DB8:0::1]", "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("Node-7.Example.", "node-7.example"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("dead.beef", "dead.beef"),
+    ],
+)
+def test_a_host_has_one_spelling(host: str, spelling: str) -> None:
+    assert messages.canonical_host(host) == spelling
+    assert messages.canonical_host(spelling) == spelling
+    assert messages.canonical(SeedAddress(host, 1, 0)) == SeedAddress(spelling, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "host", ["own%junk", "127.0.0.1%eth0", "2001:db8::1%eth0", "fe80::1%", "0.0.0.0", "::", "0", "224.0.0.1", "ff02::1",
+             "255.255.255.255", "256.0.0.1", "1.2.3.4.5:6", "a:b", "", "0x100000000"]
+)  # fmt: skip
+def test_what_nobody_can_connect_to_is_refused(host: str) -> None:
+    with pytest.raises(BadMessage, match="SEED_IP"):
+        messages.canonical_host(host)

@@ -75,8 +75,16 @@ def credentials() -> Credentials:
         raise click.UsageError(str(error)) from error
 
 
-def ask(url: str, path: str, *, timeout_s: float, params: dict[str, str] | None = None) -> Answer:
-    """``GET path``, with the token and the TLS files of the environment where there are any.
+def ask(
+    url: str,
+    path: str,
+    *,
+    timeout_s: float,
+    method: str = "GET",
+    params: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    """Ask for ``path``, with the token and the TLS files of the environment where there are any.
 
     Raises:
         PlannerError: no answer, or none that is HTTP.
@@ -84,7 +92,9 @@ def ask(url: str, path: str, *, timeout_s: float, params: dict[str, str] | None 
     """
     http = BoundedHttp("planner", PlannerError, credentials())
     return asyncio.run(
-        http.exchange("GET", url + path, timeout_s=timeout_s, params=params, max_body_nbytes=MAX_BODY_NBYTES)
+        http.exchange(
+            method, url + path, timeout_s=timeout_s, headers=headers, params=params, max_body_nbytes=MAX_BODY_NBYTES
+        )
     )
 
 

@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 
 from vllm_rfork.commands import checks
+from vllm_rfork.commands.announcing import announced_address
 from vllm_rfork.commands.asking import echo_json, json_option, planner_options, print_table, shown
 from vllm_rfork.commands.checks import FAIL, NOTE, OK, Finding
 
@@ -47,6 +48,7 @@ def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Findi
             engines = [dataclasses.replace(each, state=NOTE, advice=advice) for each in engines]
     return [
         *checks.planner(url, timeout_s),
+        *announced_address(url, timeout_s),
         *engines,
         checks.libunwind(wanted=wanted == "yuanrong"),
         checks.cross_memory_attach(),

@@ -6,7 +6,7 @@ module: no log line, metric or error text holds one.
 
 from __future__ import annotations
 
-import asyncio
+import enum
 import hashlib
 import hmac
 import ipaddress
@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.planner.resolver import Resolver
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLES = ("RFORK_TOKEN", "RFORK_TOKEN_PREVIOUS")
 _MAX_TOKENS = 2
 _RECHECK_S = 1.0
-_RESOLVE_TIMEOUT_S = 2.0
 _REMEMBER_S = 300.0
 _MAX_REMEMBERED = 4096
 
@@ -151,43 +151,73 @@ class ServerTls:
         return version
 
 
+class Trust(enum.Enum):
+    """Who may announce other addresses than the one that its connection comes from."""
+
+    #: Nobody.
+    OWN_ADDRESS = "own address"
+    #: Callers with a token. The caller must have been let in by one.
+    MEMBERS = "members"
+    #: Everybody: NAT, proxies.
+    ANYBODY = "anybody"
+
+
 class AddressCheck:
     """Whether a caller may announce an address: its own only, unless ``trust`` says otherwise.
 
     A caller on the planner's own machine may name any address of that machine. A host name must resolve to the
-    caller; the answer is remembered for five minutes.
+    caller; the answer is remembered for five minutes. Members may name any address but loopback, which would send
+    receivers to themselves.
     """
 
-    def __init__(self, trust: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, trust: Trust, clock: Callable[[], float] = time.monotonic, resolver: Resolver | None = None
+    ) -> None:
         self._trust = trust
         self._clock = clock
+        self._resolver = resolver or Resolver(clock)
         self._remembered: dict[tuple[str, str], float] = {}
 
     async def allows(self, announced: str, peer: str | None) -> bool:
-        """``peer`` is the address that the connection comes from; None (no TCP) is trusted as local."""
-        if self._trust or peer is None or announced == peer:
+        """``peer`` is the address that the connection comes from; None (no TCP) is trusted as local.
+
+        Args:
+            announced: as :func:`~vllm_rfork.messages.canonical_host` spells it.
+
+        Raises:
+            Unresolved: a host name could not be looked up now; asking again may help.
+        """
+        if self._trust is Trust.ANYBODY or peer is None or announced == peer:
+            return True
+        if self._trust is Trust.MEMBERS and not is_loopback(announced):
             return True
         now = self._clock()
         known = self._remembered.get((announced, peer))
         if known is not None and known > now:
             return True
-        if not await _is_own(announced, peer):
+        if not await self._is_own(announced, peer):
             return False
         if len(self._remembered) >= _MAX_REMEMBERED:
             self._remembered.clear()
         self._remembered[announced, peer] = now + _REMEMBER_S
         return True
 
-
-async def _is_own(announced: str, peer: str) -> bool:
-    caller = _address(peer)
-    if caller is None:
+    async def _is_own(self, announced: str, peer: str) -> bool:
+        caller = _address(peer)
+        if caller is None:
+            return False
+        literal = _address(announced)
+        names = [announced] if literal is not None else await self._resolver.addresses(announced, peer)
+        for address in [found for each in names if (found := _address(each)) is not None]:
+            if address == caller or (caller.is_loopback and _is_of_this_machine(address)):
+                return True
         return False
-    literal = _address(announced)
-    for address in [literal] if literal is not None else await _resolve(announced):
-        if address == caller or (caller.is_loopback and _is_of_this_machine(address)):
-            return True
-    return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is the address or the name of the machine itself, by its spelling alone."""
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -197,15 +227,6 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
     mapped = getattr(address, "ipv4_mapped", None)
     return mapped or address
-
-
-async def _resolve(name: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    loop = asyncio.get_running_loop()
-    try:
-        found = await asyncio.wait_for(loop.getaddrinfo(name, None, type=socket.SOCK_STREAM), _RESOLVE_TIMEOUT_S)
-    except (OSError, UnicodeError, asyncio.TimeoutError):
-        return []
-    return [address for each in found if (address := _address(str(each[4][0]))) is not None]
 
 
 def _is_of_this_machine(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -16,9 +16,10 @@ from aiohttp import web
 from vllm_rfork import __version__, messages
 from vllm_rfork.messages import BadMessage, header
 from vllm_rfork.planner import dashboard, valid_json
-from vllm_rfork.planner.access import AddressCheck, Tokens
+from vllm_rfork.planner.access import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.openapi import description
+from vllm_rfork.planner.resolver import Unresolved
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import (
     Announcement,
@@ -65,7 +66,7 @@ class Api:
         self._room = room
         self._metrics = metrics
         self._tokens = tokens
-        self._addresses = AddressCheck(settings.trust_announced_address)
+        self._addresses = AddressCheck(_trust(settings, tokens))
         self._page = dashboard.load_page()
         self._board = dashboard.Board(self._overview)
         #: set by the owner once the planner takes requests, and cleared when it drains
@@ -129,19 +130,24 @@ class Api:
             raise Refused(401, "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="rfork"'})
 
     async def _check_address(self, request: web.BaseRequest, announced: str) -> None:
-        if not await self._addresses.allows(announced, request.remote):
+        try:
+            allowed = await self._addresses.allows(announced, request.remote)
+        except Unresolved as error:
+            raise Refused(503, str(error), {"Retry-After": "5"}) from error
+        if not allowed:
             self._metrics.refused("address")
             raise Refused(
                 403,
-                f"{request.remote} may not speak for a seed at {announced}; a planner that is to believe announced "
-                "addresses (NAT, proxies) is started with --trust-announced-address",
+                f"{request.remote} may not speak for a seed at {announced}: set rfork_seed_advertise_host to "
+                f"{request.remote} (VLLM_HOST_IP may name another network's address), or give the planner and the "
+                "workers a token, or, for NAT and proxies, start the planner with --trust-announced-address",
             )
 
     # --- the installed base's calls ------------------------------------------------------------------------------
     async def add_seed(self, request: web.BaseRequest) -> web.Response:
         """Announce a seed; also its heartbeat."""
         headers = request.headers
-        key, seed = self._key(headers), messages.seed_address(headers)
+        key, seed = self._key(headers), _seed_address(headers)
         messages.integer(header(headers, messages.SEED_REFCNT) or "0", messages.SEED_REFCNT, minimum=0)
         slots = header(headers, messages.SLOTS)
         announcement = Announcement(
@@ -190,14 +196,14 @@ class Api:
     async def put_seed(self, request: web.BaseRequest) -> web.Response:
         """Release a lease, with or without a word on how the fork went."""
         headers = request.headers
-        seed, user_id, outcome = messages.seed_address(headers), _user_id(headers), _outcome(headers)
+        seed, user_id, outcome = _seed_address(headers), _user_id(headers), _outcome(headers)
         released = await self._store.release(seed, user_id, outcome)
         self._metrics.released(released.held_s, outcome)
         return web.Response(text="ok\n")
 
     async def renew_seed_lease(self, request: web.BaseRequest) -> web.Response:
         """Give a lease its TTL again."""
-        seed, user_id = messages.seed_address(request.headers), _user_id(request.headers)
+        seed, user_id = _seed_address(request.headers), _user_id(request.headers)
         await self._store.renew(seed, user_id)
         return web.Response(
             text="ok\n", headers={messages.LEASE_TTL_SEC: messages.seconds_text(self._settings.lease_ttl_sec)}
@@ -205,7 +211,7 @@ class Api:
 
     async def remove_seed(self, request: web.BaseRequest) -> web.Response:
         """Withdraw a seed."""
-        key, seed = self._key(request.headers), messages.seed_address(request.headers)
+        key, seed = self._key(request.headers), _seed_address(request.headers)
         await self._check_address(request, seed.host)
         await self._store.withdraw(key, seed)
         return web.Response(text="ok\n")
@@ -300,11 +306,23 @@ class Api:
         return min(messages.seconds(wait, messages.WAIT_SEC, maximum=86400.0), self._settings.max_wait_sec)
 
 
+def _trust(settings: Settings, tokens: Tokens) -> Trust:
+    """Whose word counts for an announced address."""
+    if settings.trust_announced_address:
+        return Trust.ANYBODY
+    return Trust.MEMBERS if tokens.required and not settings.check_announced_address else Trust.OWN_ADDRESS
+
+
 def _text(headers: Mapping[str, str], name: str, max_length: int = MAX_ID_LENGTH) -> str:
     value = messages.decode_text(header(headers, name) or "")
     if len(value) > max_length:
         raise BadMessage(f"header {name} is longer than {max_length} characters")
     return value
+
+
+def _seed_address(headers: Mapping[str, str]) -> messages.SeedAddress:
+    """The seed that the headers name, its host in one spelling."""
+    return messages.canonical(messages.seed_address(headers))
 
 
 def _user_id(headers: Mapping[str, str]) -> str:
@@ -324,7 +342,7 @@ def _excluded(headers: Mapping[str, str]) -> frozenset[str]:
     names = [each for each in value.split(",") if each.strip()]
     if len(names) > MAX_EXCLUDED:
         raise BadMessage(f"header {messages.EXCLUDE} names more than {MAX_EXCLUDED} seeds")
-    return frozenset(str(messages.parse_seed_address(each)) for each in names)
+    return frozenset(str(messages.canonical(messages.parse_seed_address(each))) for each in names)
 
 
 def _outcome(headers: Mapping[str, str]) -> Outcome | None:

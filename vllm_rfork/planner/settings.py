@@ -45,7 +45,8 @@ class Settings(BaseModel):
     recovery_hold_sec: float = Field(
         0.0, ge=0, le=86400, description="grant nothing for so long after a start without state (fleets of old seeds)"
     )
-    trust_announced_address: bool = Field(False, description="let a caller announce other addresses than its own")
+    trust_announced_address: bool = Field(False, description="let anybody announce other addresses than their own")
+    check_announced_address: bool = Field(False, description="let nobody do so, callers with a token included")
     token_file: Path | None = Field(None, description="file with one or two bearer tokens, one a line; re-read")
     tls_cert: Path | None = Field(None, description="PEM certificate chain: serve https")
     tls_key: Path | None = Field(None, description="its private key")
@@ -104,6 +105,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         raise ConfigError("tls_cert", "needs tls_key, and the other way round", "both or neither")
     if settings.tls_client_ca is not None and settings.tls_cert is None:
         raise ConfigError("tls_client_ca", "needs tls_cert and tls_key", "a PEM file beside those")
+    if settings.trust_announced_address and settings.check_announced_address:
+        raise ConfigError("check_announced_address", "trust_announced_address says the opposite", "one of them")
     policy_named(settings.policy)
     return settings
 
