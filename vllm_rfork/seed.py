@@ -34,7 +34,8 @@ logger = worker_logger(__name__)
 class SeedConfig:
     """How the seed reaches the world; all times in seconds.
 
-    ``port`` 0 means random; ``slots`` None leaves the number to the planner.
+    ``port`` 0 means random; ``other_ports`` are tried in order where it is in use. ``slots`` None leaves the number to
+    the planner.
     """
 
     planner_url: str
@@ -48,6 +49,7 @@ class SeedConfig:
     heartbeat_interval_s: float
     labels: str = ""
     slots: int | None = None
+    other_ports: tuple[int, ...] = ()
 
 
 @dataclass
@@ -127,6 +129,7 @@ class Seed:
             offer=Offer(self.manifest),
             bind_host=config.bind_host,
             port=config.port,
+            other_ports=config.other_ports,
             credentials=config.credentials,
             advertised_host=config.advertise_host,
             ready_timeout_s=config.ready_timeout_s,
@@ -136,6 +139,7 @@ class Seed:
         port = background().call(service.start(), config.ready_timeout_s + config.request_timeout_s)
         address = SeedAddress(config.advertise_host, port, config.rank)
         self._parts.address = address
+        background().call(service.check_advertised(), config.request_timeout_s + config.ready_timeout_s)
         self._go_on()
         watcher = watcher_of(config)
         watcher.watch(self.manifest.seed_key, address, epoch=epoch)

@@ -8,8 +8,9 @@ returns no address is given out any more. Must not import torch or vLLM, nor kno
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -34,6 +35,10 @@ _JSON = "application/json"
 ENCODERS: Mapping[int, Callable[[Manifest], bytes]] = {MANIFEST_VERSION: encode_manifest}
 _UNSTATED_VERSION = 1
 _PROBE_PAUSE_S = 0.05
+#: Packets to an address that this host cannot reach may simply vanish; nobody should wait long for them.
+_ADVERTISED_TIMEOUT_S = 2.0
+#: Where a service on every address answers its own host.
+_OWN_HOST = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class SeedService:
         offer: what it serves from the start.
         bind_host: address or name to listen on.
         port: 0 takes a free one.
+        other_ports: tried in this order where ``port`` is in use; after the last a free one is taken.
         token: demanded as ``Authorization: Bearer`` on every call; the installed base sends none.
         credentials: token and TLS, in place of ``token``.
         advertised_host: where receivers reach it; its certificate must be good for that, or for ``seed_name``.
@@ -87,6 +93,7 @@ class SeedService:
         offer: Offer,
         bind_host: str = "0.0.0.0",  # noqa: S104 - rfork_seed_bind_host's documented default: peers are elsewhere
         port: int = 0,
+        other_ports: Sequence[int] = (),
         token: str | None = None,
         credentials: Credentials | None = None,
         advertised_host: str = "",
@@ -97,6 +104,7 @@ class SeedService:
         self.seed_key = seed_key
         self.bind_host = bind_host
         self.port = port
+        self._other_ports = other_ports
         self._credentials = credentials or Credentials(Options(token=token or ""))
         self._advertised_host = advertised_host
         self._ready_timeout_s = ready_timeout_s
@@ -121,13 +129,7 @@ class SeedService:
             SeedError: the address is taken or not ours, or there is no answer within ``ready_timeout_s``;
                 nothing is left listening.
         """
-        where = f"{self.bind_host}:{self.port}"
-        if not 0 <= self.port <= 65535:  # a name lookup takes it modulo 65536
-            raise SeedError(f"the seed service cannot listen on {where}: no such port", retry_elsewhere=False)
-        try:
-            self.port = await self._server.start(self.bind_host, self.port)
-        except OSError as error:
-            raise SeedError(f"the seed service cannot listen on {where}: {error}", retry_elsewhere=False) from error
+        await self._listen()
         try:
             await self._wait_until_ready()
         except BaseException:
@@ -136,6 +138,30 @@ class SeedService:
         scheme = "http" if self._credentials.server_context() is None else "https"
         logger.info("seed service answers %s on %s:%d for key %s", scheme, self.bind_host, self.port, self.seed_key)
         return self.port
+
+    async def _listen(self) -> None:
+        """Listen on the first port that is free, and set :attr:`port`. Raises SeedError."""
+        ports = [self.port, *self._other_ports, *([0] if self._other_ports else [])]
+        for port in ports:
+            where = f"{self.bind_host}:{port}"
+            if not 0 <= port <= 65535:  # a name lookup takes it modulo 65536
+                raise SeedError(f"the seed service cannot listen on {where}: no such port", retry_elsewhere=False)
+            try:
+                self.port = await self._server.start(self.bind_host, port)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and port != ports[-1]:
+                    continue
+                raise SeedError(f"the seed service cannot listen on {where}: {error}", retry_elsewhere=False) from error
+            if port == 0 and len(ports) > 1:
+                logger.warning(
+                    "The ports %s, which follow from rfork_seed_port_base, are all in use: the seed service listens on "
+                    "port %d, which a firewall may not let through",
+                    ", ".join(map(str, ports[:-1])),
+                    self.port,
+                )
+            elif port != ports[0]:
+                logger.info("Port %d is in use; the seed service listens on port %d", ports[0], port)
+            return
 
     async def stop(self) -> None:
         """Stop listening and drop every connection. Stopping twice does nothing."""
@@ -150,9 +176,38 @@ class SeedService:
         """Serve ``offer``, which must be of a new epoch."""
         self._state = self._encoded(offer)
 
+    async def check_advertised(self) -> None:
+        """Ask oneself under the announced address, once, and log a WARNING where that does not work.
+
+        Not an error: behind NAT, peers may reach an address that this host itself does not.
+        """
+        host = self._advertised_host
+        if not host or self._answers_as(host):
+            return
+        client = SeedClient(
+            request_timeout_s=min(_ADVERTISED_TIMEOUT_S, self._ready_timeout_s), credentials=self._credentials
+        )
+        try:
+            healthy = await client.healthy(messages.SeedAddress(host, self.port, 0), self.seed_key)
+            problem = "" if healthy else "another service answers there"
+        except SeedError as error:
+            problem = str(error)
+        if problem:
+            logger.warning(
+                "The seed service cannot be reached at its announced address %s, port %d, from this host: %s. If other "
+                "hosts cannot reach it either, set rfork_seed_advertise_host and rfork_seed_bind_host",
+                host,
+                self.port,
+                problem,
+            )
+
+    def _answers_as(self, host: str) -> bool:
+        """The health check of the start has asked at ``host`` already."""
+        return host == _OWN_HOST.get(self.bind_host, self.bind_host)
+
     async def _wait_until_ready(self) -> None:
         """Ask oneself over TCP, as a receiver would."""
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.bind_host, self.bind_host)  # noqa: S104
+        host = _OWN_HOST.get(self.bind_host, self.bind_host)
         deadline = time.monotonic() + self._ready_timeout_s
         last: SeedError | None = None
         while (left_s := deadline - time.monotonic()) > 0:

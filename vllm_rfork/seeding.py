@@ -16,6 +16,7 @@ from vllm_rfork import plan as plans
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.errors import ForkError
+from vllm_rfork.own_address import listen_host
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed, SeedConfig
 from vllm_rfork.seed_key import WorkerIdentity
@@ -76,6 +77,11 @@ _starting: list[_Start] = []
 _absent: list[_Start] = []
 _withdrawals = _Withdrawals()
 _lock = threading.Lock()
+
+#: ``rfork_seed_port_base`` and the 255 ports after it: 16 ranks with a draft each, for 8 instances on one host.
+PORTS_OF_INSTANCE = 32
+INSTANCES_OF_HOST = 8
+_LAST_PORT = 65535
 
 #: How long, in seconds, capturing graphs waits for seeds that are being started: registering and digesting take less.
 LEAVES_DEVICE_WITHIN_S = 5.0
@@ -219,12 +225,14 @@ def _failed(plan: LoadPlan, start: _Start, error: ForkError | None) -> None:
 
 def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:
     settings = plan.settings
+    port, *other_ports = seed_ports(settings, plan.identity)
     config = SeedConfig(
         planner_url=settings.rfork_scheduler_url,
         credentials=plan.attempt.credentials,
-        bind_host=settings.rfork_seed_bind_host,
+        bind_host=listen_host(settings.rfork_seed_bind_host, plan.advertise_host),
         advertise_host=plan.advertise_host,
-        port=seed_port(settings, plan.identity),
+        port=port,
+        other_ports=tuple(other_ports),
         rank=plan.identity.tp_rank,
         request_timeout_s=settings.rfork_request_timeout_sec,
         ready_timeout_s=settings.rfork_seed_timeout_sec,
@@ -243,10 +251,18 @@ def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:
     )
 
 
-def seed_port(settings: Settings, identity: WorkerIdentity) -> int:
-    """The seed service's port: 0 for a random one, else one of its own for every local rank and role."""
+def seed_ports(settings: Settings, identity: WorkerIdentity) -> list[int]:
+    """The seed service's ports in the order in which they are tried; 0 for a random one.
+
+    Each local rank and role of an instance has one of its own; further instances on the host, whose local ranks begin
+    at 0 as well, move up by ``PORTS_OF_INSTANCE``.
+    """
     base = settings.rfork_seed_port_base
-    return base + 2 * identity.local_rank + int(identity.is_draft) if base else 0
+    if not base:
+        return [0]
+    first = base + 2 * identity.local_rank + int(identity.is_draft)
+    ports = [first + PORTS_OF_INSTANCE * number for number in range(INSTANCES_OF_HOST)]
+    return [first] + [port for port in ports[1:] if port <= _LAST_PORT]
 
 
 def withdraw_all(reason: str, *, may_return: bool = False) -> None:

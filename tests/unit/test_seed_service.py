@@ -24,6 +24,7 @@ from vllm_rfork.errors import SeedError
 from vllm_rfork.installed_base import InstalledBase
 from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.own_address import listen_host
 from vllm_rfork.seed_service import Offer, SeedService
 
 KEY = "/models/q$prod$kv_both$0$0"
@@ -279,6 +280,32 @@ async def test_a_taken_port_is_an_error_that_names_host_and_port_and_leaves_noth
         await until(lambda: open_sockets() <= before)
 
 
+async def test_a_taken_port_is_passed_over_for_the_next_of_the_range(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with serving() as first, serving() as second, serving() as free:
+        await free.stop()
+        async with serving(port=first.port, other_ports=(second.port, free.port)) as third:
+            assert third.port == free.port
+            assert await SeedClient().healthy(SeedAddress("127.0.0.1", third.port, 0), KEY)
+            assert f"Port {first.port} is in use" in caplog.text
+            assert [each.levelname for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+async def test_where_the_whole_range_is_taken_a_random_port_is_used_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with (
+        serving() as first,
+        serving() as second,
+        serving(port=first.port, other_ports=(second.port,)) as third,
+    ):
+        assert third.port not in {0, first.port, second.port}
+        assert await SeedClient().healthy(SeedAddress("127.0.0.1", third.port, 0), KEY)
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    for part in ("rfork_seed_port_base", str(first.port), str(second.port), str(third.port)):
+        assert part in warning
+
+
 @pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 0), ("no-such-host.invalid", 0), ("127.0.0.1", 70000)])
 async def test_an_address_that_cannot_be_had_is_a_seed_error(host: str, port: int) -> None:
     with pytest.raises(SeedError, match=host):
@@ -302,6 +329,43 @@ async def test_start_finds_itself_wherever_it_listens(host: str) -> None:
         pytest.skip("this machine has no IPv6 loopback")
     async with serving(bind_host=host) as service:
         assert service.port > 0
+
+
+async def test_an_announced_ipv6_address_is_listened_on_by_default_and_ipv4_stays() -> None:
+    assert listen_host("0.0.0.0", "10.0.0.1") == "0.0.0.0"
+    assert listen_host("0.0.0.0", "node-7") == "0.0.0.0"
+    assert listen_host("10.0.0.1", "2001:db8::1") == "10.0.0.1", "what the user has set stays"
+    assert listen_host("0.0.0.0", "2001:db8::1") == "::"
+    if not ipv6_works():
+        pytest.skip("this machine has no IPv6 loopback")
+    async with serving(bind_host=listen_host("0.0.0.0", "::1"), advertised_host="::1") as service:
+        for host in ("::1", "127.0.0.1"):
+            assert await SeedClient().healthy(SeedAddress(host, service.port, 0), KEY)
+
+
+async def test_an_announced_address_that_is_not_the_service_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(advertised_host="127.0.0.1") as service:
+        await service.check_advertised()
+    async with serving(bind_host="0.0.0.0", advertised_host="127.0.0.9") as service:
+        await service.check_advertised()
+    assert caplog.records == []
+    async with serving(advertised_host="127.0.0.9") as service:  # it listens on 127.0.0.1 alone
+        await service.check_advertised()
+        (warning,) = [each.getMessage() for each in caplog.records]
+        for part in ("127.0.0.9", str(service.port), "rfork_seed_advertise_host", "rfork_seed_bind_host"):
+            assert part in warning
+    caplog.clear()
+    async with serving() as service:
+        other = SeedService(
+            seed_key="another", offer=offer(seed_key="another"), bind_host="127.0.0.9", port=service.port
+        )
+        await other.start()
+        service._advertised_host = "127.0.0.9"
+        await service.check_advertised()
+        await other.stop()
+    assert "another service answers there" in caplog.text
 
 
 def ipv6_works() -> bool:

@@ -14,7 +14,7 @@ import torch
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork.config import parse_config
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
-from vllm_rfork.seeding import seed_port
+from vllm_rfork.seeding import seed_ports
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 from vllm_rfork.vllm_compat.identity import worker_identity
 
@@ -217,5 +217,5 @@ def test_every_worker_and_role_of_a_node_has_its_own_port(how: str, local_is_kno
         stand(tp=rank, local=number(dp, rank))
         known = dp if local_is_known and how != "by a launcher" else None
         place = {"tensor_parallel_size": 2, "data_parallel_rank_local": known, "data_parallel_index": dp, **backend}
-        ports.append(seed_port(settings, identity(draft=draft, **place)))
+        ports.append(seed_ports(settings, identity(draft=draft, **place))[0])
     assert ports == list(range(9000, 9012))

@@ -232,8 +232,24 @@ def test_the_order_of_ports_keeps_target_and_draft_apart() -> None:
 
     settings = parse_config({"rfork_seed_port_base": 9000}, {}).settings
     ports = {
-        seeding.seed_port(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))
+        seeding.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))[0]
         for rank in range(4)
         for draft in (False, True)
     }
     assert ports == set(range(9000, 9008))
+
+
+def test_further_instances_on_a_host_have_ports_of_the_documented_range() -> None:
+    from vllm_rfork.config import parse_config
+    from vllm_rfork.seed_key import WorkerIdentity
+
+    def ports(base: int, rank: int, *, draft: bool = False) -> list[int]:
+        settings = parse_config({"rfork_seed_port_base": base}, {}).settings
+        return seeding.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))
+
+    assert ports(20000, 0) == [20000, 20032, 20064, 20096, 20128, 20160, 20192, 20224]
+    every = [port for rank in range(16) for draft in (False, True) for port in ports(20000, rank, draft=draft)]
+    assert sorted(every) == list(range(20000, 20256)), "no two ranks or roles try the same port"
+    assert ports(65000, 15) == [65030] + [65030 + 32 * number for number in range(1, 8)]
+    assert ports(65000, 15, draft=True)[-1] <= 65535
+    assert ports(0, 3) == [0]
