@@ -78,11 +78,25 @@ class Target:
 
 @dataclass(frozen=True)
 class _Grant:
-    """A lease, what renews it, and when it was given (``time.monotonic``)."""
+    """A lease, and what renews it."""
 
     lease: Lease
     keeper: LeaseKeeper
+
+
+@dataclass
+class _Tally:
+    """What one fork did so far: the report that the planner gets when it ends.
+
+    Attributes:
+        since: when it began (``time.monotonic``): not when the lease was granted, which may be long before.
+        nbytes: bytes copied.
+        lane: see :meth:`~vllm_rfork.engines.base.TransferEngine.lane`.
+    """
+
     since: float
+    nbytes: int = 0
+    lane: str = ""
 
 
 class Attempt:
@@ -100,6 +114,7 @@ class Attempt:
         self.times = StageTimes()
         self.intent = uuid.uuid4().hex if settings.rfork_become_seed else ""
         self.seed: SeedAddress | None = None
+        self.lane = engine_name
         self._reserved: _Grant | None = None
         self._failed: list[SeedAddress] = []
         self._last: ForkError | None = None
@@ -131,6 +146,7 @@ class Attempt:
             opening.set_exception(error)
             return
         self.times.seconds["engine"] = time.perf_counter() - started
+        self.times.outside["engine"] = "overlapped"
         opening.set_result(engine)
 
     def engine(self) -> TransferEngine:
@@ -155,6 +171,7 @@ class Attempt:
         """
         self.engine()  # before a lease is asked for: without an engine it would be held for nothing
         self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
+        self.times.outside["planner"] = "before"
         self._reserved = self._grant(fingerprint)
 
     def peek(self, fingerprint: str) -> Manifest:
@@ -167,18 +184,20 @@ class Attempt:
             grant = self._reserved
             if grant is None:
                 raise PlannerError("no seed is reserved")
+            tally = _Tally(time.monotonic())
+            self.times.outside["first metadata"] = "before"
             try:
-                with self.times.stage("metadata"):
+                with self.times.stage("first metadata"):
                     return background().call(
                         self._seeds.manifest(grant.lease.seed, self.seed_key, fingerprint),
                         self.settings.rfork_request_timeout_sec + 1.0,
                     )
             except TimeoutError as error:
                 self.give_back()
-                raise ForkError("the background thread of this process does not answer") from error
+                raise ForkError("the background thread of this process does not answer", side="receiver") from error
             except ForkError as error:
                 self._reserved = None
-                self._end_grant(grant, error)
+                self._end_grant(grant, tally, error)
                 self._failed_with(grant, error)
                 self._reserved = self._grant(fingerprint)
 
@@ -186,7 +205,7 @@ class Attempt:
         """Release what is reserved, unused; the seed is not to blame. Idempotent."""
         grant, self._reserved = self._reserved, None
         if grant is not None:
-            self._end_grant(grant, None)
+            self._end_grant(grant)
 
     def run(self, target: Target) -> Manifest:
         """Fork into the target's spans from the first seed that works, beginning with the one that is reserved.
@@ -202,18 +221,21 @@ class Attempt:
             grant, self._reserved = self._reserved, None
             if grant is None:
                 grant = self._grant(target.local.fingerprint)
+            tally = _Tally(time.monotonic())
             try:
-                manifest = self._fork_once(engine, grant, target)
+                manifest = self._fork_once(engine, grant, target, tally)
             except BaseException as error:
-                self._end_grant(grant, error)
+                self._end_grant(grant, tally, error)
                 if not isinstance(error, Exception):
                     raise
                 if not isinstance(error, ForkError):
                     # Foreign code runs in a fork, and whatever it raises must end in a correct model.
-                    raise ForkError(f"unexpected {type(error).__name__}: {error}", mutated=True) from error
+                    text = f"unexpected {type(error).__name__}: {error}"
+                    raise ForkError(text, mutated=True, side="receiver") from error
                 self._failed_with(grant, error)
                 continue
-            self._end_grant(grant, None, manifest.nbytes)
+            tally.nbytes = manifest.nbytes
+            self._end_grant(grant, tally)
             self.seed = grant.lease.seed
             return manifest
 
@@ -229,15 +251,15 @@ class Attempt:
             lease = self._acquire(fingerprint, self._failed)
         except ForkError as error:
             raise (self._after(last, error) if last else error) from error
-        grant = _Grant(lease, LeaseKeeper(self._planner, lease), time.monotonic())
+        grant = _Grant(lease, LeaseKeeper(self._planner, lease))
         if last is not None and lease.seed in self._failed:
             # A planner that does not know RFORK-EXCLUDE gave the same seed again.
-            self._end_grant(grant, last)
+            self._end_grant(grant)
             raise last
         try:
             background().call(grant.keeper.start(), self.settings.rfork_request_timeout_sec)
         except TimeoutError as error:
-            self._end_grant(grant, error)
+            self._end_grant(grant)
             raise PlannerError("the background thread of this process does not answer") from error
         return grant
 
@@ -250,16 +272,20 @@ class Attempt:
             raise error
         logger.warning("seed %s failed (%s), asking for another", grant.lease.seed, str(error))
 
-    def _end_grant(self, grant: _Grant, error: BaseException | None, nbytes: int | None = None) -> None:
-        """Stop renewing and release, in the background. Without an error and ``nbytes`` the lease was not used."""
+    def _end_grant(self, grant: _Grant, tally: _Tally | None = None, error: BaseException | None = None) -> None:
+        """Stop renewing and release, in the background. Without a ``tally`` the lease was not used."""
         outcome: dict[str, Any] = {}
-        if error is not None or nbytes is not None:
+        if tally is not None:
             outcome = {
                 "result": messages.RESULT_OK if error is None else messages.RESULT_FAILED,
-                "nbytes": nbytes or 0,
-                "seconds": time.monotonic() - grant.since,
-                "cause": "" if error is None else type(error).__name__,
+                "nbytes": tally.nbytes,
+                "seconds": time.monotonic() - tally.since,
+                "lane": tally.lane,
             }
+        if tally is not None and error is not None:
+            # What no ForkError says went wrong in this process: the seed is not to blame.
+            side = error.side if isinstance(error, ForkError) else "receiver"
+            outcome |= {"cause": type(error).__name__, "side": side}
         background().spawn(self._released(grant, **outcome), "rfork-release")
 
     @staticmethod
@@ -302,8 +328,16 @@ class Attempt:
             except PlannerError as error:
                 logger.debug("the intent could not be renewed: %s", error)
 
-    def _fork_once(self, engine: TransferEngine, grant: _Grant, target: Target) -> Manifest:
+    def _fork_once(self, engine: TransferEngine, grant: _Grant, target: Target, tally: _Tally) -> Manifest:
         incoming = target.incoming()
+
+        def progress(nbytes: int) -> None:
+            tally.nbytes = nbytes
+            target.progress(nbytes)
+
+        def connected(lane: str) -> None:
+            tally.lane = self.lane = lane
+
         try:
             if not engine.registered_nbytes:
                 with self.times.stage("registration"):
@@ -317,7 +351,8 @@ class Attempt:
                 request_timeout_s=self.settings.rfork_request_timeout_sec,
                 timeout_s=max(0.0, self._deadline - time.monotonic()),
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
-                progress=target.progress,
+                progress=progress,
+                connected=connected,
                 arrived=incoming.arrived,
                 untouched=target.untouched,
             )

@@ -19,8 +19,14 @@ errors end in logs, in terminals and at other ranks. Must not import anything of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from vllm_rfork.quoting import MAX_MESSAGE, printable
+
+#: Whose failure it was, as far as can be seen: ``seed``, ``receiver`` (this process, its machine, its settings, or
+#: nobody in particular), or ``unknown`` (the network, or a peer that does not answer). The planner counts a
+#: ``receiver`` failure against no seed.
+Side = Literal["seed", "receiver", "unknown"]
 
 
 class RForkError(Exception):
@@ -56,12 +62,16 @@ class ForkError(RForkError):
     Attributes:
         mutated: the receiver's tensors may have been written to: rebuild the model before loading it.
         retry_elsewhere: another seed may well succeed where this one failed.
+        side: whose failure it was.
     """
 
-    def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = False) -> None:
+    def __init__(
+        self, message: str, *, mutated: bool = False, retry_elsewhere: bool = False, side: Side = "unknown"
+    ) -> None:
         super().__init__(message)
         self.mutated = mutated
         self.retry_elsewhere = retry_elsewhere
+        self.side: Side = side
 
 
 class NoSeedAvailable(ForkError):
@@ -72,19 +82,22 @@ class NoSeedAvailable(ForkError):
     """
 
     def __init__(self, message: str, *, intent_granted: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message, side="receiver")
         self.intent_granted = intent_granted
 
 
 class PlannerError(ForkError):
     """The planner is unreachable, too slow, answered something unusable, or took the lease back."""
 
+    def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = False) -> None:
+        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere, side="receiver")
+
 
 class SeedError(ForkError):
     """The seed's fault: gone, hanging, another key or epoch, a manifest that is malformed or too large."""
 
     def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = True) -> None:
-        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere)
+        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere, side="seed")
 
 
 class ManifestMismatch(ForkError):
@@ -105,7 +118,8 @@ class ManifestMismatch(ForkError):
         more = len(self.differences) - self.SHOWN
         tail = f"; and {more} more" if more > 0 else ""
         super().__init__(
-            f"seed and receiver do not hold the same tensors ({len(self.differences)} differences): {shown}{tail}"
+            f"seed and receiver do not hold the same tensors ({len(self.differences)} differences): {shown}{tail}",
+            side="receiver",
         )
 
 
@@ -119,6 +133,8 @@ class EngineError(ForkError):
         code: the engine's own code, by name where it has one.
         in_flight: a read was abandoned and the engine cannot say that it will write no more. The buffers
             belong to the wire until the engine is closed, or for good where closing it fails too.
+        side: whose failure it was. ``connect`` and ``read`` involve a peer and must state it; by default they count
+            as ``unknown``, and every other operation as ``receiver``, which here means this process.
     """
 
     def __init__(
@@ -131,6 +147,7 @@ class EngineError(ForkError):
         mutated: bool = False,
         retry_elsewhere: bool = False,
         in_flight: bool = False,
+        side: Side | None = None,
     ) -> None:
         self.engine = engine
         self.operation = operation
@@ -139,7 +156,10 @@ class EngineError(ForkError):
         self.in_flight = in_flight
         coded = f" [{code}]" if code else ""
         super().__init__(
-            f"engine {engine}: {operation} failed{coded}: {text}", mutated=mutated, retry_elsewhere=retry_elsewhere
+            f"engine {engine}: {operation} failed{coded}: {text}",
+            mutated=mutated,
+            retry_elsewhere=retry_elsewhere,
+            side=side or ("unknown" if operation in ("connect", "read") else "receiver"),
         )
 
 
@@ -155,4 +175,4 @@ class VerificationError(ForkError):
     """Bytes arrived and they are wrong: the digest over a receiver's tensor is not the seed's."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, mutated=True, retry_elsewhere=True)
+        super().__init__(message, mutated=True, retry_elsewhere=True, side="seed")

@@ -216,7 +216,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             plan.attempt.let_go()  # nobody will keep for it what post-processing replaces
         seconds = time.perf_counter() - started
         logger.info(
-            "forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s (%s)",
+            "forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s lane=%s (%s)",
             remote.nbytes,
             remote.nbytes / 1e9,
             seconds,
@@ -224,6 +224,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             plan.attempt.seed,
             plan.attempt.engine_name,
             plan.layout,
+            plan.attempt.lane,
             plan.attempt.times,
         )
 

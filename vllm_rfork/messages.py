@@ -86,6 +86,11 @@ NBYTES = "RFORK-NBYTES"
 SECONDS = "RFORK-SECONDS"
 #: The error class that ended the fork, such as ``VerificationError``.
 CAUSE = "RFORK-CAUSE"
+#: ``put_seed``, failed: whose failure it was, as far as the receiver can tell.
+SIDE = "RFORK-SIDE"
+SIDES = ("seed", "receiver", "unknown")
+#: ``put_seed``: engine and lane of the bytes, such as ``nixl/rdma``.
+LANE = "RFORK-LANE"
 
 MAX_KEY_LENGTH = 2048  #: characters of a seed key before encoding; header lines stay under aiohttp's 8190 bytes
 MAX_HEADER_LENGTH = 8000

@@ -34,9 +34,15 @@ SLOWEST_BYTES_PER_S = 50e6
 
 @dataclass
 class StageTimes:
-    """Seconds by stage, for the milestone line and the benchmark."""
+    """Seconds by stage, for the milestone line and the benchmark.
+
+    Attributes:
+        outside: stages whose time is not part of the fork's own seconds, with the word that says so: ``overlapped``
+            (on another thread, while the model was built) or ``before`` (the fork had not begun).
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -48,7 +54,8 @@ class StageTimes:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())
+        notes = {name: f" ({word})" for name, word in self.outside.items()}
+        return ", ".join(f"{name} {value:.3f} s{notes.get(name, '')}" for name, value in self.seconds.items())
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class ForkRequest:
         untouched: addresses of local spans that are not read, since others use them already.
         progress: called with bytes copied so far.
         arrived: called with what has just been copied; returns at once.
+        connected: called with the lane, such as ``nixl/rdma``, once the peer is reached.
     """
 
     local: Manifest
@@ -74,6 +82,7 @@ class ForkRequest:
     untouched: frozenset[int] = frozenset()
     progress: Callable[[int], None] = lambda nbytes: None
     arrived: Callable[[Sequence[Segment]], None] = lambda segments: None
+    connected: Callable[[str], None] = lambda lane: None
 
 
 def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manifest:
@@ -100,6 +109,7 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
     with times.stage("connect"):
         bound_s = request.request_timeout_s
         bounded(request.engine, "connect", bound_s, lambda: request.engine.connect(remote.endpoint, bound_s))
+        request.connected(request.engine.lane(remote.endpoint))
     reading = False
     try:
         with times.stage("epoch"):
@@ -130,7 +140,7 @@ def _wait(request: ForkRequest, call: Coroutine[Any, Any, T]) -> T:
     try:
         return background().call(call, request.request_timeout_s + 1.0)
     except TimeoutError as error:
-        raise ForkError("the background thread of this process does not answer") from error
+        raise ForkError("the background thread of this process does not answer", side="receiver") from error
 
 
 def _read(
@@ -189,8 +199,10 @@ def bounded(engine: TransferEngine, operation: str, timeout_s: float, call: Call
             mutated=operation == "read",
             retry_elsewhere=False,
             in_flight=True,
+            side=None,  # by the operation
         )
     for failure in failures:
         if isinstance(failure, ForkError):
             raise failure
-        raise EngineError(engine.name, operation, f"unexpected {type(failure).__name__}: {failure}") from failure
+        text = f"unexpected {type(failure).__name__}: {failure}"
+        raise EngineError(engine.name, operation, text, side="receiver") from failure

@@ -408,6 +408,7 @@ class EngineContract:
             with pytest.raises(EngineError) as caught:
                 seed.register(*regions)
             self.check(caught.value, "register")
+            assert caught.value.side == "receiver", "which means the process that registers"
             assert seed.registered_nbytes == PAGE
 
     def test_registering_nothing_is_nothing(self, processes: Processes) -> None:
@@ -444,6 +445,7 @@ class EngineContract:
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [[target, source, PAGE]])
         self.check(caught.value, "read", mutated=False)
+        assert caught.value.side == "receiver"
         fresh = processes.start(opened=False)
         fresh.call("new", name=self.engine)
         address = fresh.alloc(PAGE)
@@ -455,6 +457,7 @@ class EngineContract:
             with pytest.raises(EngineError) as caught:
                 call()
             self.check(caught.value, operation)
+            assert caught.value.side == "receiver"
 
     @pytest.mark.parametrize("text", ["", "nonsense", "127.0.0.1", "memory:1:2:3:4", "é" * 50, "127.0.0.1:1"])
     def test_an_endpoint_that_leads_nowhere_is_refused(self, processes: Processes, text: str) -> None:
@@ -462,6 +465,7 @@ class EngineContract:
         with pytest.raises(EngineError) as caught:
             receiver.connect(text, timeout_s=3.0)
         self.check(caught.value, "connect")
+        assert caught.value.side != "receiver", "a bad endpoint comes from the seed"
         assert receiver.elapsed_s < 3.0 + self.grace_s
 
     # -- peers that die, stop and go -----------------------------------------------------------------------------
@@ -470,8 +474,9 @@ class EngineContract:
         seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, MIB)
         receiver.disconnect(endpoint)
         seed.kill()
-        with pytest.raises(EngineError):
+        with pytest.raises(EngineError) as caught:
             receiver.connect_and_read(endpoint, [[target, source, MIB]])
+        assert caught.value.side != "receiver"
         assert receiver.elapsed_s < self.dead_peer_s
 
     def test_a_peer_that_died_after_connecting_is_an_error(self, processes: Processes) -> None:

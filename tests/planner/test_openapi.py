@@ -66,7 +66,7 @@ def headers_in(function: Any) -> set[str]:
         "_wait_s": {"WAIT_SEC"},
         "_user_id": {"USER_ID"},
         "_excluded": {"EXCLUDE"},
-        "_outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE"},
+        "_outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE", "SIDE", "LANE"},
         "Lease": {"SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID"},
     }
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

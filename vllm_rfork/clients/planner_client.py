@@ -154,7 +154,15 @@ class PlannerClient:
         return (await self._call("GET", messages.RENEW_SEED_LEASE, {}, self._deadline())).status != 404
 
     async def release(
-        self, lease: Lease, *, result: str = "", nbytes: int = 0, seconds: float = 0.0, cause: str = ""
+        self,
+        lease: Lease,
+        *,
+        result: str = "",
+        nbytes: int = 0,
+        seconds: float = 0.0,
+        cause: str = "",
+        side: str = "",
+        lane: str = "",
     ) -> Outcome:
         """Release ``lease``; ``UNKNOWN`` where it was gone already (404, and 400 from one production planner).
 
@@ -164,6 +172,8 @@ class PlannerClient:
         Args:
             result: ``messages.RESULT_OK`` or ``RESULT_FAILED``, with the bytes read, the seconds it took and the
                 name of the error class that ended the fork.
+            side: whose failure it was, one of ``messages.SIDES``.
+            lane: engine and lane that the bytes took.
 
         Raises:
             PlannerError: all attempts failed; a lease with a TTL ends by itself then.
@@ -175,6 +185,8 @@ class PlannerClient:
                 messages.NBYTES: str(nbytes),
                 messages.SECONDS: messages.seconds_text(seconds),
                 **_given(messages.CAUSE, cause),
+                **_given(messages.SIDE, side),
+                **_given(messages.LANE, lane),
             }
         answer = await self._retried(messages.PUT_SEED, headers, RELEASE_PAUSES_S, deadline=None)
         return self._outcome(messages.PUT_SEED, answer, unknown=(400, 404))

@@ -79,6 +79,13 @@ class TransferEngine(abc.ABC):
     def connect(self, endpoint: str, timeout_s: float) -> None:
         """Reach the peer, and find out within ``timeout_s`` seconds where it cannot be reached."""
 
+    def lane(self, endpoint: str) -> str:
+        """The way that bytes from a connected peer take, as ``engine/lane``; the engine's name where it has one lane.
+
+        For log lines and the planner's records: at most 64 printable ASCII characters. Never raises.
+        """
+        return self.name
+
     @abc.abstractmethod
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
         """Copy each segment from the peer's ``remote`` to the own ``local`` address; return when all is there.

@@ -15,6 +15,7 @@ refused.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 import threading
@@ -28,7 +29,7 @@ from typing import ClassVar
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
 from vllm_rfork.engines.process_memory import process_started, read_process
 from vllm_rfork.engines.regions import RegionTable
-from vllm_rfork.errors import ConfigError, EngineError
+from vllm_rfork.errors import ConfigError, EngineError, Side
 from vllm_rfork.manifest import Region
 from vllm_rfork.segments import Segment
 
@@ -37,6 +38,8 @@ _NAME = "memory"
 _HEADER = struct.Struct("=16sQQ")  # the engine's id, the table's address, the number of regions in it
 _ROW = struct.Struct("=QQ")
 _MAX_REGIONS = 1 << 20
+#: Whose failure a failed read of another process is: it ended, or this process may not read it.
+_SIDES: dict[int, Side] = {errno.ESRCH: "seed", errno.EPERM: "receiver", errno.ENOMEM: "receiver"}
 _open: weakref.WeakSet[MemoryEngine] = weakref.WeakSet()
 
 
@@ -101,19 +104,23 @@ class _Peer:
             self.pid, self.started, self.header = int(pid), int(started), int(header)
             self.identity = bytes.fromhex(identity)
         except ValueError as error:
-            raise EngineError(_NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine") from error
+            raise EngineError(
+                _NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine", side="seed"
+            ) from error
         if scheme != _NAME or len(self.identity) != 16 or self.pid <= 0 or self.header <= 0:
-            raise EngineError(_NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine")
+            raise EngineError(_NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine", side="seed")
 
     def regions(self, operation: str) -> RegionTable:
         """What the peer has registered now."""
         if process_started(self.pid) != self.started:
-            raise EngineError(_NAME, operation, f"process {self.pid} is gone", retry_elsewhere=True)
+            raise EngineError(_NAME, operation, f"process {self.pid} is gone", retry_elsewhere=True, side="seed")
         header = ctypes.create_string_buffer(_HEADER.size)
         self.copy(operation, ctypes.addressof(header), self.header, _HEADER.size)
         identity, address, count = _HEADER.unpack(header.raw)
         if identity != self.identity or count > _MAX_REGIONS:
-            raise EngineError(_NAME, operation, f"the engine in process {self.pid} is closed", retry_elsewhere=True)
+            raise EngineError(
+                _NAME, operation, f"the engine in process {self.pid} is closed", retry_elsewhere=True, side="seed"
+            )
         table = RegionTable(_NAME)
         if count:
             rows = ctypes.create_string_buffer(_ROW.size * count)
@@ -130,7 +137,12 @@ class _Peer:
             read_process(self.pid, local, remote, nbytes)
         except OSError as error:
             raise EngineError(
-                _NAME, operation, f"process {self.pid}: {error.strerror}", code=str(error.errno), retry_elsewhere=True
+                _NAME,
+                operation,
+                f"process {self.pid}: {error.strerror}",
+                code=str(error.errno),
+                retry_elsewhere=True,
+                side=_SIDES.get(error.errno or 0, "unknown"),
             ) from error
 
 
@@ -214,7 +226,7 @@ class MemoryEngine(TransferEngine):
         self._require_open("read")
         peer = self._peers.get(endpoint)
         if peer is None:
-            raise EngineError(_NAME, "read", "the peer is not connected")
+            raise EngineError(_NAME, "read", "the peer is not connected", side="receiver")
         deadline = time.monotonic() + timeout_s
         self._table.check_local(segments)
         remote = peer.regions("read")
@@ -224,16 +236,22 @@ class MemoryEngine(TransferEngine):
                     _NAME,
                     "read",
                     f"{segment.nbytes} bytes at remote address {segment.remote:#x} do not lie in one registered region",
+                    side="seed",
                 )
         self._reads += 1
         if self._reads == self.faults.stall_read:
             time.sleep(max(0.0, deadline - time.monotonic()))
-            raise EngineError(_NAME, "read", f"no answer within {timeout_s} s (a fault asked for)")
+            raise EngineError(_NAME, "read", f"no answer within {timeout_s} s (a fault asked for)", side="unknown")
         if self._reads == self.faults.late_read:
             time.sleep(max(0.0, deadline - time.monotonic()))
             self._late.append(_Late(self.faults.late_s, peer, segments))
             raise EngineError(
-                _NAME, "read", f"not done within {timeout_s} s (a fault asked for)", mutated=True, in_flight=True
+                _NAME,
+                "read",
+                f"not done within {timeout_s} s (a fault asked for)",
+                mutated=True,
+                in_flight=True,
+                side="unknown",
             )
         self._copy(peer, segments, deadline)
 
@@ -245,7 +263,9 @@ class MemoryEngine(TransferEngine):
             take = min(nbytes, stop_at - done)
             if take > 0:
                 if time.monotonic() > deadline:
-                    raise EngineError(_NAME, "read", "not done in time", mutated=done > 0, retry_elsewhere=True)
+                    raise EngineError(
+                        _NAME, "read", "not done in time", mutated=done > 0, retry_elsewhere=True, side="unknown"
+                    )
                 try:
                     peer.copy("read", local, remote, take)
                 except EngineError as error:
@@ -301,8 +321,10 @@ class MemoryEngine(TransferEngine):
 
     def _require_open(self, operation: str) -> None:
         if not self._identity:
-            raise EngineError(_NAME, operation, "it is not open")
+            raise EngineError(_NAME, operation, "it is not open", side="receiver")
 
     def _fault(self, operation: str, wanted: bool, *, mutated: bool = False, in_flight: bool = False) -> None:
         if wanted:
-            raise EngineError(_NAME, operation, "a fault was asked for", mutated=mutated, in_flight=in_flight)
+            raise EngineError(
+                _NAME, operation, "a fault was asked for", mutated=mutated, in_flight=in_flight, side=None
+            )

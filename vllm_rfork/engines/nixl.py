@@ -173,13 +173,18 @@ class NixlEngine(TransferEngine):
                 raise
             self._peers[endpoint] = connected
 
+    def lane(self, endpoint: str) -> str:
+        """``nixl/cma``, ``nixl/cuda_ipc``, ``nixl/rdma`` or ``nixl/tcp``."""
+        peer = self._peers.get(endpoint)
+        return NAME if peer is None else f"{NAME}/{peer.lane.short}"
+
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
         """One NIXL request for the batch, then a look whether the seed was still open when it ended."""
         deadline = time.monotonic() + timeout_s
         with self._exclusively("read", timeout_s) as agent:
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise EngineError(NAME, "read", "the peer is not connected")
+                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
             self._table.check_local(segments)
             if not segments:
                 return
@@ -227,13 +232,24 @@ class NixlEngine(TransferEngine):
     def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_agent: bool = True) -> Iterator[Agent]:
         """The agent, for one caller at a time."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise EngineError(NAME, operation, "another call does not return", code="timeout", retry_elsewhere=True)
+            raise EngineError(
+                NAME,
+                operation,
+                "another call does not return",
+                code="timeout",
+                retry_elsewhere=True,
+                side="receiver",
+            )
         try:
             if needs_agent and (self._agent is None or self._closing):
-                raise EngineError(NAME, operation, "it is not open")
+                raise EngineError(NAME, operation, "it is not open", side="receiver")
             if needs_agent and self._stuck:
                 raise EngineError(
-                    NAME, operation, f"an earlier read was given up ({self._stuck}): close the engine", in_flight=True
+                    NAME,
+                    operation,
+                    f"an earlier read was given up ({self._stuck}): close the engine",
+                    in_flight=True,
+                    side="receiver",
                 )
             yield self._agent  # type: ignore[misc]
         finally:
@@ -275,7 +291,7 @@ class NixlEngine(TransferEngine):
         request = agent.prepare(peer.name, own, theirs, operation=operation, memory="DRAM")
         agent.complete(request, Bound(deadline, self._is_closing), operation=operation, quiet_on_error=True)
         if ctypes.string_at(slot, IDENTITY_NBYTES) != peer.endpoint.identity:
-            raise EngineError(NAME, operation, "the seed has closed", mutated=True, retry_elsewhere=True)
+            raise EngineError(NAME, operation, "the seed has closed", mutated=True, retry_elsewhere=True, side="seed")
 
     def _forget(self, agent: Agent, peer: _Peer) -> None:
         """Drop a peer after an error; a second error here says nothing new."""
@@ -291,4 +307,5 @@ def _refused(why: str) -> EngineError:
         f"crash its seed. Set {ALLOW_TCP}=1 for seed and receiver to take it all the same",
         code="lane",
         retry_elsewhere=True,
+        side="receiver",
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from vllm_rfork.engines.nixl_peer import NAME
 from vllm_rfork.engines.table import ENGINES
-from vllm_rfork.errors import EngineError, EngineUnavailable
+from vllm_rfork.errors import EngineError, EngineUnavailable, Side
 
 #: Tried in this order. ``nixl`` is a thin package over one of the other two.
 MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
@@ -109,7 +109,8 @@ class Agent:
         except self._errors as error:
             lost = type(error).__name__ == LOST
             facts = {"retry_elsewhere": lost, **facts}
-            raise EngineError(NAME, operation, _text(error), code=type(error).__name__, **facts) from error
+            side = _side(operation, error)
+            raise EngineError(NAME, operation, _text(error), code=type(error).__name__, side=side, **facts) from error
 
     def _kind(self, memory: str) -> Any:
         return self._native.VRAM_SEG if (memory or self._memory) == "VRAM" else self._native.DRAM_SEG
@@ -187,7 +188,14 @@ class Agent:
                 gave_up = bound.exceeded()
                 if gave_up:
                     raise EngineError(
-                        NAME, operation, gave_up, code="timeout", mutated=True, in_flight=True, retry_elsewhere=True
+                        NAME,
+                        operation,
+                        gave_up,
+                        code="timeout",
+                        mutated=True,
+                        in_flight=True,
+                        retry_elsewhere=True,
+                        side="receiver" if bound.stopped() else "unknown",
                     )
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
@@ -204,6 +212,13 @@ class Agent:
         gone = weakref.ref(self._agent)
         self._agent = None
         return gone() is None
+
+
+def _side(operation: str, error: BaseException) -> Side:
+    """NIXL does not say which end failed, except where memory or arguments of this process are the reason."""
+    if operation not in ("connect", "read") or isinstance(error, MemoryError):
+        return "receiver"
+    return "unknown"
 
 
 def _text(error: BaseException) -> str:

@@ -32,6 +32,11 @@ class Lane(Enum):
     RDMA = "RDMA"
     EMULATED = "TCP"
 
+    @property
+    def short(self) -> str:
+        """The lane's name in records: one word."""
+        return {"cross-memory attach": "cma", "CUDA IPC": "cuda_ipc"}.get(self.value, self.value.lower())
+
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """One NIXL agent, as its peers need to know it.
@@ -67,14 +72,16 @@ def decode_endpoint(text: str) -> Endpoint:
         EngineError: not an endpoint of this engine, or one that this code does not read.
     """
     if len(text) > MAX_ENDPOINT_LENGTH:
-        raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long")
+        raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long", side="seed")
     try:
         endpoint = msgspec.json.decode(text.encode(), type=Endpoint)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        raise EngineError(NAME, "connect", f"{text[:80]!r} is not an endpoint of this engine: {error}") from error
+        raise EngineError(
+            NAME, "connect", f"{text[:80]!r} is not an endpoint of this engine: {error}", side="seed"
+        ) from error
     impossible = endpoint.pid <= 0 or endpoint.identity_at <= 0 or len(endpoint.identity) != IDENTITY_NBYTES
     if endpoint.v != _VERSION or impossible or endpoint.device < 0:
-        raise EngineError(NAME, "connect", f"{text[:80]!r} is not an endpoint that this version reads")
+        raise EngineError(NAME, "connect", f"{text[:80]!r} is not an endpoint that this version reads", side="seed")
     return endpoint
 
 
@@ -114,7 +121,9 @@ def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
         EngineError: the two hold different kinds of memory.
     """
     if own.memory != peer.memory:
-        raise EngineError(NAME, "connect", f"the seed holds {peer.memory} memory, this process {own.memory}")
+        raise EngineError(
+            NAME, "connect", f"the seed holds {peer.memory} memory, this process {own.memory}", side="receiver"
+        )
     if own.boot != peer.boot or not own.boot:
         if own.rdma and peer.rdma:
             return Lane.RDMA, ""
@@ -136,9 +145,13 @@ def _no_attach(own: Endpoint, peer: Endpoint) -> str:
     try:
         read_process(peer.pid, ctypes.addressof(seen), peer.identity_at, IDENTITY_NBYTES)
     except ProcessLookupError as error:
-        raise EngineError(NAME, "connect", f"the seed's process {peer.pid} is gone", retry_elsewhere=True) from error
+        raise EngineError(
+            NAME, "connect", f"the seed's process {peer.pid} is gone", retry_elsewhere=True, side="seed"
+        ) from error
     except OSError as error:
         return f"the seed's memory cannot be attached ({error.strerror})"
     if seen.raw != peer.identity:
-        raise EngineError(NAME, "connect", f"the seed in process {peer.pid} has closed", retry_elsewhere=True)
+        raise EngineError(
+            NAME, "connect", f"the seed in process {peer.pid} has closed", retry_elsewhere=True, side="seed"
+        )
     return ""

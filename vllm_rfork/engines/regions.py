@@ -84,4 +84,5 @@ class RegionTable:
                     self._engine,
                     "read",
                     f"{segment.nbytes} bytes at local address {segment.local:#x} do not lie in one registered region",
+                    side="receiver",
                 )

@@ -184,7 +184,7 @@ class YuanRongEngine(TransferEngine):
         with self._exclusively("read", timeout_s) as native:
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise EngineError(NAME, "read", "the peer is not connected")
+                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
             self._table.check_local(segments)
             if not segments:
                 return
@@ -248,14 +248,23 @@ class YuanRongEngine(TransferEngine):
         """The native engine, for one caller at a time."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
             raise EngineError(
-                NAME, operation, "another call does not return", code="timeout", in_flight=operation == "close"
+                NAME,
+                operation,
+                "another call does not return",
+                code="timeout",
+                in_flight=operation == "close",
+                side="receiver",
             )
         try:
             if needs_engine and self._native is None:
-                raise EngineError(NAME, operation, "it is not open")
+                raise EngineError(NAME, operation, "it is not open", side="receiver")
             if needs_engine and self._stuck:
                 raise EngineError(
-                    NAME, operation, f"an earlier read was given up ({self._stuck}): close the engine", in_flight=True
+                    NAME,
+                    operation,
+                    f"an earlier read was given up ({self._stuck}): close the engine",
+                    in_flight=True,
+                    side="receiver",
                 )
             yield self._native  # type: ignore[misc]
         finally:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_rfork.errors import EngineError, EngineUnavailable
+from vllm_rfork.errors import EngineError, EngineUnavailable, Side
 
 NAME = "yuanrong"
 MODULE = "yr.datasystem"
@@ -32,6 +32,9 @@ CODES: dict[int, str] = {
 }
 #: Codes that speak about this peer: another seed may do.
 _PEERS_FAULT = frozenset({"kRuntimeError", "kNotReady", "kNotAuthorized", "kNotFound"})
+#: Whose failure a code tells where a peer is involved; the others do not say. "Not found" and "not authorized" are
+#: about the peer's registrations.
+_SIDES: dict[str, Side] = {"kNotFound": "seed", "kNotAuthorized": "seed", "kNotSupported": "receiver"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def failure(
         mutated=mutated,
         in_flight=in_flight,
         retry_elsewhere=code in _PEERS_FAULT and operation in ("connect", "read"),
+        side=_SIDES.get(code) if operation in ("connect", "read") else "receiver",
     )
 
 
@@ -150,7 +154,9 @@ def _translated(operation: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except (TypeError, ValueError, OverflowError) as error:
-        raise EngineError(NAME, operation, f"the engine does not take these arguments: {error}") from error
+        raise EngineError(
+            NAME, operation, f"the engine does not take these arguments: {error}", side="receiver"
+        ) from error
     except (RuntimeError, MemoryError, OSError) as error:
         raise EngineError(
             NAME,
@@ -158,6 +164,7 @@ def _translated(operation: str, function: Callable[[], Any]) -> Any:
             f"{type(error).__name__}: {error}",
             mutated=operation == "read",
             in_flight=operation == "read",
+            side="receiver" if isinstance(error, MemoryError) else None,
         ) from error
 
 
@@ -199,4 +206,4 @@ class AclRuntime:
             return
         code = self._library.aclrtSetDevice(ctypes.c_int32(device))
         if code != 0:
-            raise EngineError(NAME, "read", f"aclrtSetDevice({device}) failed", code=f"acl {code}")
+            raise EngineError(NAME, "read", f"aclrtSetDevice({device}) failed", code=f"acl {code}", side="receiver")

@@ -31,7 +31,9 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     """
     host, _, port = endpoint.rpartition(":")
     if not host or ":" in host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise EngineError(NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine (host:port)")
+        raise EngineError(
+            NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine (host:port)", side="seed"
+        )
     return host, int(port)
 
 
@@ -101,9 +103,12 @@ def probe(address: tuple[str, int], timeout_s: float, operation: str, *, convers
             f"no engine answers at {shown} within {timeout_s:g} s: {error}",
             code=code,
             retry_elsewhere=True,
+            side="unknown",
         ) from error
     if not got.startswith(_MAGIC):
-        raise EngineError(NAME, operation, f"what answers at {shown} is no YuanRong engine", retry_elsewhere=True)
+        raise EngineError(
+            NAME, operation, f"what answers at {shown} is no YuanRong engine", retry_elsewhere=True, side="seed"
+        )
 
 
 def _question(port: int) -> bytes:
@@ -130,7 +135,9 @@ class Relay:
                 stderr=subprocess.DEVNULL,
             )
         except OSError as error:
-            raise EngineError(NAME, "connect", f"the relay process cannot be started: {error}") from error
+            raise EngineError(
+                NAME, "connect", f"the relay process cannot be started: {error}", side="receiver"
+            ) from error
         try:
             self.target = f"127.0.0.1:{self._read_port(timeout_s)}"
         except EngineError:
@@ -142,7 +149,9 @@ class Relay:
         ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         line = self._process.stdout.readline() if ready else b""
         if not line.strip().isdigit():
-            raise EngineError(NAME, "connect", f"the relay process does not start within {timeout_s:g} s")
+            raise EngineError(
+                NAME, "connect", f"the relay process does not start within {timeout_s:g} s", side="receiver"
+            )
         return int(line)
 
     def stop(self) -> None:

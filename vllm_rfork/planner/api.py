@@ -43,6 +43,7 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.Response]]
 OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ, messages.DASHBOARD})
 #: Bounds of the headers that carry free text, in characters.
 MAX_ID_LENGTH = 256
+MAX_LANE_LENGTH = 64
 MAX_EXCLUDED = 256
 MAX_SNAPSHOT = 100_000
 
@@ -352,11 +353,14 @@ def _outcome(headers: Mapping[str, str]) -> Outcome | None:
     if result not in (messages.RESULT_OK, messages.RESULT_FAILED):
         raise BadMessage(f"header {messages.RESULT} must be ok or failed, got {result[:40]!r}")
     nbytes = header(headers, messages.NBYTES) or "0"
+    side = header(headers, messages.SIDE) or ""
     return Outcome(
         result == messages.RESULT_OK,
         messages.integer(nbytes, messages.NBYTES, minimum=0, maximum=10**16 - 1),
         messages.seconds(header(headers, messages.SECONDS) or "0", messages.SECONDS, maximum=1e7),
         _text(headers, messages.CAUSE),
+        side if side in messages.SIDES else "",  # another word is a newer client's: as if it had said nothing
+        _text(headers, messages.LANE, MAX_LANE_LENGTH),
     )
 
 

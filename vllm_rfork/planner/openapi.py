@@ -71,8 +71,13 @@ _SCHEMAS: dict[str, tuple[_Data, str]] = {
         "How the fork went.",
     ),
     messages.NBYTES: (_number(10**16 - 1), "Bytes that were copied."),
-    messages.SECONDS: ({"type": "number", "minimum": 0, "maximum": 10**7}, "How long the copying took."),
+    messages.SECONDS: ({"type": "number", "minimum": 0, "maximum": 10**7}, "How long the fork took."),
     messages.CAUSE: (_OWN_ID, "The error class that ended a failed fork."),
+    messages.SIDE: (
+        {"type": "string", "enum": list(messages.SIDES)},
+        "Whose failure it was: a receiver's own counts against no seed.",
+    ),
+    messages.LANE: ({"type": "string", "maxLength": 64}, "Engine and lane that the bytes took."),
 }
 
 _SEED_NAME = (messages.SEED_IP, messages.SEED_PORT)
@@ -184,7 +189,15 @@ def _paths() -> dict[str, dict[str, _Data]]:
                 done,
                 "400 404 503",
                 needs=[*_SEED_NAME, messages.USER_ID],
-                takes=[messages.SEED_RANK, messages.RESULT, messages.NBYTES, messages.SECONDS, messages.CAUSE],
+                takes=[
+                    messages.SEED_RANK,
+                    messages.RESULT,
+                    messages.NBYTES,
+                    messages.SECONDS,
+                    messages.CAUSE,
+                    messages.SIDE,
+                    messages.LANE,
+                ],
             )
         },
         messages.RENEW_SEED_LEASE: {

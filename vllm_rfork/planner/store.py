@@ -120,12 +120,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a receiver says of its fork when it releases its lease. ``cause`` is the error's class name."""
+    """What a receiver says of its fork when it releases its lease.
+
+    ``duration_s`` is the receiver's own time, 0 where it states none; ``cause`` the error's class name; ``side`` one of
+    ``messages.SIDES`` or empty; ``lane`` the engine and lane.
+    """
 
     ok: bool
     nbytes: int = 0
     duration_s: float = 0.0
     cause: str = ""
+    side: str = ""
+    lane: str = ""
 
 
 @dataclass(frozen=True)

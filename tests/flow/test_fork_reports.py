@@ -1,0 +1,183 @@
+"""What a receiver reports of a fork when it releases its lease: seconds, bytes, lane, cause, whose failure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.flow.memory_seed import KEY, NBYTES, attempt_of, contents, digest_of, manifest_of
+from tests.unit.interop_planners import serve
+from vllm_rfork.attempt import Attempt, Target
+from vllm_rfork.buffers import Buffer
+from vllm_rfork.config import parse_config
+from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.engines.memory import FAULT_VARIABLE, MemoryEngine
+from vllm_rfork.errors import ForkError, VerificationError
+from vllm_rfork.manifest import Manifest
+from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.segments import Segment
+
+WITHIN_S = 30.0
+
+
+class Incoming:
+    """Takes the bytes; raises what a test asks for."""
+
+    def __init__(self, arrived: BaseException | None = None, accept: BaseException | None = None) -> None:
+        self._arrived, self._accept = arrived, accept
+
+    def arrived(self, segments: Sequence[Segment]) -> None:
+        if self._arrived is not None:
+            raise self._arrived
+
+    def accept(self, manifest: Manifest) -> None:
+        if self._accept is not None:
+            raise self._accept
+
+    def close(self) -> None: ...
+
+
+class Fleet:
+    """One seed of this process, and a planner that grants it once and keeps every report."""
+
+    def __init__(self) -> None:
+        self.buffer = Buffer("cpu", NBYTES)
+        self.buffer.write(0, contents())
+        self.engine = MemoryEngine()
+        self.engine.open(EngineConfig(device="cpu"))
+        manifest = manifest_of(self.buffer, digest_of(self.buffer))
+        self.engine.register(manifest.regions)
+        served = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+        offer = Offer(Manifest(**{**served, "epoch": "e1", "endpoint": self.engine.endpoint}))
+        self.service = SeedService(seed_key=KEY, offer=offer, bind_host="127.0.0.1")
+        self.grants = 1
+        self.reports: list[dict[str, str]] = []
+        self.reported = asyncio.Event()
+        self.url = ""
+
+    def app(self) -> web.Application:
+        async def get_seed(request: web.Request) -> web.Response:
+            if not self.grants:
+                return web.Response(status=404)
+            self.grants -= 1
+            return web.Response(
+                headers={
+                    "SEED_IP": "127.0.0.1",
+                    "SEED_PORT": str(self.service.port),
+                    "SEED_RANK": "0",
+                    "USER_ID": "u1",
+                    "LEASE_TTL_SEC": "60",
+                }
+            )
+
+        async def put_seed(request: web.Request) -> web.Response:
+            self.reports.append({name: value for name, value in request.headers.items() if name.startswith("RFORK-")})
+            self.reported.set()
+            return web.Response()
+
+        async def other(request: web.Request) -> web.Response:
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_get("/get_seed", get_seed)
+        app.router.add_post("/put_seed", put_seed)
+        app.router.add_route("*", "/{any}", other)
+        return app
+
+    def attempt(self) -> Attempt:
+        return attempt_of(
+            parse_config(
+                {"rfork_scheduler_url": self.url, "rfork_request_timeout_sec": 10.0, "rfork_become_seed": False}, {}
+            ).settings
+        )
+
+    async def report(self) -> dict[str, str]:
+        await asyncio.wait_for(self.reported.wait(), WITHIN_S)
+        return self.reports[0]
+
+
+@contextlib.asynccontextmanager
+async def fleet() -> AsyncIterator[Fleet]:
+    made = Fleet()
+    await made.service.start()
+    async with serve(made.app()) as made.url:
+        yield made
+    await made.service.stop()
+    made.engine.close()
+
+
+def target_of(buffer: Buffer, incoming: Callable[[], Any] = Incoming) -> Target:
+    return Target(manifest_of(buffer), incoming, buffer, lambda nbytes: None)
+
+
+async def failed(made: Fleet, incoming: Callable[[], Any] = Incoming) -> dict[str, str]:
+    """The report on a fork that is to fail."""
+    attempt = made.attempt()
+    with pytest.raises(ForkError):
+        await asyncio.to_thread(attempt.run, target_of(Buffer("cpu", NBYTES), incoming))
+    found = await made.report()
+    await asyncio.to_thread(attempt.close)
+    assert found["RFORK-RESULT"] == "failed"
+    return found
+
+
+async def test_a_fork_reports_its_own_time_and_not_the_leases() -> None:
+    """In the runtime layout post-processing of dummy weights lies between the lease and the fork."""
+    async with fleet() as made:
+        attempt = made.attempt()
+        await asyncio.to_thread(attempt.reserve, "f1")
+        await asyncio.sleep(1.0)  # the post-processing
+        began = time.monotonic()
+        await asyncio.to_thread(attempt.run, target_of(Buffer("cpu", NBYTES)))
+        took_s = time.monotonic() - began
+        found = await made.report()
+        await asyncio.to_thread(attempt.close)
+    assert 0 < float(found["RFORK-SECONDS"]) <= took_s + 0.001  # three decimals on the wire
+    assert found["RFORK-NBYTES"] == str(NBYTES)
+    assert (found["RFORK-RESULT"], found["RFORK-LANE"]) == ("ok", "memory")
+    assert not {"RFORK-CAUSE", "RFORK-SIDE"} & set(found)
+    stages = str(attempt.times)
+    assert re.search(r"\bengine \d+\.\d{3} s \(overlapped\)", stages), stages
+    assert re.search(r"\bplanner \d+\.\d{3} s \(before\)", stages), stages
+    assert all(re.fullmatch(r"[a-z ]+ \d+\.\d{3} s( \(\w+\))?", each) for each in stages.split(", ")), stages
+
+
+@pytest.mark.parametrize(
+    ("fault", "side"), [("register_fails", "receiver"), ("connect_fails", "unknown"), ("fail_read=1", "unknown")]
+)
+async def test_an_engines_failure_reports_its_side(fault: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet() as made:
+        monkeypatch.setenv(FAULT_VARIABLE, fault)
+        found = await failed(made)
+    assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("EngineError", side)
+
+
+async def test_a_seed_that_has_closed_its_engine_is_to_blame() -> None:
+    async with fleet() as made:
+        made.engine.close()
+        found = await failed(made)
+    assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("EngineError", "seed")
+
+
+async def test_a_seed_that_does_not_answer_is_to_blame() -> None:
+    async with fleet() as made:
+        await made.service.stop()
+        found = await failed(made)
+    assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("SeedError", "seed")
+
+
+async def test_wrong_bytes_are_the_seeds_and_memory_that_runs_out_is_the_receivers() -> None:
+    async with fleet() as made:
+        found = await failed(made, lambda: Incoming(accept=VerificationError("a digest differs")))
+    assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("VerificationError", "seed")
+    assert found["RFORK-NBYTES"] == str(NBYTES), "that many had been copied"
+    async with fleet() as made:
+        found = await failed(made, lambda: Incoming(arrived=MemoryError()))
+    assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("MemoryError", "receiver")
