@@ -12,7 +12,7 @@ import ipaddress
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -259,11 +259,10 @@ def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[st
         else:
             passed_through[key] = value
     decided = set(ours).union(_EITHER if set(_EITHER) & set(ours) else ())
+    _no_blank_token(decided, environment)
     for name, variable in ENVIRONMENT.items():
         text = environment.get(variable, "")
-        if name not in decided and text:
-            if name == "rfork_token" and not text.strip():
-                raise ConfigError(f"{name} (from {variable})", "contains only white space", "a token, or unset it")
+        if name not in decided and (text.strip() if name == "rfork_token" else text):
             ours[name] = _from_text(name, variable, text)
     try:
         settings = Settings(**{name: each if name == _SEPARATOR else _stripped(each) for name, each in ours.items()})
@@ -282,6 +281,19 @@ def _unknown_option(key: str) -> ConfigError:
     near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]}? " if near else ""
     return ConfigError(key, f"there is no such option; {hint}".rstrip("; "), f"one of {', '.join(known)}")
+
+
+def _no_blank_token(decided: Container[str], environment: Mapping[str, str]) -> None:
+    """Reject a variable for the token that is set and blank, such as from an empty Secret.
+
+    Raises:
+        ConfigError: without a token the seed service would be open to all, which nobody wanted who set the variable.
+    """
+    variable = ENVIRONMENT["rfork_token"]
+    given = environment.get(variable)
+    elsewhere = "rfork_token" in decided or environment.get(ENVIRONMENT["rfork_token_file"])
+    if given is not None and not given.strip() and not elsewhere:
+        raise ConfigError(f"rfork_token (from {variable})", "is blank", "a token; unset the variable for none")
 
 
 def _check_together(settings: Settings) -> None:

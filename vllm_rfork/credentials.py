@@ -7,86 +7,18 @@ text that holds a token or a key. Must not know any path or header of the protoc
 
 from __future__ import annotations
 
-import hmac
-import os
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Generic, TypeVar
 
 from vllm_rfork.config import Settings
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.net import bearer
+from vllm_rfork.net.reloaded import Reloaded
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
-
-T = TypeVar("T")
-
-_RECHECK_S = 1.0
-_MAX_TOKENS = 2
-_MAX_TOKEN_FILE_NBYTES = 64 * 1024
-
-
-class Reloaded(Generic[T]):
-    """What ``read`` makes of some files, made anew when one of them has changed.
-
-    Args:
-        what: names it in the log.
-        read: raises ConfigError where the files cannot be used; so does the constructor then.
-        clock: replaced in tests.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        paths: tuple[str, ...],
-        read: Callable[[], T],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._what = what
-        self._paths = paths
-        self._read = read
-        self._clock = clock
-        self._checked_at = clock()
-        self._version = self._versions()  # before reading: a change in between is seen the next time
-        self._value = read()
-        self._problem = ""
-
-    def current(self) -> T:
-        """The latest usable content. Never raises."""
-        now = self._clock()
-        if self._paths and now - self._checked_at >= _RECHECK_S:
-            self._checked_at = now
-            self._refresh()
-        return self._value
-
-    def _refresh(self) -> None:
-        version = self._versions()
-        if version == self._version:
-            return
-        try:
-            self._value = self._read()
-        except ConfigError as error:
-            if str(error) != self._problem:
-                logger.warning("%s changed and cannot be used; the earlier stays: %s", self._what, error)
-            self._problem = str(error)  # and the version stays, so that it is tried again
-            return
-        self._version = version
-        self._problem = ""
-        logger.info("%s re-read", self._what)
-
-    def _versions(self) -> tuple[object, ...]:
-        return tuple(_version(path) for path in self._paths)
-
-
-def _version(path: str) -> object:
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        return error.errno
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 @dataclass(frozen=True)
@@ -122,20 +54,21 @@ class Credentials:
 
     def __init__(self, options: Options | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options = options or Options()
-        own = (options.token,) if options.token else ()
-        self._tokens = (
-            Reloaded("the token file", (options.token_file,), lambda: _read_tokens(options.token_file), clock)
-            if options.token_file
-            else Reloaded("the token", (), lambda: own, clock)
+        self._tokens = Reloaded(
+            "the token file",
+            (options.token_file,) if options.token_file else (),
+            lambda: _tokens(options),
+            logger,
+            clock=clock,
         )
         self._client = (
-            Reloaded("the TLS files", options.tls_files, lambda: client_context(options), clock)
+            Reloaded("the TLS files", options.tls_files, lambda: client_context(options), logger, clock=clock)
             if options.has_tls
             else None
         )
         server_files = tuple(filter(None, (options.cert_file, options.key_file, options.client_ca_file)))
         self._server = (
-            Reloaded("the seed service's TLS files", server_files, lambda: server_context(options), clock)
+            Reloaded("the seed service's TLS files", server_files, lambda: server_context(options), logger, clock=clock)
             if options.seed_tls != "off" and options.cert_file
             else None
         )
@@ -168,13 +101,7 @@ class Credentials:
 
     def admit(self, authorization: str) -> bool:
         """Whether a caller with this ``Authorization`` header may come in: with any of the tokens, or none is set."""
-        tokens = self._tokens.current()
-        if not tokens:
-            return True
-        scheme, _, given = authorization.partition(" ")
-        # All are compared whatever the first says, so that time tells nothing.
-        matches = [equal(given.strip(), each) for each in tokens]
-        return scheme.lower() == "bearer" and any(matches)
+        return bearer.admits(self._tokens.current(), authorization)
 
     def client_context(self) -> ssl.SSLContext | None:
         """For https calls; None for the system's trust and no certificate of one's own."""
@@ -192,12 +119,13 @@ class Credentials:
         return context
 
 
-def equal(one: str, other: str) -> bool:
-    """Compared in constant time: neither a token nor a key can be guessed letter by letter."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
-
-
 # --- what is made from files -----------------------------------------------------------------------------------------
+
+
+def _tokens(options: Options) -> tuple[str, ...]:
+    if options.token_file:
+        return bearer.read_file(options.token_file, "rfork_token_file")
+    return (options.token,) if options.token else ()
 
 
 def client_context(options: Options) -> ssl.SSLContext:
@@ -244,23 +172,6 @@ def _load_certificate(context: ssl.SSLContext, options: Options) -> None:
     except (OSError, ValueError) as error:
         accepts = "a PEM certificate that fits the key in rfork_tls_key_file, which has no password"
         raise _unusable("rfork_tls_cert_file", error, accepts) from error
-
-
-def _read_tokens(path: str) -> tuple[str, ...]:
-    accepts = "a file with one token, or two while rotating, one a line"
-    try:
-        with Path(path).open("rb") as file:
-            lines = file.read(_MAX_TOKEN_FILE_NBYTES).decode("ascii").splitlines()
-    except OSError as error:
-        raise _unusable("rfork_token_file", error, accepts) from error
-    except UnicodeDecodeError:
-        raise ConfigError("rfork_token_file", "holds other characters than ASCII's", accepts) from None
-    tokens = tuple(line.strip() for line in lines if line.strip())
-    if not 1 <= len(tokens) <= _MAX_TOKENS:
-        raise ConfigError("rfork_token_file", f"holds {len(tokens)} tokens", accepts)
-    if not all(token.isprintable() for token in tokens):
-        raise ConfigError("rfork_token_file", "holds characters that no header may hold", accepts)
-    return tokens
 
 
 def _unusable(name: str, error: Exception, accepts: str) -> ConfigError:

@@ -20,11 +20,12 @@ from vllm_rfork import messages
 from vllm_rfork.bounded_server import BoundedServer, Bounds, Reply, Tls
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.clients.tls_advice import ssl_error
-from vllm_rfork.credentials import Credentials, Options, equal
+from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import SeedError
 from vllm_rfork.installed_base import InstalledBase, info_payload, shape_payload
 from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
 from vllm_rfork.messages import BadMessage
+from vllm_rfork.net.bearer import equal
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)

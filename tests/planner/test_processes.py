@@ -256,6 +256,9 @@ async def test_sigterm_drains_and_ends_with_status_zero(started: list[PlannerUnd
         (("--token-file", "/nowhere/token"), {}, "token_file"),
         ((), {"RFORK_PLANNER_SLOT": "3"}, "RFORK_PLANNER_SLOT"),
         ((), {"RFORK_PLANNER_LEASE_TTL_SEC": "-3"}, "lease_ttl_sec"),
+        ((), {"RFORK_TOKEN": ""}, "RFORK_TOKEN"),
+        ((), {"RFORK_TOKEN": " \n"}, "RFORK_TOKEN"),
+        (("--store", "redis://:s3cret@h/0?foo=bar"), {}, "foo"),
     ],
 )
 def test_a_wrong_setting_fails_the_start_and_is_named(
@@ -264,6 +267,8 @@ def test_a_wrong_setting_fails_the_start_and_is_named(
     status, said = start(started, *flags, **environ).fails()
     assert status == 2
     assert named in said
+    assert "Traceback" not in said
+    assert "s3cret" not in said
 
 
 def test_a_wait_that_workers_do_not_sit_out_is_warned_of(started: list[PlannerUnderTest]) -> None:

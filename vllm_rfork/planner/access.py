@@ -1,14 +1,11 @@
 """Who may call, and what a caller may announce: bearer tokens, TLS, addresses.
 
-Tokens are compared as digests in constant time, are re-read when their file changes, and never leave this
-module: no log line, metric or error text holds one.
+Tokens are compared in constant time and re-read when their file changes; no log line, metric or error text holds one.
 """
 
 from __future__ import annotations
 
 import enum
-import hashlib
-import hmac
 import ipaddress
 import logging
 import os
@@ -19,13 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.net import bearer
+from vllm_rfork.net.reloaded import Reloaded
 from vllm_rfork.planner.resolver import Resolver
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLES = ("RFORK_TOKEN", "RFORK_TOKEN_PREVIOUS")
-_MAX_TOKENS = 2
-_RECHECK_S = 1.0
 _REMEMBER_S = 300.0
 _MAX_REMEMBERED = 4096
 
@@ -34,82 +31,47 @@ class Tokens:
     """The tokens that open the planner: none (open to all), one, or two while they are being rotated.
 
     Args:
-        path: a file with one token a line, looked at again at most once a second; ``environ`` counts otherwise.
+        path: a token file (see :mod:`vllm_rfork.net.bearer`), looked at again at most once a second; where it is
+            None, the variables :data:`TOKEN_VARIABLES` of ``environ`` count.
 
     Raises:
-        ConfigError: the file cannot be read, or holds none or more than two.
+        ConfigError: the file cannot be used, or ``RFORK_TOKEN`` is set and blank: whoever set it wanted a token, and
+            without one the planner would be open to all.
     """
 
     def __init__(
         self, path: Path | None, environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._path = path
-        self._clock = clock
-        self._checked_at = clock()
-        self._version: tuple[int, ...] = ()
-        self._digests: tuple[bytes, ...] = ()
-        if path is None:
-            self._digests = _digests([environ.get(name, "") for name in TOKEN_VARIABLES])
-        else:
-            self._version, self._digests = _version(path, "token_file"), _read(path)
+        paths = () if path is None else (str(path),)
+
+        def read() -> tuple[str, ...]:
+            return _from_environment(environ) if path is None else bearer.read_file(path, "token_file")
+
+        self._tokens = Reloaded("the token file", paths, read, logger, clock=clock)
 
     @property
     def required(self) -> bool:
         """Callers must have a token."""
-        return bool(self._digests)
+        return bool(self._tokens.current())
 
     def admit(self, authorization: str | None) -> bool:
         """Whether an ``Authorization`` header opens the planner."""
-        self._refresh()
-        if not self._digests:
-            return True
-        scheme, _, token = (authorization or "").partition(" ")
-        given = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
-        # Both are compared whatever the first says, so that time tells nothing.
-        matches = [hmac.compare_digest(given, each) for each in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
-
-    def _refresh(self) -> None:
-        now = self._clock()
-        if self._path is None or now - self._checked_at < _RECHECK_S:
-            return
-        self._checked_at = now
-        try:
-            version = _version(self._path, "token_file")
-            if version != self._version:
-                self._version, self._digests = version, _read(self._path)
-                logger.info("Bearer tokens re-read: %d valid", len(self._digests))
-        except ConfigError as error:
-            logger.warning("The token file changed and cannot be used; the earlier tokens stay valid: %s", error)
+        return bearer.admits(self._tokens.current(), authorization)
 
 
-def _version(path: Path, field: str) -> tuple[int, ...]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise ConfigError(field, error.strerror or "cannot be read", "a readable file") from error
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
-
-def _read(path: Path) -> tuple[bytes, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("token_file", "cannot be read", "a readable text file") from error
-    digests = _digests(lines)
-    if not 1 <= len(digests) <= _MAX_TOKENS:
-        raise ConfigError("token_file", f"holds {len(digests)} tokens", "one token, or two while rotating, one a line")
-    return digests
-
-
-def _digests(tokens: list[str]) -> tuple[bytes, ...]:
-    return tuple(hashlib.sha256(each.strip().encode("utf-8")).digest() for each in tokens if each.strip())
+def _from_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
+    present, previous = (environ.get(name) for name in TOKEN_VARIABLES)
+    tokens = [] if present is None else [bearer.checked(present.strip(), TOKEN_VARIABLES[0])]
+    if previous and previous.strip():  # empty while nothing is rotated
+        tokens.append(bearer.checked(previous.strip(), TOKEN_VARIABLES[1]))
+    return tuple(tokens)
 
 
 class ServerTls:
     """The server's side of TLS 1.2 and later; new connections use a certificate that was renewed on disk.
 
-    A client CA that was exchanged is trusted from then on as well; the earlier one stays trusted until a restart.
+    A client CA that was exchanged is trusted from then on as well; the earlier one stays trusted until a restart. A
+    pair of which only half has been renewed leaves the earlier one in use.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -119,25 +81,16 @@ class ServerTls:
         self._cert, self._key, self._client_ca = cert, key, client_ca
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._version = self._load()
+        paths = tuple(str(each) for each in (cert, key, client_ca) if each is not None)
+        self._files = Reloaded("the TLS files", paths, self._load, logger, recheck_s=0.0)
         if client_ca is not None:
             self.context.verify_mode = ssl.CERT_REQUIRED
 
     def refresh(self) -> None:
-        """Load the files again if one was replaced; a half-written pair keeps the old one."""
-        try:
-            if self._version != self._versions():
-                self._version = self._load()
-                logger.info("TLS files re-read: %s", self._cert)
-        except ConfigError as error:
-            logger.warning("The TLS files changed and cannot be used; the earlier ones stay: %s", error)
+        """Load the files again if one was replaced."""
+        self._files.current()
 
-    def _versions(self) -> tuple[tuple[int, ...], ...]:
-        own = _version(self._cert, "tls_cert"), _version(self._key, "tls_key")
-        return own if self._client_ca is None else (*own, _version(self._client_ca, "tls_client_ca"))
-
-    def _load(self) -> tuple[tuple[int, ...], ...]:
-        version = self._versions()
+    def _load(self) -> None:
         try:
             # Without a password OpenSSL would ask the terminal for that of a key which has one.
             self.context.load_cert_chain(self._cert, self._key, password=b"")
@@ -148,7 +101,6 @@ class ServerTls:
                 self.context.load_verify_locations(self._client_ca)
             except (OSError, ssl.SSLError) as error:
                 raise ConfigError("tls_client_ca", "cannot be used", "a PEM file with CA certificates") from error
-        return version
 
 
 class Trust(enum.Enum):

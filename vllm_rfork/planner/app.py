@@ -172,23 +172,22 @@ def make_store(settings: Settings) -> Store:
     """The store that ``settings`` name.
 
     Raises:
-        ConfigError: Redis is asked for and its client is not installed.
+        ConfigError: Redis is asked for and its client is not installed, or the URL cannot be used.
     """
     if settings.store == "memory":
         from vllm_rfork.planner.memory_store import MemoryStore
 
         return MemoryStore(settings.rules())
     try:
+        from vllm_rfork.planner import redis_url
         from vllm_rfork.planner.redis_store import RedisStore
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "redis":
             raise
         problem = "the Redis client is missing: pip install 'vllm-rfork[planner]'"
         raise ConfigError("store", problem, "memory") from error
-    try:
-        return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
-    except ValueError as error:  # without its text: the URL may hold a password
-        raise ConfigError("store", "not a usable Redis URL", "redis://host:port/db") from error
+    redis_url.check(settings.store)
+    return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
 
 
 async def serve(settings: Settings) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, Settings, check_environment, settings_from
@@ -31,6 +32,13 @@ def _options(command: click.Command) -> click.Command:
     return command
 
 
+def _source(context: click.Context, name: str) -> str:
+    """The flag or variable that setting ``name`` came from."""
+    if context.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
+        return ENVIRONMENT_PREFIX + name.upper()
+    return f"--{name.replace('_', '-')}"
+
+
 @click.command("planner")
 @click.pass_context
 def planner(context: click.Context, /, **given: Any) -> None:
@@ -45,7 +53,8 @@ def planner(context: click.Context, /, **given: Any) -> None:
 
     try:
         check_environment(os.environ)
-        settings = settings_from({name: value for name, value in given.items() if value is not None})
+        values = {name: value for name, value in given.items() if value is not None}
+        settings = settings_from(values, {name: _source(context, name) for name in values})
         logs.set_up(settings.log_format, settings.log_level)
         app.run(settings)
     except ConfigError as error:

@@ -7,6 +7,7 @@ is silently ignored is found out in an outage. Tokens are never settings: they c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,20 @@ class Settings(BaseModel):
         )
 
 
-def settings_from(values: Mapping[str, Any]) -> Settings:
+def settings_from(values: Mapping[str, Any], given_by: Mapping[str, str] | None = None) -> Settings:
     """Settings from flags and environment, checked against each other.
 
+    Args:
+        values: setting name → value, as text or of the setting's type.
+        given_by: setting name → the flag or variable that it came from, for the message.
+
     Raises:
-        ConfigError: the first thing that is wrong, by the field's name.
+        ConfigError: the first thing that is wrong, by the field's name, with the value and where it came from.
     """
     try:
         settings = Settings.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "settings"
-        known = Settings.model_fields.get(field)
-        raise ConfigError(
-            field, first["msg"], (known.description or "") if known else "one of the known settings"
-        ) from error
+        raise _wrong(error, values, given_by or {}) from error
     if settings.store != "memory" and not settings.store.startswith(("redis://", "rediss://", "unix://")):
         raise ConfigError("store", "unknown kind of store", "memory or redis://host:port/db")
     if (settings.tls_cert is None) != (settings.tls_key is None):
@@ -111,6 +111,57 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _wrong(error: pydantic.ValidationError, values: Mapping[str, Any], given_by: Mapping[str, str]) -> ConfigError:
+    """The first problem of ``error``. No setting that can fail here is a secret."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    if name not in Settings.model_fields:
+        return ConfigError(name, first["msg"], "one of the known settings")
+    source = given_by.get(name, "")
+    problem = f"cannot be {str(values[name])[:80]!r}"
+    if source.startswith(ENVIRONMENT_PREFIX) and _SERVICE_URL.match(str(values[name])):
+        problem += f"; {_kubernetes(source)}"
+    return ConfigError(f"{name} (from {source})" if source else name, problem, accepted(name))
+
+
+_BOUNDS = (("from", "ge"), ("to", "le"))
+
+
+def accepted(name: str) -> str:
+    """What the setting ``name`` accepts, in a user's words."""
+    field = Settings.model_fields[name]
+    bounds = {
+        word: getattr(each, word) for each in field.metadata for word in ("ge", "le", "pattern") if hasattr(each, word)
+    }
+    if field.annotation in (int, float):
+        kind = "an integer" if field.annotation is int else "a number of seconds"
+        return (
+            kind
+            + (f" from {bounds['ge']:g}" if "ge" in bounds else "")
+            + (f" to {bounds['le']}" if "le" in bounds else "")
+        )
+    if "pattern" in bounds:
+        words = re.fullmatch(r"\^\(([a-z|]+)\)\$", bounds["pattern"])
+        return "one of " + ", ".join(words[1].split("|")) if words else f"text of the form {bounds['pattern']}"
+    if field.annotation is bool:
+        return "true or false"
+    return "a path" if field.annotation == Path | None else "text"
+
+
+#: Variables that Kubernetes sets in a pod for each Service of its namespace, here for one called ``rfork-planner…``.
+_SERVICE_VARIABLE = re.compile(
+    r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z"
+)
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _kubernetes(variable: str) -> str:
+    return (
+        f"Kubernetes sets {variable} for a Service called rfork-planner: set enableServiceLinks: false in the pod's "
+        "spec, or give the Service another name"
+    )
+
+
 def check_environment(names: Iterable[str]) -> None:
     """Refuse variables that look like settings and are none.
 
@@ -120,4 +171,7 @@ def check_environment(names: Iterable[str]) -> None:
     known = {ENVIRONMENT_PREFIX + field.upper() for field in Settings.model_fields}
     for name in sorted(names):
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
-            raise ConfigError(name, "no such setting", f"{ENVIRONMENT_PREFIX}<FLAG IN CAPITALS>")
+            problem = "no such setting"
+            if _SERVICE_VARIABLE.match(name):
+                problem += f"; {_kubernetes(name)}"
+            raise ConfigError(name, problem, f"{ENVIRONMENT_PREFIX}<FLAG IN CAPITALS>")

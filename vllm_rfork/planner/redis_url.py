@@ -1,0 +1,42 @@
+"""The check of ``--store redis://…`` before anything connects, so that a mistake in it is not a traceback."""
+
+from __future__ import annotations
+
+import urllib.parse
+
+import redis.asyncio
+import redis.exceptions
+
+from vllm_rfork.errors import ConfigError
+
+_ACCEPTS = "redis://:PASSWORD@host:6379/0, rediss:// for TLS, or unix:///path; options after ? as redis-py has them"
+
+
+def check(url: str) -> None:
+    """Accept ``url`` if the Redis client can make a connection of it; none is opened.
+
+    Raises:
+        ConfigError: names ``store`` and, without the URL itself, which may hold a password, what is wrong with it.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        database = parts.path.strip("/")
+        if parts.scheme in ("redis", "rediss") and database and not (database.isascii() and database.isdigit()):
+            raise ValueError("the path is not a database number")
+        pool = redis.asyncio.ConnectionPool.from_url(url)
+        "".encode(pool.connection_kwargs.get("encoding", "utf-8"))
+        pool.make_connection()  # type: ignore[no-untyped-call]  # only here are the options after ? looked at
+    except TypeError as error:
+        options = ", ".join(sorted(urllib.parse.parse_qs(parts.query))) or "none"
+        raise ConfigError(
+            "store", f"the Redis client does not know one of its options ({options})", _ACCEPTS
+        ) from error
+    except (ValueError, LookupError, redis.exceptions.RedisError) as error:
+        raise ConfigError("store", f"not a usable Redis URL ({_reason(error, url)})", _ACCEPTS) from error
+
+
+def _reason(error: Exception, url: str) -> str:
+    """The client's words, unless they quote what may be the password."""
+    text = str(error)
+    password = url.partition("://")[2].rpartition("@")[0].rpartition(":")[2]
+    return type(error).__name__ if not text or (password and password in text) else text
