@@ -13,10 +13,14 @@ from tests.package.test_light_imports import LIGHT
 from vllm_rfork.worker_log import worker_logger
 
 PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
+#: Both sides use it, so it logs by the loggers that it is given, and makes none.
+SHARED = PACKAGE / "net"
 #: The planner logs as itself; this one file hands the worker's loggers to vLLM's.
 PLANNER, PARENT = PACKAGE / "planner", PACKAGE / "vllm_compat" / "loading.py"
 METHODS = frozenset({"debug", "info", "warning", "error", "exception", "critical", "log"})
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if PLANNER not in path.parents and path.name != "worker_log.py")
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if not {PLANNER, SHARED} & set(path.parents) and path.name != "worker_log.py"
+)
 
 
 def _log_calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
@@ -56,6 +60,12 @@ def test_every_log_call_of_the_worker_side_goes_through_the_filter(path: Path) -
     assert faults(path.read_text()) == []
     if path != PARENT:
         assert "getLogger(" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(SHARED.glob("*.py")), ids=lambda path: path.name)
+def test_what_both_sides_share_makes_no_logger(path: Path) -> None:
+    assert "getLogger(" not in path.read_text()
+    assert "worker_logger(" not in path.read_text()
 
 
 def test_the_log_calls_are_found() -> None:
