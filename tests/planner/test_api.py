@@ -21,6 +21,7 @@ from vllm_rfork.planner.access import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.app import PlannerProcess
 from vllm_rfork.planner.resolver import Resolver
 from vllm_rfork.planner.settings import settings_from
+from vllm_rfork.planner.store import StoreUnavailable
 
 SEED = {"SEED_IP": "127.0.0.1", "SEED_PORT": "5000", "SEED_RANK": "0"}
 ADD = {"SEED_KEY": "k", **SEED, "SEED_REFCNT": "0"}
@@ -197,6 +198,46 @@ async def test_a_bad_query_parameter_is_named(value: str) -> None:
         session.get(client.planner.url + "/debug/snapshot", params={"limit": value}) as answer,
     ):
         assert (answer.status, "parameter limit" in await answer.text()) == (400, True)
+
+
+READ_ONLY = ["/", "/healthz", "/readyz", "/metrics", "/debug/snapshot", "/openapi.json", "/dashboard.json"]
+
+
+@pytest.mark.parametrize("path", READ_ONLY)
+async def test_head_is_get_without_the_body(path: str) -> None:
+    async with planner() as client:
+        status, headers, body = await client.call("HEAD", path)
+        assert (status, body) == (200, "")
+        assert headers["Content-Type"] == (await client.call("GET", path))[1]["Content-Type"]
+        assert int(headers["Content-Length"]) > 0
+
+
+async def test_head_is_refused_where_get_changes_the_state() -> None:
+    async with planner() as client:
+        await client.add()
+        assert (await client.call("HEAD", "/get_seed", SEED_KEY="k"))[:1] == (405,)
+        status, headers, _ = await client.call("PUT", "/healthz")
+        assert (status, headers["Allow"]) == (405, "GET, HEAD")
+        await client.lease()  # it was not granted to nobody
+
+
+async def test_metrics_are_served_while_the_store_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away() -> None:
+        raise StoreUnavailable("Redis is not reachable")
+
+    async with planner() as client:
+        await client.add()
+        page = (await client.call("GET", "/metrics"))[2].splitlines()
+        assert "rfork_planner_store_up 1.0" in page
+        assert "rfork_planner_keys 1.0" in page
+        with monkeypatch.context() as broken:
+            broken.setattr(client.planner.store, "totals", away)
+            status, _, text = await client.call("GET", "/metrics")
+        assert status == 200
+        assert "rfork_planner_store_up 0.0" in text.splitlines()
+        assert 'rfork_planner_requests_total{call="/add_seed",code="200"} 1.0' in text
+        assert "rfork_planner_keys" not in text
+        assert "rfork_planner_store_up 1.0" in (await client.call("GET", "/metrics"))[2]
 
 
 async def test_hyphens_count_as_underscores() -> None:

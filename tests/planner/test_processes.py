@@ -195,6 +195,8 @@ async def test_without_redis_receivers_are_sent_to_storage_and_the_planner_recov
             await until_status(session, planner.url + "/readyz", 503)
             assert (await call(session, "GET", planner.url + "/get_seed", SEED_KEY="k"))[0] == 503
             assert (await call(session, "GET", planner.url + "/healthz"))[0] == 200
+            async with session.get(planner.url + "/metrics") as answer:
+                assert (answer.status, "rfork_planner_store_up 0.0" in await answer.text()) == (200, True)
             server.start()
             await until_status(session, planner.url + "/readyz", 200)
             # What Redis wrote down still holds: the slot is taken.

@@ -96,9 +96,12 @@ class Api:
         try:
             if methods is None:
                 raise Refused(404, f"no such call: {path[:200]!r}")
-            call = methods.get(request.method)
-            if call is None:
-                raise Refused(405, f"{path} takes {', '.join(methods)}", {"Allow": ", ".join(methods)})
+            # HEAD is GET without the body, which aiohttp leaves out. get_seed changes the state, so it has no HEAD:
+            # nobody would release the lease.
+            allowed = [*methods, "HEAD"] if "GET" in methods and path != messages.GET_SEED else list(methods)
+            if request.method not in allowed:
+                raise Refused(405, f"{path} takes {', '.join(allowed)}", {"Allow": ", ".join(allowed)})
+            call = methods["GET" if request.method == "HEAD" else request.method]
             if path not in OPEN_PATHS:
                 self._admit(request)
             response = await call(request)
@@ -246,9 +249,14 @@ class Api:
         return _json({"status": "ready"})
 
     async def metrics(self, _: web.BaseRequest) -> web.Response:
-        """Prometheus's page."""
+        """Prometheus's page; without the fleet's gauges while the store does not answer."""
         self._metrics.open_waits.set(len(self._room))
-        page = self._metrics.page(await self._store.totals())
+        try:
+            totals = await self._store.totals()
+        except StoreUnavailable as error:
+            logger.debug("/metrics has no gauges of the fleet: %s", error)
+            totals = None
+        page = self._metrics.page(totals)
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def snapshot(self, request: web.BaseRequest) -> web.Response:

@@ -69,6 +69,7 @@ class Metrics:
             self._refused.labels(reason)
         for kind in ("lease_expired", "seed_aside", "state_lost"):
             self._events.labels(kind)
+        self._store_up = Gauge(f"{_PREFIX}store_up", "1 while the store answers, else 0", registry=self.registry)
         self.open_waits = Gauge(f"{_PREFIX}held_requests", "Requests that wait in this process", registry=self.registry)
 
     def request(self, call: str, code: int, duration_s: float | None) -> None:
@@ -120,8 +121,16 @@ class Metrics:
         if event.kind == "seed_dropped":
             self._dropped.labels(event.detail if event.detail in _REASONS else OTHER).inc()
 
-    def page(self, totals: Mapping[str, Totals]) -> bytes:
-        """The metrics in Prometheus's text format, with the fleet as ``totals`` has it."""
+    def page(self, totals: Mapping[str, Totals] | None) -> bytes:
+        """The metrics in Prometheus's text format, with the fleet as ``totals`` has it.
+
+        None: the store does not answer. ``store_up`` is 0 then, and the fleet has no gauges: old or zero ones would be
+        wrong.
+        """
+        self._store_up.set(totals is not None)
+        if totals is None:
+            self._fleet.shown = None
+            return generate_latest(self.registry)
         shown: dict[str, Totals] = {}
         for key, each in totals.items():
             shown.setdefault(self._key(key), Totals()).add(each)
@@ -144,13 +153,15 @@ class Metrics:
 
 
 class _Fleet(Collector):
-    """The fleet's gauges, from the totals it was last given."""
+    """The fleet's gauges, from the totals it was last given; none while those are None."""
 
     def __init__(self) -> None:
-        self.shown: Mapping[str, Totals] = {}
+        self.shown: Mapping[str, Totals] | None = {}
         self.keys = 0
 
     def collect(self) -> Iterable[Metric]:
+        if self.shown is None:
+            return
         yield GaugeMetricFamily(f"{_PREFIX}keys", "Keys that are known", value=self.keys)
         seeds = GaugeMetricFamily(f"{_PREFIX}seeds", "Seeds by state", labels=["key", "state"])
         gauges = {
