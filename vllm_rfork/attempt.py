@@ -28,6 +28,7 @@ from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerEr
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import Lease, SeedAddress
 from vllm_rfork.receiver import ForkRequest, StageTimes, bounded, fork
+from vllm_rfork.seed_wait import Question
 from vllm_rfork.segments import Segment
 from vllm_rfork.worker_log import worker_logger
 
@@ -35,8 +36,9 @@ logger = worker_logger(__name__)
 
 #: Seeds that one start tries before it reads storage: a second may be better, a third failure is the fleet's.
 MAX_SEEDS = 3
-#: How long the planner remembers that this worker loads from storage, unless renewed.
-INTENT_TTL_S = 60.0
+#: How long the planner remembers that this worker loads from storage, unless renewed: others wait for it, so its death
+#: has to be noticed soon.
+INTENT_TTL_S = 30.0
 #: What taking it back may cost a start, in seconds; a planner that is slower than that hears of it all the same.
 TAKE_BACK_S = 1.0
 
@@ -119,6 +121,9 @@ class Attempt:
         self._failed: list[SeedAddress] = []
         self._last: ForkError | None = None
         self._deadline = 0.0
+        self._waited_s = 0.0  # for seeds, in all
+        #: set by the owner: why this instance needs no seed any more, empty while it does; asked while waiting
+        self.given_up: Callable[[], str] | None = None
         timeout_s = settings.rfork_request_timeout_sec
         self.credentials = Credentials.of(settings)
         self.labels = settings.labels(socket.gethostname())
@@ -295,34 +300,39 @@ class Attempt:
 
     def _acquire(self, fingerprint: str, failed: list[SeedAddress]) -> Lease:
         wait_s = self.settings.rfork_seed_wait_sec
+        question = Question(
+            self._planner,
+            self.seed_key,
+            fingerprint,
+            exclude=list(failed),
+            intent=self.intent,
+            labels=self.labels,
+            wait_s=wait_s,
+            waited_before_s=self._waited_s,
+            until=max(self._deadline, time.monotonic() + (wait_s or 0.0)),
+            given_up=self.given_up,
+        )
         with self.times.stage("planner"):
             try:
                 self._intent_stands = bool(self.intent)
-                lease = background().call(
-                    self._planner.acquire(
-                        self.seed_key,
-                        fingerprint=fingerprint,
-                        wait_s=wait_s,
-                        exclude=failed,
-                        intent=self.intent,
-                        labels=self.labels,
-                    ),
-                    self.settings.rfork_request_timeout_sec + wait_s + 1.0,
-                )
+                lease = question.lease()
                 self._intent_stands = False
                 return lease
             except NoSeedAvailable as error:
-                self._intent_stands = error.intent_granted
-                if error.intent_granted:
-                    self._intending = background().spawn(self._keep_intent(fingerprint), "rfork-intent")
+                self._intent_stands = error.intent_granted or (question.left and bool(self.intent))
+                if self._intent_stands:
+                    keeping = self._keep_intent(fingerprint, stated=error.intent_granted)
+                    self._intending = background().spawn(keeping, "rfork-intent")
                 raise
-            except TimeoutError as error:
-                raise PlannerError("the background thread of this process does not answer") from error
+            finally:
+                self._waited_s += question.waited_s
 
-    async def _keep_intent(self, fingerprint: str) -> None:
+    async def _keep_intent(self, fingerprint: str, *, stated: bool) -> None:
         """Renew "I am loading this from storage" until the announcement fulfils it or :meth:`close` ends it."""
         while True:
-            await asyncio.sleep(INTENT_TTL_S / 3)
+            if stated:
+                await asyncio.sleep(INTENT_TTL_S / 3)
+            stated = True
             try:
                 await self._planner.intend(self.seed_key, self.intent, ttl_s=INTENT_TTL_S, fingerprint=fingerprint)
             except PlannerError as error:

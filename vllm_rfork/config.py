@@ -185,9 +185,9 @@ class Settings(BaseModel):
     rfork_max_batch_bytes: PositiveInt | None = None
     #: How long one fork may take in all; a fork that takes longer gives up and loads from storage.
     rfork_fork_timeout_sec: PositiveSeconds = 600.0
-    #: How long the planner may hold ``get_seed`` until a seed is free; 0: as the planner has it, which is not at all by
-    #: default.
-    rfork_seed_wait_sec: Seconds = 0.0
+    #: The longest wait for a seed; 0: do not wait. None: as long as the planner expects waiting to be faster than
+    #: reading storage, by what it has measured; planners that measure nothing answer at once.
+    rfork_seed_wait_sec: Seconds | None = None
     #: Bearer token for planner and seed services; better given in the environment, or in a file.
     rfork_token: Annotated[Line, Field(repr=False)] = ""
     #: The same from a file, re-read when it changes: one token a line. The first is sent, both are accepted.
@@ -338,5 +338,6 @@ def _accepts(name: str) -> str:
         "rfork_max_batch_bytes": "an integer greater than 0",
         "rfork_token": "one line of text",
         "rfork_labels": f"up to {_MAX_LABELS} labels like host=a,rack=b, names and values of 1 to 63 of A-Za-z0-9_.-",
+        "rfork_seed_wait_sec": _ACCEPTS[Seconds],
         "rfork_seed_slots": "an integer from 0 to 1000",
     }[name]

@@ -61,6 +61,12 @@ SEED_EPOCH = "/rfork_epoch"
 FINGERPRINT = "RFORK-FINGERPRINT"
 #: ``get_seed``: hold the request for up to this many seconds until a seed is free.
 WAIT_SEC = "RFORK-WAIT-SEC"
+#: ``get_seed``: the receiver's id of this one question, unique and unguessable. The same ticket asked again keeps its
+#: place in the queue and is given the same lease, never a second one. In a 200: the planner has understood it, and the
+#: receiver has to renew the lease at once.
+TICKET = "RFORK-TICKET"
+#: A 404 for a ticket: ask again with it at once; the receiver stands in the queue (:class:`Waiting`).
+WAITING = "RFORK-WAITING"
 #: ``get_seed``: comma-separated ``ip:port:rank`` of seeds that just failed this receiver.
 EXCLUDE = "RFORK-EXCLUDE"
 #: An opaque id of one loading worker: on ``get_seed`` ("remember that I load if you have none"), on
@@ -94,6 +100,9 @@ LANE = "RFORK-LANE"
 
 MAX_KEY_LENGTH = 2048  #: characters of a seed key before encoding; header lines stay under aiohttp's 8190 bytes
 MAX_HEADER_LENGTH = 8000
+
+#: The longest time in seconds for which a planner holds a question with a ticket.
+SLICE_S = 10.0
 
 _CHARSET_PREFIX = "UTF-8''"
 _PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?\Z")
@@ -324,12 +333,14 @@ def parse_labels(text: str) -> dict[str, str]:
 class Lease:
     """The planner's permission for one receiver to read one seed.
 
-    ``ttl_s`` is None where the planner's leases never expire (older planners): nothing to renew.
+    ``ttl_s`` is None where the planner's leases never expire (older planners): nothing to renew. ``unconfirmed``: the
+    planner takes the lease back in a few seconds unless it is renewed at once.
     """
 
     seed: SeedAddress
     user_id: str
     ttl_s: float | None
+    unconfirmed: bool = False
 
     def headers(self) -> dict[str, str]:
         """What ``put_seed`` and ``renew_seed_lease`` carry."""
@@ -347,4 +358,54 @@ def lease_from_answer(headers: Mapping[str, str]) -> Lease:
         seed=seed_address(headers),
         user_id=decode_text(required(headers, USER_ID)),
         ttl_s=None if ttl is None else seconds(ttl, LEASE_TTL_SEC, maximum=86400.0) or None,
+        unconfirmed=header(headers, TICKET) is not None,
+    )
+
+
+#: What a receiver waits for, as a planner says it, and the same for people.
+WAIT_REASONS: Mapping[str, str] = {
+    "busy": "every seed of its key is in use",
+    "loading": "another worker loads the weights from storage and will be a seed",
+    "restarted": "the planner has restarted and does not grant earlier seeds yet",
+}
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A receiver's place in the queue, as the planner states it.
+
+    Attributes:
+        position: from 1.
+        bound_s: the longest wait in all, in seconds from its start, as far as is known now.
+        expected_s: the expected wait from now on in seconds; None: not known.
+        reason: a key of :data:`WAIT_REASONS`; newer planners may have others.
+    """
+
+    position: int
+    bound_s: float
+    expected_s: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        expected = "" if self.expected_s is None else f"; expected={seconds_text(self.expected_s)}"
+        return f"position={self.position}; bound={seconds_text(self.bound_s)}{expected}; reason={self.reason}"
+
+
+_WORD = re.compile(r"[a-z_-]{1,32}\Z")
+
+
+def parse_waiting(text: str) -> Waiting:
+    """The inverse of ``str(Waiting)``; fields that are not known are ignored.
+
+    Raises:
+        BadMessage: a field is missing or unusable.
+    """
+    pairs = (each.partition("=") for each in text[:MAX_HEADER_LENGTH].split(";"))
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    reason = fields.get("reason", "")
+    return Waiting(
+        position=integer(fields.get("position", ""), WAITING, minimum=1, maximum=10**9),
+        bound_s=seconds(fields.get("bound", ""), WAITING, maximum=86400.0),
+        expected_s=seconds(fields["expected"], WAITING, maximum=1e9) if "expected" in fields else None,
+        reason=reason if _WORD.match(reason) else "",
     )

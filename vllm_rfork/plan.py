@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -295,8 +296,10 @@ class LoadPlan:
             return collection
 
         settings = self.settings
-        bound_s = settings.rfork_seed_wait_sec + settings.rfork_seed_timeout_sec
-        bound_s += (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
+        # Without a wait of its own the planner decides, and no wait goes on beyond the bound of a fork.
+        wait_s = settings.rfork_seed_wait_sec
+        bound_s = settings.rfork_fork_timeout_sec if wait_s is None else wait_s
+        bound_s += settings.rfork_seed_timeout_sec + (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
         collection = self._agreed(SEED_STAGE, prepared, bound_s)
         self._owes_word_on = DUMMY_STAGE if self.layout == RUNTIME else FORK_STAGE
         return collection
@@ -323,6 +326,8 @@ class LoadPlan:
         constructors may make process groups, together, and a rank that built alone would wait there for the others.
         """
         written = stage != SEED_STAGE
+        # A rank that waits for a seed is told when another has said no.
+        self.attempt.given_up = None if self.agreement.alone else partial(self.agreement.refused, stage)
         try:
             # Whatever it is: an error that goes its own way would be told to no other rank.
             with _whatever_is_raised("this worker cannot fork"):

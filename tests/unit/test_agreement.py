@@ -286,3 +286,43 @@ def test_processes_agree_over_the_store_of_their_process_group() -> None:
     assert [lines[0] for lines in said] == ["'' 'rank 0: no draft'"] * 3
     assert said[0][1] == said[1][1]
     assert "rank 2: not heard of within 0.5 s" in said[0][1] or "ranks" in said[0][1]
+
+
+# --- a rank that waits for something hears of a no before it brings its own word -------------------------------------
+
+
+def test_a_rank_that_has_not_come_yet_can_see_that_the_answer_is_no() -> None:
+    store = HashStore()
+    first, waiting = one_rank(store, 0, count=2), one_rank(store, 1, count=2)
+    assert waiting.refused("seed") == ""
+    first.reach("seed", "no seed for it", FOR_EVER_S)
+    assert waiting.refused("seed") == "rank 0: no seed for it"
+    assert waiting.refused("fork") == "", "another stage"
+    assert waiting.reach("seed", "", FOR_EVER_S) == "rank 0: no seed for it"
+    assert waiting.refused("seed") == "", "the stage's next agreement"
+
+
+def test_a_yes_and_a_rank_alone_are_no_refusal() -> None:
+    store = HashStore()
+    ranks = all_ranks(store, count=2)
+    bring(ranks, "seed", "", "")
+    late = one_rank(store, 1, count=2)
+    assert late.refused("seed") == ""
+    assert one_rank(store, 0, count=1).refused("seed") == ""
+
+
+def test_a_store_that_does_not_answer_is_a_refusal_within_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "STORE_GRACE_S", 0.2)
+    release = threading.Event()
+
+    class Hangs(HashStore):  # type: ignore[misc]
+        def check(self, keys: list[str]) -> bool:
+            release.wait(60)
+            return False
+
+    rank = one_rank(Hangs(), 0, count=2)
+    try:
+        assert "did not answer" in rank.refused("seed")
+        assert "did not answer" in rank.reach("seed", "", FOR_EVER_S)
+    finally:
+        release.set()

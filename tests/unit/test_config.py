@@ -28,7 +28,7 @@ DEFAULTS = {
     "rfork_become_seed": True,
     "rfork_max_batch_bytes": None,
     "rfork_fork_timeout_sec": 600.0,
-    "rfork_seed_wait_sec": 0.0,
+    "rfork_seed_wait_sec": None,
     "rfork_token": "",
     "rfork_token_file": "",
     "rfork_labels": "",

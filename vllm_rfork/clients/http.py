@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from aiohttp.http import HttpProcessingError
@@ -140,6 +141,7 @@ class BoundedHttp:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            connector=_OneConnection(),
         )
         context = self.credentials.client_context()
         async with (
@@ -169,6 +171,18 @@ class BoundedHttp:
             return Answer(response.status, response.headers, bytes(body))
 
 
+class _OneConnection(aiohttp.TCPConnector):
+    """Connects once. aiohttp repeats a GET whose connection breaks: a repeated ``get_seed`` takes a second lease."""
+
+    _connected = False
+
+    async def connect(self, *args: Any, **kwargs: Any) -> Any:
+        if self._connected:
+            raise aiohttp.ServerDisconnectedError("the connection broke off")
+        self._connected = True
+        return await super().connect(*args, **kwargs)
+
+
 async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: int) -> None:
     """Append to ``body`` until it is complete or has passed ``max_nbytes``."""
     async for chunk in response.content.iter_any():
@@ -188,6 +202,14 @@ def went_away(error: ForkError) -> bool:
     """Whether an exchange failed because nobody was there, or the connection broke off: soon it may work."""
     cause = error.__cause__
     return isinstance(cause, (aiohttp.ClientConnectionError, OSError)) and ssl_error(cause) is None
+
+
+def broke_off(error: ForkError) -> bool:
+    """Whether the connection of an exchange broke after the request was sent: nobody can tell what became of it."""
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.ClientConnectorError):
+        return False
+    return isinstance(cause, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError))
 
 
 def without_credentials(url: str) -> str:

@@ -19,6 +19,8 @@ logger = worker_logger(__name__)
 
 #: A lease is renewed when this share of its TTL has passed, so that two renewals may fail.
 _RENEW_AFTER = 1 / 3
+#: An unconfirmed lease is renewed at once, and again after so many seconds where that failed.
+_CONFIRM_AGAIN_S = 1.0
 
 
 class LeaseKeeper:
@@ -76,9 +78,11 @@ class LeaseKeeper:
         ttl_s = self.lease.ttl_s
         if ttl_s is None:
             return
-        renewed_before = False
+        renewed_before, pause_s = False, 0.0 if self.lease.unconfirmed else ttl_s * _RENEW_AFTER
         while self._clock() < self._expires_at:
-            await self._sleep(min(ttl_s * _RENEW_AFTER, max(0.0, self._expires_at - self._clock())))
+            if pause_s:
+                await self._sleep(min(pause_s, max(0.0, self._expires_at - self._clock())))
+            pause_s = ttl_s * _RENEW_AFTER if renewed_before or not self.lease.unconfirmed else _CONFIRM_AGAIN_S
             asked_at = self._clock()
             try:
                 outcome = await self._client.renew(self.lease)
@@ -89,7 +93,7 @@ class LeaseKeeper:
                 # Counted from before the call: the planner may have counted from any time since.
                 self._expires_at = self._expiry(asked_at)
                 self._problem = ""
-                renewed_before = True
+                renewed_before, pause_s = True, ttl_s * _RENEW_AFTER
             elif renewed_before or await self._planner_renews():
                 self._lose(PlannerError(f"the planner took the lease on seed {self.lease.seed} back while it was used"))
                 return

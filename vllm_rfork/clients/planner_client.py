@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 
 from vllm_rfork import messages
-from vllm_rfork.clients.http import Answer, BoundedHttp, went_away, without_credentials
+from vllm_rfork.clients.http import Answer, BoundedHttp, broke_off, went_away, without_credentials
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
-from vllm_rfork.messages import BadMessage, Lease, SeedAddress
+from vllm_rfork.messages import BadMessage, Lease, SeedAddress, Waiting
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
@@ -116,18 +116,69 @@ class PlannerClient:
             NoSeedAvailable: the planner has none (404).
             PlannerError: no usable answer within ``request_timeout_s + wait_s`` seconds.
         """
-        headers = {
+        wait_s = max(wait_s, 0.0)
+        headers = self._question(seed_key, fingerprint, exclude, intent, labels)
+        deadline = self._clock() + self.request_timeout_s + wait_s
+        answer = await self._acquired(headers, deadline, wait_s if wait_s > 0 else None, patient=wait_s > 0)
+        return await self._lease(seed_key, answer, deadline)
+
+    async def ask(
+        self,
+        seed_key: str,
+        ticket: str,
+        *,
+        fingerprint: str = "",
+        wait_s: float | None = None,
+        in_queue: bool = False,
+        exclude: Sequence[SeedAddress] = (),
+        intent: str = "",
+        labels: str = "",
+    ) -> Lease | Waiting:
+        """Ask for a lease by ``ticket``: as :meth:`acquire`, but a planner that knows tickets lets the caller wait.
+
+        It holds the call for :data:`messages.SLICE_S` at most, the first one not at all, and answers with a
+        :class:`Waiting`: ask again at once, with the same ticket. An older planner answers as it answers
+        :meth:`acquire`. A call whose connection breaks is repeated, once: a ticket is good for one lease.
+
+        Args:
+            ticket: unique and unguessable; one for each question.
+            wait_s: the longest wait, or what is left of it, in seconds; None leaves it to the planner.
+            in_queue: the last answer to this ticket was a :class:`Waiting`.
+
+        Raises:
+            NoSeedAvailable, PlannerError: as :meth:`acquire`.
+        """
+        headers = self._question(seed_key, fingerprint, exclude, intent, labels)
+        headers[messages.TICKET] = messages.encode_text(ticket)
+        held_s = max(wait_s or 0.0, messages.SLICE_S if in_queue else 0.0)
+        deadline = self._clock() + self.request_timeout_s + held_s
+        answer = await self._acquired(headers, deadline, wait_s, patient=in_queue or bool(wait_s), repeatable=True)
+        waiting = messages.header(answer.headers, messages.WAITING)
+        if answer.status != 404 or waiting is None:
+            return await self._lease(seed_key, answer, deadline, explained=in_queue)
+        try:
+            return messages.parse_waiting(waiting)
+        except BadMessage as error:
+            raise PlannerError(f"{self._name}: {messages.GET_SEED} answered nonsense: {error}") from error
+
+    def _question(
+        self, seed_key: str, fingerprint: str, exclude: Sequence[SeedAddress], intent: str, labels: str
+    ) -> dict[str, str]:
+        return {
             **self._key(seed_key, fingerprint),
             **_given(messages.EXCLUDE, _joined(exclude)),
             **_given(messages.INTENT, intent),
             **_given(messages.LABELS, labels),
         }
-        started_at = self._clock()
-        deadline = started_at + self.request_timeout_s + max(wait_s, 0.0)
-        answer = await self._acquired(headers, started_at, max(wait_s, 0.0))
+
+    async def _lease(self, seed_key: str, answer: Answer, deadline: float, *, explained: bool = False) -> Lease:
+        """The lease in an answer to ``get_seed``; ``explained``: an error quotes the text of a 404. Raises as above."""
         if answer.status == 404:
             granted = messages.header(answer.headers, messages.INTENT) == messages.INTENT_GRANTED
-            raise NoSeedAvailable(f"the planner has no free seed for key {seed_key!r}", intent_granted=granted)
+            problem = f"the planner has no free seed for key {seed_key!r}"
+            if explained and answer.body:
+                problem += f": {answer.text}"
+            raise NoSeedAvailable(problem, intent_granted=granted)
         if answer.status != 200:
             raise self._refused(messages.GET_SEED, answer)
         try:
@@ -273,16 +324,35 @@ class PlannerClient:
     async def close(self) -> None:
         """Nothing is kept open between calls; this is the end that a client with connections of its own needs."""
 
-    async def _acquired(self, headers: Mapping[str, str], started_at: float, wait_s: float) -> Answer:
-        """The answer to ``get_seed``, asked again while the planner is away for a moment; see :meth:`acquire`."""
-        deadline = started_at + self.request_timeout_s + wait_s
-        patient, away_since, now = wait_s > 0, math.inf, started_at
+    async def _acquired(
+        self,
+        headers: Mapping[str, str],
+        deadline: float,
+        wait_s: float | None,
+        *,
+        patient: bool,
+        repeatable: bool = False,
+    ) -> Answer:
+        """The answer to ``get_seed``, asked again while the planner is away for a moment; see :meth:`acquire`.
+
+        Args:
+            wait_s: the wait that is stated, less what has passed of it; None: none is.
+            patient: ask again as well where nobody is there, as long as the bound allows.
+            repeatable: asking twice takes one lease.
+        """
+        started_at = now = self._clock()
+        away_since = math.inf
         while True:
-            left_s = started_at + wait_s - now
-            waiting = _given(messages.WAIT_SEC, messages.seconds_text(left_s) if left_s > 0 else "")
+            waiting: dict[str, str] = {}
+            left_s = 0.0 if wait_s is None else started_at + wait_s - now
+            if left_s > 0 or (wait_s is not None and repeatable):
+                waiting = {messages.WAIT_SEC: messages.seconds_text(max(left_s, 0.0))}
             try:
                 answer = await self._call("GET", messages.GET_SEED, {**headers, **waiting}, deadline)
             except PlannerError as error:
+                if repeatable and broke_off(error):
+                    repeatable = False
+                    continue
                 if not (patient and went_away(error)):
                     raise
                 away_since = min(away_since, self._clock())

@@ -40,6 +40,10 @@ _NO = "no: "
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.1
 
 
+class _StoreLost(Exception):
+    """The ranks' store cannot be asked any more; ``str()`` is the reason, for the log."""
+
+
 @dataclass
 class Agreement:
     """One load of one model by the ranks of an instance. Every rank makes one for every load, in the same order.
@@ -106,30 +110,59 @@ class Agreement:
             return self._broken
         self._reached[stage] += 1
         key = f"{stage}.{self._reached[stage]}"
+        started = self.clock()
+        try:
+            decision = self._within(timeout_s, lambda: self._exchange(key, _shortened(reason), timeout_s))
+        except _StoreLost as lost:
+            decision = str(lost)
+        logger.debug(
+            "%d ranks agreed on %s in %.2f s: %s", len(self.members), stage, self.clock() - started, decision or "yes"
+        )
+        return decision
+
+    def refused(self, stage: str) -> str:
+        """Why the instance has said no already on ``stage``, which this rank is about to :meth:`reach`.
+
+        Empty while it has not, and where nobody can tell. Takes :data:`STORE_GRACE_S` at most.
+        """
+        if self.alone or self._broken:
+            return self._broken
+        key = f"{stage}.{self._reached[stage] + 1}"
+        try:
+            return self._within(0.0, lambda: self._look(key))
+        except _StoreLost as lost:
+            return str(lost)
+
+    def _within(self, timeout_s: float, call: Callable[[], str]) -> str:
+        """What ``call`` returns, from a thread of its own: a store whose process hangs answers no call.
+
+        Raises:
+            _StoreLost: it failed, or took longer than ``timeout_s`` and the grace. No call is made any more then.
+        """
         answer: concurrent.futures.Future[str] = concurrent.futures.Future()
 
-        def exchange() -> None:
+        def run() -> None:
             try:
-                answer.set_result(self._exchange(key, _shortened(reason), timeout_s))
+                answer.set_result(call())
             except Exception as error:  # noqa: BLE001 - whatever a store raises; the caller turns it into a no
                 answer.set_exception(error)
 
-        # On a thread of its own: a store whose process hangs answers no call and breaks none off.
-        threading.Thread(target=exchange, name="rfork-agreement", daemon=True).start()
-        started = self.clock()
+        threading.Thread(target=run, name="rfork-agreement", daemon=True).start()
         try:
-            decision = answer.result(timeout_s + STORE_GRACE_S)
+            return answer.result(timeout_s + STORE_GRACE_S)
         except concurrent.futures.TimeoutError:
-            decision = f"rank {self.rank}: the store of the ranks did not answer within {timeout_s + STORE_GRACE_S:g} s"
-            self._broken = decision  # its thread may still be in a call; the others will not hear of this rank again
+            # Its thread may still be in a call; the others will not hear of this rank again.
+            self._broken = (
+                f"rank {self.rank}: the store of the ranks did not answer within {timeout_s + STORE_GRACE_S:g} s"
+            )
         except Exception as error:  # noqa: BLE001
-            decision = f"rank {self.rank}: the store of the ranks failed: {_shortened(str(error))}"
-            self._broken = decision
-        logger.debug(
-            "%d ranks agreed on %s in %.2f s: %s", len(self.members), stage, self.clock() - started,
-            decision or "yes",
-        )  # fmt: skip
-        return decision
+            self._broken = f"rank {self.rank}: the store of the ranks failed: {_shortened(str(error))}"
+        raise _StoreLost(self._broken)
+
+    def _look(self, key: str) -> str:
+        store = self._connected()
+        register = f"{self.name}/{self._load}/{key}/decision"
+        return _read(store.get(register)) if store.check([register]) else ""
 
     def _exchange(self, key: str, reason: str, timeout_s: float) -> str:
         store = self._connected()
