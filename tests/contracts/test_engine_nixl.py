@@ -7,12 +7,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from tests.contracts.engine_suite import MIB, PAGE, ROOT, EngineContract, Processes, Remote, WorkerGone
+from vllm_rfork.engines.nixl_peer import decode_endpoint, encode_endpoint
 from vllm_rfork.errors import EngineError
+
+
+def changed(endpoint: str, **fields: Any) -> str:
+    """``endpoint`` as a process with other ``fields`` would have written it, its checksum included."""
+    return encode_endpoint(msgspec.structs.replace(decode_endpoint(endpoint), **fields))
 
 
 class TestNixlEngine(EngineContract):
@@ -40,7 +47,7 @@ class TestNixlEngine(EngineContract):
     ) -> None:
         """The refusal names the transport, the reason and the way to take it all the same."""
         _, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)
-        elsewhere = json.dumps({**json.loads(endpoint), field: value})
+        elsewhere = changed(endpoint, **{field: value})
         with pytest.raises(EngineError, match=reason) as caught:
             receiver.connect(elsewhere)
         self.check(caught.value, "connect", mutated=False)
@@ -52,14 +59,14 @@ class TestNixlEngine(EngineContract):
         seed = processes.start()
         source = seed.alloc(PAGE, seed=7)
         seed.register([source, PAGE])
-        endpoint = {**json.loads(seed.endpoint()), "uid": 987654}
-        assert endpoint["allow_tcp"] is False
+        endpoint = changed(seed.endpoint(), uid=987654)
+        assert json.loads(endpoint)["allow_tcp"] is False
         receiver = processes.start(opened=False)
         receiver.call("new", name=self.engine)
         options = {"RFORK_NIXL_ALLOW_TCP": "1"}
         receiver.call("open", config={"device": "cpu", "host": "127.0.0.1", "timeout_s": 20.0, "options": options})
         with pytest.raises(EngineError, match="TCP"):
-            receiver.connect(json.dumps(endpoint))
+            receiver.connect(endpoint)
 
     def test_leaving_without_close_is_no_crash(self) -> None:
         """A worker that ends on an error never gets to close its engine."""

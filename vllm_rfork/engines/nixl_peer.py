@@ -8,12 +8,14 @@ the lane, and :func:`lane` decides it before UCX does. Must not import NIXL.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from enum import Enum
 from pathlib import Path
 
 import msgspec
 
+from vllm_rfork.engines.nixl_metadata import MAX_DEVICES, check_metadata
 from vllm_rfork.engines.process_memory import read_process
 from vllm_rfork.errors import EngineError
 
@@ -43,7 +45,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     ``memory`` is NIXL's word for the kind of memory (``DRAM``, ``VRAM``); ``device`` the device number in it;
     ``boot`` names the machine's running kernel; ``identity`` is what stands at address ``identity_at`` while the engine
-    is open; ``rdma`` and ``allow_tcp`` are what the machine has and its user allows; ``metadata`` is NIXL's own.
+    is open; ``rdma`` and ``allow_tcp`` are what the machine has and its user allows; ``metadata`` is NIXL's own;
+    ``checksum`` is over all of these, empty from a seed of the time before there was one.
     """
 
     v: int = _VERSION
@@ -58,30 +61,53 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     rdma: bool
     allow_tcp: bool
     metadata: bytes
+    checksum: str = ""
 
 
 def encode_endpoint(endpoint: Endpoint) -> str:
-    """JSON text."""
-    return msgspec.json.encode(endpoint).decode()
+    """JSON text, with the checksum."""
+    return msgspec.json.encode(msgspec.structs.replace(endpoint, checksum=_checksum(endpoint))).decode()
+
+
+def _checksum(endpoint: Endpoint) -> str:
+    """Over the fields in this order, whatever fields later versions add."""
+    digest = hashlib.blake2b(endpoint.metadata, digest_size=16, person=b"rfork-endpoint-1")
+    fields = ("memory", "device", "boot", "pid", "uid", "pid_namespace", "identity", "identity_at", "rdma", "allow_tcp")
+    digest.update(msgspec.json.encode([getattr(endpoint, name) for name in fields]))
+    return digest.hexdigest()
 
 
 def decode_endpoint(text: str) -> Endpoint:
-    """The inverse.
+    """The inverse. What it returns may be given to NIXL.
 
     Raises:
-        EngineError: not an endpoint of this engine, or one that this code does not read.
+        EngineError: not an endpoint of this engine, one that this code does not read, or one that was damaged.
     """
     if len(text) > MAX_ENDPOINT_LENGTH:
         raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long", side="seed")
     try:
         endpoint = msgspec.json.decode(text.encode(), type=Endpoint)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        raise EngineError(
-            NAME, "connect", f"{text[:80]!r} is not an endpoint of this engine: {error}", side="seed"
-        ) from error
-    impossible = endpoint.pid <= 0 or endpoint.identity_at <= 0 or len(endpoint.identity) != IDENTITY_NBYTES
-    if endpoint.v != _VERSION or impossible or endpoint.device < 0:
+        text = f"{text[:80]!r} is not an endpoint of this engine: {error}"
+        raise EngineError(NAME, "connect", text, side="seed") from error
+    possible = (
+        0 < endpoint.pid < 1 << 31
+        and 0 <= endpoint.uid < 1 << 32
+        and 0 <= endpoint.pid_namespace < 1 << 64
+        and 0 < endpoint.identity_at < 1 << 63
+        and len(endpoint.identity) == IDENTITY_NBYTES
+        and 0 <= endpoint.device < MAX_DEVICES
+    )
+    if endpoint.v != _VERSION or not possible:
         raise EngineError(NAME, "connect", f"{text[:80]!r} is not an endpoint that this version reads", side="seed")
+    if endpoint.checksum and endpoint.checksum != _checksum(endpoint):
+        text = "the seed's endpoint was damaged: its checksum differs"
+        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed")
+    try:
+        check_metadata(endpoint.metadata, endpoint.identity_at, IDENTITY_NBYTES)
+    except ValueError as error:
+        text = f"the metadata in the seed's endpoint is not NIXL's: {error}"
+        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed") from error
     return endpoint
 
 
