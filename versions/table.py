@@ -57,6 +57,8 @@ ROWS: tuple[Row, ...] = (
     Row(_LOADER, "_LOAD_FORMAT_TO_MODEL_LOADER"),
     Row(_LOADER, "get_model_loader", takes=(), positional=1),
     Row("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+    Row("vllm.platforms", "current_platform"),
+    Row("vllm.platforms.interface", "Platform.is_cpu", takes=()),
     # --- the loader's flow ------------------------------------------------------------------------------------------
     Row(_BASE, "BaseModelLoader"),
     Row(_BASE, "BaseModelLoader.__init__", takes=(), positional=1),

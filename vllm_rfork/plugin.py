@@ -18,10 +18,15 @@ _IN_TREE = "vllm_ascend.model_loader.rfork.rfork_loader"
 def register() -> None:
     """Make ``--load-format rfork`` mean this package's loader. Idempotent, in whatever order plugins run.
 
+    On CPU it requests AMX tiles for this process as well, whichever load format is used: see ``vllm_compat/amx.py``.
+
     The in-tree module of the same name is imported first: its decorator then has run and will not run again.
     """
     from vllm.model_executor import model_loader
 
+    from vllm_rfork.vllm_compat.amx import request_amx_tiles
+
+    request_amx_tiles()
     registered = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(LOAD_FORMAT)
     if registered is not None and registered.__module__.startswith("vllm_rfork."):
         return

@@ -23,6 +23,9 @@ for _name in (
 ):
     importlib.import_module(_name)
 
+# Every role inherits the permission, whichever loader it uses.
+importlib.import_module("vllm_rfork.vllm_compat.amx").request_amx_tiles()
+
 # vLLM collects garbage twice in every load; what imports have made never is any, and looking at it takes a second.
 gc.collect()
 gc.freeze()

@@ -61,6 +61,9 @@ def load(config: Any) -> Any:
     from vllm.model_executor.model_loader import get_model
     from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
+    from vllm_rfork.vllm_compat.amx import request_amx_tiles
+
+    request_amx_tiles()
     _set_torch_accelerator_to_noop()  # as the CPU worker does before it loads
     _spare_imports()
 

@@ -14,12 +14,15 @@ PROMPTS = ([5, 9, 77, 130], [200, 3, 3, 8, 41], [17], list(range(40, 60)))
 
 
 def main() -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM, SamplingParams
 
     from vllm_rfork import seeding
+    from vllm_rfork.vllm_compat.amx import request_amx_tiles
+
+    request_amx_tiles()  # the default loader needs it as well
 
     arguments: dict[str, Any] = json.loads(sys.argv[1])
     llm = LLM(
