@@ -244,17 +244,70 @@ def test_a_fork_that_fails_ends_in_a_default_load(
     eventually(lambda: fleet.leases() == 0, "the lease is released")
 
 
-def test_packed_weights_are_not_offered(
-    fleet: Planner, model_a: Path, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The processor's own post-processing: what is left of a linear layer is an empty tensor and a native object."""
+def packed_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors without AMX, and with AMX for weights above 1 MiB."""
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
+
+
+def packed_into_tensors(monkeypatch: pytest.MonkeyPatch, packing: str) -> None:
+    """As on processors with AMX, for weights up to 1 MiB; nothing is computed, so any processor can emulate it."""
+    from vllm.model_executor.layers import utils
+
+    if packing == "emulated" or not torch.cpu._is_amx_tile_supported():
+        monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: True)
+        monkeypatch.setattr(torch.ops._C, "convert_weight_packed", pack_by_pairs, raising=False)
+
+
+def pack_by_pairs(weight: torch.Tensor) -> torch.Tensor:
+    """Two rows interleaved, as vLLM's kernel packs for two-byte elements; all that matters is that bytes move."""
+    return weight.unflatten(0, (-1, 2)).transpose(1, 2).contiguous().view(weight.shape)
+
+
+@pytest.fixture
+def on_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime layout is allowed, with the post-processing that vLLM has for processors."""
     monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
     monkeypatch.setattr(CpuSide, "copies_by_itself", True)
+
+
+def test_weights_packed_into_native_objects_are_not_offered(
+    on_this_processor: None, fleet: Planner, model_a: Path, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN: what is left of a linear layer is an empty tensor and a native object."""
+    packed_by_onednn(monkeypatch)
     load(vllm_config(model_a, load_format="rfork", extra=options(fleet, "packed")))
     (warning,) = rfork_log.warnings
     assert "not a seed" in warning
     assert "post-processing emptied" in warning
     assert "qkv_proj.weight" in warning
+
+
+@pytest.mark.parametrize("packing", ["vLLM's own", "emulated"])
+def test_weights_packed_into_tensors_are_forked(
+    packing: str,
+    on_this_processor: None,
+    fleet: Planner,
+    model_a: Path,
+    model_a_without_weights: Path,
+    rfork_log: LogRecords,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels for AMX: what is left of a linear layer is an empty tensor and a packed one that a closure holds."""
+    packed_into_tensors(monkeypatch, packing)
+    extra = options(fleet, f"packed into tensors, {packing}")
+    wanted = load(vllm_config(model_a))
+    seed_in_this_process(model_a, extra)
+    forked = load(
+        vllm_config(model_a_without_weights, load_format="rfork", extra={**extra, "rfork_become_seed": False})
+    )
+    assert [line for line in rfork_log.texts() if "RFork: forked" in line and "layout=runtime" in line]
+    assert not rfork_log.warnings
+    digests = digests_of(forked)
+    assert digests == digests_of(wanted)
+    assert forked.model.layers[0].self_attn.qkv_proj.weight.numel() == 0, "vLLM packed it"
+    assert [name for name in digests if "qkv_proj" in name and "packed_weight" in name], list(digests)
 
 
 def test_the_reserved_lease_ends_with_a_start_that_fails(
