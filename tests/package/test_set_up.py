@@ -84,10 +84,60 @@ def test_missing_system_libraries_are_named_with_their_package(monkeypatch: pyte
 def test_where_pip_finds_no_cpu_build_of_torch_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     set_up = script("set_up")
 
-    def pip(*arguments: object) -> None:
+    def pip(what: str, *arguments: object) -> None:
         raise set_up.SetUpError("pip ended with 1")
 
     monkeypatch.setattr(set_up, "broken_lines", lambda: ["torch==2.13.0+cpu", "click==8.5.1"])
     monkeypatch.setattr(set_up, "pip", pip)
     with pytest.raises(set_up.SetUpError, match=r"(?s)PyTorch's install page.*PIP_EXTRA_INDEX_URL"):
         set_up.install_lock()
+
+
+def test_what_a_command_prints_goes_to_the_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    set_up = script("set_up")
+    monkeypatch.setattr(set_up, "LOG", tmp_path / "build" / "log")
+    set_up.run("installing much", sys.executable, "-c", "for line in range(600): print('Collecting', line)")
+    assert capfd.readouterr().out == "set-up: installing much\n"
+    assert len(set_up.LOG.read_text().splitlines()) == 601, "the command itself, and each of its lines"
+
+
+def test_the_elapsed_time_is_shown_while_a_command_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command ends once its elapsed time has been printed, however busy the machine is."""
+    set_up = script("set_up")
+    monkeypatch.setattr(set_up, "LOG", tmp_path / "log")
+    monkeypatch.setattr(set_up, "PIPE_S", 0.01)
+    go = tmp_path / "go"
+
+    def show(*text: str, **options: object) -> None:
+        shown.append(" ".join(text))
+        if "so far" in shown[-1]:
+            go.touch()
+
+    shown: list[str] = []
+    monkeypatch.setattr(set_up, "print", show, raising=False)
+    waits = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    set_up.run("waiting", sys.executable, "-c", waits, go)
+    assert shown[0] == "set-up: waiting"
+    assert shown[1] == "set-up: waiting, 0 s so far"
+
+
+def test_a_command_that_fails_is_named_with_the_end_of_its_own_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_up = script("set_up")
+    monkeypatch.setattr(set_up, "LOG", tmp_path / "log")
+    set_up.run("first", sys.executable, "-c", "print('of the first')")
+    fails = "import sys\nfor line in range(600): print('line', line)\nsys.exit('no such package')"
+    with pytest.raises(set_up.SetUpError) as raised:
+        set_up.run("second", sys.executable, "-c", fails)
+    said = str(raised.value)
+    assert said.startswith("second: ")
+    assert "ended with 1" in said
+    assert str(set_up.LOG) in said
+    assert "no such package" in said
+    assert "of the first" not in said
+    assert len(said.splitlines()) < 40
