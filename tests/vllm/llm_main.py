@@ -64,6 +64,13 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - whether the method works here is not the question
                 outcome = repr(error)
             say({"called": name, "outcome": outcome})
+        elif order == "write by a function":
+            llm.collective_rpc(add_one)
+            say({"written": True})
+
+
+def add_one(worker: Any) -> None:
+    worker.get_model().model.norm.weight.data.add_(1)
 
 
 def say(what: dict[str, Any]) -> None:

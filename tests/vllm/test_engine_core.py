@@ -90,6 +90,22 @@ def test_a_seed_withdraws_before_its_weights_change_and_comes_back_with_the_same
     assert seeds_of(planner, "reloading") == []
 
 
+@pytest.mark.timeout(600)
+def test_a_function_that_writes_to_the_model_ends_the_seed(
+    planner: Planner, model_a: Path, engines: list[Engine]
+) -> None:
+    """``llm.collective_rpc(lambda worker: ...)``: with ``rfork_verify`` off a receiver would take the change over."""
+    engines.append(engine := Engine(model_a, "rfork", options(planner, "written")))
+    assert engine.wait()["seeds"], engine.log
+    eventually(lambda: announced(planner, engine), "the seed is announced")
+    engine.order("write by a function")
+    assert not announced(planner, engine), "withdrawn before the function ran"
+    assert "withdraws: a function is called on the worker" in engine.log
+    eventually(lambda: "not a seed again" in engine.log, "it says so")
+    assert "model.norm.weight" in engine.log
+    assert seeds_of(planner, "written") == []
+
+
 def seeds_of(planner: Planner, name: str) -> list[str]:
     seeds = [seed for seed in planner.snapshot()["seeds"] if str(seed["key"]).startswith(f"{name}$")]
     return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in seeds]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vllm_rfork.vllm_compat.worker_calls import HANDS_OUT, LEAVES_WEIGHTS
 from vllm_rfork.vllm_compat.workers import CAPTURES_GRAPHS, CHANGES_WEIGHTS, withdraw_before_changes
 
 pytestmark = pytest.mark.vllm
@@ -188,3 +189,125 @@ def test_the_methods_exist_on_vllms_own_workers() -> None:
     wrapped = withdraw_before_changes(Log())
     expected = {"CPUWorker.sleep", "Worker.reload_weights", "Worker.shutdown", "WorkerBase.apply_model"}
     assert expected <= set(wrapped)
+
+
+def test_every_public_method_of_vllm_s_workers_is_in_one_of_the_tables() -> None:
+    """A new one fails here until somebody has read whether it changes weights."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerBase
+    from vllm.v1.worker.xpu_worker import XPUWorker
+
+    theirs = {name for cls in (WorkerBase, Worker, CPUWorker, XPUWorker) for name in vars(cls) if name[0] != "_"}
+    named = [*CHANGES_WEIGHTS, *CAPTURES_GRAPHS, *HANDS_OUT, *(n for each in LEAVES_WEIGHTS.values() for n in each)]
+    assert theirs - set(named) == set()
+    assert len(named) == len(set(named)), "one is in two tables"
+
+
+# --- calls by name and by function --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rpc(log: Log, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls like ``collective_rpc``'s on one worker, guarded for ``log`` alone; undone after the test."""
+    from vllm.v1 import serial_utils
+    from vllm.v1.executor import multiproc_executor, uniproc_executor
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    for owner, name in (
+        (WorkerWrapperBase, "__getattr__"),
+        (serial_utils, "run_method"),
+        (uniproc_executor, "run_method"),
+    ):
+        found = getattr(owner, name)
+        monkeypatch.setattr(owner, name, getattr(found, "__wrapped__", found))
+    monkeypatch.setattr(multiproc_executor, "cloudpickle", __import__("cloudpickle"))
+
+    class PlatformWorker(WorkerBase):  # type: ignore[misc]
+        model = "the model"
+
+        def __init__(self) -> None:
+            pass
+
+    for name in ("sample_tokens", "get_model", "sleep", "a_method_of_the_next_version"):
+        setattr(PlatformWorker, name, method(log, name))
+    PlatformWorker.__module__ = "vllm.v1.worker.platform_worker"
+
+    class OwnWorker(PlatformWorker):
+        """As a user names it in ``worker_cls``."""
+
+    for name in ("write", "_write"):
+        setattr(OwnWorker, name, method(log, name))
+    withdraw_before_changes(log)
+
+    class Calls:
+        def __init__(self) -> None:
+            self.wrapper = WorkerWrapperBase.__new__(WorkerWrapperBase)
+            self.wrapper.worker = OwnWorker()
+
+        def in_this_process(self, method: Any, *args: Any) -> Any:
+            executor = SimpleNamespace(driver_worker=self.wrapper)
+            call = uniproc_executor.UniProcExecutor.collective_rpc
+            return call(executor, method, args=args, single_value=True)
+
+        def in_a_worker_process(self, method: Any, *args: Any) -> Any:
+            import cloudpickle
+
+            answers: list[Any] = []
+            process = SimpleNamespace(worker=self.wrapper, rank=0, handle_output=answers.append)
+            sent = method if isinstance(method, str) else cloudpickle.dumps(method)
+            multiproc_executor.WorkerProc._execute_worker_rpc(process, (sent, args, {}, None))
+            return answers[0]
+
+        def over_ray(self, method: Any, *args: Any) -> Any:
+            import cloudpickle
+
+            sent = method if isinstance(method, str) else cloudpickle.dumps(method)
+            return serial_utils.run_method(self.wrapper, sent, args, {})
+
+    return Calls()
+
+
+ROUTES = ("in_this_process", "in_a_worker_process", "over_ray")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_function_on_a_worker_is_taken_for_a_change(route: str, rpc: Any, log: Log) -> None:
+    """``llm.collective_rpc(lambda worker: ...)`` is the shortest way to write to a model."""
+    assert getattr(rpc, route)(lambda worker, added: f"{worker.model} {added}", 1) == "the model 1"
+    assert log.lines == ["withdrawn: a function is called on the worker", BACK]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_inside_a_function_the_worker_s_methods_are_part_of_its_change(route: str, rpc: Any, log: Log) -> None:
+    getattr(rpc, route)(lambda worker: worker.get_model())
+    assert log.lines == ["withdrawn: a function is called on the worker", "get_model", BACK]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("sample_tokens", ["sample_tokens"]),
+        ("a_method_of_the_next_version", ["a_method_of_the_next_version"]),
+        ("sleep", ["withdrawn: the worker goes to sleep", "sleep"]),
+        ("write", ["withdrawn: the worker's write is called", "write", BACK]),
+        ("_write", ["withdrawn: the worker's _write is called", "_write", BACK]),
+        ("get_model", ["withdrawn for good: the model is handed out (get_model)", "get_model"]),
+    ],
+)
+def test_a_name_is_taken_for_a_change_unless_somebody_has_read_it(
+    route: str, name: str, lines: list[str], rpc: Any, log: Log
+) -> None:
+    assert getattr(rpc, route)(name) == f"{name} returned () {{}}"
+    assert log.lines == lines
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_function_that_fails_ends_its_change(route: str, rpc: Any, log: Log) -> None:
+    def fails(worker: Any) -> None:
+        raise RuntimeError("it fails")
+
+    with contextlib.suppress(RuntimeError):
+        getattr(rpc, route)(fails)
+    assert log.lines == ["withdrawn: a function is called on the worker", BACK]

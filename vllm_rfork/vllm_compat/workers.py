@@ -9,12 +9,12 @@ are worth: whoever is called does.
 from __future__ import annotations
 
 import functools
-import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from vllm_rfork.vllm_compat.weight_changes import Change, Changes, Guard
+from vllm_rfork.vllm_compat.worker_calls import MARK, guard_calls, is_vllms
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
@@ -24,26 +24,6 @@ ASLEEP, UPDATING, EMPTIED = "asleep", "updating", "emptied"
 
 #: Part of vLLM's sleep mode that concerns weights; the other parts are the KV cache and scratch.
 _WEIGHTS_TAG = "weights"
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a worker method does to weights.
-
-    Attributes:
-        reason: what the log says.
-        begins: a change that the method leaves open, if it is one.
-        ends: changes that are over when the method has returned.
-        ends_failing: changes that are over when it has raised.
-        last: after it the weights are not those of the seed's key any more, or the memory is gone: there is no
-            coming back.
-    """
-
-    reason: str
-    begins: str = ""
-    ends: tuple[str, ...] = ()
-    ends_failing: tuple[str, ...] = ()
-    last: bool = False
 
 
 #: Read in vLLM 0.32's and vLLM-Ascend 0.23's workers; absent ones are skipped.
@@ -78,64 +58,13 @@ CHANGES_WEIGHTS: dict[str, Change] = {
 #: ``capture_error_mode``). Read in vLLM 0.32's and vLLM-Ascend 0.23's workers.
 CAPTURES_GRAPHS = ("determine_available_memory", "compile_or_warm_up_model")
 
-_MARK = "__rfork_withdraws_first__"
-
-
-class Guard(Protocol):
-    """Whoever knows the seeds of this process. No method may raise."""
-
-    def withdraw(self, reason: str, *, last: bool) -> None:
-        """Be no seed any more when this returns; ``last``: for good."""
-
-    def leaves_device_alone(self) -> bool:
-        """Wait a little for seeds that are being started; False where one may still need the device."""
-
-    def come_back(self) -> None:
-        """No change is open any more: be a seed again if the weights are what they were."""
-
-
-class Changes:
-    """Which changes are going on in this process, in methods that call each other and from method to method."""
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._lock = threading.Lock()
-        self._running = 0
-        self._open: set[str] = set()
-
-    def run(self, change: Change, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``method`` with the seed withdrawn, and let it come back after the outermost one."""
-        with self._lock:
-            self._running += 1
-            if change.last:
-                self._open.clear()  # what comes after it is another model
-            self._open.update({change.begins} - {""})
-        self._guard.withdraw(change.reason, last=change.last)
-        ended = change.ends_failing
-        try:
-            returned = method(*args, **kwargs)
-            ended = change.ends
-            return returned
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._open.difference_update(ended)
-                over = not self._running and not self._open and not change.last
-            if over:
-                self._guard.come_back()
-
-    def run_alone(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``method`` while no seed of this process asks anything of the device."""
-        if self._guard.leaves_device_alone():
-            return method(*args, **kwargs)
-        return self.run(Change("graphs are captured"), method, *args, **kwargs)
-
 
 def withdraw_before_changes(guard: Guard) -> list[str]:
     """Wrap every such method on every worker class of this process; returns the names that are wrapped now.
 
     So are the methods that ``worker_extension_cls`` adds: what they do is unknown, and writing weights is what they
-    are for. Idempotent: the first guard stays.
+    are for. Calls by function, and by a name that nobody has read, are guarded as well (``worker_calls.py``).
+    Idempotent: the first guard stays.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -150,6 +79,7 @@ def withdraw_before_changes(guard: Guard) -> list[str]:
         for name in vars(cls):
             if not name.startswith("_"):
                 wrapped += _wrap(cls, name, Change(f"the worker extension's {name} is called"), changes)
+    wrapped += guard_calls(changes)
     logger.debug("these worker methods withdraw the seed first: %s", ", ".join(wrapped))
     return wrapped
 
@@ -159,7 +89,7 @@ def _wrap(cls: type, name: str, change: Change | None, changes: Changes) -> list
     method = vars(cls).get(name)
     if not isinstance(method, types.FunctionType):
         return []
-    if not hasattr(method, _MARK):
+    if not hasattr(method, MARK):
         wrapper = _capturing(method, changes) if change is None else _withdrawing(name, method, change, changes)
         setattr(cls, name, wrapper)
     return [f"{cls.__name__}.{name}"]
@@ -172,7 +102,7 @@ def _withdrawing(name: str, method: Callable[..., Any], change: Change, changes:
             return method(self, *args, **kwargs)
         return changes.run(_change_of(name, change, self), method, self, *args, **kwargs)
 
-    setattr(withdrawing, _MARK, True)
+    setattr(withdrawing, MARK, True)
     return withdrawing
 
 
@@ -183,7 +113,7 @@ def _capturing(method: Callable[..., Any], changes: Changes) -> Callable[..., An
             return method(self, *args, **kwargs)  # there are no graphs
         return changes.run_alone(method, self, *args, **kwargs)
 
-    setattr(capturing, _MARK, True)
+    setattr(capturing, MARK, True)
     return capturing
 
 
@@ -208,9 +138,5 @@ def _subclasses(root: type) -> list[type]:
 def _extensions(root: type) -> list[type]:
     """Classes that were mixed into worker classes from outside vLLM, with all that they inherit from."""
     bases = {base for cls in _subclasses(root) for base in cls.__mro__}
-    outside = [base for base in bases if not issubclass(base, root) and not _is_vllms(base)]
+    outside = [base for base in bases if not issubclass(base, root) and not is_vllms(base)]
     return sorted(outside, key=lambda cls: cls.__qualname__)
-
-
-def _is_vllms(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] in ("builtins", "typing", "abc", "vllm", "vllm_ascend")
