@@ -110,6 +110,14 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _load_format(value: str) -> str:
+    """A load format in lower case; this package's own would make the loader fall back to itself."""
+    value = value.strip().lower()
+    if value in ("", "rfork"):
+        raise ValueError("not a format that reads storage")
+    return value
+
+
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
 _MAX_LABELS = 15  # of 16 on the wire: ``host`` is added where it is not given
 
@@ -132,6 +140,8 @@ PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Line = Annotated[str, AfterValidator(_one_line)]
+#: In vLLM's spelling: it ignores case, too.
+LoadFormat = Annotated[str, AfterValidator(_one_line), AfterValidator(_load_format)]
 #: Not stripped: a space may be meant.
 Separator = Annotated[str, AfterValidator(_one_line), Field(min_length=1, max_length=16)]
 
@@ -178,7 +188,7 @@ class Settings(BaseModel):
     #: full: every byte that arrived is checked against the seed's digests; sample: one span in eight; off: none.
     rfork_verify: Literal["full", "sample", "off"] = "full"
     #: The load format that is used when there is nobody to fork from.
-    rfork_fallback_load_format: Line = "auto"
+    rfork_fallback_load_format: LoadFormat = "auto"
     #: false: fork, but offer nothing to others.
     rfork_become_seed: bool = True
     #: Bytes per native call; None: the engine's own bound.
@@ -336,6 +346,7 @@ def _accepts(name: str) -> str:
         "rfork_seed_key_separator": "1 to 16 characters",
         "rfork_seed_port_base": "an integer from 0 to 65000",
         "rfork_max_batch_bytes": "an integer greater than 0",
+        "rfork_fallback_load_format": "a load format of vLLM other than rfork, such as auto",
         "rfork_token": "one line of text",
         "rfork_labels": f"up to {_MAX_LABELS} labels like host=a,rack=b, names and values of 1 to 63 of A-Za-z0-9_.-",
         "rfork_seed_wait_sec": _ACCEPTS[Seconds],

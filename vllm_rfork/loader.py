@@ -26,6 +26,7 @@ from vllm_rfork.plan import LoadPlan
 from vllm_rfork.progress import forking_progress
 from vllm_rfork.tensors import Collection
 from vllm_rfork.vllm_compat import loading
+from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
 from vllm_rfork.worker_log import worker_logger
 
@@ -46,9 +47,14 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
         self._config = parse_config(load_config.model_loader_extra_config)
+        loading.check_format(self._config.settings.rfork_fallback_load_format)
         self._loading = threading.local()
 
     # What others may call on a loader is the storage loader's, so that downloads and reloads work as without us.
+
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes that the fallback format maps from another process; a worker that finds some does not fork."""
+        return loading.external_nbytes(self._storage(), vllm_config)
 
     def download_model(self, model_config: Any) -> None:
         """Download the model as the fallback format would."""
@@ -68,10 +74,14 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             return self._storage().get_all_weights
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _storage(self) -> Any:
+    def _storage(self, vllm_config: Any = None, model_config: Any = None) -> Any:
         settings = self._config.settings
         return loading.storage_loader(
-            self.load_config, settings.rfork_fallback_load_format, self._config.passed_through
+            self.load_config,
+            settings.rfork_fallback_load_format,
+            self._config.passed_through,
+            vllm_config=vllm_config,
+            model_config=model_config,
         )
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
@@ -83,6 +93,12 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         Raises:
             Exception: the fallback loader's own error, where it fails too.
         """
+        # Models and post-processing look at the format as well, and see the one that the weights come from.
+        with fallback_shown(vllm_config.load_config, self.load_config.load_format):
+            return self._load_model(vllm_config, model_config, prefix)
+
+    def _load_model(self, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
+        storage = self._storage(vllm_config, model_config)
         settings = self._config.settings
         if settings.missing:
             logger.warning(
@@ -90,7 +106,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 ", ".join(settings.missing),
                 settings.rfork_fallback_load_format,
             )
-            return self._storage().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            return storage.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         try:
             registries = Registries.capture(vllm_config)
             plan = LoadPlan.make(settings, vllm_config, model_config, rank_shows=self.load_config.use_tqdm_on_load)
@@ -103,11 +119,14 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 type(error).__name__,
                 error,
             )
-            return self._storage().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            return storage.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         plan.shared_storages = registries.storages()
+        if loading.external_nbytes(storage, vllm_config):
+            # Forked weights would take the memory that they save.
+            plan.no_fork_reason = f"{settings.rfork_fallback_load_format} maps the weights from another process"
         try:
             try:
-                model = self._build(plan, vllm_config, model_config, prefix)
+                model = self._build(plan, storage, vllm_config, model_config, prefix)
                 if plan.holds_dummies:
                     self._fork_over(plan, model)
             except _StartOver:
@@ -118,7 +137,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 registries.restore()
                 loading.release_memory(plan.device)
                 plan.may_fork, plan.holds_dummies = False, False
-                model = self._build(plan, vllm_config, model_config, prefix)
+                model = self._build(plan, storage, vllm_config, model_config, prefix)
         except BaseException as error:
             plan.tell_others(error)
             plan.attempt.close()
@@ -127,15 +146,14 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         seeding.become_seed(plan, model)
         return model
 
-    def _build(self, plan: LoadPlan, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
-        storage = self._storage()
+    def _build(self, plan: LoadPlan, storage: Any, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
         if (not plan.may_fork or plan.no_fork_reason) and loading.loads_whole_models(storage):
             plan.refuse_to_seed(
                 f"load format {plan.settings.rfork_fallback_load_format} builds and loads models as a whole, so the "
                 f"{plan.layout} layout cannot be captured"
             )
             return storage.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        self._loading.plan = plan
+        self._loading.plan, self._loading.storage = plan, storage
         try:
             model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         except Exception as error:
@@ -146,7 +164,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             self._fell_back(plan, ForkError(reason, mutated=True))
             raise _StartOver from None
         finally:
-            self._loading.plan = None
+            self._loading.plan = self._loading.storage = None
         return model
 
     def _fill(self, plan: LoadPlan, model: nn.Module, model_config: Any) -> None:
@@ -165,7 +183,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 self._fell_back(plan, error)
                 if error.mutated:
                     raise _StartOver from None
-        storage = self._storage()
+        storage = self._loading.storage
         if loading.loads_whole_models(storage):
             raise _StartOver
         plan.state_before(model)

@@ -22,7 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 
-def vllm_config(model: Path, *, load_format: str = "auto", extra: dict[str, Any] | None = None, **changes: Any) -> Any:
+def vllm_config(
+    model: Path | str, *, load_format: str = "auto", extra: dict[str, Any] | None = None, **changes: Any
+) -> Any:
     """A fresh VllmConfig, made from engine arguments as ``vllm serve`` makes it."""
     from vllm.engine.arg_utils import EngineArgs
 

@@ -12,20 +12,48 @@ import torch
 from torch import nn
 
 from vllm_rfork.devices.choice import device_side
-from vllm_rfork.vllm_compat import ascend
+from vllm_rfork.errors import ConfigError
+from vllm_rfork.vllm_compat import ascend, fallback_format
 
 
-def storage_loader(load_config: Any, load_format: str, passed_through: dict[str, Any]) -> Any:
+def storage_loader(
+    load_config: Any,
+    load_format: str,
+    passed_through: dict[str, Any],
+    *,
+    vllm_config: Any = None,
+    model_config: Any = None,
+) -> Any:
     """The loader that reads storage: ``load_config`` with another format and the keys that are not ours.
+
+    Args:
+        vllm_config, model_config: given where a model is loaded: for a draft vLLM changes some formats.
 
     Raises:
         ValueError: whatever vLLM says about an unknown format or key.
     """
     from vllm.model_executor.model_loader import get_model_loader
 
-    return get_model_loader(
-        dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config=dict(passed_through))
-    )
+    storage = dataclasses.replace(load_config, load_format=load_format, model_loader_extra_config=dict(passed_through))
+    if model_config is not None:
+        storage = fallback_format.for_draft(storage, vllm_config, model_config)
+    return get_model_loader(storage)
+
+
+def check_format(load_format: str) -> None:
+    """Raise :class:`ConfigError` if vLLM has no loader for ``load_format``: now, and not when there is no seed."""
+    from vllm.model_executor import model_loader
+
+    known = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", None)
+    if known is not None and load_format not in known:
+        others = sorted(name for name in known if name != "rfork")
+        raise ConfigError(fallback_format.OPTION, f"vLLM has no format {load_format}", f"one of {', '.join(others)}")
+
+
+def external_nbytes(loader: Any, vllm_config: Any) -> int:
+    """Bytes of weights on this device that ``loader`` maps from another process instead of loading them."""
+    ask = getattr(loader, "get_external_weight_memory", None)  # from vLLM 0.32 on
+    return int(ask(vllm_config)) if ask is not None else 0
 
 
 def loads_whole_models(loader: Any) -> bool:
