@@ -42,10 +42,12 @@ def register() -> None:
     from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.fallback_format import show_fallback_while_configuring
     from vllm_rfork.vllm_compat.loading import check_format, log_through_vllm
+    from vllm_rfork.vllm_compat.ray_environment import copy_to_ray_workers
 
     log_through_vllm()
     check_options_early(
         LOAD_FORMAT, lambda extra: check_format(parse_config(extra).settings.rfork_fallback_load_format)
     )
     show_fallback_while_configuring(LOAD_FORMAT)
+    copy_to_ray_workers()
     model_loader.register_model_loader(LOAD_FORMAT)(RForkModelLoader)
