@@ -28,7 +28,6 @@ API_VERSIONS = {
     "Service": "v1",
     "Deployment": "apps/v1",
     "StatefulSet": "apps/v1",
-    "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
     "ServiceMonitor": "monitoring.coreos.com/v1",
 }
@@ -108,14 +107,12 @@ def test_a_workload_chooses_its_own_pods_and_no_others(workload: Thing) -> None:
     assert chosen(workload["spec"]["selector"]["matchLabels"]) == [workload["spec"]["template"]]
 
 
-def test_services_budgets_and_policies_choose_pods_that_exist() -> None:
+def test_services_and_policies_choose_pods_that_exist() -> None:
     for service in things("Service"):
         pods = chosen(service["spec"]["selector"])
         assert len(pods) == 1, service["metadata"]["name"]
         for port in service["spec"]["ports"]:
             assert ports_of(pods[0])[port["targetPort"]] == port["port"]
-    for each in things("PodDisruptionBudget"):
-        assert chosen(each["spec"]["selector"]["matchLabels"])
     for policy in things("NetworkPolicy"):
         pods = chosen(policy["spec"]["podSelector"]["matchLabels"])
         assert pods
@@ -124,6 +121,17 @@ def test_services_budgets_and_policies_choose_pods_that_exist() -> None:
                 assert chosen(node["podSelector"]["matchLabels"])
             if "port" in node:
                 assert all(node["port"] in ports_of(pod) for pod in pods)
+
+
+def test_planners_of_which_one_is_ready_can_be_updated_and_drained() -> None:
+    """Only the leading replica is ready: whatever waits for a second ready one waits for ever."""
+    spec = named("Deployment", "rfork-planner")["spec"]
+    assert spec["replicas"] == 2
+    assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": "100%"}
+    (box,) = spec["template"]["spec"]["containers"]
+    assert box["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert {box[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe")} == {"/healthz"}
+    assert not [each for path in FOLDER.glob("*.yaml") if "kind: PodDisruptionBudget" in (each := path.read_text())]
 
 
 def test_the_engines_ports_are_open_to_workers_alone() -> None:

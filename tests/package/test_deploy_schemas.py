@@ -192,9 +192,9 @@ def test_what_is_wrong_is_found(what: str) -> None:
 
 
 def test_a_kind_that_the_newest_api_has_dropped_is_found() -> None:
-    budget = {**things("PodDisruptionBudget")[0], "apiVersion": "policy/v1beta1"}
+    old = {**things("Deployment")[0], "apiVersion": "extensions/v1beta1"}
     with pytest.raises(kubernetes_validate.SchemaNotFoundError):
-        check(budget, VERSIONS[-1])
+        check(old, VERSIONS[-1])
 
 
 def test_generated_maps_fit_into_the_api() -> None:

@@ -106,7 +106,7 @@ async def test_replicas_killed_in_the_middle_lose_nothing_and_grant_no_slot_twic
     redis_server: RedisServer, started: list[PlannerUnderTest]
 ) -> None:
     flags = ("--store", redis_server.url, "--redis-prefix", "killed", "--lease-ttl-sec", str(LEASE_TTL_S))
-    flags += ("--sweep-every-sec", "0.5")
+    flags += ("--sweep-every-sec", "0.5", "--leader-ttl-sec", "1")
     replicas = [start(started, *flags).until_ready() for _ in range(2)]
     async with aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=10), connector=aiohttp.TCPConnector(limit=0, force_close=True)
@@ -126,7 +126,7 @@ async def test_replicas_killed_in_the_middle_lose_nothing_and_grant_no_slot_twic
         # Nothing leaked: once everything has run out, every slot is free again.
         deadline = time.monotonic() + 30
         while True:
-            async with session.get(replicas[0].url + "/debug/snapshot") as answer:
+            async with session.get((await _leader(session, replicas)).url + "/debug/snapshot") as answer:
                 snapshot = await answer.json()
             if not snapshot["leases"] and not snapshot["waiting"]:
                 break
@@ -141,43 +141,94 @@ async def _forks(fleet: Fleet, more: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_a_receiver_that_waits_at_one_replica_is_served_by_a_seed_that_calls_at_another(
+async def _leader(session: aiohttp.ClientSession, replicas: list[PlannerUnderTest]) -> PlannerUnderTest:
+    """The replica that leads, once there is one."""
+    deadline = time.monotonic() + 60
+    while True:
+        for each in replicas:
+            if (await call(session, "GET", each.url + "/readyz"))[0] == 200:
+                return each
+        assert time.monotonic() < deadline, "no replica leads"
+        await asyncio.sleep(0.02)
+
+
+async def _until_waiting(session: aiohttp.ClientSession, url: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        async with session.get(url + "/debug/snapshot") as answer:
+            if answer.status == 200 and (await answer.json())["waiting"]:
+                return
+        assert time.monotonic() < deadline, "nobody waits"
+        await asyncio.sleep(0.02)
+
+
+async def _metrics(session: aiohttp.ClientSession, url: str) -> list[str]:
+    async with session.get(url + "/metrics") as answer:
+        assert answer.status == 200
+        return (await answer.text()).splitlines()
+
+
+async def test_a_standby_answers_503_and_takes_over_what_a_killed_leader_granted(
     redis_server: RedisServer, started: list[PlannerUnderTest]
 ) -> None:
-    flags = ("--store", redis_server.url, "--redis-prefix", "across")
-    one, other = (start(started, *flags).until_ready() for _ in range(2))
-    async with aiohttp.ClientSession() as session:
+    flags = ("--store", redis_server.url, "--redis-prefix", "standby", "--leader-ttl-sec", "1")
+    replicas = [start(started, *flags).until_ready() for _ in range(2)]
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        leader = await _leader(session, replicas)
+        (standby,) = (each for each in replicas if each is not leader)
+        add = {"SEED_KEY": "k", "SEED_PORT": "1", **ADD}
+        calls = [
+            ("POST", "/add_seed", add),
+            ("GET", "/get_seed", {"SEED_KEY": "k"}),
+            ("GET", "/get_seed", {"SEED_KEY": "k", "RFORK-WAIT-SEC": "60"}),
+            ("POST", "/put_seed", {**ADD, "SEED_PORT": "1", "USER_ID": "u"}),
+            ("POST", "/renew_seed_lease", {**ADD, "SEED_PORT": "1", "USER_ID": "u"}),
+            ("POST", "/remove_seed", add),
+            ("POST", "/rfork_intent", {"SEED_KEY": "k", "RFORK-INTENT": "i"}),
+            ("GET", "/debug/snapshot", {}),
+            ("GET", "/dashboard.json", {}),
+            ("GET", "/readyz", {}),
+        ]
+        for method, path, headers in calls:
+            status, answer = await asyncio.wait_for(call(session, method, standby.url + path, **headers), 20)
+            assert (path, status, answer.get("Retry-After")) == (path, 503, "1")
+        assert (await call(session, "GET", standby.url + "/healthz"))[0] == 200
+        shown = {each: await _metrics(session, each.url) for each in replicas}
+        assert "rfork_planner_store_up 0.0" in shown[standby]
+        assert "rfork_planner_store_up 1.0" in shown[leader]
+        assert [name for name in shown if any(line.startswith("rfork_planner_keys ") for line in shown[name])] == [
+            leader
+        ]
+        assert (await call(session, "POST", leader.url + "/add_seed", **add))[0] == 200
+        status, granted = await call(session, "GET", leader.url + "/get_seed", SEED_KEY="k")
+        lease = {name: granted[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
         waiting = asyncio.create_task(
-            call(session, "GET", one.url + "/get_seed", SEED_KEY="k", **{"RFORK-WAIT-SEC": "60"})
+            call(session, "GET", leader.url + "/get_seed", **{"SEED_KEY": "k", "RFORK-WAIT-SEC": "60"})
         )
-        while True:
-            async with session.get(other.url + "/debug/snapshot") as answer:
-                if (await answer.json())["waiting"]:
-                    break
-        started_at = time.monotonic()
-        assert (await call(session, "POST", other.url + "/add_seed", SEED_KEY="k", SEED_PORT="1", **ADD))[0] == 200
-        status, answer_headers = await asyncio.wait_for(waiting, 20)
-        assert (status, answer_headers["SEED_PORT"]) == (200, "1")
-        assert time.monotonic() - started_at < 10, "it was woken, not found by the end of its wait"
+        await _until_waiting(session, leader.url)
+        leader.kill()
+        assert (await waiting)[0] == 0
+        await until_status(session, standby.url + "/readyz", 200)
+        assert (await call(session, "GET", standby.url + "/get_seed", SEED_KEY="k"))[0] == 404, "the slot is taken"
+        again = asyncio.create_task(
+            call(session, "GET", standby.url + "/get_seed", **{"SEED_KEY": "k", "RFORK-WAIT-SEC": "60"})
+        )
+        await _until_waiting(session, standby.url)
+        assert (await call(session, "POST", standby.url + "/put_seed", **lease))[0] == 200
+        # The place in line that the dead leader had is not in the way.
+        assert (await asyncio.wait_for(again, 30))[0] == 200
 
 
-async def test_who_waited_at_a_dead_replica_does_not_block_the_line(
+async def test_a_leader_that_is_stopped_hands_over_at_once(
     redis_server: RedisServer, started: list[PlannerUnderTest]
 ) -> None:
-    flags = ("--store", redis_server.url, "--redis-prefix", "dead", "--sweep-every-sec", "0.2")
-    one, other = (start(started, *flags, "--lease-ttl-sec", "1").until_ready() for _ in range(2))
-    async with aiohttp.ClientSession() as session:
-        headers = {"SEED_KEY": "k", "RFORK-WAIT-SEC": "60"}
-        lost = asyncio.create_task(call(session, "GET", one.url + "/get_seed", **headers))
-        while True:
-            async with session.get(other.url + "/debug/snapshot") as answer:
-                if (await answer.json())["waiting"]:
-                    break
-        one.kill()
-        assert (await lost)[0] == 0
-        assert (await call(session, "POST", other.url + "/add_seed", SEED_KEY="k", SEED_PORT="1", **ADD))[0] == 200
-        # The dead one's place costs the time in which its lease would have been fetched, and no more.
-        assert (await asyncio.wait_for(call(session, "GET", other.url + "/get_seed", **headers), 30))[0] == 200
+    flags = ("--store", redis_server.url, "--redis-prefix", "handover", "--leader-ttl-sec", "40")
+    replicas = [start(started, *flags).until_ready() for _ in range(2)]
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        leader = await _leader(session, replicas)
+        (standby,) = (each for each in replicas if each is not leader)
+        assert await asyncio.to_thread(leader.stop) == 0
+        await until_status(session, standby.url + "/readyz", 200)  # does not wait for 40 s
 
 
 async def test_without_redis_receivers_are_sent_to_storage_and_the_planner_recovers(

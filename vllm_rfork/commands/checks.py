@@ -117,7 +117,7 @@ def _readiness(status: int, text: str) -> Finding:
         return Finding("planner ready", OK, "takes requests, and its store answers")
     if status == 404:
         return Finding("planner ready", NOTE, f"has no {READYZ}", "a third-party planner; nothing to do")
-    advice = "wait for its start or drain to end; with --store redis://, check that Redis answers"
+    advice = "wait for its start or drain to end; with --store redis://, check that Redis answers and who leads"
     return Finding("planner ready", FAIL, f"{status}: {text}", advice)
 
 

@@ -187,7 +187,9 @@ def make_store(settings: Settings) -> Store:
         problem = "the Redis client is missing: pip install 'vllm-rfork[planner]'"
         raise ConfigError("store", problem, "memory") from error
     redis_url.check(settings.store)
-    return RedisStore(settings.rules(), settings.store, prefix=settings.redis_prefix)
+    return RedisStore(
+        settings.rules(), settings.store, prefix=settings.redis_prefix, leader_ttl_s=settings.leader_ttl_sec
+    )
 
 
 async def serve(settings: Settings) -> None:

@@ -11,10 +11,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import ClassVar
 
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.index import RankedSet
 from vllm_rfork.planner.policy import Policy, buckets, score
+from vllm_rfork.planner.records import Record
 from vllm_rfork.planner.store import Ask, Granted, Missed, Totals
 
 #: The pool of all seeds of a key, for receivers that state no fingerprint.
@@ -22,8 +24,11 @@ ANY = None
 
 
 @dataclass(slots=True)
-class Seed:
+class Seed(Record):
     """One announced seed. ``aside_until`` is backoff after failures, ``held_until`` caution after a state loss."""
+
+    #: what every heartbeat and every lease changes: a successor starts the deadlines anew and counts the leases
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"seen_at", "stale_at", "turn", "leases", "standing"})
 
     key: str
     address: SeedAddress
@@ -56,8 +61,11 @@ class Seed:
 
 
 @dataclass(slots=True)
-class Lease:
+class Lease(Record):
     """One lease; ``ticket`` while its waiting receiver has not fetched it. ``key`` is empty for an orphan."""
+
+    #: a successor gives every lease its full TTL: a renewal changes nothing that it has to know
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"expires_at"})
 
     user_id: str
     name: str
@@ -66,6 +74,16 @@ class Lease:
     granted_at: float
     expires_at: float
     ticket: str = ""
+
+
+@dataclass(slots=True)
+class Intent(Record):
+    """One pending loader: a worker that loads ``key`` from storage and will be a seed."""
+
+    key: str
+    intent: str
+    fingerprint: str
+    ttl_s: float
 
 
 @dataclass(slots=True)

@@ -6,28 +6,37 @@ No clock here: ``now`` is set at the start of a decision and stays until its end
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import secrets
 from collections import Counter
 
-from vllm_rfork.planner.fleet import Lease, Seed, Shelf, Waiter
+from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf, Waiter
 from vllm_rfork.planner.index import Deadlines
 from vllm_rfork.planner.policy import buckets, nic_of
+from vllm_rfork.planner.records import Book, Journal
 from vllm_rfork.planner.store import LEASE_ID, Announcement, Ask, LimitReached, Rules
 
 _LEASE_ID_NBYTES = 12
+#: Fields of a seed that are not taken over from an earlier leader: :meth:`Ledger.add_seed` computes them.
+_COMPUTED = frozenset({"slots", "nic", "buckets", "leases", "standing", "seen_at", "stale_at"})
 
 
 class Ledger:
-    """The books. ``due`` holds ``(kind, name, other)`` with kinds seed, lease, intent, blocked and waiter."""
+    """The books. ``due`` holds ``(kind, name, other)`` with kinds seed, lease, intent, blocked and waiter.
 
-    def __init__(self, rules: Rules, now: float) -> None:
+    What a successor of this process needs is in a :class:`Book`, and ``journal`` notes what changes there.
+    """
+
+    def __init__(self, rules: Rules, now: float, journal: Journal | None = None) -> None:
         self.rules = rules
         self.now = now
         self.born_at = now
         self.state_id = secrets.token_hex(4)
         self.shelves: dict[str, Shelf] = {}
-        self.seeds: dict[str, Seed] = {}
-        self.leases: dict[str, Lease] = {}
+        self.seeds = Book("seed", Seed, journal)
+        self.leases = Book("lease", Lease, journal)
+        self.intents = Book("intent", Intent, journal)
         self.leases_of: dict[str, set[str]] = {}
         self.waiters: dict[str, Waiter] = {}
         self.due = Deadlines()
@@ -37,7 +46,6 @@ class Ledger:
         self.left: set[str] = set()
         self._serial = 0
         self._random: list[str] = []
-        self._intents = 0
         self._nic_leases: Counter[str] = Counter()
         self._nic_seeds: dict[str, set[str]] = {}
 
@@ -214,13 +222,14 @@ class Ledger:
         """Remember an intent or put its end off; False where a limit forbids it."""
         if ("intent", key, intent) in self.due:
             if self.shelves[key].intents[intent] == fingerprint:
+                self.intents[_intent(key, intent)].ttl_s = ttl_s
                 self.due.set(("intent", key, intent), self.now + ttl_s)
                 return True
             self.drop_intent(key, intent)
-        elif self._intents >= self.rules.max_intents or not self.has_room_for(key):
+        elif len(self.intents) >= self.rules.max_intents or not self.has_room_for(key):
             return False
         self.shelf(key).add_intent(intent, fingerprint)
-        self._intents += 1
+        self.intents[_intent(key, intent)] = Intent(key, intent, fingerprint, ttl_s)
         self.due.set(("intent", key, intent), self.now + ttl_s)
         return True
 
@@ -229,7 +238,50 @@ class Ledger:
         shelf = self.shelves.get(key)
         if not intent or shelf is None or not shelf.drop_intent(intent):
             return False
-        self._intents -= 1
+        del self.intents[_intent(key, intent)]
         self.due.cancel(("intent", key, intent))
         self.bereft.add(key)
         return True
+
+    # --- what an earlier leader wrote ----------------------------------------------------------------------------
+    def put_back_seed(self, kept: Seed) -> None:
+        """A seed of an earlier leader, with its full time until it is stale. Raises LimitReached."""
+        seed = self.add_seed(
+            Announcement(
+                key=kept.key,
+                seed=kept.address,
+                fingerprint=kept.fingerprint,
+                slots=kept.slots,
+                labels=kept.labels,
+                epoch=kept.epoch,
+            ),
+            kept.name,
+        )
+        for field in dataclasses.fields(Seed):
+            if field.name not in _COMPUTED:
+                setattr(seed, field.name, getattr(kept, field.name))
+        self._serial = max(self._serial, seed.turn)
+        seed.stale_at = self.now + self.rules.stale_s
+        self.due.set(("seed", seed.name, ""), seed.stale_at)
+        if (until := max(seed.aside_until, seed.held_until)) > self.now:
+            self.due.set(("blocked", seed.name, ""), until)
+        self.rank(seed)
+
+    def put_back_lease(self, lease: Lease) -> None:
+        """A lease of an earlier leader, with its full TTL.
+
+        A lease whose receiver has not fetched it was never answered, and that receiver waits no more.
+        """
+        lease.expires_at = self.now + (self.rules.claim_s if lease.ticket else self.rules.lease_ttl_s)
+        self.add_lease(lease)
+        if lease.name in self.seeds:
+            self.rank(self.seeds[lease.name])
+
+    def put_back_intent(self, intent: Intent) -> None:
+        """An intent of an earlier leader, with its full TTL."""
+        self.add_intent(intent.key, intent.intent, intent.fingerprint, intent.ttl_s)
+
+
+def _intent(key: str, intent: str) -> str:
+    """The name of an intent in its book: both texts are free, so no separator would do."""
+    return json.dumps([key, intent])

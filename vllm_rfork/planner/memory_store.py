@@ -1,22 +1,22 @@
 """The in-memory store: one process, no dependencies, every decision between two awaits and therefore atomic.
 
 Time comes from the ``clock`` it is given. Due things are done first in every call, so that a lease that has
-expired never outlives the next decision; ``sweep`` does them where no call comes. ``decisions.lua`` is this file
-in Redis's words, and one contract suite holds both to the same behaviour.
+expired never outlives the next decision; ``sweep`` does them where no call comes. The Redis store decides with
+this one as well, and writes what changes: no rule exists a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner import overview, views
-from vllm_rfork.planner.fleet import Lease, Seed, Shelf
+from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf
 from vllm_rfork.planner.ledger import Ledger
+from vllm_rfork.planner.records import Journal
 from vllm_rfork.planner.store import (
     SEED_NOT_TO_BLAME,
     WAIT_GRACE_S,
@@ -40,13 +40,18 @@ from vllm_rfork.planner.store import (
 
 
 class MemoryStore(Store):
-    """The fleet's state in this process. ``clock`` counts seconds and never goes backwards."""
+    """The fleet's state in this process.
 
-    def __init__(self, rules: Rules, clock: Callable[[], float] = time.monotonic) -> None:
+    ``clock`` counts seconds and never goes backwards. ``journal`` notes what changes, for a store that writes it.
+    """
+
+    def __init__(
+        self, rules: Rules, clock: Callable[[], float] = time.monotonic, journal: Journal | None = None
+    ) -> None:
         super().__init__(rules)
         self._clock = clock
-        self._ledger = Ledger(rules, clock())
-        self._history: deque[views.PastFork] = deque(maxlen=rules.max_history)
+        self._ledger = Ledger(rules, clock(), journal)
+        self._history = views.History(rules.max_history, journal)
         self._decision = _Decision(self)
 
     async def open(self) -> None:
@@ -303,6 +308,29 @@ class MemoryStore(Store):
         for _ in range(self._ledger.remove_seed(seed)):
             self.observe(Event("lease_dropped", seed.key, seed.name))
         self.observe(Event("seed_dropped", seed.key, seed.name, reason))
+
+    # --- what an earlier leader wrote ----------------------------------------------------------------------------
+    def resume(self, state_id: str, born_at: float) -> None:
+        """Continue an earlier leader's state, which began at ``born_at`` on the clock."""
+        with self._decision as books:
+            books.state_id, books.born_at = state_id, born_at
+
+    def put_back(self, name: str, record: object) -> None:
+        """Take over one record of an earlier leader, with its full time. Raises :class:`LimitReached`.
+
+        Past forks must come in the order of their names, which are numbers.
+        """
+        with self._decision as books:
+            if isinstance(record, Seed):
+                books.put_back_seed(record)
+            elif isinstance(record, Lease):
+                books.put_back_lease(record)
+            elif isinstance(record, Intent):
+                books.put_back_intent(record)
+            elif isinstance(record, views.PastFork):
+                self._history.put_back(int(name), record)
+            else:
+                raise TypeError(f"no such record: {type(record).__name__}")
 
     # --- for people ----------------------------------------------------------------------------------------------
     async def totals(self) -> dict[str, Totals]:

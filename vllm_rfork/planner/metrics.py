@@ -1,7 +1,7 @@
 """What Prometheus is told: its own registry, labels bounded in number, nothing that is a credential.
 
 Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``. Gauges over the
-fleet are the store's at the time of the scrape, so with a shared store every replica tells the same.
+fleet are the store's at the time of the scrape; of several replicas only the leading one has them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Metrics:
             self._refused.labels(reason)
         for kind in ("lease_expired", "seed_aside", "state_lost"):
             self._events.labels(kind)
-        self._store_up = Gauge(f"{_PREFIX}store_up", "1 while the store answers, else 0", registry=self.registry)
+        self._store_up = Gauge(f"{_PREFIX}store_up", "1 while this replica decides, else 0", registry=self.registry)
         self.open_waits = Gauge(f"{_PREFIX}held_requests", "Requests that wait in this process", registry=self.registry)
 
     def request(self, call: str, code: int, duration_s: float | None) -> None:

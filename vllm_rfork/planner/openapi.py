@@ -284,13 +284,13 @@ def _operating_paths() -> dict[str, dict[str, _Data]]:
         messages.READYZ: {
             "get": _call(
                 "readyz",
-                "The planner takes requests and its state can be reached.",
+                "The planner takes requests and decides: its state can be reached, and no other replica leads.",
                 _json("It does.", status("ready")),
                 "503",
                 is_open=True,
             )
         },
-        messages.METRICS: {"get": _call("metrics", "Prometheus's text format.", metrics, "503")},
+        messages.METRICS: {"get": _call("metrics", "Prometheus's text format.", metrics, "")},
         messages.DEBUG_SNAPSHOT: {
             "get": _call(
                 "snapshot",

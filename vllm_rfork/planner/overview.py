@@ -1,7 +1,7 @@
 """What the dashboard shows, as plain JSON data: the keys that need a person first, and few of everything else.
 
 The cost grows with the number of keys and with ``limit``, never with that of seeds, leases, waiters or past forks: a
-page that many people look at must not slow the planner down. Nothing here decides anything. The form, in both stores:
+page that many people look at must not slow the planner down. Nothing here decides anything. The form:
 
 ``fleet``: the counts of ``Totals`` over all keys, and ``keys``, how many there are. ``keys``: the same by ``key``, the
 most urgent first. ``seeds``, ``leases``, ``waiting``, ``intents``, ``history``: entries as in a snapshot, of one key
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +45,7 @@ class Tally:
         self._levels: tuple[dict[str, Totals], ...] = ({}, {}, {}, {})
 
     def add(self, key: str, totals: Totals) -> None:
-        """One key. One that is added again, as Redis may tell of a key twice, is counted once."""
-        if any(key in level for level in self._levels):
-            return
+        """One key, which must not have been added before."""
         self._levels[_urgency(totals)][key] = totals
         self.keys += 1
         self.fleet.add(totals)
@@ -137,23 +134,6 @@ def _seeds(shelf: Shelf) -> Iterator[Seed]:
     for seed in shelf.seeds.values():
         if seed.name not in shelf.aside and seed.name not in shelf.draining:
             yield seed
-
-
-def overview_from_redis(found: Mapping[str, Any], tally: Tally, choice: Choice, *, key: str | None) -> dict[str, Any]:
-    """The same data from the records of ``views.lua``, whose fields are text."""
-    now = float(found["now"])
-    shown = views.snapshot_from_redis({**found, "history": []}, "")
-    history = (views.past_from_redis(json.loads(each), now) for each in found.get("history") or ())
-    return {
-        "state": shown["state"],
-        "age_s": shown["age_s"],
-        **_counted(tally, choice),
-        "seeds": shown["seeds"],
-        "leases": _oldest_first(shown["leases"]),
-        "waiting": shown["waiting"],
-        "intents": shown["intents"],
-        **_past(history, key, choice.limit),
-    }
 
 
 def _oldest_first(leases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vllm_rfork.errors import ConfigError
 
-#: A score is ``weight * TURNS + turn`` and must stay exact as a double, because Redis keeps scores as doubles.
+#: A score is ``weight * TURNS + turn`` and must stay exact as a double.
 TURNS = 1 << 40
 MAX_WEIGHT = (1 << 13) - 1
 #: The bucket in which every seed sits.

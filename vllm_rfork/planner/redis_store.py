@@ -1,8 +1,10 @@
-"""The Redis store: several planner processes serve one fleet, and any of them may die at any moment.
+"""The Redis store: several planner processes over one Redis, of which one leads, decides, and writes every change.
 
-All decisions are taken inside Redis by ``decisions.lua``, one at a time; nothing is remembered here but which
-tickets wait at this process. Redis tells the process of settled tickets over a channel of its own; a message that
-is lost costs nothing but time, because after every reconnection all waiting tickets are looked at.
+The leader keeps the fleet in memory (``memory_store``) and answers a decision once Redis has what it changed
+(``term``). The other replicas raise :class:`StoreUnavailable`, and take over within seconds when the leader is gone:
+they read what was written, and give every lease and every seed its full time again. So no clock of another machine
+counts, and the fleet's own clock stands still while nobody leads. Receivers that wait do so at the leader alone, and
+ask again when it is gone.
 
 Keep Redis's data on disk (``appendfsync always``) where a lost second matters: a slot whose lease Redis forgot can
 be granted again.
@@ -11,29 +13,23 @@ be granted again.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
 import redis.asyncio
-import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from vllm_rfork.messages import SeedAddress, decode_text, encode_text
-from vllm_rfork.planner import overview, views
-from vllm_rfork.planner.policy import buckets, nic_of
-from vllm_rfork.planner.redis_calls import ScriptCalls
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.planner.fenced import LOCK, Change, Fenced, FencedRecords, Lock
+from vllm_rfork.planner.memory_store import MemoryStore
+from vllm_rfork.planner.records import Book, Journal, Place, decode
 from vllm_rfork.planner.store import (
-    LEASE_ID,
-    SEED_NOT_TO_BLAME,
-    WAIT_GRACE_S,
     Announcement,
     Ask,
-    Event,
     Granted,
     LimitReached,
     Missed,
@@ -41,29 +37,27 @@ from vllm_rfork.planner.store import (
     Queued,
     Released,
     Rules,
-    StillLeased,
     Store,
     StoreUnavailable,
     Totals,
     UnknownLease,
-    UnknownSeed,
-    state_of,
 )
+from vllm_rfork.planner.term import Term
 
 logger = logging.getLogger(__name__)
 
-_DECLINED: Mapping[str, type[Exception]] = {
-    each.__name__: each for each in (LimitReached, StillLeased, UnknownLease, UnknownSeed)
-}
-#: Entries per list of a snapshot: Redis serves nobody else meanwhile.
-MAX_SNAPSHOT = 5000
-_RECONNECT_S = 0.5
+T = TypeVar("T")
+
+#: The leader shows that it lives, and the others look, so many times within the time after which they take over.
+_LOOKS = 6
 
 
 class RedisStore(Store):
-    """The fleet's state in Redis under ``prefix``.
+    """The fleet of ``prefix`` in the Redis at ``url``.
 
-    ``clock`` replaces Redis's own time (tests); ``replica`` names this process and is random where not given.
+    Args:
+        leader_ttl_s: another replica takes over when the leader was silent for so long.
+        clock: this process's monotonic seconds, from which the fleet's clock is made.
     """
 
     def __init__(
@@ -72,224 +66,247 @@ class RedisStore(Store):
         url: str,
         *,
         prefix: str = "rfork",
-        clock: Callable[[], float] | None = None,
-        replica: str = "",
+        leader_ttl_s: float = 3.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(rules)
         self._clock = clock
-        self._replica = replica or secrets.token_hex(8)
-        self._base = f"{{{prefix}}}:"
-        # Three connections: for decisions, for listening, and for probes. Timeouts are the callers' (ScriptCalls), and
-        # nothing below us retries: a decision whose answer was lost may have been taken.
+        self._ttl_s = leader_ttl_s
+        self._replica = secrets.token_hex(8)
+        # Timeouts are the callers' (FencedRecords), and nothing below them retries: a write whose answer was lost may
+        # have happened. Other keys than those of the generation that decided in Redis, which may lie there still.
         self._client = redis.asyncio.Redis.from_url(
             url, protocol=2, socket_connect_timeout=2.0, health_check_interval=15, retry=Retry(NoBackoff(), 0)
         )
-        self._calls = ScriptCalls(self._client, f"{self._base}meta")
-        self._rules = json.dumps(_rules(rules))
-        self._listener: asyncio.Task[None] | None = None
-        self._pinging: asyncio.Task[None] | None = None
+        self._records = FencedRecords(self._client, f"{{{prefix}}}:2:")
+        self._term: Term | None = None
+        self._why_not = StoreUnavailable("the planner starts")
+        self._campaign: asyncio.Task[None] | None = None
+        self._cleanups: set[asyncio.Task[None]] = set()
+        #: token and beat of the leader as they were last seen to change, and when
+        self._seen = ("", "")
+        self._seen_at = 0.0
+
+    @property
+    def leads(self) -> bool:
+        """This replica decides."""
+        return self._term is not None
 
     async def open(self) -> None:
-        """Connect, load the script and listen. Raises :class:`StoreUnavailable`."""
-        await self._calls.load()
-        await self._decide("sweep", replica=self._replica)
-        listening = asyncio.Event()
-        self._listener = asyncio.create_task(self._listen_for_ever(listening))
-        try:
-            await asyncio.wait_for(listening.wait(), 5.0)
-        except asyncio.TimeoutError as error:
-            raise StoreUnavailable("Redis takes no subscription") from error
+        """Connect, and lead if nobody does. Raises :class:`StoreUnavailable`."""
+        await self._look()
+        if self._term is None:
+            logger.info("This replica stands by: another one leads")
+        self._campaign = asyncio.create_task(self._campaign_for_ever())
 
     async def close(self) -> None:
         """See the port."""
-        if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.gather(self._listener, return_exceptions=True)
-            self._listener = None
-            try:
-                await self._decide("leave", replica=self._replica)
-            except StoreUnavailable as error:
-                logger.debug("Redis will find out by itself that this replica is gone: %s", error)
-        await self._calls.close()
+        if self._campaign is not None:
+            self._campaign.cancel()
+            await asyncio.gather(self._campaign, return_exceptions=True)
+            self._campaign = None
+        if self._term is not None:
+            term, self._term = self._term, None
+            await term.end(release=True)
         await self._client.aclose()
 
     async def ping(self) -> None:
         """See the port."""
-        # One at a time, for all who ask: probes need no token, and must not take the connections of decisions.
-        if self._pinging is None or self._pinging.done():
-            self._pinging = asyncio.get_running_loop().create_task(self._ping())
-            self._pinging.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(self._pinging)
+        self._leading()
 
-    async def _ping(self) -> None:
+    def _leading(self) -> Term:
+        if self._term is None:
+            raise self._why_not
+        return self._term
+
+    # --- who leads -----------------------------------------------------------------------------------------------
+    async def _campaign_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / _LOOKS)
+            try:
+                await self._look()
+            except StoreUnavailable as error:
+                if self._term is None and str(error) != str(self._why_not):
+                    logger.warning("The store cannot be used, trying again: %s", error)
+                    self._why_not = error
+            except Exception:
+                logger.exception("Looking for a leader failed, trying again")
+
+    async def _look(self) -> None:
+        """Show that this replica leads, or look whether it should. Raises :class:`StoreUnavailable`."""
+        if self._term is not None:
+            await self._term.beat()
+            return
+        lock = await self._records.read_lock()
+        if lock.owner not in ("", self._replica):
+            now = time.monotonic()
+            if (lock.token, lock.beat) != self._seen:
+                self._seen, self._seen_at = (lock.token, lock.beat), now
+            if now - self._seen_at < self._ttl_s:
+                self._why_not = StoreUnavailable("another replica leads")
+                return
+        await self._take_over(lock)
+
+    async def _take_over(self, lock: Lock) -> None:
+        token = f"{int(lock.token.partition('.')[0] or 0) + 1}.{secrets.token_hex(8)}"
         try:
-            await asyncio.wait_for(self._client.ping(), 2.0)
-        except (redis.exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
-            raise StoreUnavailable(f"Redis is not reachable ({type(error).__name__})") from error
+            taken: list[Change] = [(LOCK, "token", token), (LOCK, "owner", self._replica), (LOCK, "beat", "0")]
+            await self._records.write(lock.token, taken, beat=lock.beat)
+            # From here on nobody else can write: what is read now is all there is.
+            reading = asyncio.create_task(self._begin_term(token))
+            try:
+                beats = 0
+                while not (await asyncio.wait({reading}, timeout=self._ttl_s / _LOOKS))[0]:
+                    beats -= 1  # the term itself counts upwards
+                    await self._records.write(token, [(LOCK, "beat", str(beats))])
+                self._term = reading.result()
+            finally:
+                reading.cancel()
+        except Fenced:
+            self._why_not = StoreUnavailable("another replica leads")
 
-    # --- seeds ---------------------------------------------------------------------------------------------------
+    async def _begin_term(self, token: str) -> Term:
+        lock = await self._records.read_lock()
+        if lock.state:
+            try:
+                return await self._read_fleet(token, lock)
+            except ValueError as error:
+                # Of another version, or damaged. What cannot be read may have been a lease: hold the seeds back.
+                logger.error("The fleet in Redis cannot be read, starting without state: %s", error)
+        journal = Journal()
+        memory = MemoryStore(self.rules, self._clock, journal)
+        books = memory.begin()
+        changes: list[Change] = [(kind, "", "") for kind in journal.books]
+        changes += [
+            (LOCK, "state", books.state_id),
+            (LOCK, "born", repr(books.born_at)),
+            (LOCK, "now", repr(books.now)),
+        ]
+        await self._records.write(token, changes)
+        logger.info("This replica leads, without an earlier state")
+        return self._new_term(memory, journal, token, self._clock)
+
+    async def _read_fleet(self, token: str, lock: Lock) -> Term:
+        """The term that continues what an earlier leader wrote. Raises ValueError: it cannot be read."""
+        clock = _continued(self._clock, float(lock.now))
+        journal = Journal()
+        memory = MemoryStore(self.rules, clock, journal)
+        memory.resume(lock.state, float(lock.born))
+        refused: list[Place] = []
+        for kind, book in journal.books.items():
+            names: dict[str, bytes] = {}
+            async for some in self._records.read(kind):
+                names.update(some)
+                if not book.in_order:
+                    refused += _put_back(memory, book, names)
+                    names = {}
+            refused += _put_back(memory, book, dict(sorted(names.items(), key=lambda each: int(each[0]))))
+        journal.changed.clear()
+        if refused:
+            logger.warning("%d records were forgotten, because a limit of this planner is lower", len(refused))
+            journal.changed.update(dict.fromkeys(refused))
+        counts = ", ".join(f"{kind}={len(book)}" for kind, book in journal.books.items())
+        logger.info("This replica leads, and read the fleet: %s", counts)
+        return self._new_term(memory, journal, token, clock)
+
+    def _new_term(self, memory: MemoryStore, journal: Journal, token: str, clock: Callable[[], float]) -> Term:
+        return Term(memory, journal, self._records, token, clock=clock, listener=self, ended=self._term_ended)
+
+    def _term_ended(self, reason: StoreUnavailable) -> None:
+        """Forget the fleet: another replica may have changed it. Those who wait here are sent away."""
+        logger.warning("This replica no longer leads: %s", reason)
+        self._term, self._why_not = None, reason
+        self.notify_all()
+
+    # --- decisions -----------------------------------------------------------------------------------------------
     async def announce(self, announcement: Announcement) -> str:
         """See the port."""
-        seed = announcement.seed
-        slots = self.rules.slots if announcement.slots is None else announcement.slots
-        result = await self._decide(
-            "announce",
-            key=_ascii(announcement.key),
-            name=str(seed),
-            host=seed.host,
-            port=seed.port,
-            rank=seed.rank,
-            fp=_ascii(announcement.fingerprint),
-            slots=min(slots, self.rules.max_slots),
-            labels=json.dumps(dict(announcement.labels), sort_keys=True),
-            buckets=json.dumps(buckets(self.rules.policy, announcement.labels)),
-            nic=nic_of(seed.host, announcement.labels),
-            epoch=_ascii(announcement.epoch),
-            intent=_ascii(announcement.intent),
-            known_state=announcement.known_state,
-        )
-        return str(result["state"])
+        term = self._leading()
+        return await term.decide(term.memory.announce(announcement))
 
     async def withdraw(self, key: str, seed: SeedAddress) -> None:
         """See the port."""
-        await self._decide("withdraw", key=_ascii(key), name=str(seed))
+        term = self._leading()
+        await term.decide(term.memory.withdraw(key, seed))
 
-    # --- leases --------------------------------------------------------------------------------------------------
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
         """See the port."""
-        result = await self._decide(
-            "acquire",
-            key=_ascii(ask.key),
-            receiver=_ascii(ask.receiver),
-            fp=_ascii(ask.fingerprint),
-            wait_s=ask.wait_s,
-            ticket=ask.ticket,
-            exclude=sorted(ask.exclude),
-            buckets=buckets(self.rules.policy, ask.labels),
-            intent=_ascii(ask.intent),
-            replica=self._replica,
-        )
-        settled = self._settled(result, ask.ticket)
-        if settled is None:
-            raise StoreUnavailable("Redis lost a request")
-        return settled
+        term = self._leading()
+        return await self._granted(term, await term.memory.acquire(ask))
 
     async def settle(self, ticket: str, *, leave: bool, loads: bool = True) -> Granted | Missed | Queued | None:
         """See the port."""
-        result = await self._decide("settle", ticket=ticket, leave=leave, loads=loads, replica=self._replica)
-        return self._settled(result, ticket)
+        term = self._leading()
+        return await self._granted(term, await term.memory.settle(ticket, leave=leave, loads=loads))
 
-    def _settled(self, result: Mapping[str, Any], ticket: str) -> Granted | Missed | Queued | None:
-        if result.get("granted"):
-            seed = SeedAddress(result["host"], int(result["port"]), int(result["rank"]))
-            return Granted(seed, result["granted"], self.rules.lease_ttl_s)
-        if result.get("queued"):
-            return Queued(ticket)
-        return Missed(bool(result["intent"])) if result.get("missed") else None
+    async def _granted(self, term: Term, result: T) -> T:
+        """``result``, once it is written. A lease whose receiver hangs up meanwhile is taken back."""
+        try:
+            await term.written()
+        except asyncio.CancelledError:
+            if isinstance(result, Granted):
+                taking_back = asyncio.get_running_loop().create_task(_take_back(term, result))
+                self._cleanups.add(taking_back)
+                taking_back.add_done_callback(self._cleanups.discard)
+            raise
+        return result
 
     async def release(self, seed: SeedAddress, user_id: str, outcome: Outcome | None) -> Released:
         """See the port."""
-        told = None
-        if outcome is not None:
-            told = {
-                "ok": outcome.ok,
-                "nbytes": outcome.nbytes,
-                "duration_s": outcome.duration_s,
-                "cause": _ascii(outcome.cause),
-                "blame": outcome.cause not in SEED_NOT_TO_BLAME,
-            }
-        result = await self._decide("release", name=str(seed), user_id=_ascii(user_id), outcome=told)
-        return Released(decode_text(result["key"]), float(result["held_s"]))
+        term = self._leading()
+        return await term.decide(term.memory.release(seed, user_id, outcome))
 
     async def renew(self, seed: SeedAddress, user_id: str) -> None:
         """See the port."""
-        await self._decide("renew", name=str(seed), user_id=_ascii(user_id), state=state_of(user_id))
+        term = self._leading()
+        await term.decide(term.memory.renew(seed, user_id))
 
     async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
         """See the port."""
-        await self._decide("intend", key=_ascii(key), intent=_ascii(intent), fp=_ascii(fingerprint), ttl_s=ttl_s)
+        term = self._leading()
+        await term.decide(term.memory.intend(key, intent, fingerprint, ttl_s))
 
     async def sweep(self) -> float:
         """See the port."""
-        next_s = float((await self._decide("sweep", replica=self._replica))["next_s"])
-        return float("inf") if next_s < 0 else next_s
+        if self._term is None:
+            return float("inf")
+        return await self._term.decide(self._term.memory.sweep())
 
     # --- for people ----------------------------------------------------------------------------------------------
     async def totals(self) -> dict[str, Totals]:
         """See the port."""
-        found: dict[str, dict[str, float]] = (await self._decide("totals"))["totals"]
-        return {decode_text(key): _totals(each) for key, each in found.items()}
+        return await self._leading().memory.totals()
 
     async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
         """See the port."""
-        wanted = {} if key is None else {"key": _ascii(key)}
-        return views.snapshot_from_redis(
-            await self._decide("snapshot", limit=min(limit, MAX_SNAPSHOT), **wanted), self.rules.policy.name
-        )
+        return await self._leading().memory.snapshot(key=key, limit=limit)
 
     async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
         """See the port."""
-        tally, cursor = overview.Tally(), "0"
-        while True:
-            found = await self._decide("tally", cursor=cursor, count=overview.BATCH)
-            for name, totals in found["totals"].items():
-                tally.add(decode_text(name), _totals(totals))
-            cursor = found["cursor"]
-            if cursor == "0":
-                break
-        choice = overview.choose(tally, key, min(limit, MAX_SNAPSHOT))
-        found = await self._decide(
-            "overview",
-            keys=[_ascii(each) for each in choice.chosen],
-            seeds=choice.seeds,
-            leases=choice.leases,
-            waiting=choice.waiting,
-            limit=choice.limit,
-            past=overview.LOOK_BACK,
-        )
-        return overview.overview_from_redis(found, tally, choice, key=key)
-
-    # --- Redis ---------------------------------------------------------------------------------------------------
-    async def _decide(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        arguments["nonce"] = secrets.token_hex(16)
-        if self._clock is not None:
-            arguments["now"] = self._clock()
-        answer = msgspec.json.decode(await self._calls.run(operation, self._rules, json.dumps(arguments)))
-        for kind, key, seed, detail in answer.get("ev") or ():
-            self.observe(Event(kind, decode_text(key), seed, detail))
-        result: dict[str, Any] = answer["r"] or {}
-        if "error" in result:
-            raise _DECLINED[result["error"]](result["text"])
-        return result
-
-    async def _listen_for_ever(self, listening: asyncio.Event) -> None:
-        """Hear of settled tickets; after every break look at all of them."""
-        while True:
-            try:
-                async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(f"{self._base}wake:{self._replica}")
-                    listening.set()
-                    self.notify_all()
-                    while True:
-                        message = await channel.get_message(timeout=30.0)
-                        if message is not None:
-                            self.notify(str(message["data"], "ascii"))
-            except (redis.exceptions.RedisError, OSError) as error:
-                logger.warning("Redis is not reachable, trying again (%s)", type(error).__name__)
-                await asyncio.sleep(_RECONNECT_S)
+        return await self._leading().memory.overview(key=key, limit=limit)
 
 
-def _ascii(text: str) -> str:
-    """``text`` as the script wants it: printable ASCII, and empty where it is empty."""
-    return encode_text(text) if text else ""
+async def _take_back(term: Term, lease: Granted) -> None:
+    try:
+        await term.decide(term.memory.release(lease.seed, lease.user_id, None))
+    except (UnknownLease, StoreUnavailable) as error:
+        logger.debug("The lease of a receiver that went away is gone already: %s", error)
 
 
-def _totals(found: Mapping[str, float]) -> Totals:
-    counts = {name: int(value) for name, value in found.items() if name != "oldest_wait_s"}
-    return Totals(**counts, oldest_wait_s=float(found["oldest_wait_s"]))
+def _put_back(memory: MemoryStore, book: Book[Any], texts: Mapping[str, bytes]) -> list[Place]:
+    """Give ``texts`` by name to ``memory``; the places of those for which a limit leaves no room. Raises ValueError."""
+    refused: list[Place] = []
+    for name, text in texts.items():
+        if name in book:
+            continue  # Redis may name a record twice
+        try:
+            memory.put_back(name, decode(text, book.record_type))
+        except LimitReached:
+            refused.append((book.kind, name))
+    return refused
 
 
-def _rules(rules: Rules) -> dict[str, Any]:
-    """The rules as the script reads them."""
-    named = {name: value for name, value in vars(rules).items() if name != "policy"}
-    return named | {"weigh": rules.policy.weigh, "lease_id": LEASE_ID, "wait_grace_s": WAIT_GRACE_S}
+def _continued(clock: Callable[[], float], now: float) -> Callable[[], float]:
+    """``clock``, moved so that it is ``now`` at present."""
+    offset_s = now - clock()
+    return lambda: clock() + offset_s

@@ -31,6 +31,9 @@ class Settings(BaseModel):
     port: int = Field(1223, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     store: str = Field("memory", description="memory, or redis://host:port/db (rediss:// for TLS)")
     redis_prefix: str = Field("rfork", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="names this fleet in Redis")
+    leader_ttl_sec: float = Field(
+        3.0, ge=0.2, le=60, description="with Redis, a replica takes over when the leading one was silent for so long"
+    )
     policy: str = Field("least-loaded", description=f"choice of seed: {', '.join(sorted(POLICIES))}")
     slots: int = Field(1, ge=1, le=1000, description="leases at once of a seed that does not announce its own number")
     max_slots: int = Field(64, ge=1, le=1000, description="upper bound of the number that a seed announces")
@@ -71,7 +74,6 @@ class Settings(BaseModel):
             stale_s=self.stale_after_sec,
             intent_ttl_s=self.intent_ttl_sec,
             claim_s=min(2.0, self.lease_ttl_sec),
-            replica_s=max(3.0, 3 * self.sweep_every_sec),
             recovery_hold_s=self.recovery_hold_sec,
             slots=self.slots,
             max_slots=self.max_slots,

@@ -1,8 +1,8 @@
 """The planner's state as a port: what every store can do, in plain data.
 
-Every method is one atomic decision; two planner processes over one store never disagree. A store never sleeps
-and never answers HTTP. The order of the waiting line is the store's: whoever waits longest for a key and may
-use a seed is given it the moment a slot is free, before any newcomer.
+Every method is one atomic decision. Of several planner processes over one store one leads and decides; the others
+raise :class:`StoreUnavailable`. A store never sleeps and never answers HTTP. The order of the waiting line is the
+store's: whoever waits longest for a key and may use a seed is given it the moment a slot is free, before any newcomer.
 
 Vocabulary beyond ``words.md``: a *ticket* names one waiting receiver; it is *settled* once it has a lease or is
 told to load from storage. ``Store.notify`` hears of settled tickets, and ``Store.settle`` fetches the result.
@@ -52,7 +52,7 @@ class LimitReached(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """The store cannot decide now (Redis is unreachable). HTTP 503."""
+    """The store cannot decide here and now: Redis is unreachable, or another replica leads. HTTP 503."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,8 @@ class Rules:
     lease_ttl_s: float = 60.0
     stale_s: float = 60.0
     intent_ttl_s: float = 60.0
-    #: how long a lease waits for its waiting receiver's replica to fetch it
+    #: how long a lease waits for its waiting receiver to fetch it
     claim_s: float = 5.0
-    #: a replica that was not heard of for so long is dead, and so are those who wait at it
-    replica_s: float = 15.0
     #: after a start without state: how long no seed at all is granted
     recovery_hold_s: float = 0.0
     slots: int = 1

@@ -6,12 +6,12 @@ Lease ids are shown by their first characters only: whoever knows one whole may 
 from __future__ import annotations
 
 import itertools
-import json
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_rfork.messages import decode_text
+from vllm_rfork.planner.records import Book, Journal
 
 if TYPE_CHECKING:
     from vllm_rfork.planner.fleet import Lease, Seed, Waiter
@@ -42,6 +42,28 @@ class PastFork:
         if outcome is not None:
             cause, nbytes, duration_s = outcome.cause, outcome.nbytes, outcome.duration_s or held_s
         return cls(lease.key, lease.name, lease.receiver, result, cause, nbytes, duration_s, now)
+
+
+class History(deque[PastFork]):
+    """The last ``maxlen`` past forks, the youngest last; ``append`` alone changes it."""
+
+    def __init__(self, maxlen: int, journal: Journal | None = None) -> None:
+        super().__init__(maxlen=maxlen)
+        #: the same forks under running numbers
+        self._book = Book("past", PastFork, journal, in_order=True)
+        self._number = 0
+
+    def append(self, past: PastFork) -> None:
+        """Add ``past``, and forget the oldest if there are too many."""
+        self.put_back(self._number, past)
+
+    def put_back(self, number: int, past: PastFork) -> None:
+        """Add ``past`` under the number that an earlier leader gave it; numbers must grow."""
+        super().append(past)
+        self._book[str(number)] = past
+        self._number = number + 1
+        while len(self._book) > len(self):
+            del self._book[next(iter(self._book))]
 
 
 def past_fork(entry: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -128,74 +150,3 @@ def waiter_entry(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
         "waited_s": round(now - waiter.since, 1),
         "wait_s": waiter.ask.wait_s,
     }
-
-
-def snapshot_from_redis(found: Mapping[str, Any], policy: str) -> dict[str, Any]:
-    """The same data from the records of ``views.lua``, whose fields are text."""
-    now = float(found["now"])
-
-    def entries(name: str) -> list[dict[str, Any]]:
-        return found.get(name) or []
-
-    return {
-        "state": found["state"],
-        "age_s": round(found["born_s"], 1),
-        "policy": policy,
-        "keys": {decode_text(key): totals for key, totals in (found.get("totals") or {}).items()},
-        "seeds": [_seed_from_redis(each, now) for each in entries("seeds")],
-        "leases": [
-            {
-                "lease": lease_id(each["id"]),
-                "key": decode_text(each["key"]),
-                "seed": each["name"],
-                "receiver": decode_text(each["receiver"]),
-                "held_s": round(now - float(each["at"]), 1),
-                "expires_in_s": round(float(each["expires"]) - now, 1),
-            }
-            for each in entries("leases")
-        ],
-        "waiting": [
-            {
-                "key": decode_text(each["key"]),
-                "place": each["place"],
-                "receiver": decode_text(each["receiver"]),
-                "fingerprint": decode_text(each["fp"]),
-                "intent": decode_text(each["intent"]),
-                "waited_s": round(now - float(each["since"]), 1),
-                "wait_s": float(each["wait_s"]),
-            }
-            for each in entries("waiting")
-        ],
-        "intents": [{name: decode_text(value) for name, value in each.items()} for each in entries("intents")],
-        "history": [past_from_redis(each, now) for each in entries("history")],
-    }
-
-
-def _seed_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
-    return {
-        "key": decode_text(each["key"]),
-        "seed": each["name"],
-        "ip": each["host"],
-        "port": int(each["port"]),
-        "rank": int(each["rank"]),
-        "fingerprint": decode_text(each["fp"]),
-        "epoch": decode_text(each["epoch"]),
-        "labels": json.loads(each["labels"]),
-        "slots": int(each["slots"]),
-        "leases": int(each["leases"]),
-        "draining": bool(each["draining"]),
-        "failures": int(each["failures"]),
-        "aside_s": max(0.0, round(each["aside"] - now, 1)),
-        "held_s": max(0.0, round(each["held"] - now, 1)),
-        "seen_s_ago": round(now - each["seen"], 1),
-        "age_s": round(now - each["first"], 1),
-    }
-
-
-def past_from_redis(each: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """:func:`past_fork` of a record of the scripts."""
-    fields = dict(each)
-    for name in ("key", "receiver", "cause"):
-        fields[name] = decode_text(fields[name])
-    fields |= {"nbytes": int(each["nbytes"]), "duration_s": round(each["duration_s"], 3), "at": float(each["at"])}
-    return past_fork(fields, now)

@@ -13,7 +13,16 @@ import secrets
 from collections.abc import Coroutine
 from typing import Any
 
-from vllm_rfork.planner.store import Ask, Granted, Missed, Queued, Store, StoreError, UnknownLease
+from vllm_rfork.planner.store import (
+    Ask,
+    Granted,
+    Missed,
+    Queued,
+    Store,
+    StoreError,
+    StoreUnavailable,
+    UnknownLease,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +113,13 @@ class WaitingRoom:
                     raise Closing
             finished = True
             return result
+        except StoreUnavailable:
+            finished = True  # another replica leads now, and has no line
+            raise
         finally:
             del self._bells[ask.ticket]
             if not finished and not self._closing:
-                # Cancelled (the receiver hung up) or the store failed: nobody must stay behind in the line.
+                # Cancelled (the receiver hung up): nobody must stay behind in the line.
                 self._in_background(self._abandon(ask.ticket))
 
     async def _abandon(self, ticket: str) -> None:
