@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,9 +24,10 @@ from vllm_rfork.config import Settings
 from vllm_rfork.credentials import Credentials
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.table import engine_class
-from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerError
+from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerError, SeedError
 from vllm_rfork.manifest import Manifest
-from vllm_rfork.messages import Lease, SeedAddress
+from vllm_rfork.messages import Lease, OtherSeeds, SeedAddress
+from vllm_rfork.other_seeds import warn_of_other_fingerprints
 from vllm_rfork.receiver import ForkRequest, StageTimes, bounded, fork
 from vllm_rfork.seed_wait import Question
 from vllm_rfork.segments import Segment
@@ -107,9 +108,17 @@ class Attempt:
     Args:
         engine_name: an entry of ``engines/table.py``.
         engine_config: how to open it; opening begins at once, on a thread of its own.
+        facts: what is behind this worker's fingerprint, as ``facts.short_facts`` gives it.
     """
 
-    def __init__(self, settings: Settings, seed_key: str, engine_name: str, engine_config: EngineConfig) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        seed_key: str,
+        engine_name: str,
+        engine_config: EngineConfig,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         self.settings = settings
         self.seed_key = seed_key
         self.engine_name = engine_name
@@ -117,6 +126,8 @@ class Attempt:
         self.intent = uuid.uuid4().hex if settings.rfork_become_seed else ""
         self.seed: SeedAddress | None = None
         self.lane = engine_name
+        self.facts = dict(facts or {})
+        self._warned_of_others = False
         self._reserved: _Grant | None = None
         self._failed: list[SeedAddress] = []
         self._last: ForkError | None = None
@@ -273,6 +284,8 @@ class Attempt:
         error.mutated = error.mutated or (self._last is not None and self._last.mutated)
         self._last = error
         self._failed.append(grant.lease.seed)
+        if isinstance(error, SeedError) and error.other_fingerprint:  # a planner that does not compare them
+            self._warn_of([OtherSeeds(error.other_fingerprint, 1, grant.lease.seed)])
         if not error.retry_elsewhere or len(self._failed) == MAX_SEEDS or time.monotonic() >= self._deadline:
             raise error
         logger.warning("seed %s failed (%s), asking for another", grant.lease.seed, str(error))
@@ -319,6 +332,7 @@ class Attempt:
                 self._intent_stands = False
                 return lease
             except NoSeedAvailable as error:
+                self._warn_of(error.others)
                 self._intent_stands = error.intent_granted or (question.left and bool(self.intent))
                 if self._intent_stands:
                     keeping = self._keep_intent(fingerprint, stated=error.intent_granted)
@@ -326,6 +340,13 @@ class Attempt:
                 raise
             finally:
                 self._waited_s += question.waited_s
+
+    def _warn_of(self, others: Sequence[OtherSeeds]) -> None:
+        """Have the log name what differs from these seeds, once and in the background."""
+        if others and not self._warned_of_others:
+            self._warned_of_others = True
+            warning = warn_of_other_fingerprints(self._seeds, self.seed_key, self.facts, others)
+            background().spawn(warning, "rfork-differing-facts")
 
     async def _keep_intent(self, fingerprint: str, *, stated: bool) -> None:
         """Renew "I am loading this from storage" until the announcement fulfils it or :meth:`close` ends it."""

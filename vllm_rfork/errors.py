@@ -19,7 +19,7 @@ errors end in logs, in terminals and at other ranks. Must not import anything of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_rfork.quoting import MAX_MESSAGE, printable
 
@@ -79,11 +79,17 @@ class NoSeedAvailable(ForkError):
 
     Attributes:
         intent_granted: the planner remembers that this worker loads from storage and others may wait for it.
+        reason: one of ``messages.MISSES``; empty from a planner that gives none.
+        others: seeds of this key with other fingerprints, as ``messages.OtherSeeds``.
     """
 
-    def __init__(self, message: str, *, intent_granted: bool = False) -> None:
+    def __init__(
+        self, message: str, *, intent_granted: bool = False, reason: str = "", others: Sequence[Any] = ()
+    ) -> None:
         super().__init__(message, side="receiver")
         self.intent_granted = intent_granted
+        self.reason = reason
+        self.others = tuple(others)
 
 
 class PlannerError(ForkError):
@@ -94,10 +100,18 @@ class PlannerError(ForkError):
 
 
 class SeedError(ForkError):
-    """The seed's fault: gone, hanging, another key or epoch, a manifest that is malformed or too large."""
+    """The seed's fault: gone, hanging, another key or epoch, a manifest that is malformed or too large.
 
-    def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = True) -> None:
-        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere, side="seed")
+    Attributes:
+        other_fingerprint: the seed's, where it is another than the receiver's: then it is nobody's fault.
+    """
+
+    def __init__(
+        self, message: str, *, mutated: bool = False, retry_elsewhere: bool = True, other_fingerprint: str = ""
+    ) -> None:
+        side: Side = "receiver" if other_fingerprint else "seed"
+        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere, side=side)
+        self.other_fingerprint = other_fingerprint
 
 
 class ManifestMismatch(ForkError):

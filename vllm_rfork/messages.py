@@ -54,6 +54,8 @@ DASHBOARD_DATA = "/dashboard.json"
 SEED_MANIFEST = "/rfork_manifest"
 #: Its query parameter: the newest manifest version that the receiver reads; the seed answers in that or an older one.
 MANIFEST_VERSION_PARAM = "version"
+#: The facts behind the seed's fingerprint, for people: a JSON object of short texts.
+SEED_FACTS = "/rfork_facts"
 #: The seed's current epoch: ``{"status": "ok", "epoch": "..."}``. Asked again right before reading.
 SEED_EPOCH = "/rfork_epoch"
 
@@ -73,6 +75,12 @@ EXCLUDE = "RFORK-EXCLUDE"
 #: ``rfork_intent``, and on ``add_seed`` (the intent is fulfilled). In an answer: ``granted``.
 INTENT = "RFORK-INTENT"
 INTENT_GRANTED = "granted"
+#: ``get_seed``, in a 404: why there is no seed, one of ``MISSES``.
+MISS = "RFORK-MISS"
+#: no seed has the key; every one is in use; was quarantined; has another fingerprint; failed this receiver before.
+MISSES = ("none", "busy", "quarantined", "fingerprint", "excluded")
+#: ``get_seed``, in a 404: seeds of the key with other fingerprints; see :func:`other_fingerprints`.
+OTHER_FINGERPRINTS = "RFORK-OTHER-FINGERPRINTS"
 #: ``rfork_intent``: seconds until the intent is forgotten unless renewed; 0 takes it back.
 INTENT_TTL_SEC = "RFORK-INTENT-TTL-SEC"
 #: ``add_seed``: leases this seed carries at once.
@@ -302,6 +310,40 @@ def seed_key(headers: Mapping[str, str]) -> str:
     if len(key) > MAX_KEY_LENGTH:
         raise BadMessage(f"header {SEED_KEY} holds a key longer than {MAX_KEY_LENGTH} characters")
     return key
+
+
+#: Fingerprints that one answer names.
+MAX_OTHERS = 4
+
+
+@dataclass(frozen=True)
+class OtherSeeds:
+    """Seeds of a key that share one fingerprint, which is not the receiver's: how many, and one of them."""
+
+    fingerprint: str
+    seeds: int
+    example: SeedAddress
+
+    def __str__(self) -> str:
+        return f"{urllib.parse.quote(self.fingerprint, safe='')};{self.seeds};{self.example}"
+
+
+def other_fingerprints(headers: Mapping[str, str]) -> list[OtherSeeds]:
+    """What ``OTHER_FINGERPRINTS`` names: ``<fingerprint>;<seeds>;<ip:port:rank>, ...``; empty where it is missing.
+
+    The fingerprint is percent-encoded. For people alone, so an entry that cannot be read is left out.
+    """
+    found = []
+    for entry in (header(headers, OTHER_FINGERPRINTS) or "").split(",")[:MAX_OTHERS]:
+        parts = entry.strip().split(";")
+        if len(parts) != 3:
+            continue
+        try:
+            seeds = integer(parts[1], OTHER_FINGERPRINTS, minimum=1)
+            found.append(OtherSeeds(urllib.parse.unquote(parts[0]), seeds, parse_seed_address(parts[2])))
+        except BadMessage:
+            continue
+    return found
 
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")

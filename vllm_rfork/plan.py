@@ -25,6 +25,7 @@ from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.table import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, ManifestMismatch, PlannerError, VerificationError
+from vllm_rfork.facts import short_facts
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.own_address import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, seed_key_parts
@@ -158,7 +159,7 @@ class LoadPlan:
             seed_key=seed_key,
             fingerprint=build_fingerprint(facts),
             layout=layout,
-            attempt=Attempt(settings, seed_key, engine_name, config),
+            attempt=Attempt(settings, seed_key, engine_name, config, short_facts(facts)),
             advertise_host=host,
             load_config=vllm_config.load_config,
             agreement=Agreement.of(vllm_config, model_config),

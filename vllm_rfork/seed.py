@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class SeedConfig:
     heartbeat_interval_s: float
     labels: str = ""
     slots: int | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
     other_ports: tuple[int, ...] = ()
 
 
@@ -133,6 +134,7 @@ class Seed:
             credentials=config.credentials,
             advertised_host=config.advertise_host,
             ready_timeout_s=config.ready_timeout_s,
+            facts=config.facts,
         )
         self._parts.service = service
         self._go_on()  # after the line above: either this sees the withdrawal, or the withdrawal sees the service

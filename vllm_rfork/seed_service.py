@@ -84,6 +84,7 @@ class SeedService:
         advertised_host: where receivers reach it; its certificate must be good for that, or for ``seed_name``.
         ready_timeout_s: ``rfork_seed_timeout_sec``.
         bounds: what callers may take.
+        facts: what is behind the fingerprint, for people; bounded by who made them (``facts.py``).
         encoders: replaced in tests.
     """
 
@@ -100,6 +101,7 @@ class SeedService:
         advertised_host: str = "",
         ready_timeout_s: float = 30.0,
         bounds: Bounds | None = None,
+        facts: Mapping[str, str] | None = None,
         encoders: Mapping[int, Callable[[Manifest], bytes]] = ENCODERS,
     ) -> None:
         self.seed_key = seed_key
@@ -110,6 +112,7 @@ class SeedService:
         self._advertised_host = advertised_host
         self._ready_timeout_s = ready_timeout_s
         self._encoders = encoders
+        self._facts = msgspec.json.encode(dict(facts or {}))
         self._server = BoundedServer(self._handle, bounds or Bounds(), _tls(self._credentials))
         # Replaced as a whole and read once per request, so that no answer mixes two epochs.
         self._state: _Offered | _Suspended = self._encoded(offer)
@@ -119,6 +122,7 @@ class SeedService:
             messages.SEED_SHAPE_INFO: self._shape_info,
             messages.SEED_MANIFEST: self._manifest,
             messages.SEED_EPOCH: self._epoch,
+            messages.SEED_FACTS: self._tell_facts,
         }
 
     # --- life ----------------------------------------------------------------------------------------------------
@@ -287,6 +291,10 @@ class SeedService:
             return Reply(200, shape_payload(None), _JSON)
         return Reply(200, state.shapes, _JSON, still_true=lambda: self._state is state)
 
+    def _tell_facts(self, request: web.BaseRequest, ours: bool) -> Reply:
+        """They are the worker's, whatever its epoch: also while it is suspended."""
+        return Reply(200, self._facts, _JSON) if ours else _not_ours()
+
     def _epoch(self, request: web.BaseRequest, ours: bool) -> Reply:
         state = self._state
         if not ours:
@@ -307,6 +315,7 @@ class SeedService:
                 409,
                 f"this seed's fingerprint is {state.fingerprint}, not the receiver's: versions, dtype, quantization, "
                 "sizes or layout differ",
+                headers=state.headers,
             )
         stated = request.query.get(messages.MANIFEST_VERSION_PARAM, str(_UNSTATED_VERSION))
         try:

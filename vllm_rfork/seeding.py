@@ -239,6 +239,7 @@ def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:
         heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
         labels=plan.attempt.labels,
         slots=settings.rfork_seed_slots or None,
+        facts=plan.attempt.facts,
     )
     return Seed(
         config=config,

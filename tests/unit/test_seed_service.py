@@ -565,6 +565,24 @@ async def test_with_a_token_nothing_is_told_without_it() -> None:
         assert await client.manifest(SeedAddress("127.0.0.1", service.port, 0), KEY, "f1") == manifest()
 
 
+async def test_facts_are_told_to_whoever_may_have_the_manifest() -> None:
+    """By key and token, and also while the seed is suspended: they are the worker's, not the epoch's."""
+    facts = {"options.model.dtype": "bfloat16", "torch": "2.9"}
+    service = SeedService(seed_key=KEY, offer=Offer(manifest()), bind_host="127.0.0.1", token=TOKEN, facts=facts)
+    address = SeedAddress("127.0.0.1", await service.start(), 0)
+    try:
+        client = SeedClient(token=TOKEN)
+        assert await client.facts(address, KEY) == facts
+        service.suspend("asleep")
+        assert await client.facts(address, KEY) == facts
+        with pytest.raises(SeedError, match="400"):
+            await client.facts(address, "another key")
+        with pytest.raises(SeedError, match="401"):
+            await SeedClient().facts(address, KEY)
+    finally:
+        await service.stop()
+
+
 async def test_neither_logs_nor_answers_hold_the_token(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with serving(token=TOKEN) as service:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 
 from tests.vllm.conftest import LogRecords, extra_for
 from tests.vllm.engine_process import distributed, vllm_config
+from tests.vllm.models import qwen2
 from vllm_rfork import plan as plans
 from vllm_rfork.attempt import Attempt
 from vllm_rfork.config import parse_config
+from vllm_rfork.facts import MAX_FACTS, differences
 
 PLANNER = "http://10.255.255.1:1"
 
@@ -53,3 +57,22 @@ def test_as_soon_as_it_is_known_that_it_will_be_no_seed_the_intent_is_taken_back
         assert plan.attempt.intent == ""
     finally:
         plan.attempt.close()
+
+
+def test_what_vllm_reads_out_of_weight_files_is_named_where_it_differs(tmp_path: Path) -> None:
+    """The configuration says tied, the checkpoint has an ``lm_head`` of its own, and the receiver has no files."""
+    whole = qwen2(tmp_path / "whole", tie_word_embeddings=False)
+    described = json.loads((whole / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (whole / "config.json").write_text(json.dumps(described))
+    bare = tmp_path / "bare"
+    shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    with_files, without = make(whole), make(bare)
+    try:
+        assert with_files.seed_key == without.seed_key
+        assert with_files.fingerprint != without.fingerprint
+        found = differences(without.attempt.facts, [(with_files.attempt.facts, 1)])
+        assert "tie_word_embeddings: true here, false on 1 seed" in found
+        assert 10 < len(without.attempt.facts) <= MAX_FACTS
+    finally:
+        with_files.attempt.close()
+        without.attempt.close()

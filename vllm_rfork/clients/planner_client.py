@@ -39,6 +39,16 @@ WITHDRAW_PAUSES_S = (0.1, 0.3)
 #: Seconds between two questions to a planner that is away while a receiver waits.
 RETURN_PAUSE_S = 1.0
 
+#: What each of ``messages.MISSES`` means, for the log.
+_WHY = {
+    "": "",
+    "none": " (none: no seed has it yet)",
+    "busy": " (busy: every seed carries as many forks as it may)",
+    "quarantined": " (quarantined: every seed failed other receivers; the planner's log lists the causes)",
+    "fingerprint": " (fingerprint: the seeds of this key were built with other versions, settings or a checkpoint)",
+    "excluded": " (excluded: every seed failed this worker before)",
+}
+
 _MAX_STATE_LENGTH = 256
 #: With ``Retry-After``: come back. The least pause holds for a planner that says 0.
 _PATIENCE = frozenset({429, 503})
@@ -175,10 +185,17 @@ class PlannerClient:
         """The lease in an answer to ``get_seed``; ``explained``: an error quotes the text of a 404. Raises as above."""
         if answer.status == 404:
             granted = messages.header(answer.headers, messages.INTENT) == messages.INTENT_GRANTED
-            problem = f"the planner has no free seed for key {seed_key!r}"
+            reason = messages.header(answer.headers, messages.MISS) or ""
+            reason = reason if reason in _WHY else ""
+            problem = f"the planner has no free seed for key {seed_key!r}{_WHY[reason]}"
             if explained and answer.body:
                 problem += f": {answer.text}"
-            raise NoSeedAvailable(problem, intent_granted=granted)
+            raise NoSeedAvailable(
+                problem,
+                intent_granted=granted,
+                reason=reason,
+                others=messages.other_fingerprints(answer.headers),
+            )
         if answer.status != 200:
             raise self._refused(messages.GET_SEED, answer)
         try:

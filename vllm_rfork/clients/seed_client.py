@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 
@@ -12,10 +13,14 @@ from vllm_rfork.clients.http import Answer, BoundedHttp
 from vllm_rfork.clients.tls_advice import speaks_no_tls
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import SeedError
+from vllm_rfork.facts import MAX_FACTS, MAX_NAME, MAX_VALUE
 from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, decode_manifest
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.quoting import printable
 
 _MAX_SMALL_NBYTES = 64 * 1024
+#: ``facts.MAX_FACTS`` names and values, with room for what JSON escapes.
+MAX_FACTS_NBYTES = 2 * 1024 * 1024
 
 
 class _Epoch(msgspec.Struct):
@@ -68,14 +73,18 @@ class SeedClient:
                 f"does not say enough to check the weights; it answered {answer}"
             )
         if answer.status != 200:
-            raise SeedError(f"seed {address} refused its manifest: {answer}")
+            raise SeedError(
+                f"seed {address} refused its manifest: {answer}",
+                other_fingerprint=_other_fingerprint(answer, fingerprint),
+            )
         manifest = decode_manifest(answer.body)
         if manifest.seed_key != seed_key:
             raise SeedError(f"seed {address} holds key {manifest.seed_key[:200]!r}, not {seed_key!r}")
         if manifest.fingerprint != fingerprint:
             raise SeedError(
                 f"seed {address} has fingerprint {manifest.fingerprint[:80]!r}, this receiver {fingerprint!r}: "
-                "versions, dtype, quantization, sizes or layout differ"
+                "versions, dtype, quantization, sizes or layout differ",
+                other_fingerprint=manifest.fingerprint,
             )
         return manifest
 
@@ -94,6 +103,22 @@ class SeedClient:
             raise SeedError(f"seed {address} answered nonsense to {messages.SEED_EPOCH}: {error}") from error
         if current != epoch:
             raise SeedError(f"seed {address} is in epoch {current[:80]!r}, the manifest was of epoch {epoch!r}")
+
+    async def facts(self, address: SeedAddress, seed_key: str) -> dict[str, str]:
+        """The facts behind the seed's fingerprint, for people: path → short text, cut and made printable.
+
+        Raises:
+            SeedError: no usable answer in time; a seed that is older than this call answers 404.
+        """
+        answer = await self._get(address, messages.SEED_FACTS, seed_key, max_body_nbytes=MAX_FACTS_NBYTES)
+        if answer.status != 200:
+            raise SeedError(f"seed {address}: {messages.SEED_FACTS} answered {answer}")
+        try:
+            told = msgspec.json.decode(answer.body, type=dict[str, str])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise SeedError(f"seed {address} answered nonsense to {messages.SEED_FACTS}: {error}") from error
+        some = itertools.islice(told.items(), MAX_FACTS)
+        return {printable(name, MAX_NAME): printable(value, MAX_VALUE) for name, value in some}
 
     async def healthy(self, address: SeedAddress, seed_key: str) -> bool:
         """Whether the service at ``address`` is the seed of ``seed_key``; False where it is another's.
@@ -135,3 +160,15 @@ class SeedClient:
             if self._tls != "prefer" or not speaks_no_tls(error.__cause__):
                 raise
         return await get(False)
+
+
+def _other_fingerprint(answer: Answer, fingerprint: str) -> str:
+    """The seed's fingerprint where it refused because of it; such a refusal states it. Else empty."""
+    stated = messages.header(answer.headers, messages.FINGERPRINT)
+    if answer.status != 409 or stated is None:
+        return ""
+    try:
+        its = messages.decode_text(stated)
+    except messages.BadMessage:
+        return ""
+    return "" if its == fingerprint else its

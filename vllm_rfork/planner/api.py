@@ -186,11 +186,16 @@ class Api:
         result = await self._room.acquire(ask)
         waited_s = time.perf_counter() - started_at if ask.wait_s > 0 else None
         if not isinstance(result, Granted):
-            self._metrics.missed(ask.key, waited_s)
+            self._metrics.missed(ask.key, result.reason, waited_s)
             granted = {messages.INTENT: messages.INTENT_GRANTED} if result.intent else {}
             if result.intent:
                 granted[messages.INTENT_TTL_SEC] = messages.seconds_text(self._settings.intent_ttl_sec)
-            raise Refused(404, "no free seed for this key", granted)
+            if result.reason:
+                granted[messages.MISS] = result.reason
+            if result.others:
+                granted[messages.OTHER_FINGERPRINTS] = ", ".join(map(str, result.others))
+            why = f": {result.reason}" if result.reason else ""
+            raise Refused(404, f"no free seed for this key{why}", granted)
         self._metrics.granted(ask.key, waited_s)
         lease = messages.Lease(result.seed, result.user_id, result.ttl_s)
         return web.Response(

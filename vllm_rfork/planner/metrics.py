@@ -53,7 +53,7 @@ class Metrics:
         self._requests = self._counter("requests", "Answers by call and status", "call", "code")
         self._durations = self._histogram("request_seconds", "Time per call, waiting excepted", _QUICK, "call")
         self._grants = self._counter("grants", "Leases granted", "key")
-        self._misses = self._counter("misses", "Receivers sent to storage", "key")
+        self._misses = self._counter("misses", "Receivers sent to storage, by reason", "key", "reason")
         self._waits = self._histogram("wait_seconds", "Time that receivers waited for a seed", _SLOW, "result")
         self._holds = self._histogram("hold_seconds", "Time from grant to release", _SLOW)
         self._forks = self._counter("forks", "Leases that ended, by what the receiver said", "result")
@@ -94,9 +94,9 @@ class Metrics:
         if waited_s is not None:
             self._waits.labels("granted").observe(waited_s)
 
-    def missed(self, key: str, waited_s: float | None) -> None:
+    def missed(self, key: str, reason: str, waited_s: float | None) -> None:
         """A receiver was sent to storage, after a wait or at once (None)."""
-        self._misses.labels(self._key(key)).inc()
+        self._misses.labels(self._key(key), reason or "unknown").inc()
         if waited_s is not None:
             self._waits.labels("missed").observe(waited_s)
 

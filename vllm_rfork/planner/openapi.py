@@ -55,6 +55,11 @@ _SCHEMAS: dict[str, tuple[_Data, str]] = {
         "Seeds that just failed this receiver: ip:port:rank, comma-separated.",
     ),
     messages.INTENT: (_OWN_ID, "Opaque id of a worker that loads the key from storage; in an answer: granted."),
+    messages.MISS: ({"type": "string", "enum": list(messages.MISSES)}, "Why there is no seed."),
+    messages.OTHER_FINGERPRINTS: (
+        {"type": "string", "maxLength": messages.MAX_HEADER_LENGTH},
+        "Seeds of the key with other fingerprints: FINGERPRINT;SEEDS;ip:port:rank, comma-separated, at most 4.",
+    ),
     messages.INTENT_TTL_SEC: (
         {"type": "number", "minimum": 0, "maximum": 86400},
         "Seconds until the intent is forgotten unless it is sent again; 0 takes it back.",
@@ -150,8 +155,9 @@ def _call(
 
 def _paths() -> dict[str, dict[str, _Data]]:
     done = _text("Done.")
-    no_seed = _text("No free seed: load from storage. Headers only where an intent was given and remembered.")
-    no_seed["headers"] = {name: {**each, "required": False} for name, each in _granted().items()}
+    no_seed = _text("No free seed: load from storage. The headers say why, and whether an intent is remembered.")
+    told = {**_granted(), **_answered(messages.MISS, messages.OTHER_FINGERPRINTS)}
+    no_seed["headers"] = {name: {**each, "required": False} for name, each in told.items()}
     get_seed = _call(
         "getSeed",
         "Lease a seed, wait for one, or be told to load from storage.",

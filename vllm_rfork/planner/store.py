@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.errors import RForkError
-from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages import OtherSeeds, SeedAddress
 from vllm_rfork.planner.policy import Policy
 
 #: Every lease id is this, the state id, a dot and a random part: a planner that lost its state knows its own again.
@@ -143,9 +143,15 @@ class Granted:
 
 @dataclass(frozen=True)
 class Missed:
-    """Nothing to give: load from storage. ``intent``: the planner remembers that this receiver does."""
+    """Nothing to give: load from storage. ``intent``: the planner remembers that this receiver does.
+
+    For people, and no part of the decision: ``reason``, one of ``messages.MISSES`` or empty where the store gives none,
+    and ``others``, the seeds of this key with other fingerprints.
+    """
 
     intent: bool = False
+    reason: str = field(default="", compare=False)
+    others: tuple[OtherSeeds, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
