@@ -74,6 +74,9 @@ class Lease(Record):
     granted_at: float
     expires_at: float
     ticket: str = ""
+    #: of the seed when it was granted: what the lease was given for, should the seed go and come back
+    fingerprint: str = ""
+    epoch: str = ""
 
 
 @dataclass(slots=True)

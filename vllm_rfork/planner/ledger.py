@@ -109,21 +109,23 @@ class Ledger:
             self._nic_seeds.setdefault(seed.nic, set()).add(seed.name)
             self._nic_leases[seed.nic] += seed.leases
 
-    def remove_seed(self, seed: Seed) -> int:
-        """Forget ``seed`` with its leases; returns how many those were."""
-        lost = list(self.leases_of.get(seed.name, ()))
-        for user_id in lost:
+    def remove_seed(self, seed: Seed, *, keep_leases: bool = False) -> int:
+        """Forget ``seed`` with its leases, or without those that were fetched; returns how many went with it."""
+        lost = 0
+        for user_id in list(self.leases_of.get(seed.name, ())):
             lease = self.leases[user_id]
-            self._unlink_lease(lease)
             self._uncount(seed, lease)
-            self.forget_ticket(lease.ticket)
+            if lease.ticket or not keep_leases:
+                self._unlink_lease(lease)
+                self.forget_ticket(lease.ticket)
+                lost += 1
         self.shelves[seed.key].forget(seed)
         del self.seeds[seed.name]
         self._leave_nic(seed)
         for kind in ("seed", "blocked"):
             self.due.cancel((kind, seed.name, ""))
         self.bereft.add(seed.key)
-        return len(lost)
+        return lost
 
     def rank(self, seed: Seed) -> None:
         """Bring every index to the seed's present state."""

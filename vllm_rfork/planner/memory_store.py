@@ -73,6 +73,7 @@ class MemoryStore(Store):
                 self._drop_seed(seed, reason)
                 seed = None
             if seed is None:
+                self._drop_leases_of_earlier_bytes(announcement)
                 seed = books.add_seed(announcement, name)
                 self._hold(seed, announcement.known_state)
                 self.observe(Event("seed_added", seed.key, name))
@@ -83,6 +84,15 @@ class MemoryStore(Store):
             books.drop_intent(seed.key, announcement.intent)
             self._serve(seed)
             return books.state_id
+
+    def _drop_leases_of_earlier_bytes(self, announcement: Announcement) -> None:
+        """A seed that was stale comes back to its leases, but not if it has become another one meanwhile."""
+        books, name = self._ledger, str(announcement.seed)
+        for user_id in list(books.leases_of.get(name, ())):
+            lease = books.leases[user_id]
+            if lease.key and _new_life(lease, announcement):
+                self._drop_lease(lease)
+                self.observe(Event("lease_dropped", lease.key, name))
 
     def _hold(self, seed: Seed, known_state: str) -> None:
         books, hold_s = self._ledger, self.rules.recovery_hold_s
@@ -136,7 +146,9 @@ class MemoryStore(Store):
     def _grant(self, seed: Seed, ask: Ask, ttl_s: float, ticket: str = "") -> Granted:
         books = self._ledger
         user_id = books.new_lease_id()
-        books.add_lease(Lease(user_id, seed.name, seed.key, ask.receiver, books.now, books.now + ttl_s, ticket))
+        lease = Lease(user_id, seed.name, seed.key, ask.receiver, books.now, books.now + ttl_s, ticket)
+        lease.fingerprint, lease.epoch = seed.fingerprint, seed.epoch
+        books.add_lease(lease)
         seed.turn = books.next_number()
         books.drop_intent(seed.key, ask.intent)
         books.rank(seed)
@@ -239,7 +251,10 @@ class MemoryStore(Store):
             if kind == "lease":
                 self._expire_lease(books.leases[name])
             elif kind == "seed":
-                self._drop_seed(books.seeds[name], "stale")
+                # Its heartbeats are late, but it may live, and whoever reads from it may go on: its leases keep their
+                # slots until they end, should it come back. Too many of them would be a way to fill the memory.
+                keep = len(books.leases) <= self.rules.max_seeds
+                self._drop_seed(books.seeds[name], "stale", keep_leases=keep)
             elif kind == "intent":
                 books.drop_intent(name, other)
                 self.observe(Event("intent_expired", name))
@@ -304,8 +319,8 @@ class MemoryStore(Store):
         else:
             self._serve(seed)
 
-    def _drop_seed(self, seed: Seed, reason: str) -> None:
-        for _ in range(self._ledger.remove_seed(seed)):
+    def _drop_seed(self, seed: Seed, reason: str, *, keep_leases: bool = False) -> None:
+        for _ in range(self._ledger.remove_seed(seed, keep_leases=keep_leases)):
             self.observe(Event("lease_dropped", seed.key, seed.name))
         self.observe(Event("seed_dropped", seed.key, seed.name, reason))
 
@@ -370,7 +385,7 @@ class _Decision:
         self._store.finish()
 
 
-def _new_life(seed: Seed, new: Announcement) -> str:
+def _new_life(seed: Seed | Lease, new: Announcement) -> str:
     """Why ``new`` is not the seed that is known under this address any more; empty where it still is."""
     if seed.key != new.key:
         return "rekeyed"
