@@ -199,6 +199,8 @@ class EngineContract:
     grace_s: ClassVar[float] = 5.0
     #: How long an engine may take to notice a dead peer, in seconds.
     dead_peer_s: ClassVar[float] = 15.0
+    #: Whether a seed's memory stays readable after its process was killed, through mappings that were open.
+    memory_outlives_its_process: ClassVar[bool] = False
     #: Whether ``close`` may say, after a read that overran, that the memory is never the caller's again.
     close_may_keep_memory: ClassVar[bool] = False
     #: Bytes of the one large segment.
@@ -483,6 +485,12 @@ class EngineContract:
         seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, MIB)
         receiver.read(endpoint, [[target, source, MIB]])
         seed.kill()
+        if self.memory_outlives_its_process:
+            receiver.call("fill", address=target, seed=9)
+            receiver.read(endpoint, [[target, source, MIB]], timeout_s=10.0)
+            assert receiver.peek(target, 0, MIB) == pattern(7, MIB)
+            self.still_good(processes, receiver, target, MIB)
+            return
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [[target, source, MIB]], timeout_s=10.0)
         self.check(caught.value, "read")
@@ -492,9 +500,16 @@ class EngineContract:
     def test_a_peer_killed_in_the_middle_of_a_read_is_an_error(self, processes: Processes) -> None:
         nbytes = self.large_nbytes
         seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, nbytes)
-        receiver.send("read_loop", endpoint=endpoint, segments=[[target, source, nbytes]], timeout_s=10.0, seconds=60.0)
+        outlives = self.memory_outlives_its_process
+        loop = {"endpoint": endpoint, "segments": [[target, source, nbytes]], "timeout_s": 10.0}
+        receiver.send("read_loop", **loop, seconds=3.0 if outlives else 60.0)
         assert receiver.message(60.0) == {"event": "reading"}
         seed.kill()
+        if outlives:
+            assert receiver.result(60.0) > 1
+            assert receiver.digest(target) == hashlib.blake2b(pattern(7, nbytes)).hexdigest()
+            self.still_good(processes, receiver, target, nbytes)
+            return
         with pytest.raises(EngineError) as caught:
             receiver.result(self.dead_peer_s + 10.0)
         self.check(caught.value, "read")

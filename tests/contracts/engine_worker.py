@@ -18,6 +18,7 @@ import time
 import traceback
 from typing import Any
 
+from tests.contracts.driver_buffer import DRIVER_MEMORY, DriverBuffer
 from vllm_rfork.buffers import Buffer
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.table import engine_class
@@ -32,18 +33,24 @@ class Worker:
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.engine: TransferEngine | None = None
-        self.buffers: dict[int, Buffer] = {}
+        self.buffers: dict[int, Buffer | DriverBuffer] = {}
 
     def new(self, name: str) -> None:
         self.engine = engine_class(name)()
 
     def alloc(self, device: str, nbytes: int, seed: int) -> int:
         """A buffer whose bytes are :func:`pattern` of ``seed`` (0: zeros)."""
-        buffer = Buffer(device, nbytes)
+        buffer = self._buffer(device, nbytes)
         self.buffers[buffer.address] = buffer
         if seed:
             buffer.write(0, pattern(seed, nbytes))
         return buffer.address
+
+    def _buffer(self, device: str, nbytes: int) -> Buffer | DriverBuffer:
+        """Memory of the CUDA driver itself where the suite asks for that, so that no torch is needed."""
+        if os.environ.get(DRIVER_MEMORY):
+            return DriverBuffer(device, nbytes)
+        return Buffer(device, nbytes)
 
     def fill(self, address: int, seed: int) -> None:
         buffer = self.buffers[address]

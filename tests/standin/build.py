@@ -30,6 +30,15 @@ def build(out: Path = DEFAULT_OUT) -> Path:
     return out
 
 
+def cuda_environment(out: Path = DEFAULT_OUT, **faults: object) -> dict[str, str]:
+    """Variables for a process whose ``libcuda.so.1`` shall be the stand-in; ``faults`` as in ``stall=1``."""
+    path = os.pathsep.join(filter(None, [str(out / "cuda"), os.environ.get("LD_LIBRARY_PATH", "")]))
+    return {
+        "LD_LIBRARY_PATH": path,
+        **{f"RFORK_STANDIN_CUDA_{name.upper()}": str(each) for name, each in faults.items()},
+    }
+
+
 def environment(out: Path = DEFAULT_OUT, **faults: object) -> dict[str, str]:
     """Variables for a process whose engine shall use the stand-in; ``faults`` as in ``stall_s=3``.
 

@@ -36,6 +36,12 @@ ENGINES: dict[str, EngineRow] = {
         "install it with: pip install 'vllm-rfork[nixl]'",
         host_hint="UCX listens on every interface; set UCX_NET_DEVICES to choose",
     ),
+    "cuda_ipc": EngineRow(
+        "vllm_rfork.engines.cuda_ipc.engine",
+        "CudaIpcEngine",
+        "it needs the NVIDIA driver alone, no package",
+        host_hint="it uses no network",
+    ),
     "memory": EngineRow(
         "vllm_rfork.engines.memory",
         "MemoryEngine",

@@ -1,0 +1,34 @@
+"""Memory that the CUDA driver allocates, with the interface of ``vllm_rfork.buffers.Buffer`` and without torch.
+
+Works on a GPU and on the host stand-in for the driver.
+"""
+
+from __future__ import annotations
+
+from vllm_rfork.engines.cuda_ipc.driver import Driver
+
+#: The environment variable by which a suite asks its workers for such memory.
+DRIVER_MEMORY = "RFORK_TEST_DRIVER_MEMORY"
+
+
+class DriverBuffer:
+    """``nbytes`` of zeroed memory, an allocation of its own on ``device`` (``cuda:1``)."""
+
+    def __init__(self, device: str, nbytes: int) -> None:
+        self._driver = Driver(int(device.partition(":")[2] or 0))
+        self.nbytes = nbytes
+        with self._driver.current("open"):
+            self.address = self._driver.allocate(nbytes)
+            self._driver.write(self.address, bytes(nbytes))
+
+    def write(self, offset: int, data: bytes) -> None:
+        with self._driver.current("open"):
+            self._driver.write(self.address + offset, data)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        with self._driver.current("read"):
+            return self._driver.fetch(self.address + offset, nbytes)
+
+    def close(self) -> None:
+        with self._driver.current("close"):
+            self._driver.free(self.address)

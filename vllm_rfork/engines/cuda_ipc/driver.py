@@ -1,0 +1,215 @@
+"""The calls of the CUDA driver that the adapter needs, as Python functions over integers. The only native code here.
+
+``libcuda.so.1`` comes with the GPU's driver, so no package is needed. The device's primary context is used, which is
+the one that torch works in. Every failure is an :class:`EngineError` with the driver's own name for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_rfork.errors import EngineError, EngineUnavailable
+
+NAME = "cuda_ipc"
+LIBRARY = "libcuda.so.1"
+HANDLE_NBYTES = 64
+UUID_NBYTES = 16
+_NOT_READY = 600
+_NON_BLOCKING_STREAM = 1
+_LAZY_PEER_ACCESS = 1
+#: The allocation of the handle does not exist any more, or never did.
+_SEEDS_FAILURES = frozenset({"CUDA_ERROR_INVALID_HANDLE", "CUDA_ERROR_INVALID_VALUE"})
+_HINT = "it comes with the NVIDIA driver; in a container, the NVIDIA container toolkit mounts it"
+
+
+class _Handle(ctypes.Structure):
+    """``CUipcMemHandle``, which is passed by value."""
+
+    _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_NBYTES),)
+
+
+_POINTER = ctypes.c_void_p
+_ADDRESS = ctypes.c_uint64
+#: C name → types of its arguments. ``CUdeviceptr`` is an unsigned 64-bit integer, handles of objects are pointers.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (ctypes.c_uint,),
+    "cuDeviceGet": (ctypes.POINTER(ctypes.c_int), ctypes.c_int),
+    "cuDeviceGetUuid": (_POINTER, ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (ctypes.POINTER(_POINTER), ctypes.c_int),
+    "cuDevicePrimaryCtxRelease_v2": (ctypes.c_int,),
+    "cuCtxPushCurrent_v2": (_POINTER,),
+    "cuCtxPopCurrent_v2": (ctypes.POINTER(_POINTER),),
+    "cuMemAlloc_v2": (ctypes.POINTER(_ADDRESS), ctypes.c_size_t),
+    "cuMemFree_v2": (_ADDRESS,),
+    "cuMemGetAddressRange_v2": (ctypes.POINTER(_ADDRESS), ctypes.POINTER(ctypes.c_size_t), _ADDRESS),
+    "cuMemcpyAsync": (_ADDRESS, _ADDRESS, ctypes.c_size_t, _POINTER),
+    "cuMemcpyHtoD_v2": (_ADDRESS, _POINTER, ctypes.c_size_t),
+    "cuMemcpyDtoH_v2": (_POINTER, _ADDRESS, ctypes.c_size_t),
+    "cuIpcGetMemHandle": (ctypes.POINTER(_Handle), _ADDRESS),
+    "cuIpcOpenMemHandle_v2": (ctypes.POINTER(_ADDRESS), _Handle, ctypes.c_uint),
+    "cuIpcCloseMemHandle": (_ADDRESS,),
+    "cuStreamCreate": (ctypes.POINTER(_POINTER), ctypes.c_uint),
+    "cuStreamDestroy_v2": (_POINTER,),
+    "cuStreamQuery": (_POINTER,),
+    "cuGetErrorName": (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)),
+}
+
+
+def _library() -> Any:
+    """The driver's library with its functions typed.
+
+    Raises:
+        EngineUnavailable: it is not there, or lacks a function.
+    """
+    try:
+        library = ctypes.CDLL(LIBRARY)
+        for name, types in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, ctypes.c_int
+    except (OSError, AttributeError) as error:
+        raise EngineUnavailable(NAME, f"the CUDA driver cannot be loaded: {error}", hint=_HINT) from error
+    return library
+
+
+class Driver:
+    """The driver on one device, in its primary context. Calls may come from any thread.
+
+    Args:
+        index: the device's number as this process counts (within ``CUDA_VISIBLE_DEVICES``).
+
+    Raises:
+        EngineUnavailable: there is no driver.
+        EngineError: there is no such device.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._library = _library()
+        self._device = ctypes.c_int()
+        self._context = _POINTER()
+        self._call("open", "cuInit", 0)
+        self._call("open", "cuDeviceGet", ctypes.byref(self._device), index)
+        self._call("open", "cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+
+    def _call(self, operation: str, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise self._error(operation, name, code)
+
+    def _error(self, operation: str, name: str, code: int) -> EngineError:
+        """A failed call as an error of ours; a handle that leads nowhere is the seed's failure."""
+        text = self._error_name(code)
+        return EngineError(
+            NAME,
+            operation,
+            f"{name} failed",
+            code=text,
+            mutated=operation == "read",
+            retry_elsewhere=operation == "connect",
+            side="seed" if text in _SEEDS_FAILURES else None,
+        )
+
+    def _error_name(self, code: int) -> str:
+        text = ctypes.c_char_p()
+        if self._library.cuGetErrorName(code, ctypes.byref(text)) or text.value is None:
+            return f"CUDA error {code}"
+        return text.value.decode("ascii", "replace")
+
+    @contextmanager
+    def current(self, operation: str) -> Iterator[None]:
+        """Make the context the calling thread's for the block, and restore the thread's own afterwards."""
+        self._call(operation, "cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._library.cuCtxPopCurrent_v2(ctypes.byref(_POINTER()))
+
+    def release(self) -> None:
+        """Give the primary context back; nothing of this object is used after it."""
+        self._call("close", "cuDevicePrimaryCtxRelease_v2", self._device)
+
+    def uuid(self) -> bytes:
+        """The device's 16 bytes of identity, the same in every process and container."""
+        uuid = (ctypes.c_ubyte * UUID_NBYTES)()
+        self._call("open", "cuDeviceGetUuid", ctypes.byref(uuid), self._device)
+        return bytes(uuid)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of new device memory, an allocation of its own."""
+        address = _ADDRESS()
+        self._call("open", "cuMemAlloc_v2", ctypes.byref(address), nbytes)
+        return int(address.value)
+
+    def free(self, address: int) -> None:
+        """Give memory of :meth:`allocate` back."""
+        self._call("close", "cuMemFree_v2", address)
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """Base address and length in bytes of the allocation that contains ``address``."""
+        base, nbytes = _ADDRESS(), ctypes.c_size_t()
+        self._call("register", "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
+        return int(base.value), int(nbytes.value)
+
+    def write(self, address: int, data: bytes, operation: str = "open") -> None:
+        """Copy ``data`` to the device; returns when it is there."""
+        self._call(operation, "cuMemcpyHtoD_v2", address, data, len(data))
+
+    def fetch(self, address: int, nbytes: int) -> bytes:
+        """Copy ``nbytes`` from the device."""
+        into = ctypes.create_string_buffer(nbytes)
+        self._call("read", "cuMemcpyDtoH_v2", into, address, nbytes)
+        return into.raw
+
+    # --- other processes' memory --------------------------------------------------------------------------------------
+
+    def export(self, base: int) -> bytes:
+        """The handle by which other processes open the allocation at ``base``."""
+        handle = _Handle()
+        self._call("register", "cuIpcGetMemHandle", ctypes.byref(handle), base)
+        return bytes(handle.reserved)
+
+    def open_handle(self, handle: bytes) -> int:
+        """Map another process's allocation; returns its address here. Opening it again counts.
+
+        Raises:
+            EngineError: its process is gone, freed it, or this process may not reach that device.
+        """
+        address = _ADDRESS()
+        passed = _Handle((ctypes.c_ubyte * HANDLE_NBYTES).from_buffer_copy(handle))
+        self._call("connect", "cuIpcOpenMemHandle_v2", ctypes.byref(address), passed, _LAZY_PEER_ACCESS)
+        return int(address.value)
+
+    def close_handle(self, address: int) -> None:
+        """Unmap what :meth:`open_handle` returned."""
+        self._call("close", "cuIpcCloseMemHandle", address)
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def new_stream(self) -> Any:
+        """A queue of copies that waits for no other stream."""
+        stream = _POINTER()
+        self._call("open", "cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING_STREAM)
+        return stream
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Give the queue back; it must be empty."""
+        self._call("close", "cuStreamDestroy_v2", stream)
+
+    def copy(self, stream: Any, to: int, source: int, nbytes: int) -> None:
+        """Queue a copy between any two addresses, of devices or of the host."""
+        self._call("read", "cuMemcpyAsync", to, source, nbytes, stream)
+
+    def is_idle(self, stream: Any) -> bool:
+        """Whether every copy of the queue is done.
+
+        Raises:
+            EngineError: one of them failed.
+        """
+        code = self._library.cuStreamQuery(stream)
+        if code in (0, _NOT_READY):
+            return bool(code == 0)
+        raise self._error("read", "a copy", code)
