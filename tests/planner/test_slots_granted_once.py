@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
+from vllm_rfork.planner.lease_ids import LeaseIds, state_of
 from vllm_rfork.planner.store import Granted, Missed, UnknownLease
 
 # --- a stale seed ----------------------------------------------------------------------------------------------------
@@ -70,3 +71,115 @@ async def test_many_leases_of_stale_seeds_do_not_fill_the_memory(make_fleet: Mak
     with pytest.raises(UnknownLease):
         await fleet.store.renew(leases[0].seed, leases[0].user_id)
     assert seed(1) == leases[0].seed
+
+
+# --- invented leases -------------------------------------------------------------------------------------------------
+
+
+def invented(state: str, number: int) -> str:
+    return f"rf1.{state}.{number:024x}"
+
+
+async def renewed(fleet: Fleet, user_id: str, name: int = 1) -> bool:
+    try:
+        await fleet.store.renew(seed(name), user_id)
+    except UnknownLease:
+        return False
+    return True
+
+
+async def leases(fleet: Fleet) -> int:
+    return len((await fleet.store.snapshot())["leases"])
+
+
+@pytest.mark.parametrize("known_state", ["", "0000aaaa"])
+async def test_nobody_renews_a_lease_into_existence_that_the_seed_cannot_have_had(
+    fleet: Fleet, known_state: str
+) -> None:
+    await fleet.announce(1, slots=3, known_state=known_state)
+    assert not any([await renewed(fleet, invented("0000bbbb", number)) for number in range(5)])
+    assert await leases(fleet) == 0
+
+
+async def test_leases_of_the_seeds_own_earlier_state_take_no_more_than_its_slots(fleet: Fleet) -> None:
+    await fleet.announce(1, slots=2, known_state="0000aaaa")
+    assert [await renewed(fleet, invented("0000aaaa", number)) for number in range(5)] == [True] * 2 + [False] * 3
+    assert await leases(fleet) == 2
+
+
+async def test_a_lease_is_not_believed_before_its_seed_says_what_it_knew(fleet: Fleet) -> None:
+    for number in range(4):
+        assert await renewed(fleet, invented("0000aaaa", number))
+        assert await renewed(fleet, invented("0000bbbb", number), name=2)
+    assert await leases(fleet) == 0
+    await fleet.announce(1, slots=2, known_state="0000aaaa")
+    await fleet.announce(2, slots=2, known_state="0000cccc")
+    assert await leases(fleet) == 2
+    assert await renewed(fleet, invented("0000aaaa", 0))
+    assert not await renewed(fleet, invented("0000aaaa", 3))
+    assert not await renewed(fleet, invented("0000bbbb", 0), name=2)
+
+
+async def test_a_lease_that_ends_before_its_seed_is_back_takes_no_slot(fleet: Fleet) -> None:
+    kept, ended = invented("0000aaaa", 1), invented("0000aaaa", 2)
+    assert await renewed(fleet, kept)
+    assert await renewed(fleet, ended)
+    with pytest.raises(UnknownLease):
+        await fleet.store.release(seed(1), ended, None)
+    await fleet.announce(1, slots=9, known_state="0000aaaa")
+    assert await leases(fleet) == 1
+
+
+async def test_what_is_noted_is_bounded(make_fleet: MakeFleet) -> None:
+    fleet = await make_fleet(max_seeds=3, max_slots=2)
+    noted = [
+        await renewed(fleet, invented("0000aaaa", number), name=name) for name in range(10) for number in range(10)
+    ]
+    assert sum(noted) == 3 * 2
+
+
+async def with_token(make_fleet: MakeFleet, *tokens: str, like: Fleet | None = None) -> Fleet:
+    fleet = await make_fleet(like=like)
+    fleet.store.lease_ids = LeaseIds(lambda: tokens)
+    term = getattr(fleet.store, "_term", None)
+    if term is not None:
+        term.memory.lease_ids = fleet.store.lease_ids
+    return fleet
+
+
+async def test_with_a_token_a_lease_proves_itself_even_if_the_seed_says_nothing(make_fleet: MakeFleet) -> None:
+    before = await with_token(make_fleet, "token")
+    await before.announce(1)
+    lease = await before.lease()
+    after = await with_token(make_fleet, "other", "token", like=before)  # rotated meanwhile
+    assert await renewed(after, lease.user_id)
+    assert await leases(after) == 1
+    await after.announce(1)
+    assert await after.ask() == Missed()
+
+
+async def test_with_a_token_nothing_else_is_believed(make_fleet: MakeFleet) -> None:
+    before = await with_token(make_fleet, "token")
+    state = await before.announce(1)
+    lease = await before.lease()
+    after = await with_token(make_fleet, "other", like=before)
+    await after.announce(1, slots=9, known_state=state)
+    bare, _, mac = lease.user_id.rpartition(".")
+    for user_id in (lease.user_id, bare, invented(state, 1), f"{invented(state, 1)}.{mac}"):
+        assert not await renewed(after, user_id)
+    assert await leases(after) == 0
+
+
+def test_an_id_is_proven_by_its_token_and_for_its_seed_alone() -> None:
+    user_id = LeaseIds(lambda: ["token"]).new("0123abcd", "10.0.0.1:1:0")
+    assert state_of(user_id) == "0123abcd"
+    assert LeaseIds(lambda: ["new", "token"]).is_proven(user_id, "10.0.0.1:1:0")
+    assert not LeaseIds(lambda: ["token"]).is_proven(user_id, "10.0.0.1:1:1")
+    assert not LeaseIds(lambda: ["tokem"]).is_proven(user_id, "10.0.0.1:1:0")
+    assert not LeaseIds(lambda: []).is_proven(user_id, "10.0.0.1:1:0")
+    changed = user_id.replace("0123abcd", "0123abce")
+    assert not LeaseIds(lambda: ["token"]).is_proven(changed, "10.0.0.1:1:0")
+    bare = LeaseIds().new("0123abcd", "10.0.0.1:1:0")
+    assert (state_of(bare), bare.count(".")) == ("0123abcd", 2)
+    for strange in ("", "rf1.", "rf2.0123abcd." + "0" * 24, bare + "0", bare + ".0", bare.upper(), bare + "\n"):
+        assert state_of(strange) == ""

@@ -54,6 +54,10 @@ class Tokens:
         """Callers must have a token."""
         return bool(self._tokens.current())
 
+    def current(self) -> tuple[str, ...]:
+        """The tokens, the one to send first."""
+        return self._tokens.current()
+
     def admit(self, authorization: str | None) -> bool:
         """Whether an ``Authorization`` header opens the planner."""
         return bearer.admits(self._tokens.current(), authorization)

@@ -20,6 +20,7 @@ from vllm_rfork.errors import ConfigError
 from vllm_rfork.planner.access import ServerTls, Tokens, tokens_from
 from vllm_rfork.planner.api import Api
 from vllm_rfork.planner.door import Door
+from vllm_rfork.planner.lease_ids import LeaseIds
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import Event, Store, StoreError
@@ -75,6 +76,7 @@ class PlannerProcess:
             else None
         )
         self.store.observe = self._observe
+        self.store.lease_ids = LeaseIds(self.tokens.current)
         self._door: Door | None = None
         self.port = settings.port
 

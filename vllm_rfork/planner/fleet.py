@@ -48,6 +48,8 @@ class Seed(Record):
     aside_until: float = 0.0
     held_until: float = 0.0
     stale_at: float = 0.0
+    #: the state that the seed was announced to before this one, if it says so
+    earlier_state: str = ""
     #: serving, draining, aside: as the indexes have it
     standing: tuple[bool, bool, bool] | None = None
 

@@ -15,9 +15,8 @@ from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf, Waiter
 from vllm_rfork.planner.index import Deadlines
 from vllm_rfork.planner.policy import buckets, nic_of
 from vllm_rfork.planner.records import Book, Journal
-from vllm_rfork.planner.store import LEASE_ID, Announcement, Ask, LimitReached, Rules
+from vllm_rfork.planner.store import Announcement, Ask, LimitReached, Rules
 
-_LEASE_ID_NBYTES = 12
 #: Fields of a seed that are not taken over from an earlier leader: :meth:`Ledger.add_seed` computes them.
 _COMPUTED = frozenset({"slots", "nic", "buckets", "leases", "standing", "seen_at", "stale_at"})
 
@@ -45,7 +44,6 @@ class Ledger:
         #: keys that have lost a waiter: nothing may be known about them any more, and nobody else's hope hangs on it
         self.left: set[str] = set()
         self._serial = 0
-        self._random: list[str] = []
         self._nic_leases: Counter[str] = Counter()
         self._nic_seeds: dict[str, set[str]] = {}
 
@@ -154,14 +152,6 @@ class Ledger:
             self._rank_nic(seed.nic)
 
     # --- leases --------------------------------------------------------------------------------------------------
-    def new_lease_id(self) -> str:
-        """Unguessable: knowing it is the right to release the lease."""
-        if not self._random:
-            # One call into the system for many ids: it costs more than the rest of a decision.
-            drawn = secrets.token_hex(_LEASE_ID_NBYTES * 64)
-            self._random = [drawn[at : at + 2 * _LEASE_ID_NBYTES] for at in range(0, len(drawn), 2 * _LEASE_ID_NBYTES)]
-        return f"{LEASE_ID}{self.state_id}.{self._random.pop()}"
-
     def add_lease(self, lease: Lease) -> None:
         """Enter ``lease``; its seed may be unknown as yet."""
         self.leases[lease.user_id] = lease

@@ -15,6 +15,7 @@ from typing import Any
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner import overview, views
 from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf
+from vllm_rfork.planner.lease_ids import state_of
 from vllm_rfork.planner.ledger import Ledger
 from vllm_rfork.planner.records import Journal
 from vllm_rfork.planner.store import (
@@ -35,7 +36,6 @@ from vllm_rfork.planner.store import (
     Totals,
     UnknownLease,
     UnknownSeed,
-    state_of,
 )
 
 
@@ -52,6 +52,8 @@ class MemoryStore(Store):
         self._clock = clock
         self._ledger = Ledger(rules, clock(), journal)
         self._history = views.History(rules.max_history, journal)
+        #: leases of an earlier state that were renewed before their seed reported that state, by seed
+        self._noted: dict[str, list[str]] = {}
         self._decision = _Decision(self)
 
     async def open(self) -> None:
@@ -76,6 +78,7 @@ class MemoryStore(Store):
                 self._drop_leases_of_earlier_bytes(announcement)
                 seed = books.add_seed(announcement, name)
                 self._hold(seed, announcement.known_state)
+                self._take_noted(seed)
                 self.observe(Event("seed_added", seed.key, name))
             else:
                 books.update_seed(seed, announcement)
@@ -100,6 +103,7 @@ class MemoryStore(Store):
             # It served under a state that is gone: until every lease of that state has run out or has been
             # renewed here, nobody knows how many of its slots are taken.
             hold_s = max(hold_s, self.rules.lease_ttl_s)
+            seed.earlier_state = known_state
             self.observe(Event("state_lost", seed.key, seed.name))
         if books.born_at + hold_s > books.now:
             seed.held_until = books.born_at + hold_s
@@ -145,7 +149,7 @@ class MemoryStore(Store):
 
     def _grant(self, seed: Seed, ask: Ask, ttl_s: float, ticket: str = "") -> Granted:
         books = self._ledger
-        user_id = books.new_lease_id()
+        user_id = self.lease_ids.new(books.state_id, seed.name)
         lease = Lease(user_id, seed.name, seed.key, ask.receiver, books.now, books.now + ttl_s, ticket)
         lease.fingerprint, lease.epoch = seed.fingerprint, seed.epoch
         books.add_lease(lease)
@@ -177,6 +181,8 @@ class MemoryStore(Store):
         with self._decision as books:
             lease = books.leases.get(user_id)
             if lease is None or lease.name != str(seed):
+                if user_id in (noted := self._noted.get(str(seed), [])):
+                    noted.remove(user_id)
                 raise UnknownLease("no such lease")
             result = "released" if outcome is None else "ok" if outcome.ok else "failed"
             self._history.append(views.PastFork.of(lease, books.now, result, outcome))
@@ -206,20 +212,55 @@ class MemoryStore(Store):
         with self._decision as books:
             lease = books.leases.get(user_id)
             if lease is None and self._is_from_earlier(user_id):
+                if self._must_wait_for(str(seed)):
+                    self._note(str(seed), user_id)
+                    return
                 lease = self._adopt(str(seed), user_id)
             if lease is None or lease.name != str(seed):
                 raise UnknownLease("no such lease")
             books.put_off(lease)
 
+    # --- leases of an earlier state ------------------------------------------------------------------------------
     def _is_from_earlier(self, user_id: str) -> bool:
         """A lease id of a state before this one, within the time that such a lease can live."""
         books = self._ledger
         young = books.now < books.born_at + max(self.rules.lease_ttl_s, self.rules.recovery_hold_s)
+        if not young:
+            self._noted.clear()
         return young and state_of(user_id) not in ("", books.state_id) and len(books.leases) < self.rules.max_seeds
 
-    def _adopt(self, name: str, user_id: str) -> Lease:
+    def _must_wait_for(self, name: str) -> bool:
+        """A lease on this seed can be checked only once the seed has reported what it was announced to."""
+        return not self.lease_ids.provable and name not in self._ledger.seeds
+
+    def _note(self, name: str, user_id: str) -> None:
+        """Remember a lease that takes no slot as yet."""
+        noted = self._noted.get(name)
+        if noted is None:
+            if len(self._noted) >= self.rules.max_seeds:
+                raise UnknownLease("no such lease")
+            noted = self._noted[name] = []
+        if user_id not in noted:
+            if len(noted) >= self.rules.max_slots:
+                raise UnknownLease("no such lease")
+            noted.append(user_id)
+
+    def _take_noted(self, seed: Seed) -> None:
+        for user_id in self._noted.pop(seed.name, ()):
+            if self._is_from_earlier(user_id) and (lease := self._adopt(seed.name, user_id)) is not None:
+                self._ledger.put_off(lease)
+
+    def _adopt(self, name: str, user_id: str) -> Lease | None:
+        """Take the lease over; None: anybody could have made it up, or the seed has no slot for it."""
         books = self._ledger
         seed = books.seeds.get(name)
+        if self.lease_ids.provable:
+            genuine = self.lease_ids.is_proven(user_id, name)
+        else:
+            genuine = seed is not None and state_of(user_id) == seed.earlier_state
+        room = self.rules.max_slots if seed is None else seed.slots
+        if not genuine or len(books.leases_of.get(name, ())) >= room:
+            return None
         lease = Lease(user_id, name, seed.key if seed else "", "(earlier state)", books.now, books.now)
         books.add_lease(lease)
         if seed is not None:

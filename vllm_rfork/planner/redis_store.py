@@ -210,6 +210,7 @@ class RedisStore(Store):
         return self._new_term(memory, journal, token, clock)
 
     def _new_term(self, memory: MemoryStore, journal: Journal, token: str, clock: Callable[[], float]) -> Term:
+        memory.lease_ids = self.lease_ids
         return Term(memory, journal, self._records, token, clock=clock, listener=self, ended=self._term_ended)
 
     def _term_ended(self, reason: StoreUnavailable) -> None:

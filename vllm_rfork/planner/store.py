@@ -13,17 +13,15 @@ Must not import aiohttp or redis.
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.errors import RForkError
 from vllm_rfork.messages import OtherSeeds, SeedAddress
+from vllm_rfork.planner.lease_ids import LeaseIds
 from vllm_rfork.planner.policy import Policy
 
-#: Every lease id is this, the state id, a dot and a random part: a planner that lost its state knows its own again.
-LEASE_ID = "rf1."
 #: Failures that say nothing about the seed.
 SEED_NOT_TO_BLAME = frozenset({"ConfigError", "ManifestMismatch", "NoSeedAvailable", "PlannerError"})
 
@@ -209,15 +207,6 @@ class Totals:
         self.oldest_wait_s = max(self.oldest_wait_s, other.oldest_wait_s)
 
 
-_LEASE_ID = re.compile(re.escape(LEASE_ID) + r"([0-9a-f]{8})\.[0-9a-f]{24}\Z")
-
-
-def state_of(user_id: str) -> str:
-    """The id of the state that granted a lease; empty where ``user_id`` is no lease id of ours."""
-    match = _LEASE_ID.match(user_id)
-    return match[1] if match else ""
-
-
 def _ignore(_: Any) -> None:
     """Nobody listens yet."""
 
@@ -226,7 +215,8 @@ class Store(abc.ABC):
     """The port. All methods raise :class:`StoreUnavailable` where the state cannot be reached.
 
     ``notify`` is called with a ticket that may be settled now, ``notify_all`` where any ticket may be, and
-    ``observe`` with every :class:`Event`; their owner replaces them before :meth:`open`. They must not block.
+    ``observe`` with every :class:`Event`; their owner replaces them before :meth:`open`, and ``lease_ids`` if callers
+    need a token. They must not block.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -234,6 +224,7 @@ class Store(abc.ABC):
         self.notify: Callable[[str], None] = _ignore
         self.notify_all: Callable[[], None] = lambda: None
         self.observe: Callable[[Event], None] = _ignore
+        self.lease_ids = LeaseIds()
 
     @abc.abstractmethod
     async def open(self) -> None:
@@ -268,7 +259,8 @@ class Store(abc.ABC):
     async def renew(self, seed: SeedAddress, user_id: str) -> None:
         """Give a lease its full TTL again. Raises :class:`UnknownLease`.
 
-        Within one TTL after a start without state, a lease of an earlier state is taken over.
+        Within one TTL after a start without state, a lease of an earlier state is taken over if it can be checked: its
+        id proves itself, or the seed reports that state and has a slot for it. Until the seed does, the lease is noted.
         """
 
     @abc.abstractmethod
