@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from vllm_rfork.engines.table import engine_class
 from vllm_rfork.errors import EngineError, ForkError, NoSeedAvailable, PlannerError, SeedError
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import Lease, OtherSeeds, SeedAddress
+from vllm_rfork.native_threads import native_thread
 from vllm_rfork.other_seeds import warn_of_other_fingerprints
 from vllm_rfork.receiver import ForkRequest, StageTimes, bounded, fork
 from vllm_rfork.seed_wait import Question
@@ -148,7 +148,7 @@ class Attempt:
         self._registered: Any = None  # what keeps registered memory alive until the engine is closed
         self._opening: concurrent.futures.Future[TransferEngine] = concurrent.futures.Future()
         # A daemon, not an executor's thread: a native call that never returns must not keep the process alive.
-        threading.Thread(target=self._open, args=(self._opening,), name="rfork-engine", daemon=True).start()
+        native_thread(self._open, "rfork-engine", (self._opening,)).start()
 
     def _open(self, opening: concurrent.futures.Future[TransferEngine]) -> None:
         started = time.perf_counter()

@@ -18,6 +18,7 @@ import torch
 from vllm_rfork import verify
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.errors import ForkError, VerificationError
+from vllm_rfork.native_threads import native_thread
 from vllm_rfork.segments import Segment
 from vllm_rfork.tensors import Collection, names_in
 from vllm_rfork.worker_log import worker_logger
@@ -50,7 +51,7 @@ def get_ready(side: DeviceSide) -> threading.Thread:
         except Exception as error:  # noqa: BLE001 - whoever needs a digest later finds out, and says so
             logger.debug("%s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
 
-    thread = threading.Thread(target=digest_something, name="rfork-verify-ready", daemon=True)
+    thread = native_thread(digest_something, "rfork-verify-ready")
     thread.start()
     return thread
 
@@ -81,7 +82,7 @@ class ArrivalCheck:
         if not self._side.copies_by_itself or not self.numbers:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="rfork-verify", daemon=True)
+            self._thread = native_thread(self._run, "rfork-verify")
             self._thread.start()
         self._batches.put(segments)
 

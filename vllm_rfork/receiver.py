@@ -8,7 +8,6 @@ not know what a tensor is: the loader does that. Must not import torch or vLLM.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from vllm_rfork.clients import LeaseKeeper, SeedClient
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import EngineError, ForkError, SeedError
 from vllm_rfork.manifest import Manifest
+from vllm_rfork.native_threads import native_thread
 from vllm_rfork.segments import Segment, batches, pair
 from vllm_rfork.worker_log import worker_logger
 
@@ -188,7 +188,7 @@ def bounded(engine: TransferEngine, operation: str, timeout_s: float, call: Call
         except BaseException as error:  # noqa: BLE001 - it is raised again on the caller's thread
             failures.append(error)
 
-    thread = threading.Thread(target=run, name=f"rfork-{operation}", daemon=True)
+    thread = native_thread(run, f"rfork-{operation}")
     thread.start()
     thread.join(timeout_s + 1.0)
     if thread.is_alive():

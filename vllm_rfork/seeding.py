@@ -16,6 +16,7 @@ from vllm_rfork import plan as plans
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.errors import ForkError
+from vllm_rfork.native_threads import native_thread
 from vllm_rfork.own_address import listen_host
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.seed import Seed, SeedConfig
@@ -51,7 +52,7 @@ class _Start:
 
     def begin(self) -> None:
         """Run in the background, unless a change has begun meanwhile."""
-        self.thread = threading.Thread(target=_start, args=(self.plan, self), name="rfork-seed", daemon=True)
+        self.thread = native_thread(_start, "rfork-seed", (self.plan, self))
         with _lock:
             if self.changes == _withdrawals.count:
                 _starting.append(self)

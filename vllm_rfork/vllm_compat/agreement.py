@@ -17,13 +17,13 @@ Must not read or write weights, and must not raise: an agreement that cannot be 
 from __future__ import annotations
 
 import concurrent.futures
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_rfork.native_threads import native_thread
 from vllm_rfork.vllm_compat.identity import is_draft
 from vllm_rfork.worker_log import worker_logger
 
@@ -147,7 +147,7 @@ class Agreement:
             except Exception as error:  # noqa: BLE001 - whatever a store raises; the caller turns it into a no
                 answer.set_exception(error)
 
-        threading.Thread(target=run, name="rfork-agreement", daemon=True).start()
+        native_thread(run, "rfork-agreement").start()
         try:
             return answer.result(timeout_s + STORE_GRACE_S)
         except concurrent.futures.TimeoutError:
