@@ -41,6 +41,9 @@ SEED_KEY_PARAM = "seed_key"
 # --- ours --------------------------------------------------------------------------------------------------------
 #: Announces or renews an intent: "I am loading this key from storage and will be a seed soon".
 ADD_INTENT = "/rfork_intent"
+#: A seed's presence, with the headers of ``add_seed``. The planner answers after a while; until then the open
+#: connection shows that the seed's process lives.
+PRESENCE = "/rfork_presence"
 #: Planner: 200 while it takes new requests, 503 while it starts, drains or cannot reach its store.
 READYZ = "/readyz"
 #: Planner: Prometheus metrics.

@@ -15,11 +15,11 @@ from tests.planner.conftest import Clock, Fleet, MakeFleet, seed
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.policy import POLICIES, Candidate, choose, nic_of, policy_named
 from vllm_rfork.planner.redis_store import RedisStore
-from vllm_rfork.planner.store import Granted, Outcome, Queued, Rules, StoreError
+from vllm_rfork.planner.store import Announcement, Granted, Outcome, Queued, Rules, StoreError
 
 #: name: how often
 ACTIONS = {"seed": 2, "ask": 3, "wait": 2, "settle": 2, "release": 2, "pass": 2}
-ACTIONS |= dict.fromkeys(["renew", "remove", "intend", "sweep"], 1)
+ACTIONS |= dict.fromkeys(["renew", "remove", "intend", "sweep", "attend"], 1)
 LABELS = [
     {},
     {"host": "h1", "rack": "r1", "zone": "z1"},
@@ -135,6 +135,11 @@ async def _act(
             epoch=rng.choice(["", "0", "1"]),
             intent=rng.choice(["", "", "i1"]),
         )
+    elif action == "attend":
+        attending = Announcement(key=key, seed=seed(rng.randrange(8)), fingerprint=print_)
+        number = await fleet.store.attend(attending, held=rng.random() < 0.8)
+        if rng.random() < 0.5:
+            await fleet.store.leave(attending.seed, number, answered=rng.random() < 0.5)
     elif action in ("ask", "wait"):
         found = await fleet.ask(
             key=key,
@@ -175,7 +180,7 @@ async def _kill(store: RedisStore) -> None:
 def _records(snapshot: dict[str, Any]) -> dict[str, Any]:
     """What must survive: all but the lines, and the times that begin anew."""
     for each in snapshot["seeds"]:
-        del each["seen_s_ago"]
+        del each["seen_s_ago"], each["present"], each["absent"]  # connections end with the leader that held them
     for each in snapshot["leases"]:
         del each["expires_in_s"]
     kept = {name: snapshot[name] for name in ("state", "age_s", "policy", "history")}

@@ -18,6 +18,7 @@ from vllm_rfork.planner.fenced import Change, FencedRecords
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.redis_store import RedisStore
 from vllm_rfork.planner.store import (
+    Announcement,
     Ask,
     Granted,
     LimitReached,
@@ -508,3 +509,25 @@ async def test_a_declined_decision_does_not_spoil_the_others(replica: Replica) -
     fleet = await replica(max_seeds=1)
     done = await asyncio.gather(*(fleet.announce(number) for number in range(5)), return_exceptions=True)
     assert [isinstance(each, LimitReached) for each in done] == [False, True, True, True, True]
+
+
+# --- presence --------------------------------------------------------------------------------------------------------
+
+
+async def test_connections_end_with_their_leader_and_seeds_have_time_to_come_to_the_next(replica: Replica) -> None:
+    leader = await replica()
+    for number in (1, 2, 3):
+        await leader.announce(number, slots=9)
+    attending = [Announcement(key="k", seed=seed(number)) for number in (1, 2)]
+    for each in attending:
+        await leader.store.attend(each, held=True)
+    await leader.store.leave(seed(2), await leader.store.attend(attending[1], held=True), answered=False)
+    assert (await leader.store.totals())["k"].absent == 1
+    next_leader = await successor_of(leader, replica)
+    assert (await next_leader.store.totals())["k"].absent == 0, "it has not looked yet"
+    await next_leader.store.attend(attending[0], held=True)
+    next_leader.clock.pass_(next_leader.store.rules.presence_takeover_s)
+    await next_leader.store.sweep()
+    entries = {each["seed"]: each["absent"] for each in (await next_leader.store.snapshot())["seeds"]}
+    # The second did not come; the third has never kept a connection, and lives by its heartbeats.
+    assert entries == {str(seed(1)): False, str(seed(2)): True, str(seed(3)): False}

@@ -106,6 +106,8 @@ def _duration(seconds: float) -> str:
 
 
 def _state(row: _Row) -> str:
+    if row.get("absent"):
+        return "absent"
     if row.get("draining"):
         return "draining"
     if aside_s := row.get("aside_s"):

@@ -19,6 +19,7 @@ from vllm_rfork.planner import dashboard, valid_json
 from vllm_rfork.planner.access import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.openapi import description
+from vllm_rfork.planner.presence import Presence
 from vllm_rfork.planner.resolver import Unresolved
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import (
@@ -61,10 +62,20 @@ class Refused(Exception):
 class Api:
     """All calls over one store. :meth:`handle` is what the server runs for every request."""
 
-    def __init__(self, settings: Settings, store: Store, room: WaitingRoom, metrics: Metrics, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        *,
+        room: WaitingRoom,
+        presence: Presence,
+        metrics: Metrics,
+        tokens: Tokens,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._room = room
+        self._presence = presence
         self._metrics = metrics
         self._tokens = tokens
         self._addresses = AddressCheck(_trust(settings, tokens))
@@ -79,6 +90,7 @@ class Api:
             messages.RENEW_SEED_LEASE: {"POST": self.renew_seed_lease},
             messages.REMOVE_SEED: {"POST": self.remove_seed},
             messages.ADD_INTENT: {"POST": self.intent},
+            messages.PRESENCE: {"POST": self.presence},
             messages.HEALTHZ: {"GET": self.healthz},
             messages.READYZ: {"GET": self.readyz},
             messages.METRICS: {"GET": self.metrics},
@@ -123,7 +135,7 @@ class Api:
             logger.exception("%s %s failed", request.method, path)  # of a call that is known: nothing of the caller's
             response = web.Response(status=500, text="the planner failed; its log says why\n")
         may_wait = self._settings.seed_wait_sec > 0 or header(request.headers, messages.WAIT_SEC) is not None
-        waited = path == messages.GET_SEED and may_wait
+        waited = path == messages.PRESENCE or (path == messages.GET_SEED and may_wait)
         duration_s = None if waited else time.perf_counter() - started_at
         self._metrics.request(path if methods else "unknown", response.status, duration_s)
         return response
@@ -150,21 +162,8 @@ class Api:
     # --- the installed base's calls ------------------------------------------------------------------------------
     async def add_seed(self, request: web.BaseRequest) -> web.Response:
         """Announce a seed; also its heartbeat."""
-        headers = request.headers
-        key, seed = self._key(headers), _seed_address(headers)
-        messages.integer(header(headers, messages.SEED_REFCNT) or "0", messages.SEED_REFCNT, minimum=0)
-        slots = header(headers, messages.SLOTS)
-        announcement = Announcement(
-            key=key,
-            seed=seed,
-            fingerprint=_text(headers, messages.FINGERPRINT),
-            slots=None if slots is None else messages.integer(slots, messages.SLOTS, minimum=1),
-            labels=messages.parse_labels(_text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH)),
-            epoch=_text(headers, messages.EPOCH),
-            intent=_text(headers, messages.INTENT),
-            known_state=_text(headers, messages.STATE),
-        )
-        await self._check_address(request, seed.host)
+        announcement = self._announcement(request.headers)
+        await self._check_address(request, announcement.seed.host)
         state = await self._store.announce(announcement)
         return web.Response(text="ok\n", headers={messages.STATE: state})
 
@@ -226,6 +225,21 @@ class Api:
         return web.Response(text="ok\n")
 
     # --- ours ----------------------------------------------------------------------------------------------------
+    async def presence(self, request: web.BaseRequest) -> web.Response:
+        """Hold the request for as long as the seed's process lives, or until the seed should ask again."""
+        announcement = self._announcement(request.headers)
+        await self._check_address(request, announcement.seed.host)
+        if not self.ready:
+            raise Closing
+        try:
+            await self._presence.hold(announcement, request.transport)
+        except UnknownSeed as error:  # not 404, which an older planner answers that has no such call
+            raise Refused(409, str(error)) from error
+        except LimitReached as error:
+            self._metrics.refused("limit")
+            raise Refused(429, str(error), {"Retry-After": "60"}) from error
+        return web.Response(text="again\n")
+
     async def intent(self, request: web.BaseRequest) -> web.Response:
         """Announce, renew or take back an intent."""
         headers = request.headers
@@ -256,6 +270,7 @@ class Api:
     async def metrics(self, _: web.BaseRequest) -> web.Response:
         """Prometheus's page; without the fleet's gauges while the store does not answer."""
         self._metrics.open_waits.set(len(self._room))
+        self._metrics.presence.set(len(self._presence))
         try:
             totals = await self._store.totals()
         except StoreUnavailable as error:
@@ -298,6 +313,7 @@ class Api:
             "lease_ttl_s": self._settings.lease_ttl_sec,
             "stale_s": self._settings.stale_after_sec,
             "held_requests": len(self._room),
+            "presence_connections": len(self._presence),
             "every_s": dashboard.EVERY_S,
             "limit": dashboard.LIMIT,
         }
@@ -312,6 +328,21 @@ class Api:
                 f"header {messages.SEED_KEY} holds a key longer than {self._settings.max_key_length} characters"
             )
         return key
+
+    def _announcement(self, headers: Mapping[str, str]) -> Announcement:
+        key, seed = self._key(headers), _seed_address(headers)
+        messages.integer(header(headers, messages.SEED_REFCNT) or "0", messages.SEED_REFCNT, minimum=0)
+        slots = header(headers, messages.SLOTS)
+        return Announcement(
+            key=key,
+            seed=seed,
+            fingerprint=_text(headers, messages.FINGERPRINT),
+            slots=None if slots is None else messages.integer(slots, messages.SLOTS, minimum=1),
+            labels=messages.parse_labels(_text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH)),
+            epoch=_text(headers, messages.EPOCH),
+            intent=_text(headers, messages.INTENT),
+            known_state=_text(headers, messages.STATE),
+        )
 
     def _wait_s(self, headers: Mapping[str, str]) -> float:
         wait = header(headers, messages.WAIT_SEC)

@@ -22,6 +22,7 @@ from vllm_rfork.planner.api import Api
 from vllm_rfork.planner.door import Door
 from vllm_rfork.planner.lease_ids import LeaseIds
 from vllm_rfork.planner.metrics import Metrics
+from vllm_rfork.planner.presence import Presence
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import Event, Store, StoreError
 from vllm_rfork.planner.waiting import WaitingRoom
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 _TOLD = {
     "seed_added": (logging.INFO, "Seed added"),
     "seed_dropped": (logging.INFO, "Seed dropped"),
+    "seed_absent": (logging.WARNING, "Seed absent: it is not granted until it is heard of again"),
+    "seed_returned": (logging.INFO, "Seed is back"),
     "seed_aside": (logging.WARNING, "Seed put aside after failures"),
     "lease_expired": (logging.WARNING, "Lease expired: its receiver was not heard of for a TTL"),
     "lease_dropped": (logging.WARNING, "Lease dropped with its seed"),
@@ -69,7 +72,10 @@ class PlannerProcess:
         self.metrics = Metrics(settings.max_metric_keys)
         self.room = WaitingRoom(self.store)
         self.tokens = tokens_from(settings.token_file) if tokens is None else tokens
-        self.api = Api(settings, self.store, self.room, self.metrics, self.tokens)
+        self.presence = Presence(self.store, settings.max_connections)
+        self.api = Api(
+            settings, self.store, room=self.room, presence=self.presence, metrics=self.metrics, tokens=self.tokens
+        )
         self._tls = (
             ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
             if settings.tls_cert is not None and settings.tls_key is not None
@@ -143,6 +149,7 @@ class PlannerProcess:
         self.api.ready = False
         server.close()
         logger.info("Planner drains: %d receivers wait here", len(self.room))
+        self.presence.close()
         await self.room.close(self.settings.drain_sec)
         web_server.pre_shutdown()  # idle connections close now, busy ones after their answer
         await web_server.shutdown(self.settings.drain_sec)
@@ -164,6 +171,8 @@ class PlannerProcess:
 
     def _observe(self, event: Event) -> None:
         self.metrics.event(event)
+        if event.kind == "seed_dropped":
+            self.presence.seed_dropped(event.seed)
         level, text = _TOLD.get(event.kind, (logging.DEBUG, event.kind))
         if logger.isEnabledFor(level):
             fields = {"key": event.key, "seed": event.seed, "detail": event.detail}

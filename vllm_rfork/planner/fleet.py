@@ -28,7 +28,9 @@ class Seed(Record):
     """One announced seed. ``aside_until`` is backoff after failures, ``held_until`` caution after a state loss."""
 
     #: what every heartbeat and every lease changes: a successor starts the deadlines anew and counts the leases
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"seen_at", "stale_at", "turn", "leases", "standing"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset(
+        {"seen_at", "stale_at", "turn", "leases", "standing", "presence", "absent", "absent_at", "given_up"}
+    )
 
     key: str
     address: SeedAddress
@@ -50,16 +52,26 @@ class Seed(Record):
     stale_at: float = 0.0
     #: the state that the seed was announced to before this one, if it says so
     earlier_state: str = ""
-    #: serving, draining, aside: as the indexes have it
-    standing: tuple[bool, bool, bool] | None = None
+    #: it keeps a presence connection; without one it is absent
+    attends: bool = False
+    #: number of the presence request that is held for the seed; 0: none
+    presence: int = 0
+    #: the seed's process is gone, as far as the planner knows: since when
+    absent: bool = False
+    absent_at: float = 0.0
+    #: waiting receivers do not count on the seed's return any more
+    given_up: bool = False
+    #: serving, draining, aside, absent: as the indexes have it
+    standing: tuple[bool, bool, bool, bool] | None = None
 
     def is_serving(self, now: float) -> bool:
         """Will grant sooner or later, so that waiting for it makes sense."""
-        return not self.draining and now >= self.aside_until
+        return not self.draining and not self.given_up and now >= self.aside_until
 
     def is_open(self, now: float) -> bool:
         """Can take one more lease now."""
-        return self.is_serving(now) and self.held_until <= now < self.stale_at and self.leases < self.slots
+        granted = self.held_until <= now < self.stale_at and not self.absent
+        return granted and self.is_serving(now) and self.leases < self.slots
 
 
 @dataclass(slots=True)
@@ -115,6 +127,7 @@ class Shelf:
     intent_counts: Counter[str] = field(default_factory=Counter)
     draining: set[str] = field(default_factory=set)
     aside: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
     #: the leases of these seeds, in the order of their grant
     leases: dict[str, Lease] = field(default_factory=dict)
     slots: int = 0
@@ -131,7 +144,7 @@ class Shelf:
 
     def rank(self, seed: Seed, policy: Policy, nic_leases: int, now: float) -> None:
         """Put ``seed`` where its present state belongs in every index."""
-        standing = (seed.is_serving(now), seed.draining, now < seed.aside_until)
+        standing = (seed.is_serving(now), seed.draining, now < seed.aside_until, seed.absent)
         if seed.standing != standing:
             seed.standing = standing
             self._stand(seed, *standing)
@@ -147,12 +160,13 @@ class Shelf:
                 elif pool is not None:
                     pool.discard(seed.name)
 
-    def _stand(self, seed: Seed, serving: bool, draining: bool, aside: bool) -> None:
+    def _stand(self, seed: Seed, serving: bool, draining: bool, aside: bool, absent: bool) -> None:
         for print_ in (seed.fingerprint, ANY):
             names = self.serving.setdefault(print_, set())
             (names.add if serving else names.discard)(seed.name)
         (self.draining.add if draining else self.draining.discard)(seed.name)
         (self.aside.add if aside else self.aside.discard)(seed.name)
+        (self.absent.add if absent else self.absent.discard)(seed.name)
 
     def forget(self, seed: Seed) -> None:
         """Take ``seed`` out of every index."""
@@ -169,6 +183,7 @@ class Shelf:
                         del self.pools[print_, bucket]
         self.draining.discard(seed.name)
         self.aside.discard(seed.name)
+        self.absent.discard(seed.name)
         self.slots -= seed.slots
         del self.seeds[seed.name]
 
@@ -243,6 +258,7 @@ class Shelf:
             seeds=len(self.seeds),
             draining=len(self.draining),
             aside=len(self.aside),
+            absent=len(self.absent),
             slots=self.slots,
             leases=len(self.leases),
             waiting=sum(map(len, self.lines.values())),

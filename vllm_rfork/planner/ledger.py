@@ -18,11 +18,14 @@ from vllm_rfork.planner.records import Book, Journal
 from vllm_rfork.planner.store import Announcement, Ask, LimitReached, Rules
 
 #: Fields of a seed that are not taken over from an earlier leader: :meth:`Ledger.add_seed` computes them.
-_COMPUTED = frozenset({"slots", "nic", "buckets", "leases", "standing", "seen_at", "stale_at"})
+_COMPUTED = frozenset({"slots", "nic", "buckets", "leases", "standing", "seen_at", "stale_at"}) | {
+    # Presence is the leader's: its connections ended with it.
+    *("presence", "absent", "absent_at", "given_up"),
+}
 
 
 class Ledger:
-    """The books. ``due`` holds ``(kind, name, other)`` with kinds seed, lease, intent, blocked and waiter.
+    """The books. ``due`` holds ``(kind, name, other)``; kinds are seed, lease, intent, blocked, waiter and presence.
 
     What a successor of this process needs is in a :class:`Book`, and ``journal`` notes what changes there.
     """
@@ -120,7 +123,7 @@ class Ledger:
         self.shelves[seed.key].forget(seed)
         del self.seeds[seed.name]
         self._leave_nic(seed)
-        for kind in ("seed", "blocked"):
+        for kind in ("seed", "blocked", "presence"):
             self.due.cancel((kind, seed.name, ""))
         self.bereft.add(seed.key)
         return lost
@@ -255,6 +258,8 @@ class Ledger:
         self._serial = max(self._serial, seed.turn)
         seed.stale_at = self.now + self.rules.stale_s
         self.due.set(("seed", seed.name, ""), seed.stale_at)
+        if seed.attends:
+            self.due.set(("presence", seed.name, ""), self.now + self.rules.presence_takeover_s)
         if (until := max(seed.aside_until, seed.held_until)) > self.now:
             self.due.set(("blocked", seed.name, ""), until)
         self.rank(seed)

@@ -82,8 +82,10 @@ class MemoryStore(Store):
                 self.observe(Event("seed_added", seed.key, name))
             else:
                 books.update_seed(seed, announcement)
-            seed.seen_at, seed.stale_at = books.now, books.now + self.rules.stale_s
-            books.due.set(("seed", name, ""), seed.stale_at)
+            self._seen(seed)
+            # A heartbeat soon after the connection broke may be one that the process had sent before it died.
+            if seed.absent and books.now >= seed.absent_at + self.rules.return_s:
+                self._back(seed)
             books.drop_intent(seed.key, announcement.intent)
             self._serve(seed)
             return books.state_id
@@ -96,6 +98,64 @@ class MemoryStore(Store):
             if lease.key and _new_life(lease, announcement):
                 self._drop_lease(lease)
                 self.observe(Event("lease_dropped", lease.key, name))
+
+    def _seen(self, seed: Seed) -> None:
+        books = self._ledger
+        seed.seen_at, seed.stale_at = books.now, books.now + self.rules.stale_s
+        books.due.set(("seed", seed.name, ""), seed.stale_at)
+
+    # --- presence ------------------------------------------------------------------------------------------------
+    async def attend(self, announcement: Announcement, *, held: bool) -> int:
+        """See the port."""
+        with self._decision as books:
+            seed = books.seeds.get(str(announcement.seed))
+            if seed is None or _new_life(seed, announcement):
+                raise UnknownSeed(
+                    f"no seed {announcement.seed} with this key, fingerprint and epoch: announce it first"
+                )
+            number = books.next_number()
+            seed.presence, seed.attends = (number if held else 0), held
+            self._seen(seed)
+            self._back(seed)
+            self._serve(seed)
+            return number
+
+    async def leave(self, seed: SeedAddress, number: int, *, answered: bool) -> None:
+        """See the port."""
+        with self._decision as books:
+            known = books.seeds.get(str(seed))
+            if known is None or known.presence != number:
+                return
+            known.presence = 0
+            if answered:
+                books.due.set(("presence", known.name, ""), books.now + self.rules.presence_grace_s)
+            else:
+                self._lose(known, "its connection broke")
+
+    def _lose(self, seed: Seed, why: str) -> None:
+        """The seed's process is gone, as far as anybody can tell."""
+        books = self._ledger
+        seed.absent, seed.absent_at = True, books.now
+        books.due.set(("presence", seed.name, ""), books.now + self.rules.return_s)
+        books.rank(seed)
+        if not seed.draining:  # else it has withdrawn, and goes when its last lease ends
+            self.observe(Event("seed_absent", seed.key, seed.name, why))
+
+    def _back(self, seed: Seed) -> None:
+        """The seed is not absent, and nothing is awaited of it."""
+        self._ledger.due.cancel(("presence", seed.name, ""))
+        if seed.absent:
+            seed.absent = seed.given_up = False
+            self.observe(Event("seed_returned", seed.key, seed.name))
+
+    def _overdue(self, seed: Seed) -> None:
+        """The seed did not come back in time, or did not ask again."""
+        if not seed.absent:
+            self._lose(seed, "it did not send its next presence request")
+            return
+        seed.given_up = True
+        self._ledger.bereft.add(seed.key)
+        self._ledger.rank(seed)
 
     def _hold(self, seed: Seed, known_state: str) -> None:
         books, hold_s = self._ledger, self.rules.recovery_hold_s
@@ -301,6 +361,8 @@ class MemoryStore(Store):
                 self.observe(Event("intent_expired", name))
             elif kind == "blocked":
                 self._unblock(books.seeds[name])
+            elif kind == "presence":
+                self._overdue(books.seeds[name])
             else:
                 books.forget_ticket(name)
         return books

@@ -67,10 +67,13 @@ class Metrics:
             self._failures.labels(cause)
         for reason in _REFUSALS:
             self._refused.labels(reason)
-        for kind in ("lease_expired", "seed_aside", "state_lost"):
+        for kind in ("lease_expired", "seed_absent", "seed_aside", "state_lost"):
             self._events.labels(kind)
         self._store_up = Gauge(f"{_PREFIX}store_up", "1 while this replica decides, else 0", registry=self.registry)
         self.open_waits = Gauge(f"{_PREFIX}held_requests", "Requests that wait in this process", registry=self.registry)
+        self.presence = Gauge(
+            f"{_PREFIX}presence_connections", "Seeds that hold a presence connection here", registry=self.registry
+        )
 
     def request(self, call: str, code: int, duration_s: float | None) -> None:
         """One answered call; ``duration_s`` None where it waited for a seed."""
@@ -177,7 +180,8 @@ class _Fleet(Collector):
         for key, each in self.shown.items():
             seeds.add_metric([key, "draining"], each.draining)
             seeds.add_metric([key, "aside"], each.aside)
-            seeds.add_metric([key, "serving"], max(0, each.seeds - each.draining - each.aside))
+            seeds.add_metric([key, "absent"], each.absent)
+            seeds.add_metric([key, "serving"], max(0, each.seeds - each.draining - each.aside - each.absent))
             for name, gauge in gauges.items():
                 gauge.add_metric([key], getattr(each, name))
         yield seeds

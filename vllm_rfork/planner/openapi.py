@@ -132,6 +132,19 @@ _REFUSALS: dict[str, _Data] = {
 }
 
 
+#: What ``add_seed`` and a presence request may carry besides the seed's key and address.
+_ANNOUNCED = (
+    messages.SEED_RANK,
+    messages.SEED_REFCNT,
+    messages.FINGERPRINT,
+    messages.SLOTS,
+    messages.LABELS,
+    messages.EPOCH,
+    messages.INTENT,
+    messages.STATE,
+)
+
+
 def _call(
     name: str,
     summary: str,
@@ -175,18 +188,10 @@ def _paths() -> dict[str, dict[str, _Data]]:
                 _text("Known.", _answered(messages.STATE)),
                 "400 403 429 503",
                 needs=[messages.SEED_KEY, *_SEED_NAME],
-                takes=[
-                    messages.SEED_RANK,
-                    messages.SEED_REFCNT,
-                    messages.FINGERPRINT,
-                    messages.SLOTS,
-                    messages.LABELS,
-                    messages.EPOCH,
-                    messages.INTENT,
-                    messages.STATE,
-                ],
+                takes=_ANNOUNCED,
             )
         },
+        messages.PRESENCE: {"post": _presence()},
         messages.GET_SEED: {"get": get_seed},
         messages.PUT_SEED: {
             "post": _call(
@@ -238,6 +243,21 @@ def _paths() -> dict[str, dict[str, _Data]]:
         },
         **_operating_paths(),
     }
+
+
+def _presence() -> _Data:
+    presence = _call(
+        "presence",
+        "Held for as long as the seed's process lives, about 50 s at a time. A seed whose connection breaks is not "
+        "granted until it is heard of again.",
+        _text("Ask again, at once."),
+        "400 403 409 429 503",
+        needs=[messages.SEED_KEY, *_SEED_NAME],
+        takes=_ANNOUNCED,
+    )
+    presence["responses"]["409"] = _text("The seed is not known: announce it, then ask again.")
+    presence["responses"]["429"] = _text("Too many are held: the seed lives by its heartbeats.", _RETRY_AFTER)
+    return presence
 
 
 def _granted() -> _Data:
@@ -329,7 +349,7 @@ def _snapshot() -> _Data:
 
 
 def _overview() -> _Data:
-    counted = ("seeds", "draining", "aside", "slots", "leases", "waiting", "intents")
+    counted = ("seeds", "draining", "aside", "absent", "slots", "leases", "waiting", "intents")
     counts = {**{name: {"type": "integer", "minimum": 0} for name in counted}, "oldest_wait_s": {"type": "number"}}
     lists = ("seeds", "leases", "waiting", "intents", "history", "causes")
     key = {"type": "object", "required": ["key", *counts], "properties": {"key": {"type": "string"}, **counts}}

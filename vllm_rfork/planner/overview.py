@@ -92,10 +92,10 @@ def choose(tally: Tally, key: str | None, limit: int) -> Choice:
 
 
 def _urgency(totals: Totals) -> int:
-    """Receivers wait; seeds were put aside; something goes on; nothing does."""
+    """Receivers wait; seeds were put aside or are absent; something goes on; nothing does."""
     if totals.waiting:
         return 3
-    if totals.aside:
+    if totals.aside or totals.absent:
         return 2
     return 1 if totals.leases or totals.draining or totals.intents else 0
 
@@ -129,10 +129,10 @@ def overview(
 
 def _seeds(shelf: Shelf) -> Iterator[Seed]:
     """Those in trouble first."""
-    for name in itertools.chain(shelf.aside, shelf.draining - shelf.aside):
+    for name in itertools.chain(shelf.aside, shelf.absent - shelf.aside, shelf.draining - shelf.aside - shelf.absent):
         yield shelf.seeds[name]
     for seed in shelf.seeds.values():
-        if seed.name not in shelf.aside and seed.name not in shelf.draining:
+        if not any(seed.name in each for each in (shelf.aside, shelf.absent, shelf.draining)):
             yield seed
 
 

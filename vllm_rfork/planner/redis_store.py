@@ -230,6 +230,16 @@ class RedisStore(Store):
         term = self._leading()
         await term.decide(term.memory.withdraw(key, seed))
 
+    async def attend(self, announcement: Announcement, *, held: bool) -> int:
+        """See the port."""
+        term = self._leading()
+        return await term.decide(term.memory.attend(announcement, held=held))
+
+    async def leave(self, seed: SeedAddress, number: int, *, answered: bool) -> None:
+        """See the port."""
+        term = self._leading()
+        await term.decide(term.memory.leave(seed, number, answered=answered))
+
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
         """See the port."""
         term = self._leading()

@@ -65,6 +65,13 @@ class Rules:
     claim_s: float = 5.0
     #: after a start without state: how long no seed at all is granted
     recovery_hold_s: float = 0.0
+    #: a seed whose presence request was answered sends the next within this, or is absent
+    presence_grace_s: float = 5.0
+    #: the same after a replica took over: connections ended with the one before
+    presence_takeover_s: float = 20.0
+    #: for so long after its connection broke, waiting receivers stay in line for a seed, and heartbeats do not bring it
+    #: back: the process may have sent them before it died
+    return_s: float = 2.0
     slots: int = 1
     max_slots: int = 64
     #: consecutive failures after which a seed is put aside
@@ -171,7 +178,8 @@ class Released:
 class Event:
     """Something a store did by itself, for logs and metrics.
 
-    ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: why), ``seed_aside`` (``detail``: seconds),
+    ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: why), ``seed_absent``, ``seed_returned``,
+    ``seed_aside`` (``detail``: seconds),
     ``lease_expired``, ``lease_dropped`` (its seed went), ``lease_adopted``, ``intent_expired``, ``state_lost``.
     """
 
@@ -188,6 +196,7 @@ class Totals:
     seeds: int = 0
     draining: int = 0
     aside: int = 0
+    absent: int = 0
     slots: int = 0
     leases: int = 0
     waiting: int = 0
@@ -200,6 +209,7 @@ class Totals:
         self.seeds += other.seeds
         self.draining += other.draining
         self.aside += other.aside
+        self.absent += other.absent
         self.slots += other.slots
         self.leases += other.leases
         self.waiting += other.waiting
@@ -237,6 +247,25 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def announce(self, announcement: Announcement) -> str:
         """Add or refresh a seed; returns the state id. Raises :class:`LimitReached`."""
+
+    @abc.abstractmethod
+    async def attend(self, announcement: Announcement, *, held: bool) -> int:
+        """A presence request of a known seed: it is back if it was absent. Returns the number of the connection.
+
+        ``held``: the request is held from now on, in place of any earlier one, and :meth:`leave` follows. Else the
+        seed lives by its heartbeats.
+
+        Raises:
+            UnknownSeed: no such seed under this key, fingerprint and epoch; it has to be announced first.
+        """
+
+    @abc.abstractmethod
+    async def leave(self, seed: SeedAddress, number: int, *, answered: bool) -> None:
+        """The held presence request ``number`` is over: ``answered``, or its connection broke.
+
+        Unless ``answered``, the seed is absent from now on: it is not granted. Nothing happens where a later request
+        of the seed is held.
+        """
 
     @abc.abstractmethod
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:

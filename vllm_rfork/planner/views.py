@@ -122,6 +122,8 @@ def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
         "failures": seed.failures,
         "aside_s": max(0.0, round(seed.aside_until - now, 1)),
         "held_s": max(0.0, round(seed.held_until - now, 1)),
+        "present": bool(seed.presence),
+        "absent": seed.absent,
         "seen_s_ago": round(now - seed.seen_at, 1),
         "age_s": round(now - seed.first_seen, 1),
     }

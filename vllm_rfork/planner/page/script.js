@@ -174,6 +174,7 @@
   const mono = (text) => ({ text, mono: true });
 
   function stateOf(seed) {
+    if (seed.absent) return { text: "absent", badge: true, tone: "bad", sub: "its presence connection broke" };
     if (seed.draining) return { text: "draining", badge: true, tone: "warn", sub: "gets no new lease" };
     if (seed.aside_s > 0) return till(seed.aside_s, { before: "aside for ", badge: true, tone: "bad", sub: seed.failures === 1 ? "after a failure" : `after ${seed.failures} failures in a row` });
     if (seed.held_s > 0) return till(seed.held_s, { before: "held for ", badge: true, tone: "warn", sub: "known to an earlier state" });
@@ -241,6 +242,7 @@
   function troubles(each) {
     const words = [];
     if (each.aside) words.push(`${count.format(each.aside)} aside`);
+    if (each.absent) words.push(`${count.format(each.absent)} absent`);
     if (each.draining) words.push(`${count.format(each.draining)} draining`);
     return words.join(", ");
   }
@@ -269,7 +271,7 @@
     $("chosen").hidden = key === null;
     $("board").toggleAttribute("data-one", key !== null);
     $("chosen-key").textContent = plain(key);
-    tile("tile-seeds", count.format(all.seeds), troubles(all) || (all.seeds ? "all serving" : "none yet"), all.aside ? "bad" : all.draining ? "warn" : "");
+    tile("tile-seeds", count.format(all.seeds), troubles(all) || (all.seeds ? "all serving" : "none yet"), all.aside || all.absent ? "bad" : all.draining ? "warn" : "");
     tile("tile-slots", count.format(all.leases), `of ${count.format(all.slots)}${all.slots ? ` · ${Math.round((100 * all.leases) / all.slots)} %` : ""}`);
     tile("tile-leases", count.format(all.leases), data.leases.length ? ticking("span", received - data.leases[0].held_s, { before: "longest for " }) : "");
     tile("tile-waiting", count.format(all.waiting), all.waiting ? ticking("span", received - all.oldest_wait_s, { before: "longest for ", className: "warn" }) : "nobody");
@@ -294,7 +296,7 @@
   }
 
   function nothing() {
-    return { seeds: 0, draining: 0, aside: 0, slots: 0, leases: 0, waiting: 0, intents: 0, oldest_wait_s: 0 };
+    return { seeds: 0, draining: 0, aside: 0, absent: 0, slots: 0, leases: 0, waiting: 0, intents: 0, oldest_wait_s: 0 };
   }
 
   function part(shown, there, name) {
