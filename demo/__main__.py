@@ -86,7 +86,7 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
             b = result_of("B", b_server)
             say("A is killed (kill -9)")
             a_server.process.kill()
-            say(f"   its seed was withdrawn after {plan.wait_without(a.own_seed):.1f} s")
+            say(f"   the planner grants its seed no more after {plan.wait_without(a.own_seed):.1f} s")
             c = result_of("C", start("C", bare, 0))
             say("All are stopped")
         for result in (b, c):

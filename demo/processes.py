@@ -16,13 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import psutil
-
 #: How long one look at a condition is apart from the next, in seconds.
 POLL_S = 0.2
 TAIL_LINES = 30
-#: A watcher that cannot reach the planner any more goes on trying for longer than this.
-DETACHED_GRACE_S = 10.0
 
 
 class DemoError(Exception):
@@ -65,7 +61,6 @@ class Process:
         self.name = name
         self.log = log
         self._ended = False
-        self._detached: list[psutil.Process] = []
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             self._popen = subprocess.Popen(
@@ -79,15 +74,11 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the tree, gently where nothing went wrong, and wait for what it detached on purpose."""
+        """End the tree, gently where nothing went wrong."""
         if kind is None:
             self.stop()
         else:
             self.kill()
-        # A seed's watcher outlives its worker for as long as it takes to tell the planner.
-        _gone, alive = psutil.wait_procs(self._detached, timeout=DETACHED_GRACE_S)
-        for process in alive:
-            process.kill()
 
     def text(self) -> str:
         """What the process has written so far."""
@@ -120,7 +111,6 @@ class Process:
         """SIGTERM, and SIGKILL for the tree when ``grace_s`` seconds are over. Idempotent."""
         if self._ended:
             return
-        self._note_detached()
         self._popen.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(grace_s)
@@ -134,20 +124,12 @@ class Process:
         """
         if self._ended:
             return
-        self._note_detached()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         # vLLM's own children are re-parented; they are gone once the group has no member left.
         wait_until(f"the end of {self.name}'s processes", self._group_is_empty, deadline_s=30)
         self._popen.wait(timeout=30)
         self._ended = True
-
-    def _note_detached(self) -> None:
-        """Remember the descendants in sessions of their own, which no signal to the group reaches."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._popen.pid).children(recursive=True):
-                if _group_of(child.pid) not in (0, self._popen.pid):
-                    self._detached.append(child)
 
     def _group_is_empty(self) -> bool:
         return not any(_group_of(int(entry.name)) == self._popen.pid for entry in Path("/proc").glob("[0-9]*"))

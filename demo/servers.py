@@ -1,4 +1,4 @@
-"""How the demo starts the mock planner and `vllm serve`: commands, environments, ports, and when each is ready."""
+"""How the demo starts the planner and `vllm serve`: commands, environments, ports, and when each is ready."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def is_up(url: str) -> bool:
 
 
 class Planner:
-    """The mock planner of examples/, as its users start it."""
+    """A planner of this package, as its users start it."""
 
     def __init__(self, process: Process, url: str) -> None:
         self.process = process
         self.url = url
 
     def seeds(self) -> set[str]:
-        """The ip:port:rank of every seed that the planner may still give to a receiver: known, and not draining."""
+        """The ip:port:rank of every seed that the planner may still grant: known, not draining and not absent."""
         try:
             answer = httpx.get(f"{self.url}/debug/snapshot", timeout=30.0, trust_env=False)
             seeds = answer.raise_for_status().json()["seeds"]
-            return {"{ip}:{port}:{rank}".format_map(seed) for seed in seeds if not seed.get("draining")}
+            granted = [seed for seed in seeds if not (seed.get("draining") or seed.get("absent"))]
+            return {"{ip}:{port}:{rank}".format_map(seed) for seed in granted}
         except (httpx.HTTPError, ValueError, KeyError) as error:
             raise DemoError(f"the planner does not say what it knows: {error!r}") from error
 
     def wait_without(self, seed: str, deadline_s: float = 90.0) -> float:
         """Wait until ``seed`` is withdrawn, or swept; returns the seconds it took."""
-        return self.process.wait_until(f"withdrawal of {seed}", lambda: seed not in self.seeds(), deadline_s)
+        return self.process.wait_until(f"the end of {seed}", lambda: seed not in self.seeds(), deadline_s)
 
 
 @contextmanager
 def planner(logs: Path) -> Iterator[Planner]:
-    """The mock planner, ready."""
+    """The planner, ready. Not the mock of examples/, which does not see when a seed's process dies."""
     port = free_port()
-    script = ROOT / "examples" / "rfork_planner.py"
-    command = [sys.executable, str(script), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm_rfork.cli", "planner", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with Process("planner", command, os.environ, logs / "planner.log") as process:
         process.wait_until("answering", lambda: is_up(f"{url}/healthz"), PLANNER_DEADLINE_S)

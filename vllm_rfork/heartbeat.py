@@ -1,6 +1,7 @@
 """Announces a seed, keeps it announced, and takes it back.
 
-One coroutine that owns its cleanup: however :meth:`Heartbeat.run` ends, the seed is withdrawn. A planner that is
+One coroutine that owns its cleanup: however :meth:`Heartbeat.run` ends, the seed is withdrawn. Beside the beats it
+keeps a presence connection open (``presence``), by which the planner sees when this process dies. A planner that is
 away or refuses costs one line in the log when it starts and one when it is over; a planner that lost its state
 hears of the seed again with the next beat. Must not know what makes a seed trustworthy: it asks.
 """
@@ -12,9 +13,10 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from vllm_rfork.clients import Outcome, PlannerClient
+from vllm_rfork.clients import Attended, Outcome, PlannerClient
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.presence import Presence
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
@@ -77,6 +79,12 @@ class Heartbeat:
         self._announced = False
         self._first = True
         self._missed = 0
+        self._state = ""
+        self._beat_now = asyncio.Event()
+        self._presence = Presence(
+            self._attend, self._beat_now.set, full_pause_s=interval_s, clock=clock, sleep=sleep, jitter=jitter
+        )
+        self._attending: asyncio.Task[None] | None = None
 
     @property
     def announced(self) -> bool:
@@ -85,9 +93,11 @@ class Heartbeat:
 
     async def run(self) -> None:
         """Announce at once, then beat until cancelled, withdrawn or no longer vouched for; withdraw at the end."""
+        self._attending = asyncio.create_task(self._presence.run())
         try:
             while not self._over.is_set():
                 started_at = self._clock()
+                self._beat_now.clear()
                 if not self._still_vouching():
                     logger.info("seed %s can no longer vouch for its weights", self.seed)
                     break
@@ -113,10 +123,27 @@ class Heartbeat:
         """
         self._over.set()
         async with self._withdrawing:
-            if self._withdrawn is None:
-                self._withdrawn = await self._withdraw_once()
-                self._announced = False
+            try:
+                if self._withdrawn is None:
+                    self._withdrawn = await self._withdraw_once()
+                    self._announced = False
+            finally:
+                # Last: a connection that breaks before would be taken for a process that died.
+                await self._end_presence()
             return self._withdrawn
+
+    async def _end_presence(self) -> None:
+        attending, self._attending = self._attending, None
+        if attending is not None:
+            attending.cancel()
+            await asyncio.wait({attending})
+            if not attending.cancelled() and (error := attending.exception()) is not None:
+                logger.error("The presence connection ended with an error", exc_info=error)
+
+    async def _attend(self) -> Attended:
+        return await self._client.attend(
+            self.seed_key, self.seed, fingerprint=self._fingerprint, labels=self._labels, epoch=self._epoch
+        )
 
     async def _withdraw_once(self) -> Outcome:
         if not self._attempted:
@@ -162,6 +189,10 @@ class Heartbeat:
             logger.info("seed %s is announced again, after %d missed beats", self.seed, self._missed)
         elif self._first:
             logger.info("seed %s announced, key %s", self.seed, self.seed_key)
+        # Another state, or a planner that was away: it may be another one, with other calls.
+        state = self._client.state_of(self.seed)
+        self._presence.announced(other_planner=bool(self._missed) or state != self._state)
+        self._state = state
         self._first = False
         self._announced = True
         self._missed = 0
@@ -171,11 +202,12 @@ class Heartbeat:
         return longest_s * (_EARLIEST + (1 - _EARLIEST) * self._jitter())
 
     async def _pause(self, delay_s: float) -> None:
-        """Sleep, or less where the seed is withdrawn meanwhile."""
+        """Sleep, or less where the seed is withdrawn or a beat is wanted meanwhile."""
         sleeping = asyncio.ensure_future(self._sleep(max(0.0, delay_s)))
         over = asyncio.ensure_future(self._over.wait())
+        wanted = asyncio.ensure_future(self._beat_now.wait())
         try:
-            await asyncio.wait({sleeping, over}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sleeping, over, wanted}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            sleeping.cancel()
-            over.cancel()
+            for each in (sleeping, over, wanted):
+                each.cancel()

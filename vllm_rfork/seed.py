@@ -1,8 +1,8 @@
 """One seed: what a loaded worker does so that others may fork from it, from registering to withdrawing.
 
-The order is the safety: memory is registered, the bytes are digested once more, the service answers, the watcher
-knows, and only then the planner hears of it; on the way back the service refuses first, the planner forgets, and
-only then the memory is let go. Must not import torch or vLLM: the memory is kept alive by an opaque ``keep``.
+The order is the safety: memory is registered, the bytes are digested once more, the service answers, and only then
+the planner hears of it; on the way back the service refuses first, the planner forgets, and only then the memory is
+let go. Must not import torch or vLLM: the memory is kept alive by an opaque ``keep``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import msgspec
 
 from vllm_rfork.background import BackgroundTask, background
 from vllm_rfork.clients import PlannerClient
-from vllm_rfork.credentials import Credentials, Options
+from vllm_rfork.credentials import Credentials
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import ForkError, SeedError
 from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.seed_service import Offer, SeedService
-from vllm_rfork.watcher import Watcher
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
@@ -58,7 +57,6 @@ class _Parts:
     """What has been started and must be ended, in the order of starting."""
 
     service: SeedService | None = None
-    watcher: Watcher | None = None
     address: SeedAddress | None = None
     beat: Heartbeat | None = None
     beat_task: BackgroundTask | None = None
@@ -143,10 +141,6 @@ class Seed:
         self._parts.address = address
         background().call(service.check_advertised(), config.request_timeout_s + config.ready_timeout_s)
         self._go_on()
-        watcher = watcher_of(config)
-        watcher.watch(self.manifest.seed_key, address, epoch=epoch)
-        self._parts.watcher = watcher
-        self._go_on()
         self._parts.beat = Heartbeat(
             client,
             self.manifest.seed_key,
@@ -191,20 +185,11 @@ class Seed:
         self._ended = True
         parts, self._parts = self._parts, _Parts()
         bound_s = self.config.request_timeout_s + 1.0
-        service, watcher, address, beat, task = (
-            parts.service,
-            parts.watcher,
-            parts.address,
-            parts.beat,
-            parts.beat_task,
-        )
-        told = beat is None or self._attempt(
-            "withdraw at the planner", lambda: background().call(beat.withdraw(), bound_s)
-        )
+        service, beat, task = parts.service, parts.beat, parts.beat_task
+        if beat is not None:
+            self._attempt("withdraw at the planner", lambda: background().call(beat.withdraw(), bound_s))
         if task is not None:
             self._attempt("stop the heartbeat", lambda: task.cancel(bound_s))
-        if watcher is not None and address is not None and told:  # else it tries again when this process ends
-            self._attempt("call the watcher off", lambda: watcher.forget(self.manifest.seed_key, address))
         if service is not None:
             self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
         if self._attempt("close the engine", self.engine.close):
@@ -224,16 +209,3 @@ class Seed:
 
 #: Engines that could not be closed, with the memory that peers may still read through them.
 _given_up: list[tuple[TransferEngine, Any]] = []
-_watchers: dict[tuple[str, Options], Watcher] = {}
-_watchers_lock = threading.Lock()
-
-
-def watcher_of(config: SeedConfig) -> Watcher:
-    """The process's watcher for one planner; started on first use, shared by target and draft."""
-    with _watchers_lock:
-        key = (config.planner_url, config.credentials.options)
-        if key not in _watchers:
-            _watchers[key] = Watcher.start(
-                config.planner_url, None, config.request_timeout_s, credentials=config.credentials
-            )
-        return _watchers[key]

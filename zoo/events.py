@@ -25,7 +25,7 @@ from zoo import checkpoints, events_scenarios, events_sheet
 from zoo.catalogue import CATALOGUE
 from zoo.events_sheet import Sheet
 from zoo.events_stage import Stage
-from zoo.planner import ROOT, Planner
+from zoo.planner import ROOT, FleetPlanner, Planner
 from zoo.specimen import Specimen
 from zoo.stage import fork_server, in_a_process, platform_facts
 
@@ -46,7 +46,7 @@ def main() -> int:
         old.unlink()
     with fork_server(threads=arguments.threads or max(1, (os.cpu_count() or 1) // 4)):
         facts = platform_facts(arguments.work)
-        planner = Planner()
+        planner = FleetPlanner()
         try:
             stage = _stage(arguments, sheet, planner, facts)
             events_scenarios.default_load(stage)

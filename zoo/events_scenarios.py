@@ -19,7 +19,7 @@ from zoo.stage import RoleFailed
 
 #: What ``rfork_engine`` says of memory that it cannot keep.
 POOL, VARIABLE, EXPANDED = "(enable_sleep_mode)", "makes memory expandable", "lie in expandable segments"
-#: The watcher tells the planner of a dead worker within a second when the machine is idle; in seconds.
+#: The planner sees within a second that a worker is dead when the machine is idle; in seconds.
 FORGOTTEN_S = 10.0
 #: The first engine on a machine compiles kernels; as many times the bound of a check.
 FIRST = 2.5
@@ -331,7 +331,10 @@ def _port() -> int:
 def _forgotten(stage: Stage, seed: SeedFacts) -> bool:
     """Whether the planner will grant it to nobody: the lease of a receiver that still tries may keep it in its list."""
     known = stage.planner.snapshot()["seeds"]
-    return all(each["draining"] for each in known if f"{each['ip']}:{each['port']}:{each['rank']}" == seed.address)
+    ended = ("draining", "absent")
+    return all(
+        any(map(each.get, ended)) for each in known if f"{each['ip']}:{each['port']}:{each['rank']}" == seed.address
+    )
 
 
 def _seed(seeds: list[SeedFacts], lines: events_sheet.Lines) -> SeedFacts:

@@ -91,8 +91,9 @@ class Planner:
         return sum(len(seed["leases"]) for seed in self.snapshot()["seeds"])
 
     def seeds(self) -> list[str]:
-        """``ip:port:rank`` of every seed."""
-        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in self.snapshot()["seeds"]]
+        """``ip:port:rank`` of every seed whose process lives, as far as the planner knows."""
+        known = self.snapshot()["seeds"]
+        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in known if not seed.get("absent")]
 
     def stop(self) -> None:
         """End it at once."""
@@ -106,7 +107,11 @@ class Planner:
 
 
 class FleetPlanner(Planner):
-    """This package's planner: the mock knows no fingerprints, and ranks of data parallelism may share a seed key."""
+    """This package's planner.
+
+    The mock knows no fingerprints, and ranks of data parallelism may share a seed key. It knows no presence either, and
+    grants a seed that was killed for another minute.
+    """
 
     def _command(self) -> list[str]:
         return ["-m", "vllm_rfork.cli", "planner"]

@@ -191,12 +191,12 @@ async def test_a_fork_with_token_and_certificates_on_every_way(fleet: Fleet) -> 
         await until(old_is_refused, "the planner has dropped the old token")
         assert await forks_with_the_new_one()
 
-        # A worker that is killed is withdrawn by its watcher, by TLS and with the token of now.
+        # A worker that is killed is seen by its connection: by TLS, and opened with a token of then.
         process.kill()
 
         async def gone() -> bool:
-            return not await seeds()
+            return all(entry["absent"] for entry in await seeds())
 
-        await until(gone, "the seed is withdrawn")
+        await until(gone, "the seed is absent")
         with pytest.raises(NoSeedAvailable):
             await asyncio.to_thread(fork, fleet)

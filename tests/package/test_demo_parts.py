@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from demo import __main__ as story
-from demo import elapsed, milestones, processes, servers
+from demo import elapsed, milestones, servers
 from demo.asking import ANSWER_TOKENS, Answer, sha256
 from demo.milestones import Weights
 from demo.processes import DemoError, Process, wait_until
@@ -285,22 +285,6 @@ def test_the_whole_tree_of_a_process_ends_with_it(tmp_path: Path) -> None:
         group = process._popen.pid
         process.kill()
     assert [one for one in psutil.process_iter(["status"]) if in_group(one, group)] == []
-
-
-def test_what_a_process_detached_is_waited_for_and_then_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "DETACHED_GRACE_S", 0.1)
-    child = "import os, time; print('child', os.getpid(), flush=True); time.sleep(600)"
-    parent = (
-        "import subprocess, sys, time;"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); time.sleep(600)"
-    )
-    with Process("parent", [sys.executable, "-c", parent], os.environ, tmp_path / "log") as process:
-        process.wait_until("starting a child", lambda: process.text().endswith("\n"), deadline_s=60)
-        detached = psutil.Process(int(process.text().split()[1]))
-        process.kill()
-        assert detached.is_running(), "kill -9 of the tree must leave it time for its last words"
-    psutil.wait_procs([detached], timeout=30)
-    assert not detached.is_running()
 
 
 def test_a_process_that_ends_early_is_noticed_and_its_words_are_shown(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ LIGHT = [
     "vllm_rfork.commands",
     "vllm_rfork.seed_service",
     "vllm_rfork.heartbeat",
-    "vllm_rfork.watcher",
     "vllm_rfork.clients",
     "vllm_rfork.config",
     "vllm_rfork.seed_key",

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.interop_planners import load_mock_planner, serve
 from tests.unit.virtual_time import VirtualTime, until
-from vllm_rfork.clients import Outcome, PlannerClient
+from vllm_rfork.clients import Attendance, Attended, Outcome, PlannerClient
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.messages import SeedAddress
@@ -31,6 +31,22 @@ class FakePlanner(PlannerClient):
         self.calls: list[str] = []
         self.announced_with: dict[str, Any] = {}
         self.gate: asyncio.Event | None = None
+        #: presence requests: how many are open, and how many there were; each is held for ever unless answered
+        self.attending = 0
+        self.attended = 0
+        self.answers: list[Attended] = []
+        self.open_at_withdrawal: list[int] = []
+
+    async def attend(self, seed_key: str, seed: SeedAddress, **extra: Any) -> Attended:
+        assert (seed_key, seed, extra["epoch"]) == (KEY, SEED, "e1")
+        self.attended += 1
+        self.attending += 1
+        try:
+            if not self.answers:
+                await asyncio.Event().wait()
+            return self.answers.pop(0)
+        finally:
+            self.attending -= 1
 
     async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> None:
         self.announced_with = {"seed_key": seed_key, "seed": seed, **extra}
@@ -43,6 +59,7 @@ class FakePlanner(PlannerClient):
     async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
         assert (seed_key, seed) == (KEY, SEED)
         self.calls.append("withdraw")
+        self.open_at_withdrawal.append(self.attending)
         if self.problem:
             raise PlannerError(self.problem)
         return Outcome.DONE
@@ -186,6 +203,56 @@ async def test_a_callback_that_fails_withdraws_too() -> None:
         with pytest.raises(RuntimeError):
             await task
     assert planner.calls == ["announce", "withdraw"]
+
+
+async def test_presence_follows_the_first_announcement_and_ends_after_the_withdrawal() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    planner.problem = "away"
+    async with running(heartbeat(planner, virtual), virtual):
+        assert planner.attended == 0, "nothing to be present for"
+        planner.problem = ""
+        await virtual.advance(INTERVAL_S / 2)
+        assert (planner.attended, planner.attending) == (1, 1)
+        await virtual.advance(10 * INTERVAL_S)
+        assert planner.attended == 1, "it is held"
+    # A connection that broke before the withdrawal would look like a process that died.
+    assert planner.open_at_withdrawal == [1]
+    assert planner.attending == 0
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_presence_ends_where_the_withdrawal_fails_too() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual):
+        planner.problem = "away"
+        with pytest.raises(PlannerError):
+            await beat.withdraw()
+        assert planner.attending == 0
+        planner.problem = ""
+
+
+async def test_a_planner_that_does_not_know_the_seed_is_told_at_once() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    planner.answers = [Attended(Attendance.NOT_KNOWN)]
+    async with running(heartbeat(planner, virtual), virtual):
+        await virtual.settle()
+        assert planner.calls == ["announce", "announce"], "without any time passing"
+        await virtual.advance(1.0)
+        assert (planner.attended, planner.attending) == (2, 1)
+
+
+async def test_a_planner_without_the_call_is_asked_once_and_again_when_it_was_away() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    planner.answers = [Attended(Attendance.NO_SUCH_CALL)]
+    async with running(heartbeat(planner, virtual), virtual):
+        await virtual.advance(10 * INTERVAL_S)
+        assert planner.attended == 1
+        planner.problem = "away"
+        await virtual.advance(INTERVAL_S)
+        planner.problem = ""
+        await virtual.advance(INTERVAL_S)
+        assert (planner.attended, planner.attending) == (2, 1), "it may be another planner now"
 
 
 async def test_withdraw_ends_the_run_and_no_beat_follows() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.vllm import models
 from vllm_rfork.engines.memory import open_engines
-from zoo.planner import Planner, eventually
+from zoo.planner import FleetPlanner, Planner, eventually
 from zoo.stage import fork_server
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +139,14 @@ def model_a_without_weights(model_a: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def planner() -> Iterator[Planner]:
     running = Planner()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def fleet_planner() -> Iterator[Planner]:
+    """One that sees at once when a seed's process dies."""
+    running = FleetPlanner()
     yield running
     running.stop()
 

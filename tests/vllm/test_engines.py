@@ -21,8 +21,9 @@ def engine_environment(engine: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("engine", ["nixl", "yuanrong"])
 def test_forks_of_forks_are_the_default_loaders_model(
-    engine: str, planner: Planner, model_a: Path, model_a_without_weights: Path, default_a: Any
+    engine: str, fleet_planner: Planner, model_a: Path, model_a_without_weights: Path, default_a: Any
 ) -> None:
+    planner = fleet_planner
     extra = extra_for(planner.url, model_url=f"chain-{engine}", rfork_engine=engine, rfork_heartbeat_interval_sec=2.0)
     env = engine_environment(engine)
     processes: list[SeedProcess] = []
@@ -44,7 +45,7 @@ def test_forks_of_forks_are_the_default_loaders_model(
         assert f"from seed {a.said['seeds'][0]}, engine={engine}" in b.log
         a.process.send_signal(signal.SIGKILL)
         a.process.wait()
-        eventually(lambda: a.said["seeds"][0] not in planner.seeds(), "the watcher has withdrawn A", timeout_s=10)
+        eventually(lambda: a.said["seeds"][0] not in planner.seeds(), "A is granted no more", timeout_s=10)
         c = started(model_a_without_weights)
         assert f"from seed {b.said['seeds'][0]}, engine={engine}" in c.log
         eventually(lambda: planner.leases() == 0, "the leases are released")

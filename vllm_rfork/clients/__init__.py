@@ -5,7 +5,7 @@ vLLM or anything beside the plain data modules.
 """
 
 from vllm_rfork.clients.lease_keeper import LeaseKeeper
-from vllm_rfork.clients.planner_client import Outcome, PlannerClient
+from vllm_rfork.clients.planner_client import Attendance, Attended, Outcome, PlannerClient
 from vllm_rfork.clients.seed_client import SeedClient
 
-__all__ = ["LeaseKeeper", "Outcome", "PlannerClient", "SeedClient"]
+__all__ = ["Attendance", "Attended", "LeaseKeeper", "Outcome", "PlannerClient", "SeedClient"]

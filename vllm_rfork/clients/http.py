@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ import aiohttp
 from aiohttp.http import HttpProcessingError
 from multidict import CIMultiDictProxy
 
+from vllm_rfork.clients.long_lived import long_lived_socket
 from vllm_rfork.clients.tls_advice import advice, ssl_error
 from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import ForkError
@@ -82,13 +85,16 @@ class BoundedHttp:
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
         certified_name: str = "",
+        connect_timeout_s: float | None = None,
     ) -> Answer:
         """Send one request and return its answer, whatever the status.
 
         The body of a 200 is read only up to ``max_body_nbytes``, and not at all where that is 0: such an answer
         lies in its status and headers. Of any other answer the beginning of the text is taken along.
         ``certified_name``, of an ``https`` address, is what the other side's certificate must hold in place of its
-        host.
+        host. ``connect_timeout_s`` is for a request whose answer may take long: it bounds name resolution and
+        connecting, the kernel checks that the other host is there, and a forked child closes the connection, which
+        would else outlive this process.
 
         Raises:
             ForkError: made by ``error``; no answer within ``timeout_s`` seconds, no connection, an answer that is
@@ -108,11 +114,14 @@ class BoundedHttp:
             max_body_nbytes=max_body_nbytes,
             deadline=deadline,
             certified_name=certified_name,
+            connect_timeout_s=connect_timeout_s,
         )
         try:
             # One clock for name resolution, connecting, headers and body; aiohttp's own timeouts are off.
             return await asyncio.wait_for(exchange, timeout_s)
         except asyncio.TimeoutError as error:
+            if isinstance(error, aiohttp.ClientError):  # aiohttp's own bound, for connecting alone
+                raise self.error(f"{what} could not connect within {connect_timeout_s or timeout_s:.3g} s") from error
             raise self.error(f"{what} got no answer within {timeout_s:.3g} s") from error
         except _FOREIGN as error:
             # Some of aiohttp's errors quote the address, user and password included.
@@ -123,7 +132,7 @@ class BoundedHttp:
                 shows_certificate=bool(self.credentials.options.cert_file),
                 service=self.service,
             )
-            raise self.error(f"{what} failed: {reason}{clause}") from error
+            raise self.error(f"{what} failed: {reason}{clause}{_limit_of_files(error)}") from error
 
     async def _exchange(
         self,
@@ -136,12 +145,13 @@ class BoundedHttp:
         max_body_nbytes: int,
         deadline: float,
         certified_name: str,
+        connect_timeout_s: float | None,
     ) -> Answer:
         session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            connector=_OneConnection(),
+            connector=_OneConnection(socket_factory=None if connect_timeout_s is None else long_lived_socket),
         )
         context = self.credentials.client_context()
         async with (
@@ -189,6 +199,17 @@ async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: i
         body += chunk
         if len(body) > max_nbytes:
             return
+
+
+def _limit_of_files(error: BaseException) -> str:
+    """The limit that an exchange ran into for want of a descriptor; empty where it did not."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return f"; this process may have {soft} open files (RLIMIT_NOFILE, ulimit -n): raise that limit"
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -36,6 +37,9 @@ RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 #: The same for a withdrawal, which somebody waits for.
 WITHDRAW_PAUSES_S = (0.1, 0.3)
 
+#: Bound of a presence request in seconds: planners answer within a minute.
+ATTEND_TIMEOUT_S = 90.0
+
 #: Seconds between two questions to a planner that is away while a receiver waits.
 RETURN_PAUSE_S = 1.0
 
@@ -56,6 +60,19 @@ _LEAST_PAUSE_S = 0.2
 _RETRIED = frozenset({408, 429})
 
 
+class Attendance(enum.Enum):
+    """What the planner answered a presence request."""
+
+    #: Ask again, at once.
+    AGAIN = "again"
+    #: The planner does not know the seed: announce it, then ask again.
+    NOT_KNOWN = "not known"
+    #: The planner holds as many as it may: the seed lives by its heartbeats.
+    FULL = "full"
+    #: The planner has no such call.
+    NO_SUCH_CALL = "no such call"
+
+
 class Outcome(enum.Enum):
     """What the planner made of a call that it may decline without anything being wrong."""
 
@@ -64,6 +81,14 @@ class Outcome(enum.Enum):
     UNKNOWN = "unknown"
     #: ``remove_seed`` while leased: no new leases, the seed goes when the last one ends.
     DRAINING = "draining"
+
+
+@dataclass(frozen=True)
+class Attended:
+    """How a presence request ended. ``retry_after_s`` is what the planner asks for; None where it does not."""
+
+    answer: Attendance
+    retry_after_s: float | None = None
 
 
 class PlannerClient:
@@ -293,6 +318,42 @@ class PlannerClient:
         self._outcome(messages.ADD_SEED, answer)
         self._remember_state(seed, answer)
 
+    def state_of(self, seed: SeedAddress) -> str:
+        """Id of the planner's memory at the last announcement of ``seed``; empty for planners that send none."""
+        return self._states.get(seed, "")
+
+    async def attend(
+        self, seed_key: str, seed: SeedAddress, *, fingerprint: str = "", labels: str = "", epoch: str = ""
+    ) -> Attended:
+        """Keep a request open that shows that this process lives; returns when the planner answers it.
+
+        Planners answer within a minute, and at once where they do not hold it. Cancelling closes the connection, as
+        the end of the process does: the planner does not grant the seed from then on.
+
+        Raises:
+            PlannerError: the connection broke, could not be made within ``request_timeout_s``, or there was no answer
+                within ``ATTEND_TIMEOUT_S`` seconds; or the planner refused, or asks to come later.
+        """
+        headers = {
+            **self._key(seed_key, fingerprint),
+            **seed.headers(),
+            messages.SEED_REFCNT: "0",
+            **_given(messages.LABELS, labels),
+            **_given(messages.EPOCH, epoch),
+        }
+        deadline = self._clock() + ATTEND_TIMEOUT_S
+        answer = await self._call("POST", messages.PRESENCE, headers, deadline, self.request_timeout_s)
+        found = {
+            200: Attendance.AGAIN,
+            # The last: what planners of other makes answer to a path that they do not have.
+            **dict.fromkeys((404, 405, 501, 400), Attendance.NO_SUCH_CALL),
+            409: Attendance.NOT_KNOWN,
+            429: Attendance.FULL,
+        }.get(answer.status)
+        if found is None:
+            raise self._refused(messages.PRESENCE, answer)
+        return Attended(found, _retry_after_s(answer))
+
     async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
         """Take ``seed`` back. ``UNKNOWN``: not there, or an older planner, which forgets it a minute after its
         last heartbeat. ``DRAINING``: a receiver is still reading from it.
@@ -391,17 +452,28 @@ class PlannerClient:
 
     # --- how a call is made -----------------------------------------------------------------------------------
 
-    async def _call(self, method: str, path: str, headers: Mapping[str, str], deadline: float) -> Answer:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        deadline: float,
+        connect_timeout_s: float | None = None,
+    ) -> Answer:
         """One call, and once more with the other spelling of the names where the planner answers 400.
 
         A proxy such as nginx drops names with underscores, and the planner then misses a header. The spelling
         that worked is kept for later calls.
         """
         hyphens = self._hyphens
-        answer = await self._exchange(method, path, _spelled(headers, hyphens=hyphens), deadline)
+        answer = await self._exchange(
+            method, path, _spelled(headers, hyphens=hyphens), deadline, connect_timeout_s=connect_timeout_s
+        )
         if answer.status != 400 or not any("_" in name for name in headers):
             return answer
-        other = await self._exchange(method, path, _spelled(headers, hyphens=not hyphens), deadline)
+        other = await self._exchange(
+            method, path, _spelled(headers, hyphens=not hyphens), deadline, connect_timeout_s=connect_timeout_s
+        )
         if other.status == 400:
             return answer
         logger.info("the %s wants header names with %s", self._name, "underscores" if hyphens else "hyphens")
@@ -409,7 +481,14 @@ class PlannerClient:
         return other
 
     async def _exchange(
-        self, method: str, path: str, headers: Mapping[str, str], deadline: float, max_body_nbytes: int = 0
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        deadline: float,
+        *,
+        max_body_nbytes: int = 0,
+        connect_timeout_s: float | None = None,
     ) -> Answer:
         for name, value in headers.items():
             if len(value) > messages.MAX_HEADER_LENGTH:
@@ -418,7 +497,12 @@ class PlannerClient:
                 )
         left_s = deadline - self._clock()
         return await self._http.exchange(
-            method, self.base_url + path, headers=headers, timeout_s=left_s, max_body_nbytes=max_body_nbytes
+            method,
+            self.base_url + path,
+            headers=headers,
+            timeout_s=left_s,
+            max_body_nbytes=max_body_nbytes,
+            connect_timeout_s=connect_timeout_s,
         )
 
     async def _retried(
@@ -439,7 +523,7 @@ class PlannerClient:
         return await self._call("POST", path, headers, deadline or self._deadline())
 
     async def _json(self, path: str) -> dict[str, Any]:
-        answer = await self._exchange("GET", path, {}, self._deadline(), MAX_JSON_NBYTES)
+        answer = await self._exchange("GET", path, {}, self._deadline(), max_body_nbytes=MAX_JSON_NBYTES)
         if answer.status != 200:
             raise self._refused(path, answer)
         try:

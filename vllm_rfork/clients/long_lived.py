@@ -1,0 +1,40 @@
+"""Sockets for connections that last, by which the other side sees that this process lives.
+
+The kernel checks that the other host is there. A forked child closes its copy: it would hide its parent's death.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from typing import Any
+
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+#: A host that vanishes is missed after 10 + 3 * 5 seconds. Not every platform has these options.
+_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+
+
+def long_lived_socket(found: tuple[Any, ...]) -> socket.socket:
+    """A socket for an entry of ``getaddrinfo``. Raises OSError."""
+    family, kind, protocol, *_ = found
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:
+            if hasattr(socket, name):
+                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    except OSError:
+        made.close()
+        raise
+    _sockets.add(made)
+    return made
+
+
+def _close_in_child() -> None:
+    for each in list(_sockets):
+        each.close()
+    _sockets.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
