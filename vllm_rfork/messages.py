@@ -93,6 +93,8 @@ LABELS = "RFORK-LABELS"
 #: ``add_seed``: the state id of the planner's last answer to this seed, and in every answer the present one.
 #: Where they differ the planner has lost its state, and grants the seed only once no forgotten lease can live.
 STATE = "RFORK-STATE"
+#: In place of a state id: an announcement of this seed had no answer, so a planner may have granted it all the same.
+STATE_UNANSWERED = "unanswered"
 #: ``add_seed``: the seed's epoch.
 EPOCH = "RFORK-EPOCH"
 #: ``put_seed``: how the fork went: ``ok`` or ``failed``, with the three below.

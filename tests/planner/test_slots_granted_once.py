@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
+from vllm_rfork import messages
 from vllm_rfork.planner.lease_ids import LeaseIds, state_of
 from vllm_rfork.planner.store import Granted, Missed, UnknownLease
 
@@ -71,6 +72,33 @@ async def test_many_leases_of_stale_seeds_do_not_fill_the_memory(make_fleet: Mak
     with pytest.raises(UnknownLease):
         await fleet.store.renew(leases[0].seed, leases[0].user_id)
     assert seed(1) == leases[0].seed
+
+
+# --- a planner that dies before its first answer ---------------------------------------------------------------------
+
+
+async def test_a_seed_whose_first_announcement_had_no_answer_is_held_by_a_planner_without_memory(
+    make_fleet: MakeFleet,
+) -> None:
+    before = await make_fleet()
+    await before.announce(1)  # the answer never arrives: the seed learns no state id
+    await before.lease()
+    after = await make_fleet(like=before)
+    await after.announce(1, known_state=messages.STATE_UNANSWERED)
+    assert await after.ask() == Missed(), "the forgotten lease's slot was granted again"
+    after.clock.pass_(59)
+    await after.announce(1, known_state=messages.STATE_UNANSWERED)
+    after.clock.pass_(1)
+    await after.lease()
+
+
+async def test_a_planner_that_did_not_die_does_not_hold_the_seed(fleet: Fleet) -> None:
+    await fleet.announce(1)
+    await fleet.announce(1, known_state=messages.STATE_UNANSWERED)
+    await fleet.lease()
+    fleet.clock.pass_(60)
+    await fleet.announce(2, known_state=messages.STATE_UNANSWERED)
+    await fleet.lease()
 
 
 # --- invented leases -------------------------------------------------------------------------------------------------

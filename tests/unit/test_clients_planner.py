@@ -261,6 +261,57 @@ async def test_a_beat_carries_the_state_id_of_the_last_answer_to_that_seed() -> 
     assert seen == [None, "s1", "s1", None, None, "s2", None]
 
 
+@pytest.mark.parametrize("ends", ["the connection breaks", "a proxy answers", "no answer in time"])
+async def test_a_seed_says_that_its_first_announcement_had_no_answer(ends: str) -> None:
+    """The planner may have granted it meanwhile: the next one, which has no memory, must not take it for new."""
+    seen: list[str | None] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("RFORK-STATE"))
+        if len(seen) > 2:
+            return web.Response(headers={"RFORK-STATE": "s1"})
+        if ends == "a proxy answers":
+            return web.Response(status=502)
+        if ends == "no answer in time":
+            await asyncio.sleep(30)
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/add_seed", handle)
+    async with serve(app) as url:
+        client = PlannerClient(url, request_timeout_s=0.5 if ends == "no answer in time" else 10.0)
+        for _ in range(2):
+            with pytest.raises(PlannerError):
+                await client.announce(KEY, SEED)
+        client.request_timeout_s = 10.0
+        await client.announce(KEY, SEED)
+        await client.announce(KEY, SEED)
+    assert seen == [None, "unanswered", "unanswered", "s1"]
+
+
+async def test_a_planner_that_was_not_reached_knows_nothing_of_the_seed() -> None:
+    seen: list[str | None] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("RFORK-STATE"))
+        return web.Response(status=503) if len(seen) == 1 else web.Response()
+
+    app = web.Application()
+    app.router.add_post("/add_seed", handle)
+    async with serve(app) as url:
+        client = PlannerClient(url)
+        client.base_url = "http://127.0.0.1:1"
+        with pytest.raises(PlannerError):
+            await client.announce(KEY, SEED)
+        client.base_url = url
+        with pytest.raises(PlannerError):
+            await client.announce(KEY, SEED)
+        await client.announce(KEY, SEED)
+    assert seen == [None, None]
+
+
 # --- retries ------------------------------------------------------------------------------------------------------
 
 

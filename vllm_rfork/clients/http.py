@@ -233,6 +233,14 @@ def broke_off(error: ForkError) -> bool:
     return isinstance(cause, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError))
 
 
+def was_sent(error: ForkError) -> bool:
+    """Whether the request of a failed exchange may have arrived: one that found no connection has not."""
+    cause = error.__cause__
+    if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)):
+        return False
+    return isinstance(cause, (aiohttp.ClientError, HttpProcessingError, OSError, asyncio.TimeoutError))
+
+
 def without_credentials(url: str) -> str:
     """``url`` without user, password and query."""
     scheme, separator, rest = url.partition("://")

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from vllm_rfork import messages
-from vllm_rfork.clients.http import Answer, BoundedHttp, broke_off, went_away, without_credentials
+from vllm_rfork.clients.http import Answer, BoundedHttp, broke_off, was_sent, went_away, without_credentials
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress, Waiting
@@ -54,6 +54,8 @@ _WHY = {
 }
 
 _MAX_STATE_LENGTH = 256
+#: A proxy answers these when the planner behind it was gone before it could answer.
+_FROM_A_PROXY = (502, 504)
 #: With ``Retry-After``: come back. The least pause holds for a planner that says 0.
 _PATIENCE = frozenset({429, 503})
 _LEAST_PAUSE_S = 0.2
@@ -314,7 +316,14 @@ class PlannerClient:
             **_given(messages.INTENT, intent),
             **_given(messages.STATE, self._states.get(seed, "")),
         }
-        answer = await self._call("POST", messages.ADD_SEED, headers, self._deadline())
+        try:
+            answer = await self._call("POST", messages.ADD_SEED, headers, self._deadline())
+        except PlannerError as error:
+            if was_sent(error):
+                self._states.setdefault(seed, messages.STATE_UNANSWERED)
+            raise
+        if answer.status in _FROM_A_PROXY:
+            self._states.setdefault(seed, messages.STATE_UNANSWERED)
         self._outcome(messages.ADD_SEED, answer)
         self._remember_state(seed, answer)
 
