@@ -526,35 +526,6 @@ async def test_oversized_requests_are_refused_and_the_planner_lives_on() -> None
         assert await client.add(5001) == 429
 
 
-async def test_connections_are_bounded() -> None:
-    async with planner(max_connections=3) as client:
-        opened = [await asyncio.open_connection("127.0.0.1", client.planner.port) for _ in range(4)]
-        closed = [asyncio.create_task(reader.read()) for reader, _ in opened]
-        done, _ = await asyncio.wait(closed, timeout=10, return_when=asyncio.FIRST_COMPLETED)
-        assert done == {closed[3]}
-        for _, writer in opened:
-            writer.close()
-        for each in closed:
-            each.cancel()
-
-
-async def test_a_connection_that_never_asks_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_rfork.planner.door.FIRST_REQUEST_S", 0.2)
-    async with planner(sweep_every_sec=0.05) as client:
-        streams = []
-        for sent in (b"", b"GET /healthz HTT", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"):
-            reader, writer = await asyncio.open_connection("127.0.0.1", client.planner.port)
-            writer.write(sent)
-            streams.append((reader, writer))
-        for reader, _ in streams[:2]:
-            assert await asyncio.wait_for(reader.read(), 10) == b""
-        asker = streams[2][0]
-        assert (await asyncio.wait_for(asker.readuntil(b"}"), 10)).startswith(b"HTTP/1.1 200")
-        assert not asker.at_eof(), "one that has asked may ask again"
-        for _, writer in streams:
-            writer.close()
-
-
 async def test_what_alerts_are_about_begins_at_zero() -> None:
     async with planner() as client:
         page = (await client.call("GET", "/metrics"))[2].splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -469,6 +470,29 @@ async def test_a_body_that_never_ends_is_cut_off_in_bytes_and_in_time() -> None:
     async with raw_server(OK + b"\r\n" + b" " * 65536, then="endless") as url:
         with pytest.raises(PlannerError, match=r"bytes|within"):
             await asyncio.wait_for(PlannerClient(url, request_timeout_s=5).snapshot(), TEST_LIMIT_S)
+
+
+async def test_endless_headers_of_an_answer_end_the_call() -> None:
+    """aiohttp before 3.14.2 kept them all, until the call's bound in time."""
+    taken_nbytes = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal taken_nbytes
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"X: y\r\n" * 10_000)
+                await writer.drain()
+                taken_nbytes += 60_000
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    with pytest.raises(PlannerError, match="failed"):  # not: no answer within
+        await PlannerClient(url, request_timeout_s=60).acquire(KEY)
+    server.close()
+    assert taken_nbytes < 16_000_000  # the kernel's buffers
 
 
 async def test_waiting_for_a_seed_extends_the_bound_by_the_wait() -> None:

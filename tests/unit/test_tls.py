@@ -21,6 +21,7 @@ from vllm_rfork.clients.tls_advice import advice
 from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import PlannerError, SeedError
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.net.connections import Phase
 from vllm_rfork.planner.access import Tokens
 from vllm_rfork.planner.app import PlannerProcess
 from vllm_rfork.planner.settings import settings_from
@@ -217,6 +218,12 @@ async def test_a_renewed_certificate_is_shown_to_the_next_caller(authority: Auth
 # --- the service's bounds hold with TLS as well ----------------------------------------------------------------------
 
 
+def opened(service: SeedService, *phases: Phase) -> int:
+    connections = service._server.connections
+    assert connections is not None
+    return connections.count(*(phases or tuple(Phase)))
+
+
 async def drained(reader: asyncio.StreamReader) -> None:
     with contextlib.suppress(ConnectionError):
         await reader.read()
@@ -229,30 +236,29 @@ async def test_whoever_connects_and_stalls_is_dropped(fleet: Credentials, sent: 
         writer.write(sent)
         await asyncio.wait_for(drained(reader), 10)
         writer.close()
-        await until(lambda: not service._server._opening and not service._server._connections)
+        await until(lambda: opened(service) == 0)
 
 
-async def test_stalled_handshakes_count_as_connections(fleet: Credentials) -> None:
+async def test_stalled_handshakes_count_as_connections_and_lock_nobody_out(fleet: Credentials) -> None:
     async with serving(credentials=fleet, bounds=Bounds(max_connections=2, head_timeout_s=60.0)) as service:
         held = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(8)]
-        await until(lambda: len(service._server._opening) == 8)
-        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        await asyncio.wait_for(drained(reader), 10)
-        assert len(service._server._opening) == 8
-        for _, each in [*held, (reader, writer)]:
-            each.close()
-        await until(lambda: not service._server._opening)
+        await until(lambda: opened(service, Phase.OPENING) == 8)
         assert await read(service, fleet) == "epoch-1"
+        await asyncio.wait_for(drained(held[0][0]), 10)  # the one that has waited longest made room
+        assert opened(service, Phase.OPENING) <= 7
+        for _, each in held:
+            each.close()
+        await until(lambda: opened(service) == 0)
 
 
 async def test_stopping_leaves_no_task_no_socket_and_no_port(fleet: Credentials) -> None:
     tasks = asyncio.all_tasks()
     async with serving(credentials=fleet) as service:
         stalled = await asyncio.open_connection("127.0.0.1", service.port)
-        await until(lambda: len(service._server._opening) == 1)
+        await until(lambda: opened(service, Phase.OPENING) == 1)
         context = fleet.client_context()
         open_too = await asyncio.open_connection("127.0.0.1", service.port, ssl=context, server_hostname=NAME)
-        await until(lambda: len(service._server._connections) == 1)
+        await until(lambda: opened(service, Phase.HEAD) == 1)
     for reader, writer in (stalled, open_too):
         await asyncio.wait_for(drained(reader), 10)
         writer.close()

@@ -10,16 +10,19 @@ import contextlib
 import logging
 import resource
 import signal
-import socket
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
+from vllm_rfork import messages
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.net import descriptors
+from vllm_rfork.net.connections import Connections, Limits, Phase, Tls
+from vllm_rfork.net.listener import Listener, listen
+from vllm_rfork.net.seldom import Seldom, SeldomFilter
 from vllm_rfork.planner.access import ServerTls, Tokens, tokens_from
 from vllm_rfork.planner.api import Api
-from vllm_rfork.planner.door import Door
 from vllm_rfork.planner.lease_ids import LeaseIds
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.presence import Presence
@@ -50,12 +53,21 @@ def _is_not_the_callers(record: logging.LogRecord) -> bool:
 
 
 _requests.addFilter(_is_not_the_callers)
-_KEEPALIVE_S = 75.0
+_requests.addFilter(SeldomFilter())
 _BACKLOG = 4096
+#: What the kernel may hold of answers that a caller does not take, for each connection (it takes twice as much).
+_SENT_NBYTES = 64 * 1024
+#: Of all answers that are being written together; a large one beyond that is refused. Snapshots can be 60 MB each.
+_MAX_UNSENT_NBYTES = 128 * 1024 * 1024
+_LARGE_NBYTES = 256 * 1024
+#: Descriptors for everything else: Redis, name lookups, files, and connections that are being closed.
+_KEPT_DESCRIPTORS = 96
+#: Calls that may be held for long, until there is something to say.
+_HELD = frozenset({messages.GET_SEED, "/rfork_presence"})
+#: How much longer than the longest wait such a call may take.
+_HELD_MARGIN_S = 60.0
 #: How long the workers of this package wait for an answer by default, where they state no wait.
 _PATIENCE_S = 10.0
-#: Whoever begins TLS and does not go on is not counted among the connections yet.
-_HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class PlannerProcess:
@@ -83,7 +95,9 @@ class PlannerProcess:
         )
         self.store.observe = self._observe
         self.store.lease_ids = LeaseIds(self.tokens.current)
-        self._door: Door | None = None
+        self._seldom = Seldom(logger)
+        #: None while the planner does not listen.
+        self.connections: Connections | None = None
         self.port = settings.port
 
     @property
@@ -106,20 +120,22 @@ class PlannerProcess:
             handler_cancellation=True,  # a waiting receiver that hangs up leaves the line at once
             access_log=None,
             logger=_requests,
-            keepalive_timeout=_KEEPALIVE_S,
+            keepalive_timeout=Limits.idle_s,
             lingering_time=1.0,
         )
-        self._door = Door(web_server, self.settings.max_connections)
+        server_tls = self._tls
+        tls = None if server_tls is None else Tls(lambda: server_tls.context)
+        self.connections = Connections(web_server, self._limits(), self._seldom, tls)
         sweeper: asyncio.Task[None] | None = None
         try:
-            server = await self._listen(self._door)
+            listener = await self._listen(self.connections)
             sweeper = asyncio.create_task(self._sweep_for_ever())
             self.api.ready = True
             logger.info("Planner listens on %s (%s)", self.url, self.settings.store.partition("://")[0])
             try:
                 yield self
             finally:
-                await self._drain(server, web_server)
+                await self._drain(listener, self.connections, web_server)
         finally:
             if sweeper is not None:
                 sweeper.cancel()
@@ -127,32 +143,57 @@ class PlannerProcess:
             await self.store.close()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        if self._door is not None:
-            self._door.has_spoken(request)
-        return await self.api.handle(request)
+        if self.connections is None:
+            raise ConnectionResetError("the planner has stopped")
+        phase = Phase.HELD if request.path in _HELD else Phase.ANSWER
+        return await self.connections.answer(request, self._answer, phase)
 
-    async def _listen(self, door: Door) -> asyncio.Server:
-        server = await asyncio.get_running_loop().create_server(
-            door.open,
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self.api.handle(request)
+        nbytes = response.content_length or 0
+        unsent_nbytes = 0 if self.connections is None else self.connections.unsent_nbytes
+        if nbytes > _LARGE_NBYTES and unsent_nbytes and unsent_nbytes + nbytes > _MAX_UNSENT_NBYTES:
+            self.metrics.refused("limit")
+            text = "too many large answers are being read; ask again later\n"
+            return web.Response(status=503, text=text, headers={"Retry-After": "5"})
+        return response
+
+    def _limits(self) -> Limits:
+        wanted = self.settings.max_connections
+        held_s = self.settings.max_wait_sec + _HELD_MARGIN_S
+        limits = Limits(descriptors.connections(wanted, kept=_KEPT_DESCRIPTORS), held_s=held_s)
+        if limits.connections < wanted:
+            logger.warning(
+                "--max-connections is %d, but this process may have %d open files only: %d connections are accepted at "
+                "once; raise the limit (ulimit -n, LimitNOFILE=, or the container's)",
+                wanted,
+                descriptors.limit(),
+                limits.connections,
+            )
+        return limits
+
+    async def _listen(self, connections: Connections) -> Listener:
+        sockets = await listen(
             self.settings.host,
             self.settings.port,
-            ssl=self._tls.context if self._tls else None,
-            ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if self._tls else None,
             backlog=_BACKLOG,
+            every_address=True,
+            sent_nbytes=_SENT_NBYTES,
         )
-        names = [each.getsockname() for each in server.sockets if each.family in (socket.AF_INET, socket.AF_INET6)]
-        self.port = names[0][1]
-        return server
+        listener = Listener(sockets, connections.accepted, self._seldom)
+        self.port = listener.port
+        return listener
 
-    async def _drain(self, server: asyncio.Server, web_server: web.Server) -> None:
+    async def _drain(self, listener: Listener, connections: Connections, web_server: web.Server) -> None:
         """Stop taking connections, send away those who wait, let requests under way finish."""
         self.api.ready = False
-        server.close()
+        listener.close()
         logger.info("Planner drains: %d receivers wait here", len(self.room))
         self.presence.close()
         await self.room.close(self.settings.drain_sec)
         web_server.pre_shutdown()  # idle connections close now, busy ones after their answer
         await web_server.shutdown(self.settings.drain_sec)
+        await connections.close()
 
     async def _sweep_for_ever(self) -> None:
         while True:
@@ -165,8 +206,6 @@ class PlannerProcess:
                 logger.exception("The sweep failed, trying again")
             if self._tls is not None:
                 self._tls.refresh()
-            if self._door is not None:
-                self._door.sweep()
             await asyncio.sleep(pause_s)
 
     def _observe(self, event: Event) -> None:

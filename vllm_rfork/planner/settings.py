@@ -59,7 +59,9 @@ class Settings(BaseModel):
     max_keys: int = Field(10_000, ge=1, description="keys that are known at once")
     max_seeds: int = Field(200_000, ge=1, description="seeds that are known at once")
     max_waiters: int = Field(20_000, ge=0, description="receivers that wait at once; more are told not to wait")
-    max_connections: int = Field(30_000, ge=1, description="connections at once; more are closed at once")
+    max_connections: int = Field(
+        30_000, ge=1, description="connections at once; for a new one the longest idle one is closed"
+    )
     max_history: int = Field(256, ge=0, le=10_000, description="past forks that are remembered")
     max_metric_keys: int = Field(100, ge=0, le=10_000, description="keys with metrics of their own")
     drain_sec: float = Field(10.0, ge=0, le=600, description="time for requests under way after SIGTERM")
