@@ -332,7 +332,8 @@ class Attempt:
                 self._intent_stands = False
                 return lease
             except NoSeedAvailable as error:
-                self._warn_of(error.others)
+                if error.reason in ("", "fingerprint"):  # else seeds like this worker exist
+                    self._warn_of(error.others)
                 self._intent_stands = error.intent_granted or (question.left and bool(self.intent))
                 if self._intent_stands:
                     keeping = self._keep_intent(fingerprint, stated=error.intent_granted)

@@ -19,6 +19,7 @@ from multidict import CIMultiDictProxy
 from vllm_rfork import messages
 from vllm_rfork.planner.access import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.logs import TextLines
 from vllm_rfork.planner.resolver import Resolver
 from vllm_rfork.planner.settings import settings_from
 from vllm_rfork.planner.store import StoreUnavailable
@@ -325,11 +326,48 @@ async def test_a_failed_fork_is_counted_and_another_seed_is_given() -> None:
         name = ":".join(first[each] for each in ("SEED_IP", "SEED_PORT", "SEED_RANK"))
         second = await client.lease(**{"RFORK-EXCLUDE": name})
         assert second["SEED_PORT"] != first["SEED_PORT"]
-        assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404, "the failed one is put aside"
+        assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404, "the failed one is quarantined"
         snapshot = json.loads((await client.call("GET", "/debug/snapshot"))[2])
         assert snapshot["history"][0]["cause"] == "EngineError"
         page = (await client.call("GET", "/metrics"))[2]
         assert 'rfork_planner_fork_failures_total{cause="EngineError"} 1.0' in page
+
+
+async def test_each_fork_is_one_line_and_a_quarantine_lists_its_causes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vllm_rfork.planner")
+    async with planner(failures_before_backoff=2) as client:
+        await client.add(5000)
+        done = {"RFORK-RESULT": "ok", "RFORK-SECONDS": "2", "RFORK-NBYTES": "4000000000", "RFORK-LANE": "nixl/rdma"}
+        lease = await client.lease(**{"RFORK-LABELS": "host=node-1"})
+        assert await client.status("POST", "/put_seed", **lease, **done) == 200
+        for number in range(2):
+            lease = await client.lease(**{"RFORK-LABELS": f"host=node-{number}"})
+            told = {"RFORK-RESULT": "failed", "RFORK-CAUSE": "SeedError", "RFORK-SIDE": "seed"}
+            assert await client.status("POST", "/put_seed", **lease, **told) == 200
+        status, answer, text = await client.call("GET", "/get_seed", SEED_KEY="k")
+        assert (status, answer["RFORK-MISS"], "quarantined" in text) == (404, "quarantined", True)
+        metrics = (await client.call("GET", "/metrics"))[2]
+    assert 'rfork_planner_misses_total{key="k",reason="quarantined"} 1.0' in metrics
+    assert "rfork_planner_fork_seconds_sum 2.0" in metrics
+    lines = [TextLines().format(record) for record in caplog.records]
+    (completed,) = [line for line in lines if "Fork completed" in line]
+    assert completed.endswith(
+        "key='k' seed='127.0.0.1:5000:0' receiver='127.0.0.1 (host=node-1)' nbytes=4000000000 seconds=2.0 "
+        "gb_per_s=2.0 lane='nixl/rdma'"
+    )
+    assert len([line for line in lines if "Fork failed" in line and "side='seed'" in line]) == 2
+    (quarantined,) = [line for line in lines if "Seed quarantined" in line]
+    assert "causes='SeedError (127.0.0.1 (host=node-0)), SeedError (127.0.0.1 (host=node-1))'" in quarantined
+
+
+async def test_a_miss_names_the_other_fingerprints() -> None:
+    async with planner() as client:
+        await client.add(5000, **{"RFORK-FINGERPRINT": "f2"})
+        await client.add(5001, **{"RFORK-FINGERPRINT": "f2"})
+        asked = {"SEED_KEY": "k", "RFORK-FINGERPRINT": "f1"}
+        status, answer, _ = await client.call("GET", "/get_seed", **asked)
+    assert (status, answer["RFORK-MISS"]) == (404, "fingerprint")
+    assert answer["RFORK-OTHER-FINGERPRINTS"] == "f2;2;127.0.0.1:5000:0"
 
 
 async def test_an_intent_can_be_renewed_and_taken_back() -> None:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import pytest
 import redis.asyncio
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
+from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.memory_store import MemoryStore
 from vllm_rfork.planner.policy import EVERYWHERE, policy_named
 from vllm_rfork.planner.store import (
@@ -495,21 +497,174 @@ async def test_whose_wait_is_over_loads_and_is_remembered(fleet: Fleet) -> None:
 # --- seeds that fail -------------------------------------------------------------------------------------------------
 
 
-async def test_a_seed_that_keeps_failing_is_put_aside_longer_each_time(fleet: Fleet) -> None:
+async def test_a_seed_that_fails_several_receivers_is_quarantined_longer_each_time(fleet: Fleet) -> None:
     await fleet.announce(1)
-    for _ in range(2):
-        await fleet.fail(await fleet.lease())
     for backoff_s in (10, 20, 40):
-        await fleet.fail(await fleet.lease())
+        for number in range(3):
+            await fleet.fail(await fleet.lease(receiver=f"10.9.0.{number}"))
         fleet.clock.pass_(backoff_s - 0.5)
         assert await fleet.ask() == Missed()
         await fleet.announce(1)
         fleet.clock.pass_(0.5)
     lease = await fleet.lease()
     await fleet.release(lease, Outcome(True))
-    await fleet.fail(await fleet.lease())
+    for number in range(2):
+        await fleet.fail(await fleet.lease(receiver=f"10.9.0.{number}"))
     await fleet.lease()
     assert [float(each.detail) for each in fleet.events if each.kind == "seed_aside"] == [10, 20, 40]
+
+
+async def test_one_receiver_that_fails_again_and_again_quarantines_nothing(fleet: Fleet) -> None:
+    """It restarts in a loop: the seed stays for everybody else, also after a quarantine that others caused."""
+    await fleet.announce(1)
+    for _ in range(30):
+        await fleet.fail(await fleet.lease(receiver="10.9.0.1", labels={"host": "node-1"}))
+    assert "seed_aside" not in fleet.kinds()
+    for number in range(2, 4):
+        await fleet.fail(await fleet.lease(receiver=f"10.9.0.{number}"))
+    assert fleet.kinds().count("seed_aside") == 1
+    await fleet.announce(1)
+    fleet.clock.pass_(10)
+    for _ in range(30):
+        await fleet.fail(await fleet.lease(receiver="10.9.0.1", labels={"host": "node-1"}))
+    assert fleet.kinds().count("seed_aside") == 1
+
+
+async def test_receivers_behind_one_address_are_told_apart_by_their_host(fleet: Fleet) -> None:
+    await fleet.announce(1)
+    causes = ("EngineError", "VerificationError", "SeedError")
+    for number, cause in enumerate(causes):
+        await fleet.fail(await fleet.lease(receiver="10.0.0.9", labels={"host": f"node-{number}"}), cause)
+    (aside,) = [each for each in fleet.events if each.kind == "seed_aside"]
+    expected = ", ".join(f"{cause} (10.0.0.9 (host=node-{n}))" for n, cause in enumerate(causes))
+    assert aside.facts == {"seconds": 10, "causes": expected}
+    assert (await fleet.seed_entry(1))["causes"] == expected
+
+
+@pytest.mark.parametrize(("side", "quarantined"), [("receiver", False), ("seed", True), ("unknown", True), ("", True)])
+async def test_a_receivers_own_failures_do_not_count(fleet: Fleet, side: str, quarantined: bool) -> None:
+    await fleet.announce(1)
+    for number in range(3):
+        lease = await fleet.lease(receiver=f"10.9.0.{number}")
+        await fleet.release(lease, Outcome(False, cause="EngineError", side=side))
+    assert ("seed_aside" in fleet.kinds()) is quarantined
+
+
+async def test_every_reported_fork_is_an_event_with_all_that_is_known(fleet: Fleet) -> None:
+    await fleet.announce(1)
+    lease = await fleet.lease(receiver="10.9.0.1", labels={"host": "node-1"})
+    await fleet.release(lease, Outcome(True, nbytes=4_000_000_000, duration_s=2.0, lane="nixl/rdma"))
+    lease = await fleet.lease(receiver="10.9.0.2")
+    await fleet.release(lease, Outcome(False, nbytes=7, duration_s=0.5, cause="EngineError", side="seed"))
+    await fleet.release(await fleet.lease())  # without a word there is nothing to tell
+    completed, failed = [each for each in fleet.events if each.kind.startswith("fork_")]
+    assert (completed.kind, completed.key, completed.seed) == ("fork_ok", "k", str(seed(1)))
+    assert completed.facts == {
+        "receiver": "10.9.0.1 (host=node-1)",
+        "nbytes": 4_000_000_000,
+        "seconds": 2.0,
+        "gb_per_s": 2.0,
+        "lane": "nixl/rdma",
+    }
+    assert failed.kind == "fork_failed"
+    assert failed.facts.items() >= {"receiver": "10.9.0.2", "cause": "EngineError", "side": "seed"}.items()
+
+
+async def test_history_has_the_receivers_own_seconds_and_marks_what_is_the_leases(fleet: Fleet) -> None:
+    await fleet.announce(1)
+    for duration_s in (2.0, 0.0):
+        lease = await fleet.lease()
+        fleet.clock.pass_(50)  # post-processing of dummy weights, among other things
+        await fleet.announce(1)
+        await fleet.release(lease, Outcome(True, nbytes=4_000_000_000, duration_s=duration_s))
+    shown = await fleet.store.overview()
+    marked, own = shown["history"]
+    assert (own["duration_s"], own["gb_per_s"], own["of_lease"]) == (2.0, 2.0, False)
+    assert (marked["duration_s"], marked["of_lease"]) == (50.0, True)
+    assert shown["forks"]["gb_per_s"] == 2.0, "the lease's duration says nothing about the wire"
+
+
+async def test_a_lease_that_ends_by_itself_names_its_receiver(fleet: Fleet) -> None:
+    await fleet.announce(1)
+    await fleet.lease(receiver="10.9.0.1", labels={"host": "node-1"})
+    fleet.clock.pass_(30)
+    await fleet.announce(1)
+    fleet.clock.pass_(31)
+    await fleet.store.sweep()
+    (expired,) = [each for each in fleet.events if each.kind == "lease_expired"]
+    assert expired.facts == {"receiver": "10.9.0.1 (host=node-1)", "held_s": 61.0}
+
+
+async def test_a_lease_is_known_by_its_id_and_address_whatever_the_rank(fleet: Fleet) -> None:
+    """Newer receivers leave the rank out, which means 0; the seed has one."""
+    ranked = SeedAddress("10.0.0.1", 5000, 3)
+    await fleet.announce(ranked)
+    lease = await fleet.lease()
+    rankless = SeedAddress("10.0.0.1", 5000, 0)
+    await fleet.store.renew(rankless, lease.user_id)
+    await fleet.store.release(rankless, lease.user_id, None)
+    assert (await fleet.lease()).seed == ranked
+
+
+# --- why there is none -----------------------------------------------------------------------------------------------
+
+
+async def missed(fleet: Fleet, **more: Any) -> Missed:
+    result = await fleet.ask(**more)
+    assert isinstance(result, Missed), result
+    return result
+
+
+async def test_every_miss_has_its_reason(make_fleet: MakeFleet) -> None:
+    fleet = await make_fleet(failures=1)
+    assert (await missed(fleet)).reason == "none"
+    await fleet.announce(1, fingerprint="f")
+    held = await fleet.lease(fingerprint="f")
+    assert (await missed(fleet, fingerprint="f")).reason == "busy"
+    assert (await missed(fleet)).reason == "busy"
+    assert (await missed(fleet, fingerprint="g")).reason == "fingerprint"
+    assert (await missed(fleet, fingerprint="f", exclude=frozenset({str(seed(1))}))).reason == "excluded"
+    await fleet.fail(held)
+    assert (await missed(fleet, fingerprint="f")).reason == "quarantined"
+    assert (await missed(fleet, fingerprint="g")).reason == "fingerprint"
+    await fleet.announce(2, fingerprint="f")
+    assert (await missed(fleet, fingerprint="f", exclude=frozenset({str(seed(2))}))).reason == "quarantined"
+    both = frozenset({str(seed(1)), str(seed(2))})
+    assert (await missed(fleet, fingerprint="f", exclude=both)).reason == "excluded"
+
+
+async def test_who_waited_in_vain_is_told_why(fleet: Fleet) -> None:
+    await fleet.announce(1, fingerprint="f")
+    await fleet.lease(fingerprint="f")
+    waiting = await fleet.ask(fingerprint="f", wait_s=100)
+    told = await settled(fleet, waiting, leave=True)
+    assert isinstance(told, Missed)
+    assert told.reason == "busy"
+
+
+async def test_other_fingerprints_are_named_the_most_frequent_first(fleet: Fleet) -> None:
+    number = 0
+    for print_, seeds in (("a", 1), ("b", 3), ("c", 2), ("d", 5), ("e", 4)):
+        for _ in range(seeds):
+            number += 1
+            await fleet.announce(number, fingerprint=print_)
+    await fleet.announce(100)  # states none, and so differs from nobody
+    others = (await missed(fleet, fingerprint="f", exclude=frozenset({str(seed(100))}))).others
+    assert [(each.fingerprint, each.seeds) for each in others] == [("d", 5), ("e", 4), ("b", 3), ("c", 2)]
+    assert others[2].example in (seed(2), seed(3), seed(4))
+    assert (await missed(fleet, key="another", fingerprint="f")).others == ()
+    await fleet.lease(fingerprint="a")
+    assert [
+        each.fingerprint for each in (await missed(fleet, fingerprint="a", exclude=frozenset({str(seed(100))}))).others
+    ] == [
+        "d",
+        "e",
+        "b",
+        "c",
+    ]
+    fleet.clock.pass_(61)
+    await fleet.store.sweep()
+    assert (await missed(fleet, fingerprint="f")).others == (), "no seed of them is left"
 
 
 async def test_what_is_not_the_seeds_fault_does_not_count(fleet: Fleet) -> None:

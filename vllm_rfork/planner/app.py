@@ -38,8 +38,10 @@ _TOLD = {
     "seed_dropped": (logging.INFO, "Seed dropped"),
     "seed_absent": (logging.WARNING, "Seed absent: it is not granted until it is heard of again"),
     "seed_returned": (logging.INFO, "Seed is back"),
-    "seed_aside": (logging.WARNING, "Seed put aside after failures"),
-    "lease_expired": (logging.WARNING, "Lease expired: its receiver was not heard of for a TTL"),
+    "seed_aside": (logging.WARNING, "Seed quarantined after failed forks of several receivers"),
+    "fork_ok": (logging.INFO, "Fork completed"),
+    "fork_failed": (logging.WARNING, "Fork failed"),
+    "lease_expired": (logging.WARNING, "Lease expired: not renewed within its TTL"),
     "lease_dropped": (logging.WARNING, "Lease dropped with its seed"),
     "lease_adopted": (logging.INFO, "Lease of an earlier state taken over"),
     "state_lost": (logging.WARNING, "Seed was known to an earlier state: held back for one lease TTL"),
@@ -214,8 +216,8 @@ class PlannerProcess:
             self.presence.seed_dropped(event.seed)
         level, text = _TOLD.get(event.kind, (logging.DEBUG, event.kind))
         if logger.isEnabledFor(level):
-            fields = {"key": event.key, "seed": event.seed, "detail": event.detail}
-            logger.log(level, text, extra={name: value for name, value in fields.items() if value})
+            fields = {"key": event.key, "seed": event.seed, "detail": event.detail, **event.facts}
+            logger.log(level, text, extra={name: value for name, value in fields.items() if value != ""})
 
 
 def make_store(settings: Settings) -> Store:

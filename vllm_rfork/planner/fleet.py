@@ -25,7 +25,12 @@ ANY = None
 
 @dataclass(slots=True)
 class Seed(Record):
-    """One announced seed. ``aside_until`` is backoff after failures, ``held_until`` caution after a state loss."""
+    """One announced seed.
+
+    Quarantined until ``aside_until``: ``failed`` are the receivers whose forks from it failed since the last fork that
+    succeeded or the last quarantine, each with the cause; ``quarantines`` counts those since the last success, and
+    ``causes`` are those of the last one. ``held_until`` is caution after a state loss.
+    """
 
     #: what every heartbeat and every lease changes: a successor starts the deadlines anew and counts the leases
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
@@ -46,7 +51,9 @@ class Seed(Record):
     buckets: tuple[str, ...]
     leases: int = 0
     draining: bool = False
-    failures: int = 0
+    failed: tuple[tuple[str, str], ...] = ()
+    quarantines: int = 0
+    causes: str = ""
     aside_until: float = 0.0
     held_until: float = 0.0
     stale_at: float = 0.0
@@ -76,7 +83,10 @@ class Seed(Record):
 
 @dataclass(slots=True)
 class Lease(Record):
-    """One lease; ``ticket`` while its waiting receiver has not fetched it. ``key`` is empty for an orphan."""
+    """One lease; ``ticket`` while its waiting receiver has not fetched it. ``key`` is empty for an orphan.
+
+    ``receiver`` is the peer's address, ``host`` its label: behind a proxy all receivers have one address.
+    """
 
     #: a successor gives every lease its full TTL: a renewal changes nothing that it has to know
     VOLATILE: ClassVar[frozenset[str]] = frozenset({"expires_at"})
@@ -91,6 +101,12 @@ class Lease(Record):
     #: of the seed when it was granted: what the lease was given for, should the seed go and come back
     fingerprint: str = ""
     epoch: str = ""
+    host: str = ""
+
+    @property
+    def who(self) -> str:
+        """The receiver as logs name it, and as failures are counted by."""
+        return f"{self.receiver} (host={self.host})" if self.host else self.receiver
 
 
 @dataclass(slots=True)
@@ -120,6 +136,8 @@ class Shelf:
 
     key: str
     seeds: dict[str, Seed] = field(default_factory=dict)
+    #: the names of all seeds by fingerprint, in the order of their announcement
+    prints: dict[str, dict[str, None]] = field(default_factory=dict)
     pools: dict[tuple[str | None, str], RankedSet] = field(default_factory=dict)
     serving: dict[str | None, set[str]] = field(default_factory=dict)
     lines: dict[str, OrderedDict[str, Waiter]] = field(default_factory=dict)
@@ -140,6 +158,7 @@ class Shelf:
     def add(self, seed: Seed) -> None:
         """Put ``seed`` here; :meth:`rank` makes it a candidate."""
         self.seeds[seed.name] = seed
+        self.prints.setdefault(seed.fingerprint, {})[seed.name] = None
         self.slots += seed.slots
 
     def rank(self, seed: Seed, policy: Policy, nic_leases: int, now: float) -> None:
@@ -185,6 +204,10 @@ class Shelf:
         self.aside.discard(seed.name)
         self.absent.discard(seed.name)
         self.slots -= seed.slots
+        names = self.prints[seed.fingerprint]
+        del names[seed.name]
+        if not names:
+            del self.prints[seed.fingerprint]
         del self.seeds[seed.name]
 
     def best(self, ask: Ask, policy: Policy) -> Seed | None:

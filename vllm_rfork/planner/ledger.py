@@ -110,16 +110,16 @@ class Ledger:
             self._nic_seeds.setdefault(seed.nic, set()).add(seed.name)
             self._nic_leases[seed.nic] += seed.leases
 
-    def remove_seed(self, seed: Seed, *, keep_leases: bool = False) -> int:
-        """Forget ``seed`` with its leases, or without those that were fetched; returns how many went with it."""
-        lost = 0
+    def remove_seed(self, seed: Seed, *, keep_leases: bool = False) -> list[Lease]:
+        """Forget ``seed`` with its leases, or without those that were fetched; returns those that went with it."""
+        lost = []
         for user_id in list(self.leases_of.get(seed.name, ())):
             lease = self.leases[user_id]
             self._uncount(seed, lease)
             if lease.ticket or not keep_leases:
                 self._unlink_lease(lease)
                 self.forget_ticket(lease.ticket)
-                lost += 1
+                lost.append(lease)
         self.shelves[seed.key].forget(seed)
         del self.seeds[seed.name]
         self._leave_nic(seed)

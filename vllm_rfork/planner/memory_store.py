@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.planner import overview, views
+from vllm_rfork.planner import misses, overview, views
 from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf
 from vllm_rfork.planner.lease_ids import state_of
 from vllm_rfork.planner.ledger import Ledger
@@ -205,13 +205,15 @@ class MemoryStore(Store):
         remembered = bool(ask.intent) and self._ledger.add_intent(
             ask.key, ask.intent, ask.fingerprint, self.rules.intent_ttl_s
         )
-        return Missed(remembered)
+        shelf = self._ledger.shelves.get(ask.key)
+        return Missed(remembered, misses.reason_for(shelf, ask), misses.others_for(shelf, ask))
 
     def _grant(self, seed: Seed, ask: Ask, ttl_s: float, ticket: str = "") -> Granted:
         books = self._ledger
         user_id = self.lease_ids.new(books.state_id, seed.name)
         lease = Lease(user_id, seed.name, seed.key, ask.receiver, books.now, books.now + ttl_s, ticket)
         lease.fingerprint, lease.epoch = seed.fingerprint, seed.epoch
+        lease.host = ask.labels.get("host", "")
         books.add_lease(lease)
         seed.turn = books.next_number()
         books.drop_intent(seed.key, ask.intent)
@@ -240,32 +242,42 @@ class MemoryStore(Store):
         """See the port."""
         with self._decision as books:
             lease = books.leases.get(user_id)
-            if lease is None or lease.name != str(seed):
+            if lease is None or not _names(seed, lease):
                 if user_id in (noted := self._noted.get(str(seed), [])):
                     noted.remove(user_id)
                 raise UnknownLease("no such lease")
             result = "released" if outcome is None else "ok" if outcome.ok else "failed"
             self._history.append(views.PastFork.of(lease, books.now, result, outcome))
+            if outcome is not None:
+                self.observe(_reported(lease, outcome))
             if outcome is not None and lease.name in books.seeds:
-                self._judge(books.seeds[lease.name], outcome)
+                self._judge(books.seeds[lease.name], lease.who, outcome)
             self._drop_lease(lease)
             return Released(lease.key, books.now - lease.granted_at)
 
-    def _judge(self, seed: Seed, outcome: Outcome) -> None:
-        """Count a seed's failures in a row and put it aside, longer each time, while they go on."""
+    def _judge(self, seed: Seed, receiver: str, outcome: Outcome) -> None:
+        """Quarantine a seed when forks of several receivers fail in a row, longer each time, while that goes on.
+
+        Receivers are counted, not failures: one that restarts again and again says nothing about the seed. After a
+        quarantine the count begins anew, so that no receiver alone can prolong it.
+        """
         if outcome.ok:
-            seed.failures = 0
+            seed.failed, seed.quarantines, seed.causes = (), 0, ""
             return
-        if outcome.cause in SEED_NOT_TO_BLAME:
+        if outcome.cause in SEED_NOT_TO_BLAME or outcome.side == "receiver":
             return
-        seed.failures += 1
-        beyond = seed.failures - self.rules.failures
-        if beyond >= 0:
-            backoff_s = min(self.rules.backoff_s * 2 ** min(beyond, 20), self.rules.max_backoff_s)
-            seed.aside_until = self._ledger.now + backoff_s
-            self._ledger.due.set(("blocked", seed.name, ""), max(seed.aside_until, seed.held_until))
-            self._ledger.bereft.add(seed.key)
-            self.observe(Event("seed_aside", seed.key, seed.name, f"{backoff_s:g}"))
+        others = tuple(each for each in seed.failed if each[0] != receiver)
+        seed.failed = (*others, (receiver, outcome.cause or "unknown"))
+        if len(seed.failed) < self.rules.failures:
+            return
+        backoff_s = min(self.rules.backoff_s * 2 ** min(seed.quarantines, 20), self.rules.max_backoff_s)
+        seed.causes = ", ".join(f"{cause} ({who})" for who, cause in seed.failed)
+        facts = {"seconds": backoff_s, "causes": seed.causes}
+        seed.failed, seed.quarantines = (), seed.quarantines + 1
+        seed.aside_until = self._ledger.now + backoff_s
+        self._ledger.due.set(("blocked", seed.name, ""), max(seed.aside_until, seed.held_until))
+        self._ledger.bereft.add(seed.key)
+        self.observe(Event("seed_aside", seed.key, seed.name, f"{backoff_s:g}", facts))
 
     async def renew(self, seed: SeedAddress, user_id: str) -> None:
         """See the port."""
@@ -276,7 +288,7 @@ class MemoryStore(Store):
                     self._note(str(seed), user_id)
                     return
                 lease = self._adopt(str(seed), user_id)
-            if lease is None or lease.name != str(seed):
+            if lease is None or not _names(seed, lease):
                 raise UnknownLease("no such lease")
             books.put_off(lease)
 
@@ -388,7 +400,7 @@ class MemoryStore(Store):
                 del books.shelves[key]
 
     def _expire_lease(self, lease: Lease) -> None:
-        self.observe(Event("lease_expired", lease.key, lease.name))
+        self.observe(Event("lease_expired", lease.key, lease.name, facts=_holder(lease, self._ledger.now)))
         if lease.ticket:
             self._ledger.forget_ticket(lease.ticket)
         else:
@@ -423,8 +435,9 @@ class MemoryStore(Store):
             self._serve(seed)
 
     def _drop_seed(self, seed: Seed, reason: str, *, keep_leases: bool = False) -> None:
-        for _ in range(self._ledger.remove_seed(seed, keep_leases=keep_leases)):
-            self.observe(Event("lease_dropped", seed.key, seed.name))
+        for lease in self._ledger.remove_seed(seed, keep_leases=keep_leases):
+            facts = _holder(lease, self._ledger.now)
+            self.observe(Event("lease_dropped", seed.key, seed.name, reason, facts))
         self.observe(Event("seed_dropped", seed.key, seed.name, reason))
 
     # --- what an earlier leader wrote ----------------------------------------------------------------------------
@@ -486,6 +499,29 @@ class _Decision:
 
     def __exit__(self, *_: object) -> None:
         self._store.finish()
+
+
+def _names(seed: SeedAddress, lease: Lease) -> bool:
+    """``seed`` is the one of ``lease``. The rank does not count: newer receivers may leave it out."""
+    return lease.name.rpartition(":")[0] == f"{seed.host}:{seed.port}"
+
+
+def _holder(lease: Lease, now: float) -> dict[str, Any]:
+    return {"receiver": lease.who, "held_s": round(now - lease.granted_at, 1)}
+
+
+def _reported(lease: Lease, outcome: Outcome) -> Event:
+    """One completed or failed fork, for the log."""
+    facts: dict[str, Any] = {"receiver": lease.who, "nbytes": outcome.nbytes}
+    if outcome.duration_s:
+        facts["seconds"] = round(outcome.duration_s, 3)
+        if outcome.nbytes:
+            facts["gb_per_s"] = round(outcome.nbytes / outcome.duration_s / 1e9, 3)
+    if not outcome.ok:
+        facts |= {"cause": outcome.cause or "unknown", "side": outcome.side or "unknown"}
+    if outcome.lane:
+        facts["lane"] = outcome.lane
+    return Event("fork_ok" if outcome.ok else "fork_failed", lease.key, lease.name, facts=facts)
 
 
 def _new_life(seed: Seed | Lease, new: Announcement) -> str:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vllm_rfork.planner.store import Event, Outcome, Totals
+
+# Beside each counter a series "..._created" would say when this process started it: twice the page, and nobody asks.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 OTHER = "(other)"
 #: Classes of ``errors.py`` that may end a fork; a receiver's other words count as ``(other)``.
@@ -56,6 +59,7 @@ class Metrics:
         self._misses = self._counter("misses", "Receivers sent to storage, by reason", "key", "reason")
         self._waits = self._histogram("wait_seconds", "Time that receivers waited for a seed", _SLOW, "result")
         self._holds = self._histogram("hold_seconds", "Time from grant to release", _SLOW)
+        self._fork_seconds = self._histogram("fork_seconds", "Time of forks, by their receivers' own clocks", _SLOW)
         self._forks = self._counter("forks", "Leases that ended, by what the receiver said", "result")
         self._bytes = self._counter("fork_bytes", "Bytes that receivers said they read")
         self._failures = self._counter("fork_failures", "Failed forks by the error's class", "cause")
@@ -106,6 +110,8 @@ class Metrics:
     def released(self, held_s: float, outcome: Outcome | None) -> None:
         """A lease ended by its receiver's word."""
         self._holds.observe(held_s)
+        if outcome is not None and outcome.duration_s:
+            self._fork_seconds.observe(outcome.duration_s)
         if outcome is None:
             self._forks.labels("released").inc()
             return
@@ -119,7 +125,9 @@ class Metrics:
         self._refused.labels(reason).inc()
 
     def event(self, event: Event) -> None:
-        """The store did something by itself."""
+        """The store did something by itself; forks are counted by :meth:`released`."""
+        if event.kind in ("fork_ok", "fork_failed"):
+            return
         self._events.labels(event.kind).inc()
         if event.kind == "seed_dropped":
             self._dropped.labels(event.detail if event.detail in _REASONS else OTHER).inc()

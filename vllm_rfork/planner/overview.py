@@ -92,7 +92,7 @@ def choose(tally: Tally, key: str | None, limit: int) -> Choice:
 
 
 def _urgency(totals: Totals) -> int:
-    """Receivers wait; seeds were put aside or are absent; something goes on; nothing does."""
+    """Receivers wait; seeds are quarantined or absent; something goes on; nothing does."""
     if totals.waiting:
         return 3
     if totals.aside or totals.absent:
@@ -167,7 +167,8 @@ def _past(forks: Iterable[dict[str, Any]], key: str | None, limit: int) -> dict[
                 name, {"cause": name, "count": 0, "ago_s": each["ago_s"], "seed": each["seed"], "key": each["key"]}
             )
             seen["count"] += 1
-    rates = [each["gb_per_s"] for each in past if each["gb_per_s"]]
+    # What the lease lasted says nothing about the wire.
+    rates = [each["gb_per_s"] for each in past if each["gb_per_s"] and not each["of_lease"]]
     return {
         "history": past[:limit],
         "forks": {

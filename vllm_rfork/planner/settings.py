@@ -43,7 +43,9 @@ class Settings(BaseModel):
     stale_after_sec: float = Field(60.0, ge=0.1, le=86400, description="a seed unseen for so long is dropped")
     sweep_every_sec: float = Field(5.0, ge=0.05, le=60, description="longest time between two sweeps")
     intent_ttl_sec: float = Field(60.0, ge=0.1, le=3600, description="an intent that is not renewed ends after this")
-    failures_before_backoff: int = Field(3, ge=1, le=1000, description="failures in a row that put a seed aside")
+    failures_before_backoff: int = Field(
+        3, ge=1, le=1000, description="distinct receivers that fail in a row before a quarantine"
+    )
     backoff_sec: float = Field(10.0, ge=0, le=3600, description="how long at first; doubles with each further failure")
     max_backoff_sec: float = Field(300.0, ge=0, le=86400, description="upper bound of that")
     recovery_hold_sec: float = Field(

@@ -74,7 +74,7 @@ class Rules:
     return_s: float = 2.0
     slots: int = 1
     max_slots: int = 64
-    #: consecutive failures after which a seed is put aside
+    #: distinct receivers whose forks fail in a row, after which a seed is quarantined
     failures: int = 3
     backoff_s: float = 10.0
     max_backoff_s: float = 300.0
@@ -179,14 +179,16 @@ class Event:
     """Something a store did by itself, for logs and metrics.
 
     ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: why), ``seed_absent``, ``seed_returned``,
-    ``seed_aside`` (``detail``: seconds),
-    ``lease_expired``, ``lease_dropped`` (its seed went), ``lease_adopted``, ``intent_expired``, ``state_lost``.
+    ``seed_aside`` (quarantined; ``detail``: seconds), ``lease_expired``, ``lease_dropped`` (its seed went),
+    ``lease_adopted``, ``intent_expired``, ``state_lost``, ``fork_ok`` and ``fork_failed`` (what a receiver reported).
+    ``facts`` are more fields for the log.
     """
 
     kind: str
     key: str = ""
     seed: str = ""
     detail: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -12,18 +12,22 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_rfork.planner.records import Book, Journal
+from vllm_rfork.planner.store import Outcome
 
 if TYPE_CHECKING:
     from vllm_rfork.planner.fleet import Lease, Seed, Waiter
     from vllm_rfork.planner.ledger import Ledger
-    from vllm_rfork.planner.store import Outcome
 
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class PastFork:
-    """One lease that is over. ``result`` is ``ok``, ``failed``, ``released`` (no word) or ``expired``."""
+    """One lease that is over. ``result`` is ``ok``, ``failed``, ``released`` (no word) or ``expired``.
+
+    ``duration_s`` is the fork's own time as its receiver reported it. Where it reported none it is the lease's, which
+    may be much longer, and ``of_lease`` is set.
+    """
 
     key: str
     seed: str
@@ -33,15 +37,27 @@ class PastFork:
     nbytes: int
     duration_s: float
     at: float
+    of_lease: bool = False
+    side: str = ""
+    lane: str = ""
 
     @classmethod
     def of(cls, lease: Lease, now: float, result: str, outcome: Outcome | None) -> PastFork:
         """The lease that ends ``now``, with what its receiver said."""
-        held_s = round(now - lease.granted_at, 3)
-        cause, nbytes, duration_s = ("", 0, held_s)
-        if outcome is not None:
-            cause, nbytes, duration_s = outcome.cause, outcome.nbytes, outcome.duration_s or held_s
-        return cls(lease.key, lease.name, lease.receiver, result, cause, nbytes, duration_s, now)
+        said = outcome or Outcome(ok=False)
+        return cls(
+            key=lease.key,
+            seed=lease.name,
+            receiver=lease.who,
+            result=result,
+            cause=said.cause,
+            nbytes=said.nbytes,
+            duration_s=said.duration_s or round(now - lease.granted_at, 3),
+            at=now,
+            of_lease=not said.duration_s,
+            side=said.side,
+            lane=said.lane,
+        )
 
 
 class History(deque[PastFork]):
@@ -119,7 +135,8 @@ def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
         "slots": seed.slots,
         "leases": seed.leases,
         "draining": seed.draining,
-        "failures": seed.failures,
+        "failures": len(seed.failed),
+        "causes": seed.causes,
         "aside_s": max(0.0, round(seed.aside_until - now, 1)),
         "held_s": max(0.0, round(seed.held_until - now, 1)),
         "present": bool(seed.presence),
@@ -135,7 +152,7 @@ def lease_entry(lease: Lease, now: float) -> dict[str, Any]:
         "lease": lease_id(lease.user_id),
         "key": lease.key,
         "seed": lease.name,
-        "receiver": lease.receiver,
+        "receiver": lease.who,
         "held_s": round(now - lease.granted_at, 1),
         "expires_in_s": round(lease.expires_at - now, 1),
     }
