@@ -118,6 +118,8 @@ def test_what_nixl_writes_is_accepted(blob: bytes) -> None:
         (metadata(section(registration(IDENTITY_AT, 0), 1)), "memory that cannot be"),
         (metadata(section(registration(IDENTITY_AT, (1 << 64) - 1), 1)), "memory that cannot be"),
         (metadata(section(registration(IDENTITY_AT, 1040, key=b""), 1)), "no key"),
+        (metadata(section(registration(IDENTITY_AT, 1040, key=bytes(8)), 1)), "no key"),
+        (metadata(section(registration(IDENTITY_AT, 1040, key=bytes(8) + b"\x36" + bytes(2)), 1)), "no key"),
         (metadata(section(registration(IDENTITY_AT, 8), 1)), "identifies the engine"),
         (metadata(section(registration(IDENTITY_AT, 1040, key=b"k" * 20_000), 1)), "may have"),
     ],
@@ -201,8 +203,9 @@ for number in range(300):
     blob = bytearray(endpoint.metadata)
     blob[name + 6 : name + 12] = b"%06x" % number
     where = (rng.randrange(name, name + 38), rng.randrange(kind, kind + 4)) if number % 2 else (address,)
+    where = (len(blob) - 4,) if number % 3 == 2 else where  # the kind of memory in the last registration's key
     for at in where:
-        blob[at] ^= rng.choice((0x40, 0x80, 0xBB, 0xFD) if at == address else range(1, 256))
+        blob[at] ^= rng.randrange(1, 256) if number % 3 < 2 and number % 2 else rng.choice((0x40, 0x80, 0xBB, 0xFD))
     try:
         engine.connect(encode_endpoint(msgspec.structs.replace(endpoint, metadata=bytes(blob))), 0.5)
     except EngineError:

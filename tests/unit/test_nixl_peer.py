@@ -42,7 +42,7 @@ def metadata_of_nixl(address: int) -> bytes:
             field(b"", b"MemSection"),
             field(b"nixlSecElms", one),
             field(b"bknd", b"UCX") + field(b"nixlDList", b"nixlSDList") + field(b"t", bytes(4)) + field(b"n", one),
-            field(b"", struct.pack("<QQQ", address, IDENTITY_NBYTES, 0) + b"key"),
+            field(b"", struct.pack("<QQQ", address, IDENTITY_NBYTES, 0) + bytes(11)),
         ]
     )
 

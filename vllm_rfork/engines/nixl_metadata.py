@@ -2,8 +2,8 @@
 
 NIXL's reader trusts lengths, counts and kinds of memory: two changed bytes among them end the process (SIGSEGV or
 SIGABRT), and no exception can be caught. So metadata that does not parse here as a whole never reaches it. Two parts
-are UCX's own: the worker's address, of which the first byte is checked, since others end the process, and each
-registration's key. The endpoint's checksum covers them (``nixl_peer.py``); a peer that computes the checksum over bytes
+are UCX's own: the worker's address and each registration's key. Of either the byte is checked of which some values end
+the process. The endpoint's checksum covers them (``nixl_peer.py``); a peer that computes the checksum over bytes
 of its choice may still find some that UCX does not survive.
 
 A field is a tag, its length (8 bytes, little-endian), its bytes and ``|``. Must not import NIXL.
@@ -34,6 +34,9 @@ MAX_ADDRESS_NBYTES = 64 * 1024
 MAX_KEY_NBYTES = 16 * 1024
 MAX_DEVICES = 1024
 _END_OF_MEMORY = 1 << 63
+#: A key begins with a map of UCX's memory domains (8 bytes) and its number of the kind of memory: host, CUDA, managed.
+_KEY_KIND_AT = _REGISTRATION.size + 8
+_KEY_KINDS = frozenset({0, 1, 2})
 
 #: UCX's address of a worker begins with its version (lower half; 0 and 1 exist) and flags (upper half): debug names,
 #: the worker's id, a client's id, active messages only. Workers that are read from have an id, and no more than names.
@@ -76,8 +79,8 @@ def _registrations(fields: _Fields) -> Iterator[tuple[int, int]]:
     # As many as bytes are left at most: each has more than one.
     for _ in range(_number(fields, b"n", fields.left)):
         entry = fields.take(b"", _REGISTRATION.size + MAX_KEY_NBYTES)
-        if len(entry) <= _REGISTRATION.size:
-            raise ValueError("a registration has no key")
+        if len(entry) <= _KEY_KIND_AT or entry[_KEY_KIND_AT] not in _KEY_KINDS:
+            raise ValueError("a registration has no key of UCX's")
         address, nbytes, device = _REGISTRATION.unpack_from(entry)
         if not 0 < address < address + nbytes <= _END_OF_MEMORY or device >= MAX_DEVICES:
             raise ValueError("a registration is of memory that cannot be")
