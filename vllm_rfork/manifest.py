@@ -16,7 +16,6 @@ manifests on machines without it.
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import msgspec
 
@@ -26,6 +25,19 @@ MANIFEST_VERSION = 1
 #: Upper bound of a manifest on the wire, in bytes; a larger one is refused before it is read. 64 MiB holds
 #: more than 200,000 tensors at about 300 bytes each; the largest models published have about 100,000.
 MAX_MANIFEST_NBYTES = 64 * 1024 * 1024
+#: Bounds within those bytes, three of which may make an object of 64: lists and mappings, of which a tensor has five,
+#: and values that a comma ends, of which it has about 16.
+MAX_CONTAINERS = 2_000_000
+MAX_VALUES = 5_000_000
+#: Characters of a name; seeds name nothing that takes more than ``walk.MAX_NAME`` and a suffix.
+MAX_NAME_LENGTH = 2048
+#: Characters of what identifies the seed, but for its key (``messages.MAX_KEY_LENGTH``) and the engine's endpoint.
+MAX_TEXT_LENGTH = 256
+MAX_DIMENSIONS = 64
+
+_Simple = bool | int | float | str | None
+#: A value of the Python-side state on the wire: what JSON has, or a mapping that says what it is (``plain_values.py``).
+StateValue = _Simple | dict[str, _Simple | list[_Simple | dict[str, str]]]
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -87,7 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     regions: tuple[Region, ...]
     spans: tuple[Span, ...]
     tensors: tuple[TensorEntry, ...]
-    state: dict[str, Any] = {}
+    state: dict[str, StateValue] = {}
     state_gone: tuple[str, ...] = ()
     built: dict[str, str] | None = None
     digest_algorithm: str = ""
@@ -110,12 +122,24 @@ def decode_manifest(body: bytes) -> Manifest:
         SeedError: not JSON, a field missing or of the wrong type, a version this code does not read, or
             contents that contradict themselves (a span outside its region, a tensor outside its span).
     """
+    _check_sizes(body)
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise SeedError(f"the seed's manifest cannot be read: {error}") from error
     check_manifest(manifest)
     return manifest
+
+
+def _check_sizes(body: bytes) -> None:
+    """Refuse, before it is parsed, what would take many times its length in memory."""
+    for what, marks, most in (("lists and mappings", b"[{", MAX_CONTAINERS), ("values", b",", MAX_VALUES)):
+        count = sum(body.count(mark) for mark in marks)
+        if len(body) > MAX_MANIFEST_NBYTES or count > most:
+            raise SeedError(
+                f"the seed's manifest has {len(body)} bytes and {count} {what}; this receiver reads "
+                f"{MAX_MANIFEST_NBYTES} and {most}"
+            )
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -127,9 +151,33 @@ def check_manifest(manifest: Manifest) -> None:
         raise SeedError(
             f"the seed's manifest has version {manifest.version}, this receiver reads 1 to {MANIFEST_VERSION}"
         )
+    _check_texts(manifest)
     _check_regions(manifest.regions)
     _check_spans(manifest)
     _check_tensors(manifest)
+
+
+def _check_texts(manifest: Manifest) -> None:
+    """Names and texts have the lengths, and numbers the sizes, that seeds write."""
+    for name in ("fingerprint", "epoch", "layout", "engine", "digest_algorithm"):
+        if len(getattr(manifest, name)) > MAX_TEXT_LENGTH:
+            raise SeedError(f"the seed's manifest has a {name} of more than {MAX_TEXT_LENGTH} characters")
+    built = manifest.built or {}
+    tensors = (tensor.name for tensor in manifest.tensors)
+    for name in itertools.chain(tensors, manifest.state, manifest.state_gone, built, built.values()):
+        if len(name) > MAX_NAME_LENGTH:
+            raise SeedError(f"the seed's manifest has a name of more than {MAX_NAME_LENGTH} characters: {name[:80]!r}")
+    if both := manifest.state.keys() & set(manifest.state_gone):
+        raise SeedError(f"state {min(both)!r} of the seed's manifest is there and gone")
+    for name, value in manifest.state.items():
+        if type(value) is int and not _in_64_bits(value):
+            raise SeedError(f"state {name!r} of the seed's manifest is too large a number")
+    if any(len(span.digest) > MAX_TEXT_LENGTH for span in manifest.spans):
+        raise SeedError(f"the seed's manifest has a digest of more than {MAX_TEXT_LENGTH} characters")
+
+
+def _in_64_bits(number: int) -> bool:
+    return -(1 << 63) <= number < 1 << 63
 
 
 def _check_regions(regions: tuple[Region, ...]) -> None:
@@ -158,7 +206,9 @@ def _check_tensors(manifest: Manifest) -> None:
         if tensor.name in seen:
             raise SeedError(f"the seed's manifest names tensor {tensor.name!r} twice")
         seen.add(tensor.name)
-        if len(tensor.shape) != len(tensor.stride) or any(size < 0 for size in tensor.shape):
+        numbers = (*tensor.shape, *tensor.stride, tensor.offset, tensor.format)
+        possible = len(tensor.shape) == len(tensor.stride) <= MAX_DIMENSIONS and len(tensor.dtype) <= MAX_TEXT_LENGTH
+        if not possible or any(size < 0 for size in tensor.shape) or not all(map(_in_64_bits, numbers)):
             raise SeedError(f"tensor {tensor.name!r} of the seed's manifest has an impossible shape or stride")
         if tensor.inline_group is not None and (tensor.inline is None or tensor.span != -1 or tensor.inline_group < 0):
             raise SeedError(f"tensor {tensor.name!r} of the seed's manifest is no inline tensor and in a group of them")

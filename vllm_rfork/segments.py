@@ -15,6 +15,8 @@ from vllm_rfork.manifest import Manifest, TensorEntry
 
 #: How much of a value from elsewhere a message shows, in characters.
 MAX_SHOWN = 80
+#: Of tensors that share memory, how many a message names.
+MAX_MEMBERS = 5
 
 
 class Segment(NamedTuple):
@@ -164,4 +166,6 @@ def _memory(tensor: TensorEntry) -> tuple[str, int] | None:
 
 
 def _names(members: tuple[tuple[str, int], ...]) -> str:
-    return ", ".join(f"{name}@{offset}" for name, offset in members) or "nothing"
+    """A few of ``members``: a seed that puts all tensors into one span must not make a text of that length of each."""
+    more = f" and {len(members) - MAX_MEMBERS} more" if len(members) > MAX_MEMBERS else ""
+    return ", ".join(f"{name}@{offset}" for name, offset in members[:MAX_MEMBERS]) + more or "nothing"
