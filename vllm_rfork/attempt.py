@@ -255,6 +255,20 @@ class Attempt:
             self.seed = grant.lease.seed
             return manifest
 
+    def left_s(self) -> float:
+        """Seconds that this fork may still take (``rfork_fork_timeout_sec``).
+
+        Raises:
+            ForkError: none.
+        """
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            bound_s = self.settings.rfork_fork_timeout_sec
+            raise ForkError(
+                f"the fork took longer than {bound_s:g} s (rfork_fork_timeout_sec), the seed's state included"
+            )
+        return left_s
+
     def _grant(self, fingerprint: str) -> _Grant:
         """A lease that is being renewed.
 

@@ -86,8 +86,11 @@ class ArrivalCheck:
             self._thread.start()
         self._batches.put(segments)
 
-    def finish(self, expected: Mapping[int, str]) -> None:
+    def finish(self, expected: Mapping[int, str], timeout_s: float | None = None) -> None:
         """Compare; ``expected`` has a digest for each number, or the seed never vouched for that memory.
+
+        Args:
+            timeout_s: how long to wait for digests of what has arrived, where that is less than this object's bound.
 
         Raises:
             VerificationError: bytes are not the seed's.
@@ -105,9 +108,10 @@ class ArrivalCheck:
             )
         else:
             self._batches.put(None)
-            self._thread.join(self._timeout_s)
+            bound_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
+            self._thread.join(bound_s)
             if self._thread.is_alive():
-                text = f"{self._side.text} has not finished its digests after {self._timeout_s:g} s"
+                text = f"{self._side.text} has not finished its digests after {bound_s:g} s"
                 raise ForkError(text, mutated=True)
             for failure in self._failures:
                 # It is this device's fault, and another seed would meet it again.

@@ -134,9 +134,9 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 model = None
             if model is None:
                 plan.attempt.close_engine()
+                plan.forget_fork()
                 registries.restore()
                 loading.release_memory(plan.device)
-                plan.may_fork, plan.holds_dummies = False, False
                 model = self._build(plan, storage, vllm_config, model_config, prefix)
         except BaseException as error:
             plan.tell_others(error)
@@ -156,12 +156,16 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         self._loading.plan, self._loading.storage = plan, storage
         try:
             model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            if plan.holds_fork:
+                plan.keep_fork()
         except Exception as error:
-            if not plan.holds_dummies or isinstance(error, _StartOver):
+            if isinstance(error, _StartOver) or not (plan.holds_dummies or plan.holds_fork):
                 raise
-            # Some post-processing validates what it is given, and no dummy is good enough for it.
-            reason = f"post-processing does not bear dummy weights: {type(error).__name__}: {error}"
-            self._fell_back(plan, ForkError(reason, mutated=True))
+            # Some post-processing validates what it is given, and no dummy is good enough for it. Of what was forked
+            # the seed's state may be why; if it is not, the fallback loader meets the same error, and raises it.
+            what = "what was forked" if plan.holds_fork else "the dummy weights"
+            reason = f"post-processing failed on {what}: {type(error).__name__}: {error}"
+            self._fell_back(plan, error if isinstance(error, ForkError) else ForkError(reason, mutated=True))
             raise _StartOver from None
         finally:
             self._loading.plan = self._loading.storage = None

@@ -3,6 +3,9 @@
 Small ones can be passed on. Of larger ones there is a text that tells two of them apart, so that a difference is an
 error; still larger ones are refused. Looks at values that are given and at nothing behind them. numpy is not imported:
 where the process has none, there is no array of it.
+
+What comes from a seed is taken only in the form in which :func:`as_data` writes it, and within its bounds: a seed that
+sends anything else may mean harm (a set of numbers with one hash, for instance, takes quadratic time to build).
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import array
 import hashlib
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -24,8 +29,20 @@ MAX_PASSED_NBYTES = 64 * 1024
 #: What is compared has at most this many; arrays that are mapped from a file of weights are larger.
 MAX_COMPARED_NBYTES = 64 * 1024 * 1024
 
+#: Hexadecimal digits of an integer that JSON does not hold.
+MAX_INT_DIGITS = 4096
+#: Members of one set with the same hash: two by chance (-1 and -2), more by intent.
+MAX_SAME_HASH = 16
+
 #: numpy's kinds that are numbers: no objects, no texts, no structures.
 _NUMBERS = "?biufc"
+#: As numpy names a type of numbers in ``dtype.str``.
+_DTYPE = re.compile(r"[<>|][biufc][0-9]{1,2}")
+_TYPECODES = frozenset("bBhHiIlLqQfd")
+_HEX = re.compile(r"(?:[0-9a-f]{2})*")
+_INT = re.compile(rf"-?0x[0-9a-f]{{1,{MAX_INT_DIGITS}}}")
+_FLOATS = frozenset({"nan", "inf", "-inf"})
+_HEX_FLOAT = re.compile(r"-?0x[01]\.[0-9a-f]{1,13}p[+-][0-9]{1,4}|nan|-?inf")
 #: What JSON holds exactly.
 _LARGEST_INT = 1 << 63
 
@@ -106,37 +123,123 @@ def from_data(data: Any) -> Any:
     """The value that ``data``, which came from elsewhere, stands for.
 
     Raises:
-        ForkError: it stands for none.
+        ForkError: it stands for none, or is not written as :func:`as_data` writes it.
     """
     if is_plain(data):
         return data
     try:
-        kind = next(iter(data))
+        kind = _kind(data)
         return _MAKERS[kind](data)
     except Exception as error:
-        raise ForkError(f"{str(data)[:100]} is no plain value") from error
+        raise ForkError(f"{_beginning(data)} is no plain value") from error
+
+
+def family(data: Any) -> str:
+    """The family of the value that ``data`` stands for: values of one family may take each other's places."""
+    if data is None:
+        return "none"
+    if type(data) is str:
+        return "text"
+    return "number" if is_plain(data) else _FAMILIES.get(_kind(data), "unknown")
+
+
+def _kind(data: Any) -> str:
+    """The key that says of which type the value is; the first, and the others are that type's."""
+    kind = next(iter(data)) if type(data) is dict and data else None
+    if not isinstance(kind, str) or data.keys() != _FIELDS.get(kind):
+        raise TypeError("not of the form that values have")
+    return kind
+
+
+def _beginning(data: Any) -> str:
+    """The beginning of ``data`` as text, without making a text of all of it."""
+    if type(data) is dict:
+        return f"a mapping of {len(data)} keys, the first {str(next(iter(data), None))[:40]!r},"
+    return f"a list of {len(data)}" if type(data) is list else f"a {type(data).__name__}"
+
+
+def _bytes(data: dict[str, Any]) -> bytes:
+    text = data["hex"]
+    if len(text) > 2 * MAX_PASSED_NBYTES or not _HEX.fullmatch(text):
+        raise ValueError("not the bytes of a value")
+    return bytes.fromhex(text)
+
+
+def _float(data: dict[str, Any]) -> float:
+    if data["float"] not in _FLOATS:
+        raise ValueError("a number that JSON holds")
+    return float(data["float"])
+
+
+def _int(data: dict[str, Any]) -> int:
+    if not _INT.fullmatch(data["int"]) or from_plain(value := int(data["int"], 16)) != data:
+        raise ValueError("no integer, or one that JSON holds")
+    return value
+
+
+def _complex(data: dict[str, Any]) -> complex:
+    real, imag = data["complex"]
+    if not (_HEX_FLOAT.fullmatch(real) and _HEX_FLOAT.fullmatch(imag)):
+        raise ValueError("no complex number")
+    return complex(float.fromhex(real), float.fromhex(imag))
+
+
+def _members(members: Any) -> list[Any]:
+    """The members of a set, none of them yet in one."""
+    if type(members) is not list or len(members) * 8 > MAX_PASSED_NBYTES:
+        raise TypeError("not the members of a set, or too many")
+    made = [member if is_plain(member) else _NUMBER_MAKERS[_kind(member)](member) for member in members]
+    # Hashes are numbers that differ: unlike the members, they cannot be chosen so that counting them takes long.
+    if made and max(Counter(map(hash, made)).values()) > MAX_SAME_HASH:
+        raise ValueError("too many members with the same hash")
+    return made
+
+
+def _array(data: dict[str, Any]) -> array.array[Any]:
+    if data["array"] not in _TYPECODES:
+        raise ValueError("no type of numbers")
+    return array.array(data["array"], _bytes(data))
 
 
 def _numpy(data: dict[str, Any]) -> Any:
     numpy = sys.modules["numpy"]
+    shape, scalar = data["shape"], data["scalar"]
+    if not _DTYPE.fullmatch(data["numpy"]):
+        raise TypeError("no numbers")
+    if type(shape) is not list or len(shape) > 64 or any(type(size) is not int or size < 0 for size in shape):
+        raise TypeError("no shape")
+    if type(scalar) is not bool or (scalar and shape):
+        raise TypeError("neither an array nor a scalar")
     kind = numpy.dtype(data["numpy"])
-    if kind.kind not in _NUMBERS:
-        raise TypeError(f"{kind} are no numbers")
-    values = numpy.frombuffer(bytes.fromhex(data["hex"]), kind).reshape(data["shape"])
-    return values[()] if data["scalar"] else values.copy()
+    values = numpy.frombuffer(_bytes(data), kind).reshape(shape)
+    return values[()] if scalar else values.copy()
 
 
 #: By the first key.
+_NUMBER_MAKERS: dict[str, Any] = {"float": _float, "int": _int}
 _MAKERS: dict[str, Any] = {
-    "float": lambda data: float(data["float"]),
-    "int": lambda data: int(data["int"], 16),
-    "complex": lambda data: complex(*map(float.fromhex, data["complex"])),
-    "set": lambda data: {from_data(member) for member in data["set"]},
-    "frozenset": lambda data: frozenset(from_data(member) for member in data["frozenset"]),
-    "bytes": lambda data: bytes.fromhex(data["hex"]),
-    "bytearray": lambda data: bytearray.fromhex(data["hex"]),
-    "array": lambda data: array.array(data["array"], bytes.fromhex(data["hex"])),
+    **_NUMBER_MAKERS,
+    "complex": _complex,
+    "set": lambda data: set(_members(data["set"])),
+    "frozenset": lambda data: frozenset(_members(data["frozenset"])),
+    "bytes": _bytes,
+    "bytearray": lambda data: bytearray(_bytes(data)),
+    "array": _array,
     "numpy": _numpy,
+}
+#: All keys of each kind's mapping.
+_FIELDS: dict[str, set[str]] = {
+    kind: {kind, *others.split()}
+    for kind, others in {
+        **dict.fromkeys(("float", "int", "complex", "set", "frozenset"), ""),
+        **dict.fromkeys(("bytes", "bytearray", "array"), "hex"),
+        "numpy": "shape scalar hex",
+    }.items()
+}
+_FAMILIES = {
+    **dict.fromkeys(("float", "int", "complex", "array", "numpy"), "number"),
+    **dict.fromkeys(("set", "frozenset"), "set"),
+    **dict.fromkeys(("bytes", "bytearray"), "bytes"),
 }
 
 

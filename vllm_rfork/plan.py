@@ -46,6 +46,8 @@ T = TypeVar("T")
 #: What the ranks of one instance agree on: that each has a seed, that each holds dummies (in the runtime layout, before
 #: post-processing, where ranks may wait for each other), and that each has forked.
 SEED_STAGE, DUMMY_STAGE, FORK_STAGE = "seed", "dummies", "fork"
+#: In the checkpoint layout, also that each has post-processed what it forked: vLLM's code meets the seed's state there.
+KEPT_STAGE = "kept"
 
 #: Bytes as they stand before post-processing, and after it.
 CHECKPOINT, RUNTIME = "checkpoint", "runtime"
@@ -68,6 +70,7 @@ class LoadPlan:
         may_fork: false once an attempt has failed in a way that made the model unusable.
         no_fork_reason: why this worker's memory cannot be written to by an engine; empty where it can.
         holds_dummies: the model was filled with dummy weights, and no fork has replaced them yet.
+        holds_fork: the model was forked before its post-processing, which has not ended yet.
         no_seed_reason: why this worker must not become a seed; empty where it may.
         unreachable: the planner's name could not be looked up in time: there is nobody to ask for a seed.
         shared_storages: where the memory lies that other models of this process use already.
@@ -90,6 +93,7 @@ class LoadPlan:
     may_fork: bool = True
     no_fork_reason: str = ""
     holds_dummies: bool = False
+    holds_fork: bool = False
     no_seed_reason: str = ""
     reopen_engine: bool = False
     unreachable: PlannerError | None = None
@@ -252,7 +256,7 @@ class LoadPlan:
 
         Raises:
             VerificationError: a digest differs.
-            ForkError: Python-side state cannot be made equal.
+            ForkError: Python-side state cannot be made equal, or not in the time that a fork may take.
         """
         collection = check.collection
         if check.numbers:
@@ -262,15 +266,20 @@ class LoadPlan:
                         f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
                         f"{verify.ALGORITHM}; equal versions, or rfork_verify=off, would pair them"
                     )
-                check.finish(self._digests_of(manifest, collection))
+                check.finish(self._digests_of(manifest, collection), self.attempt.left_s())
         with self.attempt.times.stage("state"):
             apply_inline(collection, manifest)
             if self.layout == RUNTIME:
-                match_state(model, self.built, manifest.state, manifest.state_gone)
+                match_state(model, self.built, manifest.state, manifest.state_gone, self._in_time)
                 self._checks.run()
             else:
-                apply_state(model, manifest.state)
+                apply_state(model, manifest.state, self._in_time)
             check_inline(collection, manifest)
+            self._in_time()
+
+    def _in_time(self) -> None:
+        """Raise ForkError where the fork has no time left."""
+        self.attempt.left_s()
 
     def prepare(self, model: nn.Module) -> Collection | None:
         """What must be there before the model is touched: a lease, and the spans to fill or the seed's manifest.
@@ -311,7 +320,26 @@ class LoadPlan:
         Raises:
             ForkError: it failed here, or on another rank.
         """
-        return self._agreed(FORK_STAGE, action, self.settings.rfork_fork_timeout_sec)
+        result = self._agreed(FORK_STAGE, action, self.settings.rfork_fork_timeout_sec)
+        if self.layout == CHECKPOINT:
+            self.holds_fork = True
+            self._owes_word_on = KEPT_STAGE
+        return result
+
+    def keep_fork(self) -> None:
+        """Post-processing accepted what was forked, here and on the other ranks.
+
+        Raises:
+            ForkError: not on another rank; all of them build their models again.
+        """
+        self._agreed(KEPT_STAGE, lambda: None, self.settings.rfork_fork_timeout_sec)
+        self.holds_fork = False
+
+    def forget_fork(self) -> None:
+        """Let go of everything that was forked: the model is built again. Call when the engine has been closed."""
+        self.may_fork, self.holds_dummies, self.holds_fork = False, False, False
+        self.collection, self._loaded, self._promised = None, None, None
+        self.digests, self.state, self.state_gone = [], {}, ()
 
     def tell_others(self, error: BaseException) -> None:
         """Tell the other ranks that there will be no fork here, where they are owed a word. Idempotent."""
@@ -416,8 +444,13 @@ class LoadPlan:
         """Remember what a fork put there, with the seed's digests: what is passed on is vouched for by the first."""
         if self.no_seed_reason:
             return
-        self.digests = list(self._digests_of(remote, collection).values())
-        collection = with_inline(collection, remote)  # its own are what stood there before the fork
+        try:
+            with _whatever_is_raised("what was forked cannot be passed on"):
+                self.digests = list(self._digests_of(remote, collection).values())
+                collection = with_inline(collection, remote)  # its own are what stood there before the fork
+        except ForkError as error:
+            self.refuse_to_seed(str(error))
+            return
         self.state, self.state_gone = dict(remote.state), remote.state_gone
         if self.layout == RUNTIME:
             self.collection = collection  # it stands; nothing replaces it any more

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import enum
+import inspect
 import os
 import sys
 import threading
@@ -35,7 +36,18 @@ from vllm_rfork.errors import ForkError
 from vllm_rfork.plain_values import Plain
 from vllm_rfork.scratch import SCRATCH, SCRATCH_OF, SCRATCH_WHEN, is_scratch_object
 
-__all__ = ["MAX_LEAVES", "MAX_NAME", "MAX_OBJECTS", "SCRATCH", "Leaf", "Opaque", "Plain", "assign", "walk"]
+__all__ = [
+    "MAX_LEAVES",
+    "MAX_NAME",
+    "MAX_OBJECTS",
+    "SCRATCH",
+    "Leaf",
+    "Opaque",
+    "Plain",
+    "assign",
+    "may_be_added",
+    "walk",
+]
 
 #: More leaves and objects than any model has: a walk that leaves the model would otherwise not end.
 MAX_LEAVES = 5_000_000
@@ -161,6 +173,29 @@ def assign(leaf: Leaf, value: Plain) -> None:
     except Exception as error:
         # Setters run their own code, and a module raises KeyError for a name that it has otherwise.
         raise ForkError(f"state {leaf.name} of the seed cannot be set here: {error}") from error
+
+
+def may_be_added(module: nn.Module, key: str, value: Plain) -> bool:
+    """Whether loading may have added attribute ``key`` with the plain ``value`` to ``module``: :func:`walk` lists it.
+
+    What the module has under that name already, its class's methods and torch's bookkeeping are never replaced. A value
+    that stands on the class, such as a flag, may be overridden by one of its family.
+    """
+    if not key.isidentifier() or key.startswith("__") or type(module).__name__ in PLACEHOLDERS:
+        return False
+    if key in _MODULE_INTERNAL or _is_scratch(module, key):
+        return False
+    held = (vars(module), module._parameters, module._buffers, module._modules)
+    if any(key in each for each in held):
+        return False
+    on_class = inspect.getattr_static(type(module), key, None)
+    return plain_values.is_plain(on_class) and may_become(plain_values.from_plain(on_class), value)
+
+
+def may_become(held: Plain, value: Plain) -> bool:
+    """Whether loading may have put ``value`` in the place of ``held``: of one family, or None on either side."""
+    families = {plain_values.family(held), plain_values.family(value)}
+    return len(families - {"none"}) < 2
 
 
 def _join(prefix: str, name: str) -> str:

@@ -231,7 +231,16 @@ LIES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an address of its own choosing": (first_span(address=4096), "leaves its region"),
     "swapped digests": (swapped_digests, "VerificationError"),
     "state that has no place": (edited(state={"no.such.place": 1}), "no place"),
-    "state that is not plain": (edited(state={"model.vocab_size": [1]}), "not a plain value"),
+    "state that is not plain": (edited(state={"model.vocab_size": [1]}), "cannot be read"),
+    "state that is of no type": (edited(state={"model.vocab_size": {"numpy": "O"}}), "not a plain value"),
+    "state instead of torch's bookkeeping": (edited(state={"_modules": 5}), "no place"),
+    "state instead of a parameter": (edited(state={"model.norm.weight": None}), "no place"),
+    "state instead of a layer": (edited(state={"model.norm": None}), "no place"),
+    "state instead of all parameters": (edited(state={"model.layers.0._parameters": None}), "no place"),
+    "state instead of a method of torch's": (edited(state={"eval": 1}), "no place"),
+    "state instead of the model's method": (edited(state={"model.layers.0.forward": "x"}), "no place"),
+    "state instead of an object": (edited(state={"model.layers.0.self_attn.qkv_proj.quant_method": None}), "no place"),
+    "text instead of a number": (edited(state={"model.layers.0.self_attn.head_dim": "x"}), "is a text"),
 }
 
 
@@ -246,6 +255,39 @@ def test_a_seed_whose_manifest_lies(
         with fakes.http_server(fakes.planner_that_grants(address, calls)) as url:
             falls_back(model_a, default_a, url, rfork_log, cause=cause)
             eventually(lambda: "/put_seed" in calls, "the lease is released")
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["on the fork", "on every model"])
+def test_post_processing_that_fails_on_what_was_forked(
+    always: bool,
+    model_a: Path,
+    default_a: Any,
+    rfork_log: LogRecords,
+    seed: SeedProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The seed's state may be why, although it passed all checks; a model that fails anyway fails as without a fork."""
+    from vllm.model_executor.model_loader import base_loader
+
+    process, calls = base_loader.process_weights_after_loading, []
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if always or len(calls) == 1:
+            raise ArithmeticError("not with these values")
+        process(*args, **kwargs)
+
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", failing)
+    with fakes.http_server(fakes.planner_that_grants(seed.said["seeds"][0], [])) as url:
+        cause = "ForkError: post-processing failed on what was forked: ArithmeticError: not with these values"
+        if always:
+            options = extra_for(url, rfork_become_seed=False)
+            with pytest.raises(ArithmeticError, match="not with these values"):
+                load(vllm_config(model_a, load_format="rfork", extra=options))
+        else:
+            falls_back(model_a, default_a, url, rfork_log, cause=cause)
+    assert len(calls) == 2
+    assert sum(cause in line for line in rfork_log.warnings) == 1
 
 
 @pytest.mark.parametrize("asked", ["before the first byte", "after the last"])

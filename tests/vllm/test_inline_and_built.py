@@ -361,7 +361,12 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
         seed_key="seed_key",
         fingerprint="fingerprint",
         layout="runtime",
-        attempt=cast("Any", SimpleNamespace(engine_name="engine", times=StageTimes(), take_back_intent=lambda: None)),
+        attempt=cast(
+            "Any",
+            SimpleNamespace(
+                engine_name="engine", times=StageTimes(), take_back_intent=lambda: None, left_s=lambda: 1.0
+            ),
+        ),
         advertise_host="",
         load_config=None,
         shows_progress=False,

@@ -213,7 +213,7 @@ def at_every_build(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("fault", "cause", "both"),
     [
         (fails_to_verify, "VerificationError", False),
-        (fails_to_post_process, "does not bear dummy weights: ValueError: these weights cannot be", True),
+        (fails_to_post_process, "failed on the dummy weights: ValueError: these weights cannot be", True),
         (fails_to_match_state, "cannot be set here", True),
     ],
 )
