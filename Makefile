@@ -6,6 +6,8 @@ ENGINE ?= nixl
 PYTEST_ARGS ?=
 # How many processes `make test` deals the tests out to; tests/conftest.py says how
 PYTEST_PROCESSES ?= 2
+# Let vLLM take its other code paths on CPU: make test TEST_CPU=avx512 (no AMX) or avx2; see tests/processor
+TEST_CPU ?=
 # More arguments for the benchmarks
 BENCH_ARGS ?=
 # Arguments for the model zoo: make zoo ZOO_ARGS="--only llama,qwen3" writes no document
@@ -22,6 +24,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export PYTHONUNBUFFERED := 1
+export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
 .PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo events versions demo format clean distclean

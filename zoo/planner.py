@@ -83,7 +83,7 @@ class Planner:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that it knows."""
-        with urllib.request.urlopen(f"{self.url}/debug/snapshot", timeout=5) as answer:  # noqa: S310 - its own URL
+        with urllib.request.urlopen(f"{self.url}/debug/snapshot", timeout=60) as answer:  # noqa: S310 - its own URL
             return dict(json.load(answer))
 
     def leases(self) -> int:

@@ -64,7 +64,7 @@ class Remote:
         try:
             self._socket.sendall(json.dumps({"op": op, "args": args}).encode() + b"\n")
         except OSError as error:
-            raise WorkerGone(f"{op}: exit status {self.process.wait(10)}") from error
+            raise WorkerGone(f"{op}: exit status {self.process.wait(60)}") from error
 
     def message(self, deadline_s: float) -> dict[str, Any]:
         end = time.monotonic() + deadline_s
@@ -78,7 +78,7 @@ class Remote:
             except ConnectionResetError:
                 got = b""
             if not got:
-                raise WorkerGone(f"exit status {self.process.wait(10)}")
+                raise WorkerGone(f"exit status {self.process.wait(60)}")
             self._buffer += got
         line, _, self._buffer = self._buffer.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
@@ -151,17 +151,17 @@ class Remote:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def end(self) -> None:
         self._socket.close()
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGCONT)
         try:
-            self.process.wait(10)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(60)
 
 
 class Processes:
@@ -524,7 +524,7 @@ class EngineContract:
             )
             assert receiver.message(60.0) == {"event": "reading"}
             receiver.signal(number)
-            receiver.process.wait(20)
+            receiver.process.wait(60)
             receiver = processes.start()
             target = receiver.alloc(nbytes)
             receiver.register([target, nbytes])

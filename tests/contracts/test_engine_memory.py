@@ -119,7 +119,7 @@ def test_late_read_lands_unless_close_comes_first(pair: InProcess) -> None:
             pair.read(engine, timeout_s=0.01)
         assert caught.value.in_flight
         if not closes_first:
-            engine._late[0]._thread.join(10)
+            engine._late[0]._thread.join(60)
         engine.close()
         assert (pair.target.raw == pair.source.raw) is not closes_first
 

@@ -252,7 +252,7 @@ class YuanRongContract(EngineContract):
         _, receiver, _, _, _ = self.seed_and_receiver(processes, PAGE)
         (relay,) = children(receiver.process.pid)
         receiver.signal(signal.SIGKILL)
-        receiver.process.wait(10)
+        receiver.process.wait(60)
         wait_until(lambda: not Path(f"/proc/{relay}").exists() or state(relay) == "Z")
 
     # -- the wheel ----------------------------------------------------------------------------------------------------
@@ -308,6 +308,6 @@ def silent_after(answered: int, answer: bytes = b"TERP\x02\0\0\0\x0b\0\0\0\0\0\0
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        thread.join(60)
     for connection in kept:
         connection.close()

@@ -57,7 +57,7 @@ def test_call_gives_up_in_time_and_cancels(bridge: Background) -> None:
 
     with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
         bridge.call(hang(), 0.05)
-    assert cancelled.wait(10)
+    assert cancelled.wait(60)
 
 
 def test_call_from_inside_the_loop_is_refused_instead_of_hanging(bridge: Background) -> None:
@@ -78,7 +78,7 @@ def test_spawn_from_inside_the_loop_is_fine(bridge: Background) -> None:
         bridge.spawn(inner(), "inner")
 
     bridge.call(outer(), 10)
-    assert ran.wait(10)
+    assert ran.wait(60)
 
 
 def test_an_escaping_exception_is_logged_once_with_the_name(
@@ -86,7 +86,7 @@ def test_an_escaping_exception_is_logged_once_with_the_name(
 ) -> None:
     with caplog.at_level(logging.DEBUG):
         task = bridge.spawn(fail(ValueError("the cause")), "heartbeat of k")
-        task.wait(10)
+        task.wait(60)
     records = [record for record in caplog.records if "heartbeat of k" in record.getMessage()]
     assert len(records) == 1
     assert records[0].exc_info is not None
@@ -105,7 +105,7 @@ def test_cancel_returns_after_the_cleanup(bridge: Background, caplog: pytest.Log
             cleaned.set()
 
     task = bridge.spawn(work(), "work")
-    assert started.wait(10)
+    assert started.wait(60)
     assert not task.done
     task.cancel(10)
     assert cleaned.is_set()
@@ -120,14 +120,14 @@ def test_cancel_before_the_first_step_leaves_nothing_behind(
     gate = threading.Event()
 
     async def block_the_loop() -> None:
-        gate.wait(10)
+        gate.wait(60)
 
     blocker = bridge.spawn(block_the_loop(), "blocker")
     task = bridge.spawn(asyncio.sleep(LONG_S), "never stepped")
     bridge.in_loop(task._cancel)
     gate.set()
-    task.wait(10)
-    blocker.wait(10)
+    task.wait(60)
+    blocker.wait(60)
     del task
     gc.collect()
     assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
@@ -144,11 +144,11 @@ def test_cancel_is_bounded_where_the_cleanup_hangs(bridge: Background) -> None:
             await let_go.wait()
 
     task = bridge.spawn(stubborn(), "stubborn")
-    assert started.wait(10)
+    assert started.wait(60)
     with pytest.raises(TimeoutError, match="stubborn"):
         task.cancel(0.05)
     bridge.in_loop(let_go.set)
-    task.wait(10)
+    task.wait(60)
 
 
 def test_close_ends_tasks_and_threads_and_refuses_more_work(recwarn: pytest.WarningsRecorder) -> None:
@@ -194,9 +194,9 @@ def test_a_call_that_waits_while_the_loop_is_closed_is_told() -> None:
 
     thread = threading.Thread(target=caller)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     bridge.close(10)
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert "closed" in str(errors[0])
 

@@ -103,10 +103,10 @@ def test_a_span_is_not_digested_before_its_last_byte_is_there(
     large, *others = sorted(segments_of(collection), key=lambda segment: -segment.nbytes)
     check = checked(collection, accelerator())
     check.arrived([large._replace(nbytes=large.nbytes - 1), *others])
-    assert sorted(begun.get(timeout=20) for _ in others) == sorted(segment.nbytes for segment in others)
+    assert sorted(begun.get(timeout=60) for _ in others) == sorted(segment.nbytes for segment in others)
     assert begun.empty()
     check.arrived([Segment(large.local + large.nbytes - 1, 0, 1)])
-    assert begun.get(timeout=20) == large.nbytes
+    assert begun.get(timeout=60) == large.nbytes
     check.finish(expected)
     check.close()
 
@@ -119,7 +119,7 @@ def test_digests_are_queued_while_bytes_are_still_on_their_way(
     *first, last = segments_of(collection)
     for segment in first:
         check.arrived([segment])
-        assert begun.get(timeout=20) == segment.nbytes
+        assert begun.get(timeout=60) == segment.nbytes
     check.arrived([last])
     check.finish(right_digests(collection))
     check.close()
@@ -201,7 +201,7 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
 ) -> None:
     digested: list[int] = []
     monkeypatch.setattr(verify, "digest", lambda span: digested.append(span.numel()))
-    get_ready(accelerator()).join(20)
+    get_ready(accelerator()).join(60)
     (nbytes,) = digested
     whole, rest = divmod(nbytes, verify.ROWS * verify.COLUMNS * 8)
     assert whole
@@ -212,7 +212,7 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
             raise RuntimeError("the device is lost")
 
     with caplog.at_level("DEBUG", "vllm_rfork"):
-        get_ready(Failing(CPU)).join(20)
+        get_ready(Failing(CPU)).join(60)
     assert "cannot digest yet: RuntimeError: the device is lost" in caplog.text
 
 

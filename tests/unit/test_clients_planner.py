@@ -520,8 +520,8 @@ async def test_the_second_spelling_shares_the_bound_of_the_first() -> None:
     app = web.Application()
     app.router.add_post("/add_seed", handle)
     async with serve(app) as url:
-        with pytest.raises(PlannerError, match=r"within 0\.") as caught:  # what the first call left of one second
-            await PlannerClient(url, request_timeout_s=1.0).announce(KEY, SEED)
+        with pytest.raises(PlannerError, match=r"within [0-2]\.") as caught:  # what is left
+            await PlannerClient(url, request_timeout_s=3.0).announce(KEY, SEED)
     assert calls == 2, caught.value
 
 

@@ -75,7 +75,7 @@ async def get(
             return response.status, await response.text()
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = asyncio.get_running_loop().time() + within_s
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, "the condition never came true"
@@ -507,18 +507,18 @@ async def test_a_caller_that_goes_on_sending_is_cut_off() -> None:
             async with slow_reader(service, begun) as sock:
                 endless = asyncio.get_running_loop().sock_sendall(sock, rest)
                 with pytest.raises(ConnectionError):
-                    await asyncio.wait_for(endless, 20)
+                    await asyncio.wait_for(endless, 60)
 
 
 async def test_an_answer_may_take_longer_than_a_request() -> None:
     big = padded(24 * 1024 * 1024)
     request_ = request_for(messages.SEED_MANIFEST)
     async with (
-        serving(offer=Offer(big), bounds=Bounds(head_timeout_s=0.2)) as service,
+        serving(offer=Offer(big), bounds=Bounds(head_timeout_s=1.0)) as service,
         slow_reader(service, request_) as sock,
     ):
         begun_at = asyncio.get_running_loop().time()
-        await until(lambda: asyncio.get_running_loop().time() > begun_at + 0.3)
+        await until(lambda: asyncio.get_running_loop().time() > begun_at + 1.5)
         assert decode_manifest((await read_all(sock)).partition(b"\r\n\r\n")[2]) == big
 
 

@@ -141,7 +141,7 @@ def peer() -> Iterator[str]:
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        thread.join(60)
 
 
 def reading(engine: YuanRongEngine, peer: str) -> None:
@@ -411,7 +411,7 @@ def test_the_thread_that_calls_gets_a_context_first(engine: YuanRongEngine, peer
     calls = {"register": lambda: engine.register(REGIONS), "read": lambda: engine.read(peer, segments(1), 5.0)}
     thread = threading.Thread(target=calls[operation])
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert isinstance(engine._acl, Acl)
     assert engine._acl.threads[-1] == (thread.ident, 0)
 

@@ -28,23 +28,35 @@ def http_server(handler: Handler) -> Iterator[str]:
         await site.start()
         return runner, runner.addresses[0][1]
 
-    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
 @contextlib.contextmanager
-def silent_server() -> Iterator[str]:
-    """Accepts connections and never answers."""
-    with socket.socket() as listener:
+def silent_server(asked: list[bytes] | None = None) -> Iterator[str]:
+    """Accepts connections and never answers; notes in ``asked`` how each request begins."""
+    with socket.socket() as listener, contextlib.ExitStack() as held:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # closed at the end
+                while True:
+                    connection = held.enter_context(listener.accept()[0])
+                    if asked is not None:
+                        asked.append(connection.recv(65536))
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)  # ends accept
+        thread.join(60)
 
 
 @contextlib.contextmanager
@@ -68,7 +80,7 @@ def answering(raw: bytes) -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         over.set()
-        thread.join(5)
+        thread.join(60)
 
 
 def planner_that_grants(seed: str, log: list[str], **changed: str) -> Handler:

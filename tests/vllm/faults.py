@@ -29,7 +29,7 @@ def held_up_recheck(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, t
 
     def slowly(plan: LoadPlan) -> None:
         checking.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         recheck(plan)
 
     monkeypatch.setattr(LoadPlan, "recheck", slowly)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import PROCESSOR
 from tests.vllm.conftest import LineProcess, LogRecords
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork import plugin
@@ -32,6 +34,12 @@ def permitted() -> bool:
     features = ctypes.c_uint64(0)
     failed = ctypes.CDLL(None, use_errno=True).syscall(ARCH_PRCTL, ARCH_GET_XCOMP_PERM, ctypes.byref(features))
     return not failed and bool(features.value & TILE_DATA)
+
+
+def emulating(processor: str) -> dict[str, str]:
+    """The environment of a process that takes this processor for a lesser one."""
+    path = os.pathsep.join(filter(None, [str(PROCESSOR), os.environ.get("PYTHONPATH")]))
+    return {"TEST_CPU": processor, "PYTHONPATH": path}
 
 
 def write_permitted(file: str) -> None:
@@ -64,17 +72,48 @@ def test_this_process_has_them_once_it_has_made_a_configuration(model_a: Path) -
     assert permitted() is torch.cpu._is_amx_tile_supported()
 
 
-@pytest.mark.timeout(600)
-def test_a_spawned_engine_core_answers_a_short_prompt_first_with_the_default_loader(model_a: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processor", ["this one", "avx512"])
+def test_a_spawned_engine_core_answers_a_short_prompt_first_with_the_default_loader(
+    processor: str, model_a: Path
+) -> None:
     arguments = json.dumps({"model": str(model_a), "load_format": "auto", "extra": {}})
-    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
-    engine = LineProcess("tests.vllm.llm_main", arguments, marker="LLM ", env=several)
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+    if processor != "this one":
+        env |= emulating(processor)
+    engine = LineProcess("tests.vllm.llm_main", arguments, marker="LLM ", env=env)
     try:
         answers = engine.order("answer")["answers"]
         assert "EngineCore" in engine.log, "the worker is another process"
         assert all(len(tokens) == 12 for tokens, _ in answers)
     finally:
         engine.end()
+
+
+LOOKS = """
+import json, torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+current_platform.import_kernels()
+found = {"attention": _get_attn_isa(torch.bfloat16, 128, 32), "packs into tensors": False}
+from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+found["packs into tensors"] = check_cpu_sgl_kernel(128, 128, torch.bfloat16)
+found["torch"] = torch.backends.cpu.get_cpu_capability()
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(("processor", "torch_level"), [("avx512", ("AVX512", "AVX2", "DEFAULT")), ("avx2", ("AVX2",))])
+def test_vllm_takes_its_other_paths_on_an_emulated_processor(processor: str, torch_level: tuple[str, ...]) -> None:
+    """What ``make test TEST_CPU=...`` relies on; the first level that this processor has is torch's."""
+    env = {**os.environ, **emulating(processor)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKS], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")] or [done.stderr]
+    found = json.loads(line.removeprefix("FOUND "))
+    assert (found["attention"], found["packs into tensors"]) == ("vec", False)
+    assert found["torch"] in torch_level
 
 
 # --- what is requested, and when: emulated on any processor ---------------------------------------------------------

@@ -45,7 +45,7 @@ def test_forks_of_forks_are_the_default_loaders_model(
         assert f"from seed {a.said['seeds'][0]}, engine={engine}" in b.log
         a.process.send_signal(signal.SIGKILL)
         a.process.wait()
-        eventually(lambda: a.said["seeds"][0] not in planner.seeds(), "A is granted no more", timeout_s=10)
+        eventually(lambda: a.said["seeds"][0] not in planner.seeds(), "A is granted no more", timeout_s=30)
         c = started(model_a_without_weights)
         assert f"from seed {b.said['seeds'][0]}, engine={engine}" in c.log
         eventually(lambda: planner.leases() == 0, "the leases are released")

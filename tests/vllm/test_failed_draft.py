@@ -13,7 +13,7 @@ from tests.vllm.conftest import extra_for
 from tests.vllm.draft_process import Seen, play
 from zoo.roles import ENGINE_ARGUMENTS, GENERATE, Order, Report
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def engines(vllm_imported: None, model_a: Path, model_b: Path, tmp_path_factory:
     try:
         found = []
         for _, connection in running:
-            assert connection.poll(300), f"no report; see {logs}"
+            assert connection.poll(600), f"no report; see {logs}"
             found.append(connection.recv())
         (default, _), (failed, seen) = found
         return Engines(default, failed, seen)

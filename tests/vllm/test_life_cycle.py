@@ -63,7 +63,7 @@ def contents(seed: Seed) -> dict[str, str]:
 
 
 def confirm(seed: Seed, address: Any, epoch: str) -> None:
-    asyncio.run(SeedClient(request_timeout_s=3.0).confirm_epoch(address, seed.manifest.seed_key, epoch))
+    asyncio.run(SeedClient(request_timeout_s=10.0).confirm_epoch(address, seed.manifest.seed_key, epoch))
 
 
 @pytest.mark.parametrize("where", ["kept beside the model", "in the model"])
@@ -113,7 +113,7 @@ def test_a_fixed_port_is_taken_again_and_a_lease_of_the_old_epoch_does_not_keep_
     old = only_seed()
     address, key = str(old.address), old.manifest.seed_key
     eventually(lambda: address in planner.seeds(), "it is announced")
-    client = PlannerClient(planner.url, request_timeout_s=3.0)
+    client = PlannerClient(planner.url, request_timeout_s=10.0)
     lease = asyncio.run(client.acquire(key))
     changes.run(Change("weights are updated"), nothing)
     assert str(only_seed().address) == address
@@ -250,14 +250,14 @@ def test_a_return_that_meets_the_next_change_waits_for_the_one_after(
     _, old = loaded(model_a, planner, "changed often")
     checking, go_on = held_up_recheck(monkeypatch)
     changes.run(Change("weights are updated"), nothing)
-    assert checking.wait(30)
+    assert checking.wait(60)
 
     (returning,) = seeding._seeds
     next_change = threading.Thread(target=changes.run, args=(Change("weights are reloaded"), nothing))
     next_change.start()
     eventually(returning._withdrawing.is_set, "the return is told")
     go_on.set()
-    next_change.join(30)
+    next_change.join(60)
     assert not next_change.is_alive()
     new = only_seed()
     assert new is not returning

@@ -10,7 +10,7 @@ import pytest
 from tests.vllm.rank_process import FAULTS, Outcome, play
 from zoo.planner import meeting_port
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def outcomes(
     try:
         reports = []
         for _, connection in running:
-            assert connection.poll(200), f"no report; see {logs}"
+            assert connection.poll(600), f"no report; see {logs}"
             reports.append(connection.recv())
         return reports
     finally:

@@ -29,7 +29,7 @@ class Process:
 
     def start(self, plan: Any, start: Any) -> None:
         self.begun.append(start)
-        self.go.wait(20)
+        self.go.wait(60)
         start.off_device.set()
 
     def plan(self, device: str = "cuda") -> Any:
@@ -55,7 +55,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     yield one
     one.go.set()
     for start in one.begun:
-        start.thread.join(20)
+        start.thread.join(60)
 
 
 def test_a_change_that_begins_while_a_seed_comes_back_keeps_it_away(process: Process) -> None:

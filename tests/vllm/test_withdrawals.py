@@ -26,18 +26,18 @@ def test_no_seed_comes_after_a_withdrawal_that_met_it_while_it_was_made(
 
     def slowly(*args: Any) -> Any:
         making.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         return make(*args)
 
     monkeypatch.setattr(seeding, "_make", slowly)
     extra = extra_for(planner.url, model_url="withdrawn while made")
     load(vllm_config(model_a, load_format="rfork", extra=extra))
-    assert making.wait(30)
+    assert making.wait(60)
     starting = list(seeding._starting)
     seeding.withdraw_all("weights are updated")
     go_on.set()
     for each in starting:
-        each.thread.join(30)
+        each.thread.join(60)
     assert seeding.wait_until_started(1) == []
     eventually(lambda: not open_engines(), "the engine is closed")
 
@@ -49,14 +49,14 @@ def test_a_withdrawal_does_not_wait_for_all_of_a_start(
     checking, go_on = held_up_recheck(monkeypatch)
     monkeypatch.setattr("vllm_rfork.seed.SeedService", lambda **_: pytest.fail("a service was made"))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="withdrawn while checked")))
-    assert checking.wait(30)
+    assert checking.wait(60)
     # It is in the list by now, where the withdrawal finds it.
     (seed,) = seeding._seeds
     withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",))
     withdrawal.start()
     eventually(seed._withdrawing.is_set, "the withdrawal has begun")
     go_on.set()
-    withdrawal.join(30)
+    withdrawal.join(60)
     assert seeding.wait_until_started(5) == []
     eventually(lambda: not open_engines(), "the engine is closed")
 
@@ -77,15 +77,15 @@ def test_a_withdrawal_is_bounded_where_a_start_never_ends(
     bounds = {"rfork_request_timeout_sec": 0.5, "rfork_seed_timeout_sec": 0.5}
     extra = extra_for(planner.url, model_url="hangs while registering", **bounds)
     load(vllm_config(model_a, load_format="rfork", extra=extra))
-    assert registering.wait(30)
+    assert registering.wait(60)
     starting = list(seeding._starting)
     withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",), daemon=True)
     withdrawal.start()
-    withdrawal.join(20)
+    withdrawal.join(60)
     returned = not withdrawal.is_alive()
     go_on.set()
     for each in starting:
-        each.thread.join(30)
+        each.thread.join(60)
     assert returned
     assert seeding.wait_until_started(1) == []
     assert not any("announced" in line for line in rfork_log.texts())

@@ -11,7 +11,7 @@ from zoo.planner import Planner
 from zoo.run import FORKED, REFUSED, Row, Setting, run
 from zoo.stage import platform_facts
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 BY_NAME = {specimen.name: specimen for specimen in CATALOGUE}
 
@@ -25,7 +25,7 @@ def rows(vllm_imported: None, planner: Planner, tmp_path_factory: pytest.TempPat
     """What came of each, two at a time: every load is a process of its own with one thread."""
     work = tmp_path_factory.mktemp("zoo")
     facts = platform_facts(work)
-    setting = Setting(traits=frozenset(facts["traits"]), work=work, planner=planner, timeout_s=400.0)
+    setting = Setting(traits=frozenset(facts["traits"]), work=work, planner=planner, timeout_s=600.0)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(NAMES, pool.map(lambda name: run(BY_NAME[name], setting), NAMES), strict=True))
 
