@@ -7,6 +7,7 @@ the next seed for any receiver is the first of a few small look-ups. No clock an
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -227,11 +228,12 @@ class Shelf:
         lines = [self.lines[each].values() for each in prints if each in self.lines]
         return iter(lines[0]) if len(lines) == 1 else heapq.merge(*lines, key=attrgetter("number"))
 
-    def first_for(self, seed: Seed) -> Waiter | None:
-        """The longest waiting receiver that ``seed`` suits."""
+    def first_for(self, seed: Seed, count: int) -> list[Waiter]:
+        """The longest waiting receivers that ``seed`` suits, at most ``count``, in one pass through the line."""
         if not self.lines:
-            return None
-        return next((each for each in self.line(seed.fingerprint) if seed.name not in each.ask.exclude), None)
+            return []
+        suited = (each for each in self.line(seed.fingerprint) if seed.name not in each.ask.exclude)
+        return list(itertools.islice(suited, count))
 
     def queue(self, waiter: Waiter) -> None:
         """Add ``waiter`` at the end."""
@@ -246,16 +248,16 @@ class Shelf:
 
     def has_hope(self, ask: Ask) -> bool:
         """Somebody that ``ask`` may fork from is serving, or loads from storage."""
-        prints: tuple[str | None, ...] = (ask.fingerprint, "") if ask.fingerprint else (ANY,)
-        for each in prints:
-            names = self.serving.get(each, set())
-            if len(names) > len(ask.exclude) or any(name not in ask.exclude for name in names):
-                return True
+        # Asked for every waiting receiver when a seed goes: what is cheap comes first, whatever a receiver excludes.
         suits = self.intent_counts[ask.fingerprint] + self.intent_counts[""] if ask.fingerprint else len(self.intents)
         own = self.intents.get(ask.intent) if ask.intent else None
         if own is not None and (not ask.fingerprint or own in (ask.fingerprint, "")):
             suits -= 1
-        return suits > 0
+        if suits > 0:
+            return True
+        prints: tuple[str | None, ...] = (ask.fingerprint, "") if ask.fingerprint else (ANY,)
+        serving = [names for each in prints if (names := self.serving.get(each))]
+        return any(len(names) > len(ask.exclude) or not names <= ask.exclude for names in serving)
 
     # --- intents -------------------------------------------------------------------------------------------------
     def add_intent(self, intent: str, fingerprint: str) -> None:

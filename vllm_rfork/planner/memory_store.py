@@ -419,7 +419,9 @@ class MemoryStore(Store):
         books = self._ledger
         books.rank(seed)
         shelf = books.shelves[seed.key]
-        while seed.is_open(books.now) and (waiter := shelf.first_for(seed)) is not None:
+        if not seed.is_open(books.now):
+            return
+        for waiter in shelf.first_for(seed, seed.slots - seed.leases):
             shelf.unqueue(waiter)
             waiter.result = self._grant(seed, waiter.ask, self.rules.claim_s, waiter.ticket)
             self.notify(waiter.ticket)
