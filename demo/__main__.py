@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import click
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -104,7 +105,7 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
 
 def table(results: list[ServerResult]) -> Table:
     """The short table at the end."""
-    shown = Table(title="Weights of four servers")
+    shown = Table(title="Weights of four servers", box=box.HEAVY_HEAD if CONSOLE.is_terminal else box.ASCII)
     for heading in ("server", "source"):
         shown.add_column(heading)
     for heading in ("bytes", "seconds", "GB/s"):

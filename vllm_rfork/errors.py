@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from vllm_rfork.quoting import MAX_MESSAGE, printable
+from vllm_rfork.quoting import MAX_MESSAGE, counted, printable
 
 #: Whose failure it was, as far as can be seen: ``seed``, ``receiver`` (this process, its machine, its settings, or
 #: nobody in particular), or ``unknown`` (the network, or a peer that does not answer). The planner counts a
@@ -131,8 +131,9 @@ class ManifestMismatch(ForkError):
         shown = "; ".join(self.differences[: self.SHOWN])
         more = len(self.differences) - self.SHOWN
         tail = f"; and {more} more" if more > 0 else ""
+        number = counted(len(self.differences), "difference")
         super().__init__(
-            f"seed and receiver do not hold the same tensors ({len(self.differences)} differences): {shown}{tail}",
+            f"seed and receiver do not hold the same tensors ({number}): {shown}{tail}",
             side="receiver",
         )
 

@@ -17,6 +17,7 @@ from vllm_rfork.clients import Attended, Outcome, PlannerClient
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.presence import Presence
+from vllm_rfork.quoting import counted
 from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
@@ -186,7 +187,7 @@ class Heartbeat:
                 logger.warning("seed %s is not announced, trying again in the background: %s", self.seed, error)
             return
         if self._missed:
-            logger.info("seed %s is announced again, after %d missed beats", self.seed, self._missed)
+            logger.info("seed %s is announced again, after %s", self.seed, counted(self._missed, "missed beat"))
         elif self._first:
             logger.info("seed %s announced, key %s", self.seed, self.seed_key)
         # Another state, or a planner that was away: it may be another one, with other calls.

@@ -32,5 +32,10 @@ def printable(text: object, max_length: int = MAX_QUOTED) -> str:
     return shown if len(text) <= max_length else f"{shown}… ({len(text)} characters)"
 
 
+def counted(count: int, noun: str) -> str:
+    """``count`` and ``noun``, which takes an s as its plural: ``1 seed``, ``2 seeds``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _escaped(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -96,6 +97,13 @@ def test_leases_say_who_reads_from_whom_and_hold_no_usable_id(planner: PlannerUn
     found = json.loads(run("leases", "--url", planner.url, "--json").output)
     assert set(found) == {"leases", "waiting", "intents"}
     assert [each["lease"].endswith("…") and len(each["lease"]) < 8 for each in found["leases"]] == [True]
+
+
+def test_tables_in_a_pipe_are_ascii_and_count_in_words(planner: PlannerUnderTest) -> None:
+    for command, title in (("seeds", "1 seed"), ("leases", "1 lease")):
+        output = run(command, "--url", planner.url, "--key", KEY).output
+        assert title in [line.strip() for line in output.splitlines()]
+        assert not re.findall("[\u2500-\u257f]", output), "box-drawing characters"
 
 
 @pytest.mark.parametrize("command", ["seeds", "leases"])

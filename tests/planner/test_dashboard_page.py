@@ -135,7 +135,7 @@ async def test_a_fleet_comes_into_view_without_a_reload(
             for page, width in pages:
                 await page.shows("#causes", "EngineError", "127.0.0.1:5001:0")
                 await page.shows("#history", "15 GB", "1.25 s", "12.0", "failed")
-                await page.shows("#seeds", "aside for", "after a failure")
+                await page.shows("#seeds", "quarantined for", "EngineError (127.0.0.1)")
                 await page.shows("#waiting", "Nobody waits")
                 await page.until(FITS.format(width))
                 assert await page.run("window.before") == 1, "it was reloaded"
@@ -172,6 +172,58 @@ async def test_ages_go_on_and_a_key_can_be_looked_at_alone(chromium: Chromium) -
             await page.go(f"{process.url}/#key={quote(key)}")
             await page.shows("#chosen", key)
             await page.shows("#leases", held["SEED_PORT"])
+            assert complains_of_nothing(page, process.url)
+
+
+async def test_enter_opens_the_key_that_is_meant_and_never_an_empty_one(chromium: Chromium) -> None:
+    async with test_api.planner() as client:
+        process = client.planner
+        async with workers(process.url) as fleet, chromium.page(DESKTOP) as page:
+            for number, key in enumerate(("/models/qwen$prod", "/models/qwen$test", "/models/llama$prod")):
+                await fleet.announce(key, 5000 + number)
+            await page.go(process.url)
+            await page.shows("#keys", "/models/qwen$prod")
+
+            await page.type("#filter", "qwen")  # a part of two
+            await page.shows("#hint", "2 keys contain this")
+            assert await page.run("location.hash") == ""
+            await page.type("#filter", "$t")  # now a part of one
+            await page.shows("#chosen-key", "/models/qwen$test")
+            await page.shows("#tile-seeds", "1")
+
+            await page.click("#chosen a")
+            await page.until("document.querySelector('#chosen').hidden")
+            await page.type("#filter", "mistral")  # of none, and all keys are listed
+            await page.shows("#keys", "No key contains this text")
+            assert await page.run("location.hash") == ""
+
+            await page.go(f"{process.url}/#key={quote('/models/new')}")  # from a bookmark, say
+            await page.shows("#unknown", "no key with exactly this name")
+            assert not await page.text("#tiles"), "zeros would read as a key that has nothing"
+            await fleet.announce("/models/new", 6000)
+            await page.shows("#tile-seeds", "1")
+            assert not await page.text("#unknown")
+            assert complains_of_nothing(page, process.url)
+
+
+async def test_no_number_is_shown_twice_and_one_is_no_plural(chromium: Chromium) -> None:
+    async with test_api.planner() as client:
+        process = client.planner
+        async with workers(process.url) as fleet, chromium.page(DESKTOP) as page:
+            await fleet.announce(KEY, 5000, **{"RFORK-SLOTS": "4"})
+            lease = await fleet.lease(KEY)
+            await fleet.end(lease, **{"RFORK-NBYTES": "15000000000"})  # by the lease's time
+            own = {"RFORK-NBYTES": "15000000000", "RFORK-SECONDS": "1.25", "RFORK-LANE": "nixl/rdma"}
+            await fleet.end(await fleet.lease(KEY), **own)
+            await fleet.lease(KEY)
+            await page.go(process.url)
+            await page.shows("#tile-leases", "1", "4 slots, 25 % in use; longest for")
+            assert await page.run("[...document.querySelectorAll('#tiles dt')].map((e) => e.textContent).join()") == (
+                "Seeds,Forking now,Waiting,Loading from storage,Last forks, median"
+            )
+            await page.shows("#history", "of the lease", "≥", "1.25 s", "12.0", "nixl/rdma")
+            await page.shows("#tile-forks", "12.0 GB/s")
+            await page.until("!/\\b1 (seeds|slots|keys|forks|receivers|leases)\\b/.test(document.body.innerText)")
             assert complains_of_nothing(page, process.url)
 
 

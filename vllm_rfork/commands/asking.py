@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -133,8 +134,9 @@ def echo_json(data: object) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print ``table``, as wide as the terminal, or as it needs to be where there is none."""
+    """Print ``table``, as wide as the terminal. Into a pipe or file: unfolded, and with lines of ASCII only."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_UNFOLDED_WIDTH)
+        table.box = box.ASCII
     console.print(table)

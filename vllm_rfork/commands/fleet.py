@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vllm_rfork.commands.asking import ask_json, echo_json, json_option, planner_options, print_table, shown
 from vllm_rfork.messages import DEBUG_SNAPSHOT
+from vllm_rfork.quoting import counted
 
 _Row = Mapping[str, Any]
 _Column = tuple[str, Callable[[_Row], object]]
@@ -35,7 +36,7 @@ def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_jso
     if as_json:
         echo_json(found["seeds"])
         return
-    _print_table("seeds", _SEED_COLUMNS, found["seeds"], limit)
+    _print_table("seed", _SEED_COLUMNS, found["seeds"], limit)
 
 
 @click.command()
@@ -53,11 +54,11 @@ def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_js
     if as_json:
         echo_json(found)
         return
-    _print_table("leases", _LEASE_COLUMNS, found["leases"], limit)
+    _print_table("lease", _LEASE_COLUMNS, found["leases"], limit)
     if found["waiting"]:
-        _print_table("waiting", _WAITING_COLUMNS, found["waiting"], limit)
+        _print_table("waiting receiver", _WAITING_COLUMNS, found["waiting"], limit)
     if found["intents"]:
-        _print_table("loading from storage", _INTENT_COLUMNS, found["intents"], limit)
+        _print_table("pending loader", _INTENT_COLUMNS, found["intents"], limit)
 
 
 def _lists(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -72,11 +73,11 @@ def _narrowed(key: str | None, limit: int) -> dict[str, str]:
     return {"limit": str(limit), **({} if key is None else {"key": key})}
 
 
-def _print_table(title: str, columns: Sequence[_Column], rows: Sequence[_Row], limit: int) -> None:
+def _print_table(noun: str, columns: Sequence[_Column], rows: Sequence[_Row], limit: int) -> None:
     if not rows:
-        click.echo(f"no {title}")
+        click.echo(f"no {noun}s")
         return
-    table = Table(title=f"{len(rows)} {title}" + (" (there may be more: --limit)" if len(rows) >= limit else ""))
+    table = Table(title=counted(len(rows), noun) + (" (there may be more: --limit)" if len(rows) >= limit else ""))
     for name, _ in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
@@ -111,7 +112,7 @@ def _state(row: _Row) -> str:
     if row.get("draining"):
         return "draining"
     if aside_s := row.get("aside_s"):
-        return f"aside for {_duration(aside_s)}"
+        return f"quarantined for {_duration(aside_s)}"
     if held_s := row.get("held_s"):
         return f"held for {_duration(held_s)}"
     return "serving"

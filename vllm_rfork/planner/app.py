@@ -29,6 +29,7 @@ from vllm_rfork.planner.presence import Presence
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store import Event, Store, StoreError
 from vllm_rfork.planner.waiting import WaitingRoom
+from vllm_rfork.quoting import counted
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class PlannerProcess:
         """Stop taking connections, send away those who wait, let requests under way finish."""
         self.api.ready = False
         listener.close()
-        logger.info("Planner drains: %d receivers wait here", len(self.room))
+        logger.info("Planner drains: %s here", counted(len(self.room), "waiting receiver"))
         self.presence.close()
         await self.room.close(self.settings.drain_sec)
         web_server.pre_shutdown()  # idle connections close now, busy ones after their answer

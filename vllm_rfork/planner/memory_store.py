@@ -37,6 +37,7 @@ from vllm_rfork.planner.store import (
     UnknownLease,
     UnknownSeed,
 )
+from vllm_rfork.quoting import counted
 
 
 class MemoryStore(Store):
@@ -181,7 +182,7 @@ class MemoryStore(Store):
             known.draining = True
             books.bereft.add(key)
             books.rank(known)
-            raise StillLeased(f"{known.leases} leases are still held; the seed is draining")
+            raise StillLeased(f"still held: {counted(known.leases, 'lease')}; the seed is draining")
 
     # --- leases --------------------------------------------------------------------------------------------------
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:

@@ -8,6 +8,7 @@
   const MAX_PAUSE_MS = 15000;
   const $ = (id) => document.getElementById(id);
   const count = new Intl.NumberFormat("en");
+  const counted = (value, noun) => `${count.format(value)} ${noun}${value === 1 ? "" : "s"}`;
   const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits });
 
   // --- text ------------------------------------------------------------------------------------------------------
@@ -176,9 +177,9 @@
   function stateOf(seed) {
     if (seed.absent) return { text: "absent", badge: true, tone: "bad", sub: "its presence connection broke" };
     if (seed.draining) return { text: "draining", badge: true, tone: "warn", sub: "gets no new lease" };
-    if (seed.aside_s > 0) return till(seed.aside_s, { before: "aside for ", badge: true, tone: "bad", sub: seed.failures === 1 ? "after a failure" : `after ${seed.failures} failures in a row` });
+    if (seed.aside_s > 0) return till(seed.aside_s, { before: "quarantined for ", badge: true, tone: "bad", sub: seed.causes, title: seed.causes });
     if (seed.held_s > 0) return till(seed.held_s, { before: "held for ", badge: true, tone: "warn", sub: "known to an earlier state" });
-    const sub = seed.failures ? `${seed.failures} failed in a row` : "";
+    const sub = seed.failures ? `failed for ${counted(seed.failures, "receiver")} in a row` : "";
     if (seed.leases >= seed.slots) return { text: "busy", badge: true, sub };
     return { text: "free", badge: true, tone: "good", sub };
   }
@@ -218,12 +219,13 @@
     ], (each) => each.seed, "No seed is known. A worker appears here as soon as it has loaded its weights and announces itself."),
     history: new Table("history", [
       ["Ended", "num", (each) => since(each.ago_s, { after: " ago" })],
-      ["Result", "nowrap", (each) => ({ text: RESULTS[each.result]?.[0] ?? each.result, badge: true, tone: RESULTS[each.result]?.[1], sub: each.cause })],
+      ["Result", "nowrap", (each) => ({ text: RESULTS[each.result]?.[0] ?? each.result, badge: true, tone: RESULTS[each.result]?.[1], sub: [each.cause, each.side && `side: ${each.side}`].filter(Boolean).join(", ") })],
       ["Receiver", "nowrap", (each) => mono(each.receiver)],
       ["From seed", "nowrap", (each) => mono(each.seed)],
-      ["Bytes", "num", (each) => ({ text: each.nbytes ? bytes(each.nbytes) : "" })],
-      ["Time", "num", (each) => ({ text: time(each.duration_s, true) })],
-      ["GB/s", "num", (each) => (each.gb_per_s ? { text: rate(each.gb_per_s), bar: each.gb_per_s / fastest } : { text: "" })],
+      ["Bytes", "num", (each) => ({ text: each.nbytes ? bytes(each.nbytes) : "", sub: each.nbytes ? each.lane : "" })],
+      // Where the receiver stated no time it is the lease's, which is longer than the fork.
+      ["Time", "num", (each) => ({ text: time(each.duration_s, true), sub: each.of_lease ? "of the lease" : "" })],
+      ["GB/s", "num", (each) => (!each.gb_per_s ? { text: "" } : each.of_lease ? { text: `≥ ${rate(each.gb_per_s)}` } : { text: rate(each.gb_per_s), bar: each.gb_per_s / fastest })],
       ["Key", "key", (each) => keyCell(each.key)],
     ], (each) => `${each.receiver} ${each.seed} ${each.result} ${each.duration_s} ${each.nbytes}`, "No fork has ended that is remembered."),
     causes: new Table("causes", [
@@ -241,7 +243,7 @@
 
   function troubles(each) {
     const words = [];
-    if (each.aside) words.push(`${count.format(each.aside)} aside`);
+    if (each.aside) words.push(`${count.format(each.aside)} quarantined`);
     if (each.absent) words.push(`${count.format(each.absent)} absent`);
     if (each.draining) words.push(`${count.format(each.draining)} draining`);
     return words.join(", ");
@@ -265,27 +267,32 @@
 
   function show() {
     const key = data.key;
-    const all = key === null ? data.fleet : data.keys.find((each) => each.key === key) ?? nothing();
+    const known = key === null ? data.fleet : data.keys.find((each) => each.key === key);
+    const all = known ?? nothing();
     const forks = data.forks;
     $("about").textContent = plain(`${data.planner.version} · ${data.planner.store} store · ${data.planner.policy} · up with this state for ${time(data.age_s)}`);
     $("chosen").hidden = key === null;
     $("board").toggleAttribute("data-one", key !== null);
+    // Zeros would read as a key that is there and has nothing.
+    $("tiles").hidden = !known;
+    $("lists").hidden = !known && !data.history.length;
+    $("unknown").hidden = !!known;
     $("chosen-key").textContent = plain(key);
     tile("tile-seeds", count.format(all.seeds), troubles(all) || (all.seeds ? "all serving" : "none yet"), all.aside || all.absent ? "bad" : all.draining ? "warn" : "");
-    tile("tile-slots", count.format(all.leases), `of ${count.format(all.slots)}${all.slots ? ` · ${Math.round((100 * all.leases) / all.slots)} %` : ""}`);
-    tile("tile-leases", count.format(all.leases), data.leases.length ? ticking("span", received - data.leases[0].held_s, { before: "longest for " }) : "");
+    const slots = all.slots ? `${counted(all.slots, "slot")}, ${Math.round((100 * all.leases) / all.slots)} % in use` : "no slots";
+    tile("tile-leases", count.format(all.leases), data.leases.length ? ticking("span", received - data.leases[0].held_s, { before: `${slots}; longest for ` }) : slots);
     tile("tile-waiting", count.format(all.waiting), all.waiting ? ticking("span", received - all.oldest_wait_s, { before: "longest for ", className: "warn" }) : "nobody");
     tile("tile-intents", count.format(all.intents), all.intents ? "will be seeds soon" : "nobody");
     const lost = forks.failed + forks.expired;
     tile("tile-forks", forks.gb_per_s ? `${rate(forks.gb_per_s)} GB/s` : forks.count ? count.format(forks.count) : "none",
       forks.count ? `${count.format(forks.ok)} ok${lost ? `, ${count.format(lost)} failed` : ""}${forks.nbytes ? ` · ${bytes(forks.nbytes)}` : ""}` : "", lost ? "bad" : "");
-    fastest = Math.max(...data.history.map((each) => each.gb_per_s ?? 0), 0.001);
+    fastest = Math.max(...data.history.map((each) => (each.of_lease ? 0 : each.gb_per_s ?? 0)), 0.001);
     showKeys();
     for (const name of ["leases", "waiting", "seeds", "intents"]) {
       tables[name].fill(data[name], part(data[name].length, all[name], name));
     }
     tables.history.fill(data.history, part(data.history.length, forks.count, "history"));
-    tables.causes.fill(data.causes, forks.count ? `Of the last ${count.format(forks.count)} forks, ${time(forks.since_s)} back.` : "");
+    tables.causes.fill(data.causes, forks.count ? `Of the last ${counted(forks.count, "fork")}, ${time(forks.since_s)} back.` : "");
     const waiting = data.fleet.waiting ? `${count.format(data.fleet.waiting)} waiting · ` : "";
     document.title = `${waiting}RFork planner`;
     $("foot").textContent = "Everything, for programs too: vllm-rfork seeds, vllm-rfork leases, /debug/snapshot, /metrics.";
@@ -305,12 +312,21 @@
     return `${count.format(shown)} of ${count.format(there)} are listed${which ? `, ${which}` : ""}.`;
   }
 
-  function showKeys() {
+  function matching() {
     const wanted = $("filter").value.trim().toLowerCase();
-    const found = data.keys.filter((each) => each.key.toLowerCase().includes(wanted));
+    return data.keys.filter((each) => each.key.toLowerCase().includes(wanted));
+  }
+
+  function showKeys() {
+    const found = matching();
     const there = data.fleet.keys;
-    const cut = data.keys.length < there ? `${count.format(data.keys.length)} of ${count.format(there)} keys are listed, those first where receivers wait. Enter a whole key above to look at another.` : "";
-    tables.keys.fill(found, cut, there ? "No key that is listed holds this text." : "No key is known: neither a seed nor a receiver has come.");
+    const cut = data.keys.length < there ? `${count.format(data.keys.length)} of ${counted(there, "key")} are listed, those first where receivers wait. Enter a whole key above to look at another.` : "";
+    tables.keys.fill(found, cut, there ? (cut ? "No key that is listed contains this text. Enter opens the key with exactly this name." : "No key contains this text.") : "No key is known: neither a seed nor a receiver has come.");
+  }
+
+  function hint(text) {
+    $("hint").hidden = !text;
+    $("hint").textContent = text;
   }
 
   function notice(text) {
@@ -434,12 +450,22 @@
   });
   $("find").addEventListener("submit", (event) => {
     event.preventDefault();
-    const key = $("filter").value.trim();
-    if (key) location.hash = linkTo(key);
+    const text = $("filter").value.trim();
+    if (!text || !data) return;
+    // A whole key is looked at, listed or not; a part of one is, where it can mean one key only.
+    const found = matching();
+    const all = data.keys.length === data.fleet.keys;
+    if (data.keys.some((each) => each.key === text) || (!found.length && !all)) location.hash = linkTo(text);
+    else if (found.length === 1) location.hash = linkTo(found[0].key);
+    else if (found.length) hint(`${counted(found.length, "key")} contain this: choose one below, or type the whole key.`);
   });
-  $("filter").addEventListener("input", () => data && showKeys());
+  $("filter").addEventListener("input", () => {
+    hint("");
+    if (data) showKeys();
+  });
   addEventListener("hashchange", () => {
     $("filter").value = "";
+    hint("");
     ask();
   });
   document.addEventListener("visibilitychange", () => (document.hidden ? again(0) : ask()));
