@@ -24,7 +24,8 @@ from aiohttp import web
 
 from vllm_rfork.net.seldom import Seldom
 
-_CHUNK_NBYTES = 256 * 1024
+#: An answer leaves in pieces of this size: what an unread one costs, since aiohttp may copy a piece.
+_CHUNK_NBYTES = 16 * 1024
 #: What a TLS connection begins with: a record of type handshake.
 _TLS_BEGINS = b"\x16"
 

@@ -6,6 +6,7 @@ only to those who ask. Must not decide anything about seeds and leases itself, a
 
 from __future__ import annotations
 
+import functools
 import gzip
 import logging
 import time
@@ -412,10 +413,16 @@ def _json(data: object) -> web.Response:
     return web.Response(body=valid_json.encode(data), content_type="application/json")
 
 
+@functools.lru_cache(maxsize=4)
+def _plain(body: bytes) -> bytes:
+    """``body`` decompressed, once for all who ask: callers that do not read must not hold a copy each."""
+    return gzip.decompress(body)
+
+
 def _zipped(request: web.BaseRequest, body: bytes, headers: Mapping[str, str]) -> web.Response:
     """``body``, which is compressed, as it is, or plain for the rare caller that does not take it so."""
     headers = {**headers, "Vary": "Accept-Encoding"}
     if "gzip" not in request.headers.get("Accept-Encoding", ""):
         del headers["Content-Encoding"]
-        body = gzip.decompress(body)
+        body = _plain(body)
     return web.Response(body=body, headers=headers)

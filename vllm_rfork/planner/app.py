@@ -63,10 +63,12 @@ _SENT_NBYTES = 64 * 1024
 #: Of all answers that are being written together; a large one beyond that is refused. Snapshots can be 60 MB each.
 _MAX_UNSENT_NBYTES = 128 * 1024 * 1024
 _LARGE_NBYTES = 256 * 1024
+#: All that a caller may send for one request. Bodies are not read; three long headers and a few short ones fit.
+_REQUEST_NBYTES = 32 * 1024
 #: Descriptors for everything else: Redis, name lookups, files, and connections that are being closed.
 _KEPT_DESCRIPTORS = 96
 #: Calls that may be held for long, until there is something to say.
-_HELD = frozenset({messages.GET_SEED, "/rfork_presence"})
+_HELD = frozenset({messages.GET_SEED, messages.PRESENCE})
 #: How much longer than the longest wait such a call may take.
 _HELD_MARGIN_S = 60.0
 #: How long the workers of this package wait for an answer by default, where they state no wait.
@@ -164,7 +166,9 @@ class PlannerProcess:
     def _limits(self) -> Limits:
         wanted = self.settings.max_connections
         held_s = self.settings.max_wait_sec + _HELD_MARGIN_S
-        limits = Limits(descriptors.connections(wanted, kept=_KEPT_DESCRIPTORS), held_s=held_s)
+        limits = Limits(
+            descriptors.connections(wanted, kept=_KEPT_DESCRIPTORS), request_nbytes=_REQUEST_NBYTES, held_s=held_s
+        )
         if limits.connections < wanted:
             logger.warning(
                 "--max-connections is %d, but this process may have %d open files only: %d connections are accepted at "
