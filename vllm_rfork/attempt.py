@@ -31,7 +31,7 @@ from vllm_rfork.other_seeds import warn_of_other_fingerprints
 from vllm_rfork.receiver import ForkRequest, StageTimes, bounded, fork
 from vllm_rfork.seed_wait import Question
 from vllm_rfork.segments import Segment
-from vllm_rfork.worker_log import worker_logger
+from vllm_rfork.worker_log import Told, worker_logger
 
 logger = worker_logger(__name__)
 
@@ -128,6 +128,7 @@ class Attempt:
         self.lane = engine_name
         self.facts = dict(facts or {})
         self._warned_of_others = False
+        self.told = Told()
         self._reserved: _Grant | None = None
         self._failed: list[SeedAddress] = []
         self._last: ForkError | None = None
@@ -302,7 +303,7 @@ class Attempt:
             self._warn_of([OtherSeeds(error.other_fingerprint, 1, grant.lease.seed)])
         if not error.retry_elsewhere or len(self._failed) == MAX_SEEDS or time.monotonic() >= self._deadline:
             raise error
-        logger.warning("seed %s failed (%s), asking for another", grant.lease.seed, str(error))
+        logger.warning("seed %s failed (%s), asking for another", grant.lease.seed, self.told.once(error))
 
     def _end_grant(self, grant: _Grant, tally: _Tally | None = None, error: BaseException | None = None) -> None:
         """Stop renewing and release, in the background. Without a ``tally`` the lease was not used."""

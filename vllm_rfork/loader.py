@@ -212,7 +212,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             "falling back to load_format=%s: %s: %s",
             plan.settings.rfork_fallback_load_format,
             type(error).__name__,
-            str(error),  # the error itself would keep the model, wherever somebody keeps log records
+            plan.attempt.told.once(error),  # the error itself would keep the model, wherever somebody keeps log records
         )
         plan.tell_others(error)
         plan.reopen_engine = True

@@ -111,7 +111,8 @@ def become_seed(plan: LoadPlan, model: Any) -> None:
     """
     if plan.no_seed_reason or plan.collection is None:
         level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
-        logger.log(level, "this worker is not a seed: %s", plan.no_seed_reason or "no weights were captured")
+        reason = plan.attempt.told.once(plan.no_seed_reason or "no weights were captured")
+        logger.log(level, "this worker is not a seed: %s", reason)
         plan.attempt.close()
         return
     withdraw_before_changes(_Guard())
@@ -221,7 +222,7 @@ def _failed(plan: LoadPlan, start: _Start, error: ForkError | None) -> None:
     elif start.found is not None and error is not None:
         _stays_away(start, error, start.changes)
     elif error is not None:
-        logger.warning("this worker is not a seed: %s: %s", type(error).__name__, error)
+        logger.warning("this worker is not a seed: %s: %s", type(error).__name__, plan.attempt.told.once(error))
 
 
 def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:

@@ -28,6 +28,27 @@ class Prefixed(logging.Filter):
         return True
 
 
+#: Characters of a text that is logged again.
+SHORT = 160
+
+
+class Told:
+    """The long texts that one load has logged: a failure is often reported where it happens and where it ends."""
+
+    def __init__(self) -> None:
+        self._texts: set[str] = set()
+
+    def once(self, text: object) -> str:
+        """``text``, or its first :data:`SHORT` characters where this load has logged the whole."""
+        text = str(text)
+        if len(text) <= SHORT:
+            return text
+        if text in self._texts:
+            return f"{text[:SHORT]}… (the whole text is in an earlier line)"
+        self._texts.add(text)
+        return text
+
+
 _PREFIXED = Prefixed()
 
 

@@ -181,3 +181,19 @@ async def test_wrong_bytes_are_the_seeds_and_memory_that_runs_out_is_the_receive
     async with fleet() as made:
         found = await failed(made, lambda: Incoming(arrived=MemoryError()))
     assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("MemoryError", "receiver")
+
+
+async def test_the_same_long_text_is_not_logged_twice(caplog: pytest.LogCaptureFixture) -> None:
+    """A seed that failed is reported at once; where no other comes, the fallback refers to that line."""
+    long = "; ".join(f"span {number}: digest 0f0f here, f0f0 on the seed" for number in range(20))
+    async with fleet() as made:
+        attempt = made.attempt()
+        broken = target_of(Buffer("cpu", NBYTES), lambda: Incoming(accept=VerificationError(long)))
+        with pytest.raises(VerificationError) as caught:
+            await asyncio.to_thread(attempt.run, broken)
+        await made.report()
+        told = attempt.told.once(caught.value)
+        await asyncio.to_thread(attempt.close)
+    assert sum(long in record.getMessage() for record in caplog.records) == 1
+    assert long not in told
+    assert told.startswith("span 0: digest")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.package.test_light_imports import LIGHT
-from vllm_rfork.worker_log import worker_logger
+from vllm_rfork.worker_log import SHORT, Told, worker_logger
 
 PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
 #: Both sides use it, so it logs by the loggers that it is given, and makes none.
@@ -85,6 +85,17 @@ def test_each_logger_adds_the_prefix_once(module: str, caplog: pytest.LogCapture
         found.warning("seed %s is gone", "10.0.0.1:1:0")
         found.handle(caplog.records[0])
     assert [record.getMessage() for record in caplog.records] == ["RFork: seed 10.0.0.1:1:0 is gone"] * 2
+
+
+def test_a_long_text_is_logged_whole_once_and_a_short_one_always() -> None:
+    told, other_load = Told(), Told()
+    long = "tensor w: shape (1, 2) here, (2, 1) on the seed; " * 20
+    assert (told.once("short"), told.once("short")) == ("short", "short")
+    assert told.once(ValueError(long)) == long
+    again = told.once(long)
+    assert again.startswith(long[:SHORT])
+    assert len(again) < SHORT + 60
+    assert other_load.once(long) == long
 
 
 def test_an_error_as_message_and_a_percent_sign_survive(caplog: pytest.LogCaptureFixture) -> None:

@@ -417,6 +417,10 @@ def test_another_dtype_is_never_paired(model_a: Path, rfork_log: LogRecords, see
         loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=options, dtype="float32"))
     assert loaded.before == expected.before
     assert any("fingerprint" in line for line in rfork_log.warnings)
+    deadline = time.monotonic() + 30
+    while not any("dtype: float32 here, " in line for line in rfork_log.warnings) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the facts are fetched in the background
+    assert any("dtype: float32 here, " in line and " on 1 seed" in line for line in rfork_log.warnings)
 
 
 def test_a_seed_killed_while_it_is_read(
