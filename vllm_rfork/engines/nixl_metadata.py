@@ -34,8 +34,7 @@ MAX_ADDRESS_NBYTES = 64 * 1024
 MAX_KEY_NBYTES = 16 * 1024
 MAX_DEVICES = 1024
 _END_OF_MEMORY = 1 << 63
-#: A key begins with a map of UCX's memory domains (8 bytes) and its number of the kind of memory: host, CUDA, managed.
-_KEY_KIND_AT = _REGISTRATION.size + 8
+#: Kinds of memory as UCX numbers them in a key: host, CUDA, CUDA managed.
 _KEY_KINDS = frozenset({0, 1, 2})
 
 #: UCX's address of a worker begins with its version (lower half; 0 and 1 exist) and flags (upper half): debug names,
@@ -79,12 +78,27 @@ def _registrations(fields: _Fields) -> Iterator[tuple[int, int]]:
     # As many as bytes are left at most: each has more than one.
     for _ in range(_number(fields, b"n", fields.left)):
         entry = fields.take(b"", _REGISTRATION.size + MAX_KEY_NBYTES)
-        if len(entry) <= _KEY_KIND_AT or entry[_KEY_KIND_AT] not in _KEY_KINDS:
+        if not _is_key(entry[_REGISTRATION.size :]):
             raise ValueError("a registration has no key of UCX's")
         address, nbytes, device = _REGISTRATION.unpack_from(entry)
         if not 0 < address < address + nbytes <= _END_OF_MEMORY or device >= MAX_DEVICES:
             raise ValueError("a registration is of memory that cannot be")
         yield address, nbytes
+
+
+def _is_key(key: bytes) -> bool:
+    """Whether ``key`` may be UCX's: a map of memory domains (8 bytes), a kind of memory, a part for each domain.
+
+    A part begins with its length. What follows the last one says where the memory lies, and is not looked at.
+    """
+    if len(key) <= _LENGTH.size or key[_LENGTH.size] not in _KEY_KINDS:
+        return False
+    at = _LENGTH.size + 1
+    for _ in range(bin(_LENGTH.unpack_from(key)[0]).count("1")):
+        if at >= len(key):
+            return False
+        at += 1 + key[at]
+    return at <= len(key)
 
 
 def _number(fields: _Fields, tag: bytes, most: int) -> int:
