@@ -330,7 +330,9 @@ class OtherSeeds:
     example: SeedAddress
 
     def __str__(self) -> str:
-        return f"{urllib.parse.quote(self.fingerprint, safe='')};{self.seeds};{self.example}"
+        # A fingerprint is whatever the seed's caller sent, bytes that are not UTF-8 included.
+        quoted = urllib.parse.quote(self.fingerprint, safe="", errors="surrogatepass")
+        return f"{quoted};{self.seeds};{self.example}"
 
 
 def other_fingerprints(headers: Mapping[str, str]) -> list[OtherSeeds]:

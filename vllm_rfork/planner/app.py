@@ -51,8 +51,11 @@ _requests = logging.getLogger(__name__ + ".requests")
 
 
 def _is_not_the_callers(record: logging.LogRecord) -> bool:
-    """False for a malformed request: its traceback quotes the line, which may be the one with the token."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    """False for what callers cause, who could fill the log with tracebacks.
+
+    A malformed request's quotes the line, which may be the one with the token; other callers leave before the answer.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], (HttpProcessingError, ConnectionError)))
 
 
 _requests.addFilter(_is_not_the_callers)
