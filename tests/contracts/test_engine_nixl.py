@@ -76,7 +76,7 @@ class TestNixlEngine(EngineContract):
             "engine = NixlEngine()\n"
             "engine.open(EngineConfig(device='cpu'))\n"
         )
-        done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=60, check=False, capture_output=True)
+        done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=240, check=False, capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
 
 

@@ -260,7 +260,7 @@ class YuanRongContract(EngineContract):
     def test_the_map_of_codes_is_complete(self) -> None:
         environment = {**os.environ, **self.environment()}
         shown = subprocess.run(
-            [self.python(), "-c", _SHOW_CODES], env=environment, capture_output=True, text=True, timeout=60, check=True
+            [self.python(), "-c", _SHOW_CODES], env=environment, capture_output=True, text=True, timeout=240, check=True
         )
         assert {int(code): name for code, name in json.loads(shown.stdout).items()} == CODES
 

@@ -24,7 +24,7 @@ from vllm_rfork.manifest import Manifest
 from vllm_rfork.seed_service import Offer, SeedService
 from vllm_rfork.segments import Segment
 
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 class Incoming:

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KEY = "/models/q$prod$kv_both$0$0"
 DRAFT_KEY = KEY + "$draft"
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:

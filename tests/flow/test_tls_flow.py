@@ -31,7 +31,7 @@ from vllm_rfork.manifest import Manifest
 from vllm_rfork.segments import Segment
 
 NAME = "workers.fleet.example"
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 class Fleet:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def lint_imports(root: Path) -> str:
     """The verdicts of import-linter on the package under ``root``."""
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=240)
     return done.stdout + done.stderr
 
 

@@ -308,7 +308,7 @@ def test_engines_are_examined_without_torch(standin: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, (name, done.stderr)
 

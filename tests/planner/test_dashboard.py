@@ -127,7 +127,7 @@ async def test_what_receivers_report_is_shown() -> None:
         assert [(each["place"], each["receiver"]) for each in shown["waiting"]] == [(1, "127.0.0.1")]
         told = {"RFORK-RESULT": "ok", "RFORK-NBYTES": "3000000000", "RFORK-SECONDS": "1.5"}
         assert await client.status("POST", "/put_seed", **lease, **told) == 200
-        next_lease = (await asyncio.wait_for(waiting, 10))[1]
+        next_lease = (await asyncio.wait_for(waiting, 30))[1]
         told = {"RFORK-RESULT": "failed", "RFORK-CAUSE": "VerificationError"}
         await client.status("POST", "/put_seed", **SEED, USER_ID=next_lease["USER_ID"], **told)
         shown = json.loads((await client.call("GET", "/dashboard.json", SEED_KEY="k"))[2])

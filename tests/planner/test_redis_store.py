@@ -87,7 +87,7 @@ async def until_leading(fleet: Fleet) -> Fleet:
         while not redis_store(fleet).leads:
             await asyncio.sleep(0.01)
 
-    await asyncio.wait_for(leads(), 60)
+    await asyncio.wait_for(leads(), 30)
     return fleet
 
 
@@ -174,7 +174,7 @@ async def test_what_a_deposed_leader_decides_is_rejected_and_forgotten(replica: 
         await old.lease()
     assert not redis_store(old).leads
     with pytest.raises(StoreUnavailable):
-        await asyncio.wait_for(waiting, 20)  # whoever waits there is sent away
+        await asyncio.wait_for(waiting, 30)  # whoever waits there is sent away
     assert isinstance(await new.ask(), Granted)
     assert await new.ask() == Missed()
     assert {each["seed"] for each in (await new.store.snapshot())["leases"]} == {str(seed(1)), str(seed(2))}

@@ -278,7 +278,7 @@ def test_processes_agree_over_the_store_of_their_process_group() -> None:
         for rank in range(3)
     ]
     try:
-        said = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
+        said = [process.communicate(timeout=240)[0].splitlines() for process in ranks]
     finally:
         for process in ranks:
             process.kill()

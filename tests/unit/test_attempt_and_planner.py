@@ -25,7 +25,7 @@ from vllm_rfork.planner.app import PlannerProcess
 from vllm_rfork.planner.settings import settings_from
 
 KEY = "/models/q$prod$kv_both$0$0"
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 def settings(url: str, **more: Any) -> Settings:

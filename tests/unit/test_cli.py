@@ -20,7 +20,7 @@ def modules_after(statement: str) -> set[str]:
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     return set(done.stdout.split())
 

@@ -30,7 +30,7 @@ KEY = "/models/q$prod$kv_both$0$0"
 SEED = SeedAddress("10.0.0.1", 8080, 0)
 LEASE = Lease(SEED, "u1", 60.0)
 #: Far above what a call takes here, far below what a hang would take.
-TEST_LIMIT_S = 30.0
+TEST_LIMIT_S = 120.0
 
 
 class Pauses:
@@ -664,7 +664,8 @@ async def test_patience_ends_with_the_bound_of_the_call(wait_s: float, retry_aft
     app, _ = busy((503, retry_after))
     passing = Time()
     async with serve(app) as url:
-        with pytest.raises(PlannerError, match="503"):
+        # The last question has what is left of the bound, 0.1 s after "0", in which a busy machine may not answer.
+        with pytest.raises(PlannerError, match=r"503|no answer within 0\.1 s"):
             await passing.client(url).acquire(KEY, wait_s=wait_s)
     assert 10 + wait_s - 4 <= passing.now - 1000 < 10 + wait_s
 

@@ -20,7 +20,7 @@ from vllm_rfork.messages import SeedAddress
 
 KEY = "/models/café$prod$kv_both$0$0&x=1"
 FINGERPRINT = "f" * 64
-TEST_LIMIT_S = 30.0
+TEST_LIMIT_S = 120.0
 
 MANIFEST = Manifest(
     seed_key=KEY,

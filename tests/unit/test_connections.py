@@ -34,7 +34,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
     def run_(scenario: Coroutine[Any, Any, None]) -> None:
         loop = asyncio.new_event_loop() if request.param == "asyncio" else uvloop.new_event_loop()
         try:
-            loop.run_until_complete(asyncio.wait_for(scenario, 60))
+            loop.run_until_complete(asyncio.wait_for(scenario, 30))
         finally:
             loop.close()
 
@@ -94,7 +94,7 @@ async def connect(service: Service, sent: bytes = b"") -> socket.socket:
 async def read_all(sock: socket.socket) -> bytes:
     received = bytearray()
     with contextlib.suppress(ConnectionError):
-        while chunk := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 20):
+        while chunk := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 30):
             received += chunk
     return bytes(received)
 
@@ -102,7 +102,7 @@ async def read_all(sock: socket.socket) -> bytes:
 async def read_until(sock: socket.socket, end: bytes) -> bytes:
     received = b""
     while not received.endswith(end):
-        received += await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1), 20)
+        received += await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1), 30)
     return received
 
 
@@ -140,7 +140,7 @@ def test_a_head_that_trickles_in_ends_the_connection(run: Run) -> None:
                         await asyncio.sleep(0.05)
 
                 with pytest.raises(ConnectionError):
-                    await asyncio.wait_for(trickle(), 20)
+                    await asyncio.wait_for(trickle(), 30)
             assert service.asked == 0
 
     run(scenario())
@@ -248,7 +248,7 @@ def test_a_caller_that_goes_on_sending_is_cut_off(run: Run, begun: bytes) -> Non
         async with serving(replace(PATIENT, request_nbytes=100_000)) as service:
             service.may_answer.clear()
             with await connect(service, begun) as sock, pytest.raises(ConnectionError):
-                await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(sock, b"X: y\r\n" * 5_000_000), 20)
+                await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(sock, b"X: y\r\n" * 5_000_000), 30)
             await until(lambda: len(service.connections) == 0)
 
     run(scenario())
@@ -327,7 +327,7 @@ def test_handshakes_in_progress_count_and_lock_nobody_out(run: Run, tmp_path: Pa
             await until(lambda: service.connections.count(Phase.OPENING) == 4)
             reader, writer = await asyncio.open_connection("127.0.0.1", service.port, ssl=trusting)
             writer.write(GET)
-            assert (await asyncio.wait_for(reader.readuntil(b"hello"), 20)).startswith(b"HTTP/1.1 200")
+            assert (await asyncio.wait_for(reader.readuntil(b"hello"), 30)).startswith(b"HTTP/1.1 200")
             assert len(service.connections) <= 4
             writer.transport.abort()
             for each in held:

@@ -260,7 +260,7 @@ async def test_withdraw_ends_the_run_and_no_beat_follows() -> None:
     beat = heartbeat(planner, virtual)
     async with running(beat, virtual) as task:
         assert await beat.withdraw() is Outcome.DONE
-        await asyncio.wait_for(task, 10)  # without any time passing
+        await asyncio.wait_for(task, 30)  # without any time passing
         await virtual.advance(10 * INTERVAL_S)
         assert await beat.withdraw() is Outcome.DONE
     assert planner.calls == ["announce", "withdraw"]
@@ -288,8 +288,8 @@ async def test_a_beat_that_hangs_holds_no_withdrawal_up(monkeypatch: pytest.Monk
     planner.gate = asyncio.Event()  # nobody opens it
     beat = heartbeat(planner, virtual)
     async with running(beat, virtual) as task:
-        assert await asyncio.wait_for(beat.withdraw(), 10) is Outcome.DONE
-        await asyncio.wait_for(task, 10)
+        assert await asyncio.wait_for(beat.withdraw(), 30) is Outcome.DONE
+        await asyncio.wait_for(task, 30)
     assert planner.calls == ["withdraw"]
     assert len(asyncio.all_tasks()) == 1
 
@@ -326,7 +326,7 @@ async def test_a_withdrawal_that_fails_is_told_tried_again_and_followed_by_no_be
         planner.problem = "away for now"
         with pytest.raises(PlannerError, match="away for now"):
             await beat.withdraw()
-        await asyncio.wait_for(task, 10)  # its own try fails too, and only says so
+        await asyncio.wait_for(task, 30)  # its own try fails too, and only says so
         assert [r.levelname for r in caplog.records] == ["WARNING"]
         planner.problem = ""
         assert await beat.withdraw() is Outcome.DONE

@@ -225,7 +225,7 @@ def test_invented_metadata_with_a_right_checksum_does_not_end_the_process(endpoi
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["300"]

@@ -198,7 +198,7 @@ async def test_a_certificate_that_no_receiver_would_take_is_found_out_at_the_sta
             seed_key=KEY, offer=offer(), bind_host="127.0.0.1", credentials=credentials, ready_timeout_s=600.0
         )
         with pytest.raises(SeedError, match=f"refused by receivers.*{wanted}"):
-            await asyncio.wait_for(service.start(), 20)
+            await asyncio.wait_for(service.start(), 30)
 
 
 async def test_a_renewed_certificate_is_shown_to_the_next_caller(authority: Authority, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ async def test_whoever_connects_and_stalls_is_dropped(fleet: Credentials, sent: 
     async with serving(credentials=fleet, bounds=Bounds(head_timeout_s=0.2)) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(sent)
-        await asyncio.wait_for(drained(reader), 10)
+        await asyncio.wait_for(drained(reader), 30)
         writer.close()
         await until(lambda: opened(service) == 0)
 
@@ -244,7 +244,7 @@ async def test_stalled_handshakes_count_as_connections_and_lock_nobody_out(fleet
         held = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(8)]
         await until(lambda: opened(service, Phase.OPENING) == 8)
         assert await read(service, fleet) == "epoch-1"
-        await asyncio.wait_for(drained(held[0][0]), 10)  # the one that has waited longest made room
+        await asyncio.wait_for(drained(held[0][0]), 30)  # the one that has waited longest made room
         assert opened(service, Phase.OPENING) <= 7
         for _, each in held:
             each.close()
@@ -260,7 +260,7 @@ async def test_stopping_leaves_no_task_no_socket_and_no_port(fleet: Credentials)
         open_too = await asyncio.open_connection("127.0.0.1", service.port, ssl=context, server_hostname=NAME)
         await until(lambda: opened(service, Phase.HEAD) == 1)
     for reader, writer in (stalled, open_too):
-        await asyncio.wait_for(drained(reader), 10)
+        await asyncio.wait_for(drained(reader), 30)
         writer.close()
     await until(lambda: asyncio.all_tasks() <= tasks)
     with socket.socket() as probe:
@@ -281,7 +281,7 @@ async def test_what_no_longer_holds_breaks_off_in_the_middle(fleet: Credentials)
         nbytes = int(head.lower().split(b"content-length: ")[1].split()[0])
         service.suspend("the weights are about to change")
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            while chunk := await asyncio.wait_for(reader.read(1 << 16), 10):
+            while chunk := await asyncio.wait_for(reader.read(1 << 16), 30):
                 nbytes -= len(chunk)
         assert nbytes > 0
         writer.close()

@@ -312,7 +312,7 @@ except SeedError as error:
 @pytest.mark.parametrize("what", HUGE)
 def test_what_no_seed_sends_is_refused_before_it_takes_memory(what: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE], input=HUGE[what](), capture_output=True, check=False, timeout=120
+        [sys.executable, "-c", _MEASURE], input=HUGE[what](), capture_output=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr.decode()
     grown_mb, length = map(float, done.stdout.split())
