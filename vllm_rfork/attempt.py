@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from vllm_rfork import messages
 from vllm_rfork.background import BackgroundTask, background
+from vllm_rfork.checkpoint_identity import compare
 from vllm_rfork.clients import LeaseKeeper, PlannerClient, SeedClient
 from vllm_rfork.config import Settings
 from vllm_rfork.credentials import Credentials
@@ -109,6 +110,7 @@ class Attempt:
         engine_name: an entry of ``engines/table.py``.
         engine_config: how to open it; opening begins at once, on a thread of its own.
         facts: what is behind this worker's fingerprint, as ``facts.short_facts`` gives it.
+        checkpoint: gives the identity of this worker's own checkpoint files; may wait for it.
     """
 
     def __init__(
@@ -118,6 +120,8 @@ class Attempt:
         engine_name: str,
         engine_config: EngineConfig,
         facts: Mapping[str, str] | None = None,
+        *,
+        checkpoint: Callable[[], Mapping[str, str] | None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.seed_key = seed_key
@@ -127,6 +131,7 @@ class Attempt:
         self.seed: SeedAddress | None = None
         self.lane = engine_name
         self.facts = dict(facts or {})
+        self.checkpoint = checkpoint
         self._warned_of_others = False
         self.told = Told()
         self._reserved: _Grant | None = None
@@ -192,7 +197,7 @@ class Attempt:
         self._reserved = self._grant(fingerprint)
 
     def peek(self, fingerprint: str) -> Manifest:
-        """The manifest of the reserved seed; a seed that does not give one is exchanged for another.
+        """The manifest of the reserved seed; a seed that gives none, or has another checkpoint, is exchanged.
 
         Raises:
             ForkError: no seed gave one; nothing is reserved any more.
@@ -205,10 +210,12 @@ class Attempt:
             self.times.outside["first metadata"] = "before"
             try:
                 with self.times.stage("first metadata"):
-                    return background().call(
+                    manifest = background().call(
                         self._seeds.manifest(grant.lease.seed, self.seed_key, fingerprint),
                         self.settings.rfork_request_timeout_sec + 1.0,
                     )
+                compare(self.checkpoint(), manifest.checkpoint, str(grant.lease.seed))
+                return manifest
             except TimeoutError as error:
                 self.give_back()
                 raise ForkError("the background thread of this process does not answer", side="receiver") from error
@@ -402,6 +409,7 @@ class Attempt:
                 connected=connected,
                 arrived=incoming.arrived,
                 untouched=target.untouched,
+                checkpoint=self.checkpoint,
             )
             manifest = fork(request, grant.keeper, self.times)
             try:

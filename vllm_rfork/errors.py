@@ -120,21 +120,29 @@ class ManifestMismatch(ForkError):
     Args:
         differences: one line per difference, in the receiver's order; never empty. Each is kept as a printable line
             of at most ``MAX_DIFFERENCE`` characters.
+        summary: what differs, before the number of differences.
     """
 
     SHOWN = 20
     #: Characters of one difference: two long names and two values.
     MAX_DIFFERENCE = 600
 
-    def __init__(self, differences: Sequence[str]) -> None:
+    def __init__(
+        self,
+        differences: Sequence[str],
+        *,
+        summary: str = "seed and receiver do not hold the same tensors",
+        retry_elsewhere: bool = False,
+    ) -> None:
         self.differences = [printable(each, self.MAX_DIFFERENCE) for each in differences]
         shown = "; ".join(self.differences[: self.SHOWN])
         more = len(self.differences) - self.SHOWN
         tail = f"; and {more} more" if more > 0 else ""
         number = counted(len(self.differences), "difference")
         super().__init__(
-            f"seed and receiver do not hold the same tensors ({number}): {shown}{tail}",
+            f"{summary} ({number}): {shown}{tail}",
             side="receiver",
+            retry_elsewhere=retry_elsewhere,
         )
 
 

@@ -40,6 +40,10 @@ _Simple = bool | int | float | str | None
 StateValue = _Simple | dict[str, _Simple | list[_Simple | dict[str, str]]]
 
 
+#: A checkpoint's identity: parts (towers, heads, modules) and characters of a part's name or identity.
+MAX_CHECKPOINT_PARTS, MAX_CHECKPOINT_TEXT = 64, 200
+
+
 class Region(msgspec.Struct, frozen=True):
     """Contiguous registered memory: ``address`` is an integer pointer, ``nbytes`` its length (> 0)."""
 
@@ -86,7 +90,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     ``endpoint`` is how ``engine`` reaches the seed (opaque text); ``state`` is the Python-side state that
     loading set (``path.attribute`` → plain value), ``state_gone`` what was plain before and is not any more;
     ``built`` is how the model was built, by ``built.py``, None where the seed does not say;
-    ``epoch`` names one life of the seed with unchanged weights.
+    ``epoch`` names one life of the seed with unchanged weights; ``checkpoint`` is the identity of the files that the
+    weights come from, by part (``checkpoint_identity.py``), None where the seed does not know.
     """
 
     version: int = MANIFEST_VERSION
@@ -103,6 +108,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     state_gone: tuple[str, ...] = ()
     built: dict[str, str] | None = None
     digest_algorithm: str = ""
+    checkpoint: dict[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -152,6 +158,11 @@ def check_manifest(manifest: Manifest) -> None:
             f"the seed's manifest has version {manifest.version}, this receiver reads 1 to {MANIFEST_VERSION}"
         )
     _check_texts(manifest)
+    parts = manifest.checkpoint or {}
+    if len(parts) > MAX_CHECKPOINT_PARTS or any(
+        len(text) > MAX_CHECKPOINT_TEXT for pair in parts.items() for text in pair
+    ):
+        raise SeedError("the seed's manifest has an impossible identity of its checkpoint")
     _check_regions(manifest.regions)
     _check_spans(manifest)
     _check_tensors(manifest)

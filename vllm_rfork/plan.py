@@ -7,6 +7,7 @@ opening thread belongs to the attempt.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from vllm_rfork.accounting import Held, check_accounted, check_no_addresses, hel
 from vllm_rfork.attempt import MAX_SEEDS, Attempt
 from vllm_rfork.built import marks_of
 from vllm_rfork.checking import ArrivalCheck, get_ready, spans_to_check
+from vllm_rfork.checkpoint_identity import CheckpointFiles
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
 from vllm_rfork.engines.base import EngineConfig
@@ -32,7 +34,7 @@ from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_ke
 from vllm_rfork.segments import built_differences, pair, paired_digests
 from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_in, state_of
 from vllm_rfork.tensors import Collection, account, apply_inline, check_inline, names_in, with_inline
-from vllm_rfork.vllm_compat import ascend, loading
+from vllm_rfork.vllm_compat import ascend, checkpoint_files, loading
 from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
 from vllm_rfork.vllm_compat.identity import worker_identity
@@ -66,6 +68,7 @@ class LoadPlan:
     """See the module's docstring.
 
     Attributes:
+        files: the checkpoint's files on this machine.
         reopen_engine: it was closed, or may hold registrations of an attempt that failed; a seed needs a fresh one.
         may_fork: false once an attempt has failed in a way that made the model unusable.
         no_fork_reason: why this worker's memory cannot be written to by an engine; empty where it can.
@@ -90,6 +93,7 @@ class LoadPlan:
     load_config: Any
     shows_progress: bool
     agreement: Agreement
+    files: CheckpointFiles
     may_fork: bool = True
     no_fork_reason: str = ""
     holds_dummies: bool = False
@@ -147,7 +151,16 @@ class LoadPlan:
                 context_rank=identity.context_rank,
             ),
             **parts,
+            "draft_model": checkpoint_files.draft_name(vllm_config, model_config),
         }
+        files = CheckpointFiles(
+            functools.partial(
+                checkpoint_files.files_of,
+                model_config,
+                vllm_config.load_config,
+                settings.rfork_fallback_load_format,
+            )
+        )
         unreachable = None
         try:
             host = advertise_host(settings)
@@ -163,7 +176,8 @@ class LoadPlan:
             seed_key=seed_key,
             fingerprint=build_fingerprint(facts),
             layout=layout,
-            attempt=Attempt(settings, seed_key, engine_name, config, short_facts(facts)),
+            attempt=Attempt(settings, seed_key, engine_name, config, short_facts(facts), checkpoint=files.identity),
+            files=files,
             advertise_host=host,
             load_config=vllm_config.load_config,
             agreement=Agreement.of(vllm_config, model_config),
@@ -406,6 +420,7 @@ class LoadPlan:
 
     def _look_at_built(self, model: nn.Module) -> None:
         """Remember ``model`` as it was built: before anything is loaded into it."""
+        self.files.look_also_at(list(getattr(model, "secondary_weights", None) or ()))
         self.built = state_of(model)
         self.marks = marks_of(model, self.built, kernels=self.layout == RUNTIME)
 
@@ -452,6 +467,7 @@ class LoadPlan:
             self.refuse_to_seed(str(error))
             return
         self.state, self.state_gone = dict(remote.state), remote.state_gone
+        self.files.forked_from(remote.checkpoint)
         if self.layout == RUNTIME:
             self.collection = collection  # it stands; nothing replaces it any more
         else:
@@ -526,6 +542,10 @@ class LoadPlan:
         if self._loaded is not None:
             return self._loaded.nbytes
         return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    def published_checkpoint(self) -> dict[str, str] | None:
+        """The identity of the checkpoint that the weights come from, for the seed; may wait for storage."""
+        return self.files.published()
 
     def seed_manifest(self) -> Manifest:
         """What this worker offers.

@@ -9,12 +9,13 @@ not know what a tensor is: the loader does that. Must not import torch or vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vllm_rfork.background import background
+from vllm_rfork.checkpoint_identity import compare
 from vllm_rfork.clients import LeaseKeeper, SeedClient
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import EngineError, ForkError, SeedError
@@ -67,6 +68,7 @@ class ForkRequest:
         request_timeout_s: bound of each HTTP call and the floor of each native one.
         timeout_s: bound of the whole fork.
         max_batch_nbytes: ``rfork_max_batch_bytes``; None for the engine's own bound.
+        checkpoint: gives the identity of this worker's own files; may wait for it.
         untouched: addresses of local spans that are not read, since others use them already.
         progress: called with bytes copied so far.
         arrived: called with what has just been copied; returns at once.
@@ -80,6 +82,7 @@ class ForkRequest:
     timeout_s: float
     max_batch_nbytes: int | None = None
     untouched: frozenset[int] = frozenset()
+    checkpoint: Callable[[], Mapping[str, str] | None] = lambda: None
     progress: Callable[[int], None] = lambda nbytes: None
     arrived: Callable[[Sequence[Segment]], None] = lambda segments: None
     connected: Callable[[str], None] = lambda lane: None
@@ -104,6 +107,7 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
                 f"seed {seed} transfers with engine {remote.engine}, this worker with {request.local.engine}; "
                 "give both the same rfork_engine"
             )
+        compare(request.checkpoint(), remote.checkpoint, str(seed))
         paired = pair(request.local, remote)
         segments = [segment for segment in paired if segment.local not in request.untouched]
     with times.stage("connect"):

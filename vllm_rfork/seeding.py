@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from vllm_rfork import plan as plans
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.choice import device_side
@@ -245,7 +247,7 @@ def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:
     )
     return Seed(
         config=config,
-        manifest=plan.seed_manifest(),
+        manifest=msgspec.structs.replace(plan.seed_manifest(), checkpoint=plan.published_checkpoint()),
         engine=plan.attempt.hand_over_engine(),
         keep=plan.collection,
         recheck=plan.recheck,

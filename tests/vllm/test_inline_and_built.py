@@ -371,6 +371,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
         load_config=None,
         shows_progress=False,
         agreement=cast("Any", SimpleNamespace(reach=lambda *told: "", alone=True)),
+        files=cast("Any", SimpleNamespace(look_also_at=lambda sources: None, forked_from=lambda remote: None)),
     )
 
 

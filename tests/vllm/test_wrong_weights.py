@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, load_digested, vllm_config
 from vllm_rfork import seeding
+from vllm_rfork.seed import Seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -51,4 +53,85 @@ def test_names_that_give_one_key_do_not_give_one_fingerprint(
     warned = [line for line in rfork_log.warnings if "rfork_seed_key_separator" in line]
     assert len(warned) == 2
     assert repr(first[0]) in warned[0]
+    assert seed_model is not None
+
+
+# --- one key for two checkpoints, by mistake ----------------------------------------------------------------------
+
+
+def seed_of(planner: Planner) -> Seed:
+    """The one seed of this process, announced and free."""
+    (seed,) = seeding.wait_until_started(30)
+    eventually(lambda: str(seed.address) in planner.seeds() and planner.leases() == 0, "the seed is announced")
+    return seed
+
+
+def forked_from(seed: Seed, log: LogRecords) -> bool:
+    return any("forked " in line and f"from seed {seed.address}" in line for line in log.texts())
+
+
+def test_another_checkpoint_under_the_same_key_is_loaded_from_storage(
+    model_a: Path,
+    model_b: Path,
+    default_b: Any,
+    planner: Planner,
+    rfork_log: LogRecords,
+) -> None:
+    extra = extra_for(planner.url, model_url="same key, other checkpoint")
+    seed_model = load(vllm_config(model_a, load_format="rfork", extra=extra))
+    seed = seed_of(planner)
+    loaded = load_digested(vllm_config(model_b, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
+    assert loaded.before == default_b.before
+    assert not forked_from(seed, rfork_log)
+    (line,) = [line for line in rfork_log.warnings if "different checkpoints" in line and "falling back" in line]
+    identity = (seed.manifest.checkpoint or {})["weights"]
+    assert str(seed.address) in line
+    assert f"weights {identity} on the seed" in line
+    eventually(lambda: planner.leases() == 0, "the lease is released")
+    (known,) = [each for each in planner.snapshot()["seeds"] if each["key"] == seed.manifest.seed_key]
+    assert f"{known['ip']}:{known['port']}:{known['rank']}" == str(seed.address), "the seed stays"
+    assert known.get("failures", 0) == 0, "it is not to blame"
+    assert seed_model is not None
+
+
+@pytest.fixture(scope="module")
+def repackaged(model_a: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model A cut into two files, and as torch saves it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model_a / "model.safetensors")
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("cut", "pickled")}
+    for folder in folders.values():
+        shutil.copy(model_a / "config.json", folder)
+    names = sorted(weights)
+    for number, part in enumerate((names[:5], names[5:])):
+        save_file({name: weights[name] for name in part}, folders["cut"] / f"model-{number}.safetensors")
+    torch.save(weights, folders["pickled"] / "pytorch_model.bin")
+    return folders
+
+
+@pytest.mark.parametrize("how", ["cut", "pickled", "without files"])
+def test_the_same_checkpoint_in_another_packaging_and_no_files_at_all_fork(
+    how: str,
+    model_a: Path,
+    model_a_without_weights: Path,
+    repackaged: dict[str, Path],
+    default_a: Any,
+    planner: Planner,
+    rfork_log: LogRecords,
+) -> None:
+    """The receiver becomes a seed with the identity that it was given: its bytes are that checkpoint's."""
+    extra = extra_for(planner.url, model_url=f"packaging: {how}")
+    seed_model = load(vllm_config(model_a, load_format="rfork", extra=extra))
+    seed = seed_of(planner)
+    folder = {**repackaged, "without files": model_a_without_weights}[how]
+    loaded = load_digested(vllm_config(folder, load_format="rfork", extra=extra))
+    assert forked_from(seed, rfork_log)
+    assert loaded.before == default_a.before
+    (passed_on,) = [each for each in seeding.wait_until_started(30) if each is not seed]
+    assert passed_on.manifest.checkpoint == seed.manifest.checkpoint
+    assert list(passed_on.manifest.checkpoint or {}) == ["weights"]
+    said = [line for line in rfork_log.texts() if "packaged in another way" in line]
+    assert len(said) == (1 if how == "pickled" else 0)
     assert seed_model is not None

@@ -1,0 +1,149 @@
+"""Which files vLLM would load a model from, as far as they are on this machine. Downloads nothing.
+
+Patterns are those of vLLM's loaders (read in 0.32: ``DefaultModelLoader._prepare_weights``, ``ShardedStateLoader``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_rfork.checkpoint_identity import Files
+from vllm_rfork.vllm_compat.identity import is_draft
+
+#: The main part of a checkpoint; other parts have the names of their folders or files.
+WEIGHTS = "weights"
+
+#: Formats whose weights are not files of the model's folder.
+NOT_FILES = frozenset({"dummy", "tensorizer"})
+
+_SHARDED = ("model-rank-*-part-*.safetensors", "model-pp-*-tp-*-part-*.safetensors")
+_PATTERNS: Mapping[str, tuple[str, ...]] = {"pt": ("*.pt",), "npcache": ("*.bin",), "gguf": ("*.gguf",)}
+_ANY = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+#: Beside weights, of training; vLLM leaves them out, too.
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+#: A hub's cache: the name of a repository is in the path.
+_SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+/?$")
+
+
+def files_of(
+    model_config: Any, load_config: Any, load_format: str, secondary: Sequence[Any] = (), *, main: bool = True
+) -> dict[str, Files]:
+    """The parts of a model's checkpoint and their files.
+
+    Args:
+        load_format: the fallback's.
+        secondary: ``secondary_weights`` of the built model: towers and heads with files of their own.
+        main: false for those alone.
+    """
+    if load_format in NOT_FILES:
+        return {}
+    name = getattr(model_config, "model_weights", "") or model_config.model
+    folder = local_folder(name, model_config.revision, load_config.download_dir) if main else None
+    parts: dict[str, Files] = {}
+    if folder is not None:
+        parts[WEIGHTS] = weight_files(folder, load_format)
+        for module in _dense_modules(folder):
+            parts[module] = weight_files(folder / module, "auto")
+    for source in secondary:
+        place = local_folder(source.model_or_path, source.revision, load_config.download_dir)
+        if place is None:
+            continue
+        if getattr(source, "subfolder", None):
+            place /= source.subfolder
+        patterns = tuple(source.allow_patterns_overrides or ())
+        parts[str(source.prefix or source.subfolder or "secondary")] = (
+            Files(_matching(place, patterns)) if patterns else weight_files(place, "auto")
+        )
+    return parts
+
+
+def draft_name(vllm_config: Any, model_config: Any) -> str | None:
+    """The repository that a draft or EAGLE model is of; None for a target, and for a folder without that name.
+
+    ``model_url`` is the user's name for the target and for the MTP layers in it. Drafts in folders are compared by
+    their files.
+    """
+    if not is_draft(vllm_config, model_config):
+        return None
+    name = str(model_config.model)
+    target = getattr(getattr(vllm_config, "speculative_config", None), "target_model_config", None)
+    if target is not None and target.model == name:
+        return None
+    if found := _SNAPSHOT.search(name):
+        return f"{found['owner']}/{found['name']}"
+    return None if os.path.isabs(name) or os.path.exists(name) or "://" in name else name
+
+
+def local_folder(name: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """The folder that holds a model, named by a path or by a repository of a hub; None where there is none here."""
+    if os.path.exists(name):
+        return Path(name)
+    if os.path.isabs(name) or "://" in name:
+        return None
+    if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() == "true":  # as vLLM reads it
+        hub: Any = importlib.import_module("modelscope.hub.snapshot_download")
+        found = hub.snapshot_download(model_id=name, cache_dir=download_dir, local_files_only=True, revision=revision)
+        return Path(found)
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, cache_dir=download_dir, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
+def weight_files(folder: Path, load_format: str) -> Files:
+    """The weight files of ``folder`` for a load format; none where an index names more than there are."""
+    if folder.is_file():
+        return Files([folder])
+    if load_format in ("sharded_state", "runai_streamer_sharded"):
+        return Files(_matching(folder, _SHARDED), "sharded")
+    consolidated = _matching(folder, ("consolidated*.safetensors",))
+    if load_format == "mistral" or (load_format == "auto" and consolidated):
+        return Files(consolidated, "mistral")
+    for pattern in _PATTERNS.get(load_format, _ANY):
+        found = [path for path in _matching(folder, (pattern,)) if path not in consolidated]
+        if found:
+            return Files(_by_index(folder, found))
+    return Files([])
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    names = sorted(entry.name for entry in os.scandir(folder)) if folder.is_dir() else []
+    return [
+        folder / name
+        for name in names
+        if name not in _NOT_WEIGHTS and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+
+
+def _by_index(folder: Path, found: list[Path]) -> list[Path]:
+    """Those that the checkpoint's index names; none where one is missing, as in a download that broke off."""
+    index = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+    path = folder / index.get(found[0].suffix, "")
+    if not path.is_file():
+        return found
+    named = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
+    there = [file for file in found if file.name in named]
+    return there if len(there) == len(named) else []
+
+
+def _dense_modules(folder: Path) -> list[str]:
+    """Folders of a Sentence-Transformers model's modules, which vLLM loads as projections behind the model."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    modules = json.loads(path.read_bytes())
+    listed = modules.get("modules", []) if isinstance(modules, dict) else modules
+    names = [str(module.get("path") or "") for module in listed if isinstance(module, dict)]
+    return [name for name in names if name and ".." not in name and not os.path.isabs(name)]
