@@ -74,8 +74,17 @@ ROWS: tuple[Row, ...] = (
     Row(f"{_LOADER}.default_loader", "DefaultModelLoader.get_all_weights", takes=(), positional=2),
     Row(f"{_LOADER}.dummy_loader", "DummyModelLoader.load_weights", takes=(), positional=2),
     *members(
-        "vllm.config.load", "LoadConfig", "load_format", "model_loader_extra_config", "device", "use_tqdm_on_load"
+        "vllm.config.load",
+        "LoadConfig",
+        "load_format",
+        "model_loader_extra_config",
+        "device",
+        "use_tqdm_on_load",
+        "download_dir",
     ),
+    Row(f"{_LOADER}.tensorizer", "TensorizerConfig"),
+    Row(f"{_LOADER}.utils"),
+    Row(f"{_LOADER}.utils", "get_draft_load_config", takes=(), positional=1, since="0.32.0"),
     Row("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
     Row("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
     # --- where a worker stands --------------------------------------------------------------------------------------
@@ -123,6 +132,9 @@ ROWS: tuple[Row, ...] = (
         "enable_sleep_mode",
         "multimodal_config",
         "seed",
+        "model",
+        "model_weights",
+        "revision",
     ),
     *members("vllm.config.model", "ModelConfig", "enable_cumem_allocator", since="0.23.0"),
     Row("vllm.config.model", "ModelConfig.get_num_experts", takes=()),
@@ -150,12 +162,20 @@ ROWS: tuple[Row, ...] = (
     *members("vllm.config.offload", "PrefetchOffloadConfig", "offload_group_size", since="0.18.0"),
     *members("vllm.config.cache", "CacheConfig", "cpu_offload_gb", until="0.18.0"),
     *members("vllm.config.kv_transfer", "KVTransferConfig", "kv_role"),
-    *members("vllm.config.speculative", "SpeculativeConfig", "draft_model_config"),
+    *members("vllm.config.speculative", "SpeculativeConfig", "draft_model_config", "target_model_config"),
+    *members("vllm.config.speculative", "SpeculativeConfig", "draft_load_config", since="0.23.0"),
+    Row("vllm.config", "VllmConfig"),
+    Row("vllm.config.vllm", "VllmConfig.__post_init__", takes=()),
     # --- process-wide state and workers -----------------------------------------------------------------------------
     Row("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
     Row("vllm.model_executor.models.utils"),  # its _model_to_pp_missing_layer_names
     Row("vllm.model_executor.layers.hpc.rope_norm", since="0.32.0"),  # its _hpc_rope_norm_instances
     Row("vllm.v1.worker.worker_base", "WorkerBase"),
+    Row("vllm.v1.worker.worker_base", "WorkerWrapperBase"),
+    Row("vllm.v1.worker.worker_base", "WorkerWrapperBase.__getattr__", takes=(), positional=1),
+    Row("vllm.v1.serial_utils", "run_method", takes=(), positional=4),
+    Row("vllm.v1.executor.multiproc_executor", "cloudpickle"),
+    Row("vllm.ray.ray_env", "RAY_NON_CARRY_OVER_ENV_VARS"),
     # --- vLLM-Ascend ------------------------------------------------------------------------------------------------
     # What is looked up in modules that are loaded already, and may be absent, is in ``tests/ascend``.
     Row("vllm_ascend.model_loader.rfork.rfork_loader", package=ASCEND),
@@ -167,7 +187,7 @@ ELSEWHERE: tuple[Row, ...] = (
 )
 
 #: Workers whose every public method, in every release, either withdraws the seed (``vllm_compat/workers.py``) or is
-#: among those below.
+#: among those that leave weights alone (``vllm_compat/worker_calls.py``).
 WORKERS: dict[str, tuple[tuple[str, str], ...]] = {
     VLLM: (
         ("vllm.v1.worker.worker_base", "WorkerBase"),
@@ -176,47 +196,6 @@ WORKERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("vllm.v1.worker.xpu_worker", "XPUWorker"),
     ),
     ASCEND: (("vllm_ascend.worker.worker", "NPUWorker"),),
-}
-
-#: Public worker methods that neither write weights nor let their memory go, by the reason.
-LEAVES_WEIGHTS: dict[str, tuple[str, ...]] = {
-    "serving": ("execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids", "annotate_profile"),
-    "before there is a model, or beside it": (
-        "init_device",
-        "initialize_cache",
-        "initialize_from_config",
-        "compile_or_warm_up_model",
-        "determine_available_memory",
-        "set_kv_cache_layout",
-        "update_max_model_len",
-        "uninstall_static_kernel",
-    ),
-    "adapters, which leave the base's bytes alone": ("add_lora", "remove_lora", "list_loras", "pin_lora"),
-    "caches": ("reset_mm_cache", "reset_encoder_cache", "release_late_interaction_query_cache"),
-    "what it is asked": (
-        "get_model",
-        "get_draft_model",
-        "get_model_inspection",
-        "get_supported_tasks",
-        "get_supported_pooling_tasks",
-        "get_supported_kv_cache_layouts",
-        "get_cache_block_size_bytes",
-        "get_compilation_match_table",
-        "get_encoder_timing_stats",
-        "get_kv_cache_spec",
-        "get_kv_connector_handshake_metadata",
-        "get_simple_cpu_offload_num_cpu_blocks",
-        "supports_draft_weight_updates",
-        "compute_weight_checksums",
-        "check_health",
-        "log_memory_stats",
-        "profile",
-        "profile_prefill_latency",
-        "synchronize_device",
-    ),
-    "writes files": ("save_sharded_state",),
-    "ends a trainer's connection; refused while an update is open": ("shutdown_weight_transfer_engine",),
-    "communication between ranks is made anew": ("checkpoint_restore", "handle_ft_command"),
 }
 
 #: Configurations whose every field, in every release, has a place in ``vllm_compat/shaping.py``.

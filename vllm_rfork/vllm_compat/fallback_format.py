@@ -11,6 +11,7 @@ in between, by which it finds this package's loader.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -103,13 +104,12 @@ def for_draft(storage_config: Any, vllm_config: Any, model_config: Any) -> Any:
     speculative = getattr(vllm_config, "speculative_config", None)
     if not is_draft(vllm_config, model_config) or getattr(speculative, "draft_load_config", None) is not None:
         return storage_config
-    from vllm.config import replace
     from vllm.model_executor.model_loader import utils
 
     if storage_config.load_format == "fastsafetensors" and vllm_config.parallel_config.pipeline_parallel_size > 1:
         # It has collectives of all pipeline stages, and a draft is loaded by one of them (vLLM's
         # get_pp_safe_draft_load_config).
-        return replace(storage_config, load_format="auto")
+        return dataclasses.replace(storage_config, load_format="auto")
     redirect = getattr(utils, "get_draft_load_config", None)
     if redirect is None:  # before 0.32
         return storage_config

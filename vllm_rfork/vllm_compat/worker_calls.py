@@ -12,7 +12,6 @@ What no hook can see: code in the same process that follows references from the 
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -23,8 +22,8 @@ from vllm_rfork.vllm_compat.weight_changes import Change, Changes
 #: On functions and objects that guard something already.
 MARK = "__rfork_withdraws_first__"
 
-#: Why → methods of vLLM 0.32's workers that leave weights alone. Every other public method is in a table of
-#: ``workers.py`` or in :data:`HANDS_OUT`; a test compares them with the installed vLLM.
+#: Why → methods of the workers of vLLM and vLLM-Ascend that leave weights alone. Every other public method is in a
+#: table of ``workers.py`` or in :data:`HANDS_OUT`; tests compare them with the installed vLLM and with releases.
 LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "serves requests": (
         "execute_model",
@@ -37,6 +36,7 @@ LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "wraps adapters around layers, whose own weights stay": ("add_lora", "remove_lora", "list_loras", "pin_lora"),
     "reads weights": ("compute_weight_checksums", "save_sharded_state", "get_model_inspection"),
     "makes caches and drops them": (
+        "initialize_cache",
         "initialize_from_config",
         "get_kv_cache_spec",
         "get_cache_block_size_bytes",
@@ -47,19 +47,24 @@ LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
         "reset_mm_cache",
         "reset_encoder_cache",
         "release_late_interaction_query_cache",
+        "get_simple_cpu_offload_num_cpu_blocks",
     ),
-    "before there is a model, and after a change that was the last": ("init_device", "checkpoint_restore"),
+    "before there is a model, and after a change that was the last": (
+        "init_device",
+        "checkpoint_restore",
+        "uninstall_static_kernel",
+    ),
     "measures and reports": (
         "profile",
         "annotate_profile",
-        "randomize_dummy_inputs",
         "check_health",
         "get_encoder_timing_stats",
         "get_compilation_match_table",
         "get_supported_tasks",
+        "get_supported_pooling_tasks",
+        "log_memory_stats",
+        "profile_prefill_latency",
         "supports_draft_weight_updates",
-        "vocab_size",
-        "sleep_mode_backend",
     ),
     "ends what an update used": ("shutdown_weight_transfer_engine",),
 }
@@ -131,12 +136,10 @@ def _guard_names(changes: Changes) -> list[str]:
 
 def _guard_functions(changes: Changes) -> list[str]:
     """``run_method(worker, function or bytes, ...)``, in every module that has imported it."""
+    from vllm.v1 import serial_utils
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
-    home = _first_module("vllm.v1.serial_utils", "vllm.utils")
-    original = getattr(home, "run_method", None)
-    if original is None:
-        return []
+    original = serial_utils.run_method
     if not hasattr(original, MARK):
 
         @functools.wraps(original)
@@ -185,14 +188,3 @@ def _vllms_modules() -> list[types.ModuleType]:
     """What is imported of vLLM and of its platform's plugin."""
     roots = {"vllm", "vllm_ascend", _platform()}
     return [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in roots and module]
-
-
-def _first_module(*names: str) -> types.ModuleType | None:
-    for name in names:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        if hasattr(module, "run_method"):
-            return module
-    return None
