@@ -29,6 +29,7 @@ _AFTER_FAILURE = 1 / 3
 #: What a withdrawal waits for a beat that is under way, in seconds. One that takes longer is given up: the bytes are
 #: about to change, and a planner that is so slow forgets the seed in its own time.
 _PATIENCE_S = 0.5
+_CANCEL_AGAIN_S = 0.1
 
 
 class Heartbeat:
@@ -136,8 +137,10 @@ class Heartbeat:
     async def _end_presence(self) -> None:
         attending, self._attending = self._attending, None
         if attending is not None:
-            attending.cancel()
-            await asyncio.wait({attending})
+            while not attending.done():
+                # Again: until Python 3.12, wait_for() drops a cancellation that comes together with its result.
+                attending.cancel()
+                await asyncio.wait({attending}, timeout=_CANCEL_AGAIN_S)
             if not attending.cancelled() and (error := attending.exception()) is not None:
                 logger.error("The presence connection ended with an error", exc_info=error)
 

@@ -134,7 +134,8 @@ class Worker:
         return state
 
     def end(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # a child of a worker that was killed, too
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
@@ -276,7 +277,7 @@ async def test_an_orderly_end_leaves_neither_seed_nor_service(planner: Planner) 
 
 
 async def test_with_a_planner_that_has_no_presence_a_killed_seed_is_stale_in_the_end() -> None:
-    planner = MockPlanner("--stale-after-sec", "3", "--sweep-every-sec", "0.1")
+    planner = MockPlanner("--stale-after-sec", "8", "--sweep-every-sec", "0.1")
     await planner.start()
     try:
         with working(planner) as worker:

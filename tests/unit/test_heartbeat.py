@@ -232,6 +232,24 @@ async def test_presence_ends_where_the_withdrawal_fails_too() -> None:
         planner.problem = ""
 
 
+async def test_a_cancellation_that_is_lost_holds_no_withdrawal_up() -> None:
+    """``asyncio.wait_for`` of Python 3.11 returns a result that comes in the same moment, and nobody was cancelled."""
+
+    class Answering(FakePlanner):
+        async def attend(self, seed_key: str, seed: SeedAddress, **extra: Any) -> Attended:
+            try:
+                return await super().attend(seed_key, seed, **extra)
+            except asyncio.CancelledError:
+                return Attended(Attendance.NO_SUCH_CALL)
+
+    planner, virtual = Answering(), VirtualTime()
+    beat = heartbeat(planner, virtual)
+    async with running(beat, virtual):
+        assert planner.attending == 1
+        assert await asyncio.wait_for(beat.withdraw(), 10) is Outcome.DONE
+    assert len(asyncio.all_tasks()) == 1
+
+
 async def test_a_planner_that_does_not_know_the_seed_is_told_at_once() -> None:
     planner, virtual = FakePlanner(), VirtualTime()
     planner.answers = [Attended(Attendance.NOT_KNOWN)]

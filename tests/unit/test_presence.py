@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -285,17 +286,18 @@ async def test_the_connection_ends_with_the_process_and_not_with_its_children() 
         attending = asyncio.create_task(PlannerClient(f"http://127.0.0.1:{port}").attend("k", SEED))
         await held.wait()
         ready, said = os.pipe()
-        go_on, let = os.pipe()
         child = os.fork()
         if child == 0:  # it lives on, as a child that vLLM forked would
             os.write(said, b"x")
-            os.read(go_on, 1)
+            signal.pause()
             os._exit(0)
-        os.read(ready, 1)
-        assert not gone.is_set(), "the child's start does not end the parent's connection"
-        attending.cancel()
-        await until(gone.is_set, "the planner sees the end although the child lives")
-        os.write(let, b"x")
-        os.waitpid(child, 0)
-        for each in (ready, said, go_on, let):
-            os.close(each)
+        try:
+            os.read(ready, 1)
+            assert not gone.is_set(), "the child's start does not end the parent's connection"
+            attending.cancel()
+            await until(gone.is_set, "the planner sees the end although the child lives")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            for each in (ready, said):
+                os.close(each)
