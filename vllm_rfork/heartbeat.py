@@ -138,7 +138,7 @@ class Heartbeat:
         attending, self._attending = self._attending, None
         if attending is not None:
             while not attending.done():
-                # Again: until Python 3.12, wait_for() drops a cancellation that comes together with its result.
+                # Again: a library below may lose a cancellation, as asyncio.wait_for() does until Python 3.12.
                 attending.cancel()
                 await asyncio.wait({attending}, timeout=_CANCEL_AGAIN_S)
             if not attending.cancelled() and (error := attending.exception()) is not None:

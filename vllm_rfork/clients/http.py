@@ -28,6 +28,7 @@ from vllm_rfork.clients.long_lived import long_lived_socket
 from vllm_rfork.clients.tls_advice import advice, ssl_error
 from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import ForkError
+from vllm_rfork.net.within import within
 
 #: What a message quotes of the other side's text, in characters.
 MAX_QUOTED_LENGTH = 200
@@ -118,7 +119,7 @@ class BoundedHttp:
         )
         try:
             # One clock for name resolution, connecting, headers and body; aiohttp's own timeouts are off.
-            return await asyncio.wait_for(exchange, timeout_s)
+            return await within(exchange, timeout_s)
         except asyncio.TimeoutError as error:
             if isinstance(error, aiohttp.ClientError):  # aiohttp's own bound, for connecting alone
                 raise self.error(f"{what} could not connect within {connect_timeout_s or timeout_s:.3g} s") from error
@@ -171,7 +172,7 @@ class BoundedHttp:
                 # A refusal's text that stalls or breaks off must not hide the refusal.
                 left_s = deadline - time.monotonic()
                 with contextlib.suppress(asyncio.TimeoutError, *_FOREIGN):
-                    await asyncio.wait_for(_read(response, body, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
+                    await within(_read(response, body, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
                 del body[_MAX_TEXT_NBYTES:]
             elif max_body_nbytes:
                 await _read(response, body, max_body_nbytes)
