@@ -17,7 +17,7 @@ from vllm_rfork.attempt import Attempt
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.errors import ConfigError, NoSeedAvailable
+from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.own_address import advertise_host
 from vllm_rfork.planner.access import Tokens
@@ -51,6 +51,25 @@ async def ask(attempt: Attempt) -> None:
 async def intents(client: PlannerClient) -> list[Any]:
     found: list[Any] = (await client.snapshot())["intents"]
     return found
+
+
+# --- the time of a fork ----------------------------------------------------------------------------------------------
+
+
+def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its reservation on, on the clock; what checks and sets the seed's state asks for what is left."""
+    attempt = attempt_at("http://127.0.0.1:1", rfork_fork_timeout_sec=20.0)
+    now = 1000.0
+    monkeypatch.setattr("vllm_rfork.attempt.time.monotonic", lambda: now)
+    monkeypatch.setattr(attempt, "engine", lambda: None)
+    monkeypatch.setattr(attempt, "_grant", lambda fingerprint: None)
+    attempt.reserve("f1")
+    assert attempt.left_s() == 20.0
+    now += 19.0
+    assert attempt.left_s() == 1.0
+    now += 1.0
+    with pytest.raises(ForkError, match=r"took longer than 20 s \(rfork_fork_timeout_sec\)"):
+        attempt.left_s()
 
 
 # --- intents ---------------------------------------------------------------------------------------------------------

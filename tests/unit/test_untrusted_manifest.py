@@ -361,3 +361,48 @@ def test_tensors_that_a_seed_puts_into_one_span_are_told_in_few_words() -> None:
         pair(manifest(shared=False), manifest(shared=True))
     assert len(caught.value.differences) == count
     assert sum(map(len, caught.value.differences)) < 300 * count
+
+
+@pytest.mark.parametrize("layout", [CHECKPOINT, RUNTIME])
+def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> None:
+    """Setting state asks the attempt for its time: ``rfork_fork_timeout_sec`` covers all that a seed sends."""
+    plan, model = plan_of(layout), Model()
+    asked = []
+
+    def left_s() -> float:
+        asked.append(1)
+        if len(asked) > 3:
+            raise ForkError("the fork took longer than 10 s")
+        return 10.0
+
+    plan.attempt = cast("Any", SimpleNamespace(**{**vars(plan.attempt), "left_s": left_s}))
+    remote = decode_manifest(json.dumps({**GOOD, "layout": layout}).encode())
+    collection = plan.collect_empty(model)
+    for local, address, nbytes in pair(collection.manifest(**plan.manifest_identity()), remote):
+        ctypes.memmove(local, address, nbytes)
+    numbers = list(range(len(collection.spans)))
+    with pytest.raises(ForkError, match="took longer than 10 s"):
+        plan.accept(model, ArrivalCheck(collection, numbers, device_side(CPU), 10.0), remote)
+    assert state_of(model) == BUILT
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"built"},
+        {"built", "state_gone"},
+        {"built", "state_gone", "digest_algorithm", "state"},
+    ],
+)
+def test_manifests_of_earlier_generations_are_read(older: set[str]) -> None:
+    """Fields that came later may be missing, on the manifest, its spans and its tensors."""
+    tree = {name: value for name, value in GOOD.items() if name not in older}
+    tree["tensors"] = [
+        {name: value for name, value in each.items() if name not in {"format", "inline", "inline_group"}}
+        for each in GOOD["tensors"]
+    ]
+    if "digest_algorithm" in older:
+        tree["spans"] = [{name: each[name] for name in ("region", "address", "nbytes")} for each in GOOD["spans"]]
+    remote = decode_manifest(json.dumps(tree).encode())
+    assert [each.name for each in remote.tensors] == [each["name"] for each in GOOD["tensors"]]
+    assert remote.state == ({} if "state" in older else GOOD["state"])
