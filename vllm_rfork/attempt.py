@@ -40,7 +40,7 @@ logger = worker_logger(__name__)
 MAX_SEEDS = 3
 #: How long the planner remembers that this worker loads from storage, unless renewed: others wait for it, so its death
 #: has to be noticed soon.
-INTENT_TTL_S = 30.0
+INTENT_TTL_S = messages.TICKET_INTENT_TTL_S
 #: What taking it back may cost a start, in seconds; a planner that is slower than that hears of it all the same.
 TAKE_BACK_S = 1.0
 

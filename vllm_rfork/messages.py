@@ -116,6 +116,8 @@ MAX_HEADER_LENGTH = 8000
 
 #: The longest time in seconds for which a planner holds a question with a ticket.
 SLICE_S = 10.0
+#: How long the intent of a receiver with a ticket is remembered at first; it renews it at a third of that.
+TICKET_INTENT_TTL_S = 30.0
 
 _CHARSET_PREFIX = "UTF-8''"
 _PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?\Z")

@@ -79,7 +79,7 @@ async def planner(environ: dict[str, str] | None = None, **settings: Any) -> Asy
 
 
 async def test_an_old_client_sees_what_the_protocol_says() -> None:
-    async with planner() as client:
+    async with planner(slots=1) as client:
         assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404
         assert await client.add() == 200
         status, answer, _ = await client.call("GET", "/get_seed", SEED_KEY="k")
@@ -267,7 +267,7 @@ async def test_unknown_calls_and_methods_are_refused() -> None:
 
 
 async def test_ten_start_together_and_one_reads_storage() -> None:
-    async with planner() as client:
+    async with planner(slots=1) as client:
 
         async def replica(number: int) -> str:
             headers = {"SEED_KEY": "k", "RFORK-WAIT-SEC": "30", "RFORK-INTENT": f"replica{number}"}
@@ -318,7 +318,7 @@ async def test_a_receiver_that_hangs_up_leaves_no_place_no_lease_and_no_intent()
 
 
 async def test_a_failed_fork_is_counted_and_another_seed_is_given() -> None:
-    async with planner(failures_before_backoff=1) as client:
+    async with planner(failures_before_backoff=1, slots=1) as client:
         await client.add(5000)
         await client.add(5001)
         first = await client.lease()
@@ -383,6 +383,132 @@ async def test_an_intent_can_be_renewed_and_taken_back() -> None:
         assert await client.status("POST", "/rfork_intent", **headers, **{"RFORK-INTENT-TTL-SEC": "0"}) == 200
         status, answer, _ = await asyncio.wait_for(waiting, 30)
         assert (status, answer["RFORK-INTENT"]) == (404, "granted")
+
+
+# --- tickets ---------------------------------------------------------------------------------------------------------
+
+
+def ticket(name: str, **more: str) -> dict[str, str]:
+    return {"RFORK-TICKET": name, "RFORK-INTENT": f"worker {name}", **more}
+
+
+async def test_a_ticket_waits_in_slices_and_is_told_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "SLICE_S", 0.3)
+    async with planner(slots=1) as client:
+        await client.add()
+        held = await client.lease()
+        status, answer, _ = await client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
+        assert (status, answer["RFORK-WAITING"]) == (404, "position=1; bound=120; reason=busy")
+        assert "RFORK-INTENT" not in answer, "it does not load"
+        for _ in range(2):
+            asked_at = time.monotonic()
+            status, answer, _ = await client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
+            assert (status, answer["RFORK-WAITING"]) == (404, "position=1; bound=120; reason=busy")
+            assert time.monotonic() - asked_at >= 0.29
+        monkeypatch.setattr(messages, "SLICE_S", 60.0)
+        waiting = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
+        await client.waiting(1)
+        assert await client.status("POST", "/put_seed", **held) == 200
+        status, answer, _ = await asyncio.wait_for(waiting, 20)
+        assert (status, answer["RFORK-TICKET"], answer["LEASE_TTL_SEC"]) == (200, "a", "60")
+        again = await client.lease(**ticket("a"))
+        assert again["USER_ID"] == answer["USER_ID"]
+        page = (await client.call("GET", "/metrics"))[2]
+        assert 'rfork_planner_misses_total{key="k"' not in page, "a slice that is over is no miss"
+        assert 'rfork_planner_wait_seconds_count{result="granted"} 1.0' in page
+
+
+async def test_a_ticket_that_is_to_load_is_told_why_it_does_not_wait() -> None:
+    async with planner() as client:
+        status, answer, text = await client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
+        assert (status, answer["RFORK-INTENT"], "RFORK-WAITING" in answer) == (404, "granted", False)
+        assert text == "no seed that suits is serving, and nobody loads the weights\n"
+
+
+async def test_a_ticket_whose_connection_breaks_keeps_its_place() -> None:
+    async with planner(slots=1) as client:
+        await client.add()
+        held = await client.lease()
+        for name in "ab":
+            await client.status("GET", "/get_seed", SEED_KEY="k", **ticket(name))
+        broken = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
+        await client.waiting(1)
+        broken.cancel()
+        await client.waiting(0)
+        status, answer, _ = await client.call("GET", "/get_seed", SEED_KEY="k", **ticket("c"))
+        assert (status, answer["RFORK-WAITING"].split(";")[0]) == (404, "position=3")
+        again = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
+        await client.waiting(1)
+        assert await client.status("POST", "/put_seed", **held) == 200
+        assert (await asyncio.wait_for(again, 20))[0] == 200
+
+
+async def test_two_questions_with_one_ticket_are_given_one_lease() -> None:
+    """The first connection is dead, and nobody has noticed yet."""
+    async with planner(slots=1) as client:
+        await client.add()
+        held = await client.lease()
+        await client.status("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
+        first = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
+        await client.waiting(1)
+        second = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
+        await asyncio.sleep(0.2)
+        assert await client.status("POST", "/put_seed", **held) == 200
+        assert (await asyncio.wait_for(second, 20))[0] == 200
+        first.cancel()
+        snapshot = json.loads((await client.call("GET", "/debug/snapshot"))[2])
+        assert len(snapshot["leases"]) == 1
+
+
+async def test_a_planner_that_stops_sends_tickets_away_for_a_moment() -> None:
+    async with planner(slots=1) as client:
+        await client.add()
+        await client.lease()
+        await client.status("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
+        waiting = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
+        await client.waiting(1)
+        await client.planner.room.close(5)
+        status, answer, _ = await asyncio.wait_for(waiting, 20)
+        assert (status, answer["Retry-After"]) == (503, "1")
+
+
+@pytest.mark.parametrize("settings", [{"default_wait_sec": 0.0}, {"max_wait_sec": 0.0}], ids=str)
+async def test_waits_by_ticket_can_be_turned_off(settings: dict[str, float]) -> None:
+    async with planner(slots=1, **settings) as client:
+        await client.add()
+        await client.lease()
+        status, answer, _ = await client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
+        assert (status, answer["RFORK-INTENT"]) == (404, "granted")
+
+
+# --- receivers that are gone -----------------------------------------------------------------------------------------
+
+
+async def test_no_lease_is_left_with_receivers_that_hang_up_at_once() -> None:
+    async with planner(slots=64) as client:
+        await client.add()
+        for _ in range(50):
+            _, writer = await asyncio.open_connection("127.0.0.1", client.planner.port)
+            writer.write(b"GET /get_seed HTTP/1.1\r\nHost: p\r\nSEED_KEY: k\r\n\r\n")
+            writer.close()
+            await writer.wait_closed()
+        await client.status("GET", "/healthz")  # after whatever came before
+        await asyncio.sleep(0.2)
+        assert json.loads((await client.call("GET", "/debug/snapshot"))[2])["leases"] == []
+
+
+async def test_receivers_that_die_before_they_read_their_lease_cost_a_slot_for_a_moment() -> None:
+    """The answer was written before the connection broke: only the confirmation tells."""
+    async with planner(slots=64) as client:
+        await client.add()
+        for number in range(50):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.planner.port)
+            writer.write(b"GET /get_seed HTTP/1.1\r\nHost: p\r\nSEED_KEY: k\r\nRFORK-TICKET: t%d\r\n\r\n" % number)
+            await reader.readuntil(b"\r\n")
+            writer.close()
+        leases = json.loads((await client.call("GET", "/debug/snapshot"))[2])["leases"]
+        assert len(leases) == 50
+        assert all(each["expires_in_s"] <= 10 for each in leases)
 
 
 # --- letting nobody in -----------------------------------------------------------------------------------------------
@@ -500,7 +626,7 @@ async def test_a_caller_announces_and_withdraws_its_own_address_only(monkeypatch
 
 
 async def test_every_spelling_of_an_address_is_one_seed_and_one_lease() -> None:
-    async with planner() as client:
+    async with planner(slots=1) as client:
         for own in ("127.1", "0x7f000001", "0177.0.0.1", "2130706433", "[::ffff:127.0.0.1]", "127.0.0.1"):
             assert await client.add(SEED_IP=own) == 200, own
         status, headers, _ = await client.call("GET", "/get_seed", SEED_KEY="k")

@@ -7,6 +7,7 @@ only to those who ask. Must not decide anything about seeds and leases itself, a
 from __future__ import annotations
 
 import functools
+import asyncio
 import gzip
 import logging
 import time
@@ -29,6 +30,7 @@ from vllm_rfork.planner.store import (
     Granted,
     LimitReached,
     Outcome,
+    Queued,
     StillLeased,
     Store,
     StoreUnavailable,
@@ -135,7 +137,9 @@ class Api:
         except Exception:
             logger.exception("%s %s failed", request.method, path)  # of a call that is known: nothing of the caller's
             response = web.Response(status=500, text="the planner failed; its log says why\n")
-        may_wait = self._settings.seed_wait_sec > 0 or header(request.headers, messages.WAIT_SEC) is not None
+        may_wait = self._settings.seed_wait_sec > 0 or any(
+            header(request.headers, name) is not None for name in (messages.WAIT_SEC, messages.TICKET)
+        )
         waited = path == messages.PRESENCE or (path == messages.GET_SEED and may_wait)
         duration_s = None if waited else time.perf_counter() - started_at
         self._metrics.request(path if methods else "unknown", response.status, duration_s)
@@ -171,6 +175,7 @@ class Api:
     async def get_seed(self, request: web.BaseRequest) -> web.Response:
         """Lease a seed, wait for one, or be told to load from storage."""
         headers = request.headers
+        ticket = _text(headers, messages.TICKET)
         ask = Ask(
             key=self._key(headers),
             receiver=request.remote or "local",
@@ -179,12 +184,19 @@ class Api:
             exclude=_excluded(headers),
             labels=messages.parse_labels(_text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH)),
             intent=_text(headers, messages.INTENT),
+            ticket=ticket,
+            keeps=bool(ticket),
+            patient=bool(ticket) and header(headers, messages.WAIT_SEC) is None and self._settings.default_wait_sec > 0,
         )
+        # Who has hung up by now is noticed at the loop's next turn, and this call is cancelled then.
+        await asyncio.sleep(0)
         started_at = time.perf_counter()
-        if ask.wait_s > 0 and not self.ready:
+        if ask.wait_s > 0 and not ask.keeps and not self.ready:
             raise Closing
         result = await self._room.acquire(ask)
-        waited_s = time.perf_counter() - started_at if ask.wait_s > 0 else None
+        if isinstance(result, Queued):
+            raise Refused(404, "wait: ask again with the same ticket", {messages.WAITING: str(result.place)})
+        waited_s = time.perf_counter() - started_at if ask.wait_s > 0 and not ask.keeps else result.waited_s
         if not isinstance(result, Granted):
             self._metrics.missed(ask.key, result.reason, waited_s)
             granted = {messages.INTENT: messages.INTENT_GRANTED} if result.intent else {}
@@ -195,12 +207,12 @@ class Api:
             if result.others:
                 granted[messages.OTHER_FINGERPRINTS] = ", ".join(map(str, result.others))
             why = f": {result.reason}" if result.reason else ""
-            raise Refused(404, f"no free seed for this key{why}", granted)
+            raise Refused(404, result.text or f"no free seed for this key{why}", granted)
         self._metrics.granted(ask.key, waited_s)
         lease = messages.Lease(result.seed, result.user_id, result.ttl_s)
-        return web.Response(
-            text="ok\n", headers={**lease.headers(), messages.LEASE_TTL_SEC: messages.seconds_text(result.ttl_s)}
-        )
+        known = {messages.TICKET: messages.encode_text(ticket)} if ticket else {}
+        ttl = {messages.LEASE_TTL_SEC: messages.seconds_text(result.ttl_s)}
+        return web.Response(text="ok\n", headers={**lease.headers(), **ttl, **known})
 
     async def put_seed(self, request: web.BaseRequest) -> web.Response:
         """Release a lease, with or without a word on how the fork went."""
@@ -348,7 +360,7 @@ class Api:
     def _wait_s(self, headers: Mapping[str, str]) -> float:
         wait = header(headers, messages.WAIT_SEC)
         if wait is None:
-            return self._settings.seed_wait_sec
+            return 0.0 if header(headers, messages.TICKET) else self._settings.seed_wait_sec
         return min(messages.seconds(wait, messages.WAIT_SEC, maximum=86400.0), self._settings.max_wait_sec)
 
 

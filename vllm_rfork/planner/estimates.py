@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_rfork.planner.records import Record
+
 #: The weight of a new sample in a mean, once there are as many samples as make that weight.
 NEWEST = 0.2
 #: Where no fork of a key was measured: the share of a load from storage for which a fork is taken to hold its slot.
@@ -30,10 +32,10 @@ BUSY, LOADING, RESTARTED = "busy", "loading", "restarted"
 
 
 @dataclass(slots=True)
-class KeyTimes:
+class KeyTimes(Record):
     """The measured times of one key: means in seconds, and how many samples each is made of. 0 samples: unknown.
 
-    Plain numbers, so that a store can keep them as they are.
+    A store may keep them.
 
     Attributes:
         hold_s, holds: from a lease's grant to its release: how long a fork occupies a slot.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Seed(Record):
 
     #: what every heartbeat and every lease changes: a successor starts the deadlines anew and counts the leases
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"seen_at", "stale_at", "turn", "leases", "standing", "presence", "absent", "absent_at", "given_up"}
+        {"seen_at", "stale_at", "turn", "leases", "standing", "counted", "presence", "absent", "absent_at", "given_up"}
     )
 
     key: str
@@ -71,6 +72,8 @@ class Seed(Record):
     given_up: bool = False
     #: serving, draining, aside, absent: as the indexes have it
     standing: tuple[bool, bool, bool, bool] | None = None
+    #: slots that may be granted now, and slots that are held back, as the shelf counts them
+    counted: tuple[int, int] = (0, 0)
 
     def is_serving(self, now: float) -> bool:
         """Will grant sooner or later, so that waiting for it makes sense."""
@@ -87,10 +90,11 @@ class Lease(Record):
     """One lease; ``ticket`` while its waiting receiver has not fetched it. ``key`` is empty for an orphan.
 
     ``receiver`` is the peer's address, ``host`` its label: behind a proxy all receivers have one address.
+    ``question`` is the receiver's own ticket, and until the lease is ``confirmed`` it lives for a short time only.
     """
 
     #: a successor gives every lease its full TTL: a renewal changes nothing that it has to know
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"expires_at"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"expires_at", "confirmed"})
 
     user_id: str
     name: str
@@ -103,6 +107,8 @@ class Lease(Record):
     fingerprint: str = ""
     epoch: str = ""
     host: str = ""
+    question: str = ""
+    confirmed: bool = True
 
     @property
     def who(self) -> str:
@@ -118,17 +124,24 @@ class Intent(Record):
     intent: str
     fingerprint: str
     ttl_s: float
+    since: float = 0.0
 
 
 @dataclass(slots=True)
 class Waiter:
-    """One receiver in a line; ``number`` is its place among all that ever waited."""
+    """One receiver in a line; ``number`` is its place among all that ever waited.
+
+    One that is not ``attached`` has no question open at present and is not served.
+    """
 
     ticket: str
     ask: Ask
     number: int
     since: float
     result: Granted | Missed | None = None
+    attached: bool = True
+    #: the longest wait in all, as it was last judged
+    bound_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -142,7 +155,11 @@ class Shelf:
     pools: dict[tuple[str | None, str], RankedSet] = field(default_factory=dict)
     serving: dict[str | None, set[str]] = field(default_factory=dict)
     lines: dict[str, OrderedDict[str, Waiter]] = field(default_factory=dict)
+    #: the numbers of each line, ascending, for the place of a waiter
+    numbers: dict[str, list[int]] = field(default_factory=dict)
     intents: dict[str, str] = field(default_factory=dict)
+    #: when each intent was stated
+    since: dict[str, float] = field(default_factory=dict)
     intent_counts: Counter[str] = field(default_factory=Counter)
     draining: set[str] = field(default_factory=set)
     aside: set[str] = field(default_factory=set)
@@ -150,6 +167,12 @@ class Shelf:
     #: the leases of these seeds, in the order of their grant
     leases: dict[str, Lease] = field(default_factory=dict)
     slots: int = 0
+    #: of seeds that serve, by fingerprint (and under ``ANY``): slots that may be granted, the seeds that carry them,
+    #: and slots that are held back until ``held_until``
+    ready: Counter[str | None] = field(default_factory=Counter)
+    ready_seeds: Counter[str | None] = field(default_factory=Counter)
+    held: Counter[str | None] = field(default_factory=Counter)
+    held_until: float = 0.0
 
     def is_empty(self) -> bool:
         """Nothing here is worth remembering."""
@@ -168,6 +191,11 @@ class Shelf:
         if seed.standing != standing:
             seed.standing = standing
             self._stand(seed, *standing)
+        is_held = now < seed.held_until
+        if is_held:
+            self.held_until = seed.held_until
+        serving_slots = seed.slots if standing[0] else 0
+        self._count_slots(seed, (0, serving_slots) if is_held else (serving_slots, 0))
         is_open = seed.is_open(now)
         weight = score(policy, leases=seed.leases, slots=seed.slots, nic_leases=nic_leases, turn=seed.turn)
         for print_ in (seed.fingerprint, ANY):
@@ -188,9 +216,23 @@ class Shelf:
         (self.aside.add if aside else self.aside.discard)(seed.name)
         (self.absent.add if absent else self.absent.discard)(seed.name)
 
+    def _count_slots(self, seed: Seed, counted: tuple[int, int]) -> None:
+        """Count ``seed``'s slots as ready and as held."""
+        if counted == seed.counted:
+            return
+        before, seed.counted = seed.counted, counted
+        for print_ in (seed.fingerprint, ANY):
+            self.ready[print_] += counted[0] - before[0]
+            self.ready_seeds[print_] += (counted[0] > 0) - (before[0] > 0)
+            self.held[print_] += counted[1] - before[1]
+            for counter in (self.ready, self.ready_seeds, self.held):
+                if not counter[print_]:
+                    del counter[print_]
+
     def forget(self, seed: Seed) -> None:
         """Take ``seed`` out of every index."""
         seed.standing = None
+        self._count_slots(seed, (0, 0))
         for print_ in (seed.fingerprint, ANY):
             self.serving.get(print_, set()).discard(seed.name)
             if not self.serving.get(print_):
@@ -232,19 +274,45 @@ class Shelf:
         """The longest waiting receivers that ``seed`` suits, at most ``count``, in one pass through the line."""
         if not self.lines:
             return []
-        suited = (each for each in self.line(seed.fingerprint) if seed.name not in each.ask.exclude)
+        line = self.line(seed.fingerprint)
+        suited = (each for each in line if each.attached and seed.name not in each.ask.exclude)
         return list(itertools.islice(suited, count))
 
     def queue(self, waiter: Waiter) -> None:
         """Add ``waiter`` at the end."""
         self.lines.setdefault(waiter.ask.fingerprint, OrderedDict())[waiter.ticket] = waiter
+        self.numbers.setdefault(waiter.ask.fingerprint, []).append(waiter.number)
 
     def unqueue(self, waiter: Waiter) -> None:
         """Take ``waiter`` out wherever it stands."""
-        line = self.lines[waiter.ask.fingerprint]
-        del line[waiter.ticket]
+        line, numbers = self.lines[waiter.ask.fingerprint], self.numbers[waiter.ask.fingerprint]
+        del line[waiter.ticket], numbers[bisect_left(numbers, waiter.number)]
         if not line:
-            del self.lines[waiter.ask.fingerprint]
+            del self.lines[waiter.ask.fingerprint], self.numbers[waiter.ask.fingerprint]
+
+    def position(self, ask: Ask, number: float = float("inf")) -> int:
+        """The place of the waiter with ``number``, or of a new one, among those whom the same seeds suit; from 1."""
+        prints = (ask.fingerprint, "") if ask.fingerprint else tuple(self.numbers)
+        return 1 + sum(bisect_left(self.numbers[each], number) for each in prints if each in self.numbers)
+
+    def slots_for(self, ask: Ask) -> tuple[int, int, int]:
+        """Slots that may be granted, the seeds that carry them, and slots that are held back; of those that suit."""
+        prints: tuple[str | None, ...] = (ask.fingerprint, "") if ask.fingerprint else (ANY,)
+        ready, seeds, held = (
+            sum(counter[each] for each in prints) for counter in (self.ready, self.ready_seeds, self.held)
+        )
+        for name in ask.exclude:
+            seed = self.seeds.get(name)
+            if seed is not None and (prints == (ANY,) or seed.fingerprint in prints):
+                ready, seeds, held = ready - seed.counted[0], seeds - (seed.counted[0] > 0), held - seed.counted[1]
+        return ready, seeds, held
+
+    def oldest_loader(self, ask: Ask) -> float | None:
+        """When the first of the pending loaders that suit stated its intent; None: there is none."""
+        for intent, print_ in self.intents.items():
+            if intent != ask.intent and (not ask.fingerprint or print_ in (ask.fingerprint, "")):
+                return self.since[intent]
+        return None
 
     def has_hope(self, ask: Ask) -> bool:
         """Somebody that ``ask`` may fork from is serving, or loads from storage."""
@@ -260,10 +328,11 @@ class Shelf:
         return any(len(names) > len(ask.exclude) or not names <= ask.exclude for names in serving)
 
     # --- intents -------------------------------------------------------------------------------------------------
-    def add_intent(self, intent: str, fingerprint: str) -> None:
+    def add_intent(self, intent: str, fingerprint: str, since: float) -> None:
         """Remember ``intent``."""
         self.drop_intent(intent)
         self.intents[intent] = fingerprint
+        self.since[intent] = since
         self.intent_counts[fingerprint] += 1
 
     def drop_intent(self, intent: str) -> bool:
@@ -271,6 +340,7 @@ class Shelf:
         fingerprint = self.intents.pop(intent, None)
         if fingerprint is None:
             return False
+        del self.since[intent]
         self.intent_counts[fingerprint] -= 1
         if not self.intent_counts[fingerprint]:
             del self.intent_counts[fingerprint]

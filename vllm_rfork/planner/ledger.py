@@ -11,6 +11,7 @@ import json
 import secrets
 from collections import Counter
 
+from vllm_rfork.planner.estimates import KeyTimes
 from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf, Waiter
 from vllm_rfork.planner.index import Deadlines
 from vllm_rfork.planner.policy import buckets, nic_of
@@ -18,7 +19,7 @@ from vllm_rfork.planner.records import Book, Journal
 from vllm_rfork.planner.store import Announcement, Ask, LimitReached, Rules
 
 #: Fields of a seed that are not taken over from an earlier leader: :meth:`Ledger.add_seed` computes them.
-_COMPUTED = frozenset({"slots", "nic", "buckets", "leases", "standing", "seen_at", "stale_at"}) | {
+_COMPUTED = frozenset({"slots", "nic", "buckets", "leases", "standing", "counted", "seen_at", "stale_at"}) | {
     # Presence is the leader's: its connections ended with it.
     *("presence", "absent", "absent_at", "given_up"),
 }
@@ -39,6 +40,9 @@ class Ledger:
         self.seeds = Book("seed", Seed, journal)
         self.leases = Book("lease", Lease, journal)
         self.intents = Book("intent", Intent, journal)
+        self.times = Book("times", KeyTimes, journal)
+        #: the lease that each receiver's own ticket was given
+        self.lease_of: dict[str, str] = {}
         self.leases_of: dict[str, set[str]] = {}
         self.waiters: dict[str, Waiter] = {}
         self.due = Deadlines()
@@ -158,14 +162,16 @@ class Ledger:
     def add_lease(self, lease: Lease) -> None:
         """Enter ``lease``; its seed may be unknown as yet."""
         self.leases[lease.user_id] = lease
+        if lease.question:
+            self.lease_of[lease.question] = lease.user_id
         self.leases_of.setdefault(lease.name, set()).add(lease.user_id)
         self.due.set(("lease", lease.user_id, ""), lease.expires_at)
         if lease.name in self.seeds:
             self._count(self.seeds[lease.name], lease)
 
     def put_off(self, lease: Lease) -> None:
-        """Its full TTL again from now."""
-        lease.expires_at = self.now + self.rules.lease_ttl_s
+        """Its full TTL again from now; a short one while its receiver has not confirmed that it has it."""
+        lease.expires_at = self.now + (self.rules.lease_ttl_s if lease.confirmed else self.confirm_s)
         self.due.set(("lease", lease.user_id, ""), lease.expires_at)
 
     def remove_lease(self, lease: Lease) -> Seed | None:
@@ -178,6 +184,8 @@ class Ledger:
 
     def _unlink_lease(self, lease: Lease) -> None:
         del self.leases[lease.user_id]
+        if self.lease_of.get(lease.question) == lease.user_id:
+            del self.lease_of[lease.question]
         self.due.cancel(("lease", lease.user_id, ""))
         siblings = self.leases_of[lease.name]
         siblings.discard(lease.user_id)
@@ -203,6 +211,20 @@ class Ledger:
         self.due.set(("waiter", waiter.ticket, ""), self.now + ask.wait_s + grace_s)
         return waiter
 
+    @property
+    def confirm_s(self) -> float:
+        """How long a lease by ticket waits for its first renewal, and a place in the queue for its receiver."""
+        return min(self.rules.confirm_s, self.rules.lease_ttl_s)
+
+    def times_of(self, key: str) -> KeyTimes:
+        """The measured times of ``key``, to add to; they outlive its seeds, and the oldest make room for new ones."""
+        times = self.times.get(key)
+        if times is None:
+            if len(self.times) >= self.rules.max_keys:
+                del self.times[next(iter(self.times))]
+            times = self.times[key] = KeyTimes()
+        return times
+
     def forget_ticket(self, ticket: str) -> None:
         """Forget a waiter, settled or not; nothing where there is none."""
         waiter = self.waiters.pop(ticket, None)
@@ -213,8 +235,9 @@ class Ledger:
             self.shelves[waiter.ask.key].unqueue(waiter)
         self.left.add(waiter.ask.key)
 
-    def add_intent(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> bool:
-        """Remember an intent or put its end off; False where a limit forbids it."""
+    def add_intent(self, key: str, intent: str, fingerprint: str, ttl_s: float, since: float | None = None) -> bool:
+        """Remember an intent, from now or ``since`` then, or put its end off; False where a limit forbids it."""
+        since = self.now if since is None else since
         if ("intent", key, intent) in self.due:
             if self.shelves[key].intents[intent] == fingerprint:
                 self.intents[_intent(key, intent)].ttl_s = ttl_s
@@ -223,8 +246,8 @@ class Ledger:
             self.drop_intent(key, intent)
         elif len(self.intents) >= self.rules.max_intents or not self.has_room_for(key):
             return False
-        self.shelf(key).add_intent(intent, fingerprint)
-        self.intents[_intent(key, intent)] = Intent(key, intent, fingerprint, ttl_s)
+        self.shelf(key).add_intent(intent, fingerprint, since)
+        self.intents[_intent(key, intent)] = Intent(key, intent, fingerprint, ttl_s, since)
         self.due.set(("intent", key, intent), self.now + ttl_s)
         return True
 
@@ -267,16 +290,18 @@ class Ledger:
     def put_back_lease(self, lease: Lease) -> None:
         """A lease of an earlier leader, with its full TTL.
 
-        A lease whose receiver has not fetched it was never answered, and that receiver waits no more.
+        A lease whose receiver has not fetched it was never answered: only one that keeps its ticket may ask again.
         """
-        lease.expires_at = self.now + (self.rules.claim_s if lease.ticket else self.rules.lease_ttl_s)
+        lease.confirmed = not lease.ticket  # renewals are not written
+        claim_s = self.confirm_s if lease.question else self.rules.claim_s
+        lease.expires_at = self.now + (claim_s if lease.ticket else self.rules.lease_ttl_s)
         self.add_lease(lease)
         if lease.name in self.seeds:
             self.rank(self.seeds[lease.name])
 
     def put_back_intent(self, intent: Intent) -> None:
         """An intent of an earlier leader, with its full TTL."""
-        self.add_intent(intent.key, intent.intent, intent.fingerprint, intent.ttl_s)
+        self.add_intent(intent.key, intent.intent, intent.fingerprint, intent.ttl_s, intent.since)
 
 
 def _intent(key: str, intent: str) -> str:

@@ -8,15 +8,19 @@ this one as well, and writes what changes: no rule exists a second time.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
-from vllm_rfork.messages import SeedAddress
+from vllm_rfork import messages
+from vllm_rfork.messages import SeedAddress, Waiting
 from vllm_rfork.planner import misses, overview, views
-from vllm_rfork.planner.fleet import Intent, Lease, Seed, Shelf
+from vllm_rfork.planner.estimates import KeyTimes, Verdict
+from vllm_rfork.planner.fleet import Intent, Lease, Seed, Waiter
 from vllm_rfork.planner.lease_ids import state_of
 from vllm_rfork.planner.ledger import Ledger
+from vllm_rfork.planner.prospects import prospects
 from vllm_rfork.planner.records import Journal
 from vllm_rfork.planner.store import (
     SEED_NOT_TO_BLAME,
@@ -87,9 +91,17 @@ class MemoryStore(Store):
             # A heartbeat soon after the connection broke may be one that the process had sent before it died.
             if seed.absent and books.now >= seed.absent_at + self.rules.return_s:
                 self._back(seed)
-            books.drop_intent(seed.key, announcement.intent)
+            self._fulfil(seed.key, announcement.intent)
             self._serve(seed)
             return books.state_id
+
+    def _fulfil(self, key: str, intent: str) -> None:
+        """A pending loader has become a seed: its intent ends, and how long it took is known."""
+        books = self._ledger
+        shelf = books.shelves[key]
+        if intent in shelf.since:
+            books.times_of(key).add_load(books.now - shelf.since[intent])
+        books.drop_intent(key, intent)
 
     def _drop_leases_of_earlier_bytes(self, announcement: Announcement) -> None:
         """A seed that was stale comes back to its leases, but not if it has become another one meanwhile."""
@@ -188,33 +200,120 @@ class MemoryStore(Store):
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
         """See the port."""
         with self._decision as books:
+            if ask.keeps and (answer := self._asked_before(ask)) is not None:
+                return answer
             shelf = books.shelves.get(ask.key)
             seed = shelf.best(ask, self.rules.policy) if shelf is not None else None
             if seed is not None:
                 return self._grant(seed, ask, self.rules.lease_ttl_s)
-            if ask.wait_s > 0 and self._may_wait(shelf, ask):
-                books.add_waiter(ask, WAIT_GRACE_S)
-                return Queued(ask.ticket)
+            if ask.wait_s > 0 or ask.patient:
+                return self._line_up(ask)
             return self._miss(ask)
 
-    def _may_wait(self, shelf: Shelf | None, ask: Ask) -> bool:
-        if len(self._ledger.waiters) >= self.rules.max_waiters or not self._ledger.has_room_for(ask.key):
-            return False
-        return not ask.intent or (shelf is not None and shelf.has_hope(ask))
+    def _line_up(self, ask: Ask) -> Missed | Queued:
+        books = self._ledger
+        if len(books.waiters) >= self.rules.max_waiters or not books.has_room_for(ask.key):
+            return self._miss(ask, "too many receivers wait already")
+        if ask.keeps:
+            return self._take_place(ask)
+        shelf = books.shelves.get(ask.key)
+        if ask.intent and (shelf is None or not shelf.has_hope(ask)):
+            return self._miss(ask)
+        books.add_waiter(ask, WAIT_GRACE_S)
+        return Queued(ask.ticket)
 
-    def _miss(self, ask: Ask) -> Missed:
-        remembered = bool(ask.intent) and self._ledger.add_intent(
-            ask.key, ask.intent, ask.fingerprint, self.rules.intent_ttl_s
-        )
+    # --- receivers that keep their tickets -------------------------------------------------------------------------
+    def _take_place(self, ask: Ask) -> Missed | Queued:
+        """A place in the line, where waiting is worth it. It is answered at once, and served from its next question."""
+        books = self._ledger
+        verdict = prospects(books, ask, books.now)
+        if not verdict.waits:
+            return self._miss(ask, verdict.text)
+        waiter = books.add_waiter(ask, 0.0)
+        return self._parked(waiter, verdict)
+
+    def _asked_before(self, ask: Ask) -> Granted | Missed | Queued | None:
+        """What the receiver with this ticket has, or is to have now; None: the ticket is new."""
+        books = self._ledger
+        lease = books.leases.get(books.lease_of.get(ask.ticket, ""))
+        if lease is not None and lease.key == ask.key:
+            waiter = books.waiters.get(ask.ticket)
+            waited_s = None if waiter is None else books.now - waiter.since
+            self._fetched(lease)
+            seed = messages.parse_seed_address(lease.name)
+            return Granted(seed, lease.user_id, self.rules.lease_ttl_s, waited_s)
+        waiter = books.waiters.get(ask.ticket)
+        if waiter is None:
+            return None
+        if (waiter.ask.key, waiter.ask.fingerprint) != (ask.key, ask.fingerprint) or waiter.result is not None:
+            books.forget_ticket(ask.ticket)
+            return None
+        waiter.ask, waiter.attached = ask, True
+        seed_now = books.shelves[ask.key].best(ask, self.rules.policy)
+        if seed_now is not None:
+            books.forget_ticket(ask.ticket)
+            return dataclasses.replace(
+                self._grant(seed_now, ask, self.rules.lease_ttl_s), waited_s=books.now - waiter.since
+            )
+        verdict = prospects(books, ask, waiter.since, waiter.number)
+        if not verdict.waits:
+            return self._sent_away(waiter, verdict)
+        left_s = verdict.bound_s - (books.now - waiter.since)
+        books.due.set(("waiter", waiter.ticket, ""), books.now + left_s + WAIT_GRACE_S)
+        return Queued(waiter.ticket, _place(waiter, verdict, books), left_s)
+
+    async def park(self, ticket: str, *, hung_up: bool = False) -> Granted | Missed | Queued | None:
+        """See the port."""
+        with self._decision as books:
+            waiter = books.waiters.get(ticket)
+            if waiter is None:
+                return None
+            if isinstance(waiter.result, Granted):
+                if not hung_up:
+                    self._fetched(books.leases[waiter.result.user_id])
+                return dataclasses.replace(waiter.result, waited_s=books.now - waiter.since)
+            if waiter.result is not None:
+                books.forget_ticket(ticket)
+                if hung_up:
+                    books.drop_intent(waiter.ask.key, waiter.ask.intent)
+                return waiter.result
+            verdict = prospects(books, waiter.ask, waiter.since, waiter.number)
+            if hung_up or verdict.waits:
+                return self._parked(waiter, verdict)
+            return self._sent_away(waiter, verdict)
+
+    def _parked(self, waiter: Waiter, verdict: Verdict) -> Queued:
+        books = self._ledger
+        waiter.attached = False
+        books.due.set(("waiter", waiter.ticket, ""), books.now + books.confirm_s)
+        return Queued(waiter.ticket, _place(waiter, verdict, books), parked=True)
+
+    def _sent_away(self, waiter: Waiter, verdict: Verdict) -> Missed:
+        books = self._ledger
+        books.forget_ticket(waiter.ticket)
+        return dataclasses.replace(self._miss(waiter.ask, verdict.text), waited_s=books.now - waiter.since)
+
+    def _fetched(self, lease: Lease) -> None:
+        """The receiver that waited for ``lease`` is being answered."""
+        self._ledger.forget_ticket(lease.ticket)
+        lease.ticket = ""
+        self._ledger.put_off(lease)
+
+    # --- what both kinds share -------------------------------------------------------------------------------------
+    def _miss(self, ask: Ask, text: str = "") -> Missed:
+        ttl_s = min(self.rules.intent_ttl_s, messages.TICKET_INTENT_TTL_S) if ask.keeps else self.rules.intent_ttl_s
+        remembered = bool(ask.intent) and self._ledger.add_intent(ask.key, ask.intent, ask.fingerprint, ttl_s)
         shelf = self._ledger.shelves.get(ask.key)
-        return Missed(remembered, misses.reason_for(shelf, ask), misses.others_for(shelf, ask))
+        return Missed(remembered, misses.reason_for(shelf, ask), misses.others_for(shelf, ask), text)
 
     def _grant(self, seed: Seed, ask: Ask, ttl_s: float, ticket: str = "") -> Granted:
         books = self._ledger
         user_id = self.lease_ids.new(books.state_id, seed.name)
+        question, ttl_s = (ask.ticket, books.confirm_s) if ask.keeps else ("", ttl_s)
         lease = Lease(user_id, seed.name, seed.key, ask.receiver, books.now, books.now + ttl_s, ticket)
         lease.fingerprint, lease.epoch = seed.fingerprint, seed.epoch
         lease.host = ask.labels.get("host", "")
+        lease.question, lease.confirmed = question, not ask.keeps
         books.add_lease(lease)
         seed.turn = books.next_number()
         books.drop_intent(seed.key, ask.intent)
@@ -231,10 +330,9 @@ class MemoryStore(Store):
                 return Queued(ticket)
             books.forget_ticket(ticket)
             if isinstance(waiter.result, Granted):
-                lease = books.leases[waiter.result.user_id]
-                lease.ticket = ""
-                books.put_off(lease)
-            elif not loads:
+                self._fetched(books.leases[waiter.result.user_id])
+                return dataclasses.replace(waiter.result, waited_s=books.now - waiter.since)
+            if not loads:
                 books.drop_intent(waiter.ask.key, waiter.ask.intent)
                 return Missed()
             return waiter.result or self._miss(waiter.ask)
@@ -251,6 +349,10 @@ class MemoryStore(Store):
             self._history.append(views.PastFork.of(lease, books.now, result, outcome))
             if outcome is not None:
                 self.observe(_reported(lease, outcome))
+            if lease.key and (outcome.ok if outcome is not None else not lease.question):
+                # Without a word: an older receiver's fork. One with a ticket says nothing only where it read nothing.
+                reported_s = 0.0 if outcome is None else outcome.duration_s
+                books.times_of(lease.key).add_fork(books.now - lease.granted_at, reported_s)
             if outcome is not None and lease.name in books.seeds:
                 self._judge(books.seeds[lease.name], lease.who, outcome)
             self._drop_lease(lease)
@@ -291,6 +393,7 @@ class MemoryStore(Store):
                 lease = self._adopt(str(seed), user_id)
             if lease is None or not _names(seed, lease):
                 raise UnknownLease("no such lease")
+            lease.confirmed = True
             books.put_off(lease)
 
     # --- leases of an earlier state ------------------------------------------------------------------------------
@@ -388,10 +491,12 @@ class MemoryStore(Store):
             shelf = books.shelves.get(key)
             if shelf is None:
                 continue
-            for waiter in [each for each in shelf.line() if each.ask.intent]:
+            for waiter in [each for each in shelf.line() if each.attached and (each.ask.intent or each.ask.patient)]:
                 if not shelf.has_hope(waiter.ask):
                     shelf.unqueue(waiter)
-                    waiter.result = self._miss(waiter.ask)
+                    text = "nobody loads the weights any more, and no seed that suits is serving"
+                    waited_s = books.now - waiter.since
+                    waiter.result = dataclasses.replace(self._miss(waiter.ask, text), waited_s=waited_s)
                     self.notify(waiter.ticket)
             books.left.add(key)
         while books.left:
@@ -461,6 +566,8 @@ class MemoryStore(Store):
                 books.put_back_lease(record)
             elif isinstance(record, Intent):
                 books.put_back_intent(record)
+            elif isinstance(record, KeyTimes):
+                books.times[name] = record
             elif isinstance(record, views.PastFork):
                 self._history.put_back(int(name), record)
             else:
@@ -525,6 +632,13 @@ def _reported(lease: Lease, outcome: Outcome) -> Event:
     if outcome.lane:
         facts["lane"] = outcome.lane
     return Event("fork_ok" if outcome.ok else "fork_failed", lease.key, lease.name, facts=facts)
+
+
+def _place(waiter: Waiter, verdict: Verdict, books: Ledger) -> Waiting:
+    """What a receiver in the line is told."""
+    waiter.bound_s = verdict.bound_s
+    position = books.shelves[waiter.ask.key].position(waiter.ask, waiter.number)
+    return Waiting(position, verdict.bound_s, verdict.expected_s, verdict.reason)
 
 
 def _new_life(seed: Seed | Lease, new: Announcement) -> str:

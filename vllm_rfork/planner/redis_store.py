@@ -250,6 +250,11 @@ class RedisStore(Store):
         term = self._leading()
         return await self._granted(term, await term.memory.settle(ticket, leave=leave, loads=loads))
 
+    async def park(self, ticket: str, *, hung_up: bool = False) -> Granted | Missed | Queued | None:
+        """See the port."""
+        term = self._leading()
+        return await term.decide(term.memory.park(ticket, hung_up=hung_up))
+
     async def _granted(self, term: Term, result: T) -> T:
         """``result``, once it is written. A lease whose receiver hangs up meanwhile is taken back."""
         try:

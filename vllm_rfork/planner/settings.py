@@ -35,10 +35,18 @@ class Settings(BaseModel):
         3.0, ge=0.2, le=60, description="with Redis, a replica takes over when the leading one was silent for so long"
     )
     policy: str = Field("least-loaded", description=f"choice of seed: {', '.join(sorted(POLICIES))}")
-    slots: int = Field(1, ge=1, le=1000, description="leases at once of a seed that does not announce its own number")
+    slots: int = Field(4, ge=1, le=1000, description="leases at once of a seed that does not announce its own number")
     max_slots: int = Field(64, ge=1, le=1000, description="upper bound of the number that a seed announces")
     lease_ttl_sec: float = Field(60.0, ge=0.1, le=86400, description="a lease that is not renewed ends after this")
-    seed_wait_sec: float = Field(0.0, ge=0, le=3600, description="wait of a receiver that does not state one")
+    seed_wait_sec: float = Field(
+        0.0, ge=0, le=3600, description="wait of an older receiver, without a ticket, that does not state one"
+    )
+    default_wait_sec: float = Field(
+        120.0,
+        ge=0,
+        le=3600,
+        description="longest wait for a key whose loads were not measured yet; 0: no waits by ticket",
+    )
     max_wait_sec: float = Field(600.0, ge=0, le=3600, description="upper bound of any wait")
     stale_after_sec: float = Field(60.0, ge=0.1, le=86400, description="a seed unseen for so long is dropped")
     sweep_every_sec: float = Field(5.0, ge=0.05, le=60, description="longest time between two sweeps")
@@ -78,6 +86,8 @@ class Settings(BaseModel):
             stale_s=self.stale_after_sec,
             intent_ttl_s=self.intent_ttl_sec,
             claim_s=min(2.0, self.lease_ttl_sec),
+            default_wait_s=self.default_wait_sec,
+            max_wait_s=self.max_wait_sec,
             recovery_hold_s=self.recovery_hold_sec,
             slots=self.slots,
             max_slots=self.max_slots,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.errors import RForkError
-from vllm_rfork.messages import OtherSeeds, SeedAddress
+from vllm_rfork.messages import OtherSeeds, SeedAddress, Waiting
 from vllm_rfork.planner.lease_ids import LeaseIds
 from vllm_rfork.planner.policy import Policy
 
@@ -63,6 +63,12 @@ class Rules:
     intent_ttl_s: float = 60.0
     #: how long a lease waits for its waiting receiver to fetch it
     claim_s: float = 5.0
+    #: how long a lease by ticket waits for its first renewal, and a place in the queue for its receiver
+    confirm_s: float = 10.0
+    #: the wait of a receiver that states none, for a key of which no load was measured; 0: it does not wait
+    default_wait_s: float = 120.0
+    #: the longest wait that is not stated
+    max_wait_s: float = 600.0
     #: after a start without state: how long no seed at all is granted
     recovery_hold_s: float = 0.0
     #: a seed whose presence request was answered sends the next within this, or is absent
@@ -108,7 +114,9 @@ class Ask:
     """``get_seed``: one receiver wants a seed, now or within ``wait_s``, in line under ``ticket`` (unique).
 
     ``intent`` is the receiver's id where it says that it loads from storage if there is nothing to wait for.
-    ``receiver`` is for people to read.
+    ``receiver`` is for people to read. ``keeps``: the ticket is the receiver's own, and it comes back with it: what it
+    was given it is given again. ``patient``: it states no wait, and waits for as long as that is expected to be faster
+    than reading storage.
     """
 
     key: str
@@ -119,6 +127,8 @@ class Ask:
     exclude: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     intent: str = ""
+    keeps: bool = False
+    patient: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,11 +149,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Granted:
-    """A lease on ``seed`` until ``ttl_s`` from now."""
+    """A lease on ``seed`` until ``ttl_s`` from now. ``waited_s``: how long its receiver stood in the queue, if so."""
 
     seed: SeedAddress
     user_id: str
     ttl_s: float
+    waited_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -151,19 +162,29 @@ class Missed:
     """Nothing to give: load from storage. ``intent``: the planner remembers that this receiver does.
 
     For people, and no part of the decision: ``reason``, one of ``messages.MISSES`` or empty where the store gives none,
-    and ``others``, the seeds of this key with other fingerprints.
+    ``others``, the seeds of this key with other fingerprints, ``text``, why it does not wait, or no longer, and
+    ``waited_s``, how long it stood in the queue, if it did.
     """
 
     intent: bool = False
     reason: str = field(default="", compare=False)
     others: tuple[OtherSeeds, ...] = field(default=(), compare=False)
+    text: str = field(default="", compare=False)
+    waited_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Queued:
-    """The receiver stands in its key's line under ``ticket``."""
+    """The receiver stands in its key's line under ``ticket``.
+
+    For one that ``keeps`` its ticket: its place, the seconds until its wait is over, and what it is to be told.
+    ``parked``: it is served only once it has asked again.
+    """
 
     ticket: str
+    place: Waiting | None = None
+    left_s: float = 0.0
+    parked: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,6 +301,14 @@ class Store(abc.ABC):
         ``leave`` takes a receiver that still waits out of the line: :class:`Missed`. Otherwise it stays:
         :class:`Queued`. None: the ticket is unknown, or its lease was not fetched in time. ``loads`` False: nobody
         will hear that it is to load (it hung up, or is sent to another planner), so its intent is not remembered.
+        """
+
+    @abc.abstractmethod
+    async def park(self, ticket: str, *, hung_up: bool = False) -> Granted | Missed | Queued | None:
+        """The result of a receiver that keeps its ticket, as :meth:`settle`, or leave it in the line: Queued.
+
+        It is not served until it asks again, and is forgotten where it does not within ``confirm_s``. ``hung_up``:
+        nobody hears the result, so what it was told is taken back, and what it was given is left for it to fetch.
         """
 
     @abc.abstractmethod

@@ -167,5 +167,5 @@ def waiter_entry(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
         "fingerprint": waiter.ask.fingerprint,
         "intent": waiter.ask.intent,
         "waited_s": round(now - waiter.since, 1),
-        "wait_s": waiter.ask.wait_s,
+        "wait_s": round(waiter.bound_s, 1) or waiter.ask.wait_s,
     }

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Coroutine
 from typing import Any
 
+from vllm_rfork import messages
 from vllm_rfork.planner.store import (
     Ask,
     Granted,
@@ -77,13 +78,18 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._bells)
 
-    async def acquire(self, ask: Ask) -> Granted | Missed:
+    async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
         """Ask the store, and wait in line where it says so.
+
+        A receiver that keeps its ticket waits here for :data:`messages.SLICE_S` at most, and not at all at first; where
+        it has to ask again, the result is :class:`Queued`.
 
         Raises:
             Closing: :meth:`close` was called while this receiver waited.
             StoreUnavailable: the store could not decide.
         """
+        if ask.keeps:
+            return await self._slice(ask)
         if ask.wait_s <= 0:
             result = await self._store.acquire(ask)
             if isinstance(result, Queued):
@@ -121,6 +127,48 @@ class WaitingRoom:
             if not finished and not self._closing:
                 # Cancelled (the receiver hung up): nobody must stay behind in the line.
                 self._in_background(self._abandon(ask.ticket))
+
+    async def _slice(self, ask: Ask) -> Granted | Missed | Queued:
+        loop = asyncio.get_running_loop()
+        bell = _Bell()
+        self._bells[ask.ticket] = bell  # of two questions with one ticket, the later one is the receiver's
+        finished = False
+        try:
+            result: Granted | Missed | Queued | None = await self._store.acquire(ask)
+            if isinstance(result, Queued) and not result.parked:
+                place, deadline = result, loop.time() + min(messages.SLICE_S, result.left_s)
+                while isinstance(result, Queued) and not result.parked and not self._closing:
+                    if await bell.rings_before(deadline):
+                        result = await self._store.settle(ask.ticket, leave=False)
+                    elif self._bells.get(ask.ticket) is bell:
+                        result = await self._store.park(ask.ticket)
+                    else:
+                        result = place  # superseded: nobody reads this answer
+                        break
+            if isinstance(result, Queued) and self._closing:
+                raise Closing
+            finished = True
+            if result is None:
+                # The place in the line was given a lease that is gone again (its seed died).
+                return await self._store.acquire(ask)
+            return result
+        except StoreUnavailable:
+            finished = True  # another replica leads now, and has no line
+            raise
+        finally:
+            if self._bells.get(ask.ticket) is bell:
+                del self._bells[ask.ticket]
+                if not finished and not self._closing:
+                    self._in_background(self._parked(ask.ticket))
+
+    async def _parked(self, ticket: str) -> None:
+        """The receiver has hung up: it keeps its place for a moment, in case only the connection broke."""
+        if ticket in self._bells:
+            return  # it is back already
+        try:
+            await self._store.park(ticket, hung_up=True)
+        except StoreError as error:
+            logger.warning("A receiver that went away stays in line until its wait is over: %s", error)
 
     async def _abandon(self, ticket: str) -> None:
         try:
