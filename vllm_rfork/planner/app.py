@@ -263,7 +263,7 @@ async def serve(settings: Settings) -> None:
             logger.warning("No bearer token is configured: whoever reaches %s may use this planner", planner.url)
         if settings.seed_wait_sec > _PATIENCE_S:
             logger.warning(
-                "--seed-wait-sec is %g: a worker that states no wait (rfork_seed_wait_sec) hangs up after its "
+                "--seed-wait-sec is %g: an older worker that states no wait (rfork_seed_wait_sec) hangs up after its "
                 "rfork_request_timeout_sec, %g by default, and loads from storage",
                 settings.seed_wait_sec,
                 _PATIENCE_S,

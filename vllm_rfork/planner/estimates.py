@@ -1,7 +1,7 @@
 """How long a receiver may wait for a seed: rules over the measured times of a key. No clock, no state, no I/O.
 
 Waiting is right while it is expected to be faster than reading storage. The expectation is simple on purpose, and it
-is made again every few seconds of a wait, so that an error of it costs little. ``docs/adr/0008-waiting.md`` has the
+is made again every few seconds of a wait, so that an error of it costs little. ``docs/adr/0009-waiting.md`` has the
 reasons for each number.
 """
 

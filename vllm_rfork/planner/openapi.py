@@ -50,6 +50,15 @@ _SCHEMAS: dict[str, tuple[_Data, str]] = {
         {"type": "number", "minimum": 0, "maximum": 86400},
         "Hold the call for up to so many seconds until a seed is free; the planner has a bound of its own.",
     ),
+    messages.TICKET: (
+        _OWN_ID,
+        "The receiver's id of this one question: asked again it keeps its place and its lease. In an answer: the lease "
+        "has to be renewed at once.",
+    ),
+    messages.WAITING: (
+        {"type": "string", "maxLength": messages.MAX_HEADER_LENGTH, "pattern": "^position=[0-9]+; bound=[0-9.]+;"},
+        "The receiver stands in the queue: ask again at once, with the same ticket.",
+    ),
     messages.EXCLUDE: (
         {"type": "string", "maxLength": messages.MAX_HEADER_LENGTH, "pattern": f"^({_SEED}(,{_SEED}){{0,255}})?$"},
         "Seeds that just failed this receiver: ip:port:rank, comma-separated.",
@@ -169,15 +178,24 @@ def _call(
 def _paths() -> dict[str, dict[str, _Data]]:
     done = _text("Done.")
     no_seed = _text("No free seed: load from storage. The headers say why, and whether an intent is remembered.")
-    told = {**_granted(), **_answered(messages.MISS, messages.OTHER_FINGERPRINTS)}
+    told = {**_granted(), **_answered(messages.MISS, messages.OTHER_FINGERPRINTS, messages.WAITING)}
     no_seed["headers"] = {name: {**each, "required": False} for name, each in told.items()}
+    lease = _answered(*_SEED_NAME, messages.SEED_RANK, messages.USER_ID, messages.LEASE_TTL_SEC, messages.TICKET)
+    lease[messages.TICKET]["required"] = False
     get_seed = _call(
         "getSeed",
         "Lease a seed, wait for one, or be told to load from storage.",
-        _text("A lease.", _answered(*_SEED_NAME, messages.SEED_RANK, messages.USER_ID, messages.LEASE_TTL_SEC)),
+        _text("A lease.", lease),
         "400 429 503",
         needs=[messages.SEED_KEY],
-        takes=[messages.FINGERPRINT, messages.WAIT_SEC, messages.EXCLUDE, messages.INTENT, messages.LABELS],
+        takes=[
+            messages.FINGERPRINT,
+            messages.TICKET,
+            messages.WAIT_SEC,
+            messages.EXCLUDE,
+            messages.INTENT,
+            messages.LABELS,
+        ],
     )
     get_seed["responses"]["404"] = no_seed
     return {

@@ -341,7 +341,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
-        """Plain JSON data for people: ``seeds``, ``leases``, ``waiting``, ``intents``, ``history``.
+        """Plain JSON data for people: ``seeds``, ``leases``, ``waiting``, ``intents``, ``times``, ``history``.
 
         Each list holds at most ``limit`` entries, of one ``key`` where given; ages in seconds. Lease ids are
         cut short: whoever knows one whole may release the lease.

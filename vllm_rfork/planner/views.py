@@ -15,6 +15,7 @@ from vllm_rfork.planner.records import Book, Journal
 from vllm_rfork.planner.store import Outcome
 
 if TYPE_CHECKING:
+    from vllm_rfork.planner.estimates import KeyTimes
     from vllm_rfork.planner.fleet import Lease, Seed, Waiter
     from vllm_rfork.planner.ledger import Ledger
 
@@ -104,6 +105,7 @@ def snapshot(books: Ledger, history: Sequence[PastFork], *, key: str | None, lim
         held = (leases[each] for shelf in chosen for name in shelf.seeds for each in books.leases_of.get(name, ()))
     waiting = (pair for shelf in chosen for pair in enumerate(shelf.line(), start=1))
     intents = ((shelf.key, each, print_) for shelf in chosen for each, print_ in shelf.intents.items())
+    times = ((name, each) for name, each in books.times.items() if key is None or name == key)
     past = (each for each in reversed(history) if key is None or each.key == key)
     return {
         "state": books.state_id,
@@ -117,8 +119,14 @@ def snapshot(books: Ledger, history: Sequence[PastFork], *, key: str | None, lim
             {"key": name, "intent": intent, "fingerprint": print_}
             for name, intent, print_ in itertools.islice(intents, limit)
         ],
+        "times": [{"key": name, **times_entry(each)} for name, each in itertools.islice(times, limit)],
         "history": [past_fork(asdict(each), now) for each in itertools.islice(past, limit)],
     }
+
+
+def times_entry(times: KeyTimes) -> dict[str, Any]:
+    """The measured times of one key, for people."""
+    return {name: round(value, 3) for name, value in asdict(times).items()}
 
 
 def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
