@@ -69,7 +69,7 @@ def test_seeds_are_listed_with_their_leases(planner: PlannerUnderTest) -> None:
     assert done.exit_code == 0, done.output
     row = next(line for line in done.output.splitlines() if KEY in line)
     assert "127.0.0.1:5000:0" in row
-    assert "1 of 1" in row
+    assert "1 of 4" in row
     assert "host=a rack=b" in row
     assert "127.0.0.1:5001:0" in done.output
 

@@ -117,7 +117,7 @@ async def test_a_store_that_is_away_is_503_and_a_crowd_is_429(monkeypatch: pytes
 
 
 async def test_what_receivers_report_is_shown() -> None:
-    async with planner() as client:
+    async with planner(slots=1) as client:
         await client.add()
         lease = await client.lease()
         waiting = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **{"RFORK-WAIT-SEC": "30"}))

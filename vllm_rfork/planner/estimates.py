@@ -146,7 +146,7 @@ def expected_wait_s(times: KeyTimes, outlook: Outlook) -> tuple[float | None, st
         left_s = max(times.load_s - outlook.loading_s, times.load_s * OVERDUE_SHARE)
         behind = outlook.position - outlook.new_slots
         ways.append((left_s + queue_s(behind, outlook.new_slots, outlook.new_slots), LOADING))
-    return min(ways) if ways else (None, unknown or LOADING)
+    return min(ways) if ways else (None, unknown or BUSY)
 
 
 def _hold_s(times: KeyTimes) -> float | None:

@@ -194,7 +194,7 @@ class Shelf:
         is_held = now < seed.held_until
         if is_held:
             self.held_until = seed.held_until
-        serving_slots = seed.slots if standing[0] else 0
+        serving_slots = seed.slots if standing[0] and not seed.absent else 0
         self._count_slots(seed, (0, serving_slots) if is_held else (serving_slots, 0))
         is_open = seed.is_open(now)
         weight = score(policy, leases=seed.leases, slots=seed.slots, nic_leases=nic_leases, turn=seed.turn)
