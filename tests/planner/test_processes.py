@@ -29,7 +29,8 @@ def started() -> Iterator[list[PlannerUnderTest]]:
 
 
 def start(started: list[PlannerUnderTest], *flags: str, port: int = 0, **environ: str) -> PlannerUnderTest:
-    started.append(PlannerUnderTest(*flags, port=port, **environ))
+    # One lease for each seed: these tests are about who has it.
+    started.append(PlannerUnderTest("--slots", "1", *flags, port=port, **environ))
     return started[-1]
 
 
