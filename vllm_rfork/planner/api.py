@@ -6,8 +6,8 @@ only to those who ask. Must not decide anything about seeds and leases itself, a
 
 from __future__ import annotations
 
-import functools
 import asyncio
+import functools
 import gzip
 import logging
 import time
