@@ -194,7 +194,7 @@ def install_lock() -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
             file.write("\n".join(rest) + "\n")
             file.flush()
-            pip(f"installing {len(rest)} packages", *INSTALL, "--requirement", file.name)
+            pip(f"installing packages: {len(rest)}", *INSTALL, "--requirement", file.name)
 
 
 def has_distribution(name: str, version: str | None = None) -> bool:

@@ -23,7 +23,7 @@ def build(out: Path = DEFAULT_OUT) -> Path:
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     if done.returncode != 0:
         raise RuntimeError(f"the stand-in for the Ascend data plane cannot be built:\n{done.stdout}{done.stderr}")

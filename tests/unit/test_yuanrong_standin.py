@@ -49,7 +49,7 @@ def test_it_is_built_once_and_again_when_a_source_changes(tmp_path: Path) -> Non
     sources, out = tmp_path / "standin", tmp_path / "out"
     shutil.copytree(Path(build.__file__).parent, sources)
     make = ["make", "-C", str(sources), f"OUT={out}"]
-    subprocess.run(make, capture_output=True, check=True, timeout=200)
+    subprocess.run(make, capture_output=True, check=True, timeout=500)
     assert {file.name for file in out.iterdir()} == set(EXPORTED)
     asked = [*make, "--question"]
     assert subprocess.run(asked, capture_output=True, check=False).returncode == 0
