@@ -15,11 +15,15 @@ from tests.unit.interop_planners import serve
 from tests.unit.virtual_time import until
 from vllm_rfork.attempt import Attempt, Target
 from vllm_rfork.buffers import Buffer
+from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ForkError, NoSeedAvailable
 from vllm_rfork.manifest import Manifest
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.planner.access import Tokens
+from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.settings import settings_from
 from vllm_rfork.seed_service import Offer, SeedService
 
 OWN = {"options.model.dtype": "bfloat16", "hf_config.tie_word_embeddings": "true", "torch": "2.9"}
@@ -77,6 +81,20 @@ async def test_the_facts_that_differ_are_named_once(caplog: pytest.LogCaptureFix
     (line,) = warnings(caplog)
     assert "4 seeds of key" in line
     assert line.endswith("dtype: bfloat16 here, float16 on 3 seeds; tie_word_embeddings: true here, false on 1 seed")
+
+
+async def test_planner_seed_and_receiver_together(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a script in between: the planner's own answer leads to the seed, and that tells its facts."""
+    process = PlannerProcess(settings_from({"port": 0}), tokens=Tokens(None, {}))
+    async with process.running(), seed({**OWN, "options.model.dtype": "float16"}, "f2") as address:
+        await PlannerClient(process.url).announce(KEY, address, fingerprint="f2")
+        attempt = attempt_at(process.url)
+        with pytest.raises(NoSeedAvailable) as caught:
+            await asyncio.to_thread(attempt.reserve, "f1")
+        assert caught.value.reason == "fingerprint"
+        await until(lambda: bool(warnings(caplog)), "the warning")
+        await asyncio.to_thread(attempt.close)
+    assert warnings(caplog)[0].endswith("it was built with other facts: dtype: bfloat16 here, float16 on 1 seed")
 
 
 async def test_a_seed_that_does_not_tell_its_facts_is_named_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

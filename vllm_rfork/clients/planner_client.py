@@ -47,7 +47,7 @@ RETURN_PAUSE_S = 1.0
 _WHY = {
     "": "",
     "none": " (none: no seed has it yet)",
-    "busy": " (busy: every seed carries as many forks as it may)",
+    "busy": " (busy: no seed has a free slot now)",
     "quarantined": " (quarantined: every seed failed other receivers; the planner's log lists the causes)",
     "fingerprint": " (fingerprint: the seeds of this key were built with other versions, settings or a checkpoint)",
     "excluded": " (excluded: every seed failed this worker before)",
