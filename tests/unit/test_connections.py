@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
@@ -220,6 +221,30 @@ def test_a_body_that_does_not_come_ends_the_connection(run: Run) -> None:
                 assert (await read_all(sock)).endswith(b"hello")
 
     run(scenario())
+
+
+@pytest.mark.parametrize("told_apart", [False, True])
+def test_nothing_that_is_not_tls_reaches_the_log(
+    run: Run, told_apart: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = server_context(tmp_path)
+    trusting_nobody = ssl.create_default_context()
+
+    async def scenario() -> None:
+        async with serving(PATIENT, Tls(lambda: context, told_apart)) as service:
+            for sent in (b"\x16\x03\x01\x00\x02\x01\x00", b"\x16" * 600, b"\x00" * 100, b"SSH-2.0-x\r\n"):
+                with await connect(service, sent) as sock:
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_WR)
+                    await read_all(sock)
+            with pytest.raises(ssl.SSLError):  # the client rejects the certificate
+                await asyncio.open_connection("127.0.0.1", service.port, ssl=trusting_nobody, server_hostname="x")
+            await until(lambda: len(service.connections) == 0)
+
+    run(scenario())
+    gc.collect()  # a task whose exception nobody retrieved says so when it is collected
+    found = [each for each in caplog.records if each.levelno >= logging.WARNING and each.name != "aiohttp.server"]
+    assert [each.getMessage() for each in found] == []
 
 
 # --- what one connection can cost ------------------------------------------------------------------------------------
