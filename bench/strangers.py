@@ -171,7 +171,7 @@ class Loads:
 
     def snapshots(self) -> None:
         """Large answers that nobody reads."""
-        server = self._planner()
+        server = self._planner("--stale-after-sec", "3600")
         load = [sys.executable, "-m", "bench.planner_load", "fill", "--port", str(server.port)]
         subprocess.run([*load, "--seeds", "50000", "--keys", "50"], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
         server.mark()
