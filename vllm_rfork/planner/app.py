@@ -169,18 +169,9 @@ class PlannerProcess:
     def _limits(self) -> Limits:
         wanted = self.settings.max_connections
         held_s = self.settings.max_wait_sec + _HELD_MARGIN_S
-        limits = Limits(
+        return Limits(
             descriptors.connections(wanted, kept=_KEPT_DESCRIPTORS), request_nbytes=_REQUEST_NBYTES, held_s=held_s
         )
-        if limits.connections < wanted:
-            logger.warning(
-                "--max-connections is %d, but this process may have %d open files only: %d connections are accepted at "
-                "once; raise the limit (ulimit -n, LimitNOFILE=, or the container's)",
-                wanted,
-                descriptors.limit(),
-                limits.connections,
-            )
-        return limits
 
     async def _listen(self, connections: Connections) -> Listener:
         sockets = await listen(
@@ -261,6 +252,15 @@ async def serve(settings: Settings) -> None:
     async with PlannerProcess(settings).running() as planner:
         if not planner.tokens.required:
             logger.warning("No bearer token is configured: whoever reaches %s may use this planner", planner.url)
+        accepted = settings.max_connections if planner.connections is None else planner.connections.limits.connections
+        if accepted < settings.max_connections:
+            logger.warning(
+                "--max-connections is %d, but this process may have %d open files only: %d connections are accepted at "
+                "once; raise the limit (ulimit -n, LimitNOFILE=, or the container's)",
+                settings.max_connections,
+                descriptors.limit(),
+                accepted,
+            )
         if settings.seed_wait_sec > _PATIENCE_S:
             logger.warning(
                 "--seed-wait-sec is %g: an older worker that states no wait (rfork_seed_wait_sec) hangs up after its "
