@@ -312,6 +312,13 @@ async def test_presence_never_takes_all_connections() -> None:
         await eventually(lambda: len(client.planner.presence) == 0)
 
 
+async def test_the_share_is_of_the_connections_that_the_process_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of open files may allow fewer than ``--max-connections``."""
+    monkeypatch.setattr("vllm_rfork.planner.app.descriptors.connections", lambda wanted, **_: min(wanted, 100))
+    async with planner(max_connections=30_000) as client:
+        assert client.planner.presence.limit == 50
+
+
 async def test_a_planner_that_stops_sends_its_seeds_away_with_a_pause() -> None:
     async with planner(drain_sec=5) as client:
         assert await client.add() == 200

@@ -133,7 +133,9 @@ class PlannerProcess:
         )
         server_tls = self._tls
         tls = None if server_tls is None else Tls(lambda: server_tls.context)
-        self.connections = Connections(web_server, self._limits(), self._seldom, tls)
+        limits = self._limits()
+        self.presence.share(limits.connections)
+        self.connections = Connections(web_server, limits, self._seldom, tls)
         sweeper: asyncio.Task[None] | None = None
         try:
             listener = await self._listen(self.connections)

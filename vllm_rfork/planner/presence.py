@@ -50,7 +50,7 @@ class Presence:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
-        self.limit = max(1, int(max_connections * SHARE))
+        self.share(max_connections)
         self._hold_s = hold_s
         self._jitter = jitter
         self._held: dict[str, asyncio.Future[str]] = {}
@@ -60,6 +60,10 @@ class Presence:
 
     def __len__(self) -> int:
         return self._count
+
+    def share(self, max_connections: int) -> None:
+        """Take ``SHARE`` of ``max_connections``, which may be fewer than were asked for."""
+        self.limit = max(1, int(max_connections * SHARE))
 
     async def hold(self, announcement: Announcement, transport: asyncio.BaseTransport | None) -> None:
         """Hold a request of the announced seed; returns when it is to be answered with "again".
