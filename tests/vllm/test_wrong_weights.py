@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.vllm import models
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, load_digested, vllm_config
 from vllm_rfork import seeding
@@ -70,14 +72,18 @@ def forked_from(seed: Seed, log: LogRecords) -> bool:
     return any("forked " in line and f"from seed {seed.address}" in line for line in log.texts())
 
 
+@pytest.mark.usefixtures("runtime_allowed")
+@pytest.mark.parametrize("layout", ["checkpoint", "runtime"])
 def test_another_checkpoint_under_the_same_key_is_loaded_from_storage(
+    layout: str,
     model_a: Path,
     model_b: Path,
     default_b: Any,
     planner: Planner,
     rfork_log: LogRecords,
 ) -> None:
-    extra = extra_for(planner.url, model_url="same key, other checkpoint")
+    """In the runtime layout before dummies are filled in."""
+    extra = extra_for(planner.url, model_url=f"same key, other checkpoint, {layout}", rfork_layout=layout)
     seed_model = load(vllm_config(model_a, load_format="rfork", extra=extra))
     seed = seed_of(planner)
     loaded = load_digested(vllm_config(model_b, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
@@ -135,3 +141,34 @@ def test_the_same_checkpoint_in_another_packaging_and_no_files_at_all_fork(
     said = [line for line in rfork_log.texts() if "packaged in another way" in line]
     assert len(said) == (1 if how == "pickled" else 0)
     assert seed_model is not None
+
+
+def test_another_draft_of_the_same_shape_is_not_forked(
+    model_a: Path, model_b: Path, planner: Planner, rfork_log: LogRecords, tmp_path: Path
+) -> None:
+    """The same target and key; ``speculative_config.model`` is another draft. The target's weights do not differ."""
+    drafts = {name: models.qwen2(tmp_path / name, seed=seed) for name, seed in (("first", 11), ("second", 12))}
+    extra = extra_for(planner.url, model_url="same target, other draft")
+
+    def target(draft: str, load_format: str = "rfork", **more: Any) -> Any:
+        speculative = {"model": str(drafts[draft]), "num_speculative_tokens": 2, "method": "draft_model"}
+        options = {**extra, **more} if load_format == "rfork" else {}
+        return vllm_config(model_a, load_format=load_format, extra=options, speculative_config=speculative)
+
+    def of_draft(*args: Any, **more: Any) -> Any:
+        """As vLLM makes it of the target's; of a fresh one, since layers of both have the same names here."""
+        config = target(*args, **more)
+        return dataclasses.replace(config, model_config=config.speculative_config.draft_model_config)
+
+    kept = [load(target("first")), load(of_draft("first"))]
+    seeds = {each.manifest.seed_key.endswith("draft"): each for each in seeding.wait_until_started(30)}
+    assert set(seeds) == {True, False}
+    eventually(lambda: {str(each.address) for each in seeds.values()} <= set(planner.seeds()), "both are announced")
+    expected = load_digested(of_draft("second", "auto"))
+    kept.append(load(target("second", rfork_become_seed=False)))
+    assert forked_from(seeds[False], rfork_log), "a draft says nothing about its target"
+    loaded = load_digested(of_draft("second", rfork_become_seed=False))
+    assert not forked_from(seeds[True], rfork_log)
+    assert loaded.before == expected.before
+    assert any("different checkpoints" in line for line in rfork_log.warnings)
+    assert kept
