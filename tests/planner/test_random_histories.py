@@ -13,12 +13,15 @@ import pytest
 
 from tests.planner.conftest import Clock, Fleet, MakeFleet, seed
 from tests.planner.redis_server import RedisServer
+from vllm_rfork.planner.fleet import ANY
+from vllm_rfork.planner.ledger import Ledger
+from vllm_rfork.planner.memory_store import MemoryStore
 from vllm_rfork.planner.policy import POLICIES, Candidate, choose, nic_of, policy_named
 from vllm_rfork.planner.redis_store import RedisStore
 from vllm_rfork.planner.store import Announcement, Granted, Outcome, Queued, Rules, StoreError
 
 #: name: how often
-ACTIONS = {"seed": 2, "ask": 3, "wait": 2, "settle": 2, "release": 2, "pass": 2}
+ACTIONS = {"seed": 2, "ask": 3, "wait": 2, "ticket": 3, "settle": 2, "park": 2, "release": 2, "pass": 2}
 ACTIONS |= dict.fromkeys(["renew", "remove", "intend", "sweep", "attend"], 1)
 LABELS = [
     {},
@@ -118,6 +121,39 @@ async def test_what_is_written_is_what_the_leader_remembers(redis_server: RedisS
             await each.close()
 
 
+@pytest.mark.parametrize("number", range(6))
+async def test_whatever_happens_every_index_agrees_with_the_records(number: int) -> None:
+    """A ticket has one lease at most, and what is counted is what is there."""
+    rng, clock = random.Random(number), Clock()
+    fleet = Fleet(MemoryStore(Rules(policy=policy_named("least-loaded"), max_waiters=8), clock), clock)
+    leases: list[Granted] = []
+    tickets: list[str] = []
+    for step in range(600):
+        with contextlib.suppress(StoreError):
+            await _act(fleet, rng, step, clock, leases, tickets)
+        _check(fleet.store.begin())  # type: ignore[attr-defined]
+    assert leases
+
+
+def _check(books: Ledger) -> None:
+    asked = [each for each in books.leases.values() if each.question]
+    assert books.lease_of == {(each.question, each.key): each.user_id for each in asked}
+    assert len(books.lease_of) == len(asked)
+    for shelf in books.shelves.values():
+        for print_ in (ANY, "", "f", "g"):
+            suit = [each for each in shelf.seeds.values() if print_ is ANY or each.fingerprint == print_]
+            serving = [each for each in suit if each.is_serving(books.now) and not each.absent]
+            held = [each for each in serving if books.now < each.held_until]
+            ready = [each for each in serving if each not in held]
+            assert shelf.ready[print_] == sum(each.slots for each in ready)
+            assert shelf.ready_seeds[print_] == len(ready)
+            assert shelf.held[print_] == sum(each.slots for each in held)
+        assert shelf.since.keys() == shelf.intents.keys()
+        assert {name: [each.number for each in line.values()] for name, line in shelf.lines.items()} == shelf.numbers
+        for place, waiter in enumerate(shelf.line(), start=1):
+            assert 1 <= shelf.position(waiter.ask, waiter.number) <= place
+
+
 async def _act(
     fleet: Fleet, rng: random.Random, step: int, clock: Clock, leases: list[Granted], tickets: list[str]
 ) -> None:
@@ -149,6 +185,20 @@ async def _act(
             labels=rng.choice(LABELS),
             intent=rng.choice(["", "i1", "i2", "i3"]),
         )
+    elif action == "ticket":
+        wait_s = rng.choice([None, None, 0.0, 20.0])
+        found = await fleet.ask(
+            key=key,
+            fingerprint=print_,
+            wait_s=wait_s or 0.0,
+            patient=wait_s is None,
+            keeps=True,
+            ticket=rng.choice(["t1", "t2", "t3", "t4"]),
+            exclude=frozenset(rng.sample([str(seed(each)) for each in range(8)], rng.choice([0, 0, 2]))),
+            intent=rng.choice(["", "i1", "i2", "i3"]),
+        )
+    elif action == "park":
+        found = await fleet.store.park(rng.choice(["t1", "t2", "t3", "t4"]), hung_up=rng.random() < 0.5)
     elif action == "settle" and tickets:
         found = await fleet.store.settle(rng.choice(tickets), leave=rng.random() < 0.3)
     elif action == "release" and leases:
@@ -184,6 +234,6 @@ def _records(snapshot: dict[str, Any]) -> dict[str, Any]:
     for each in snapshot["leases"]:
         del each["expires_in_s"]
     kept = {name: snapshot[name] for name in ("state", "age_s", "policy", "history")}
-    for name in ("seeds", "leases", "intents"):
+    for name in ("seeds", "leases", "intents", "times"):
         kept[name] = sorted(json.dumps(row, sort_keys=True) for row in snapshot[name])
     return kept

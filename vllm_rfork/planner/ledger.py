@@ -41,8 +41,8 @@ class Ledger:
         self.leases = Book("lease", Lease, journal)
         self.intents = Book("intent", Intent, journal)
         self.times = Book("times", KeyTimes, journal)
-        #: the lease that each receiver's own ticket was given
-        self.lease_of: dict[str, str] = {}
+        #: the lease that each receiver's own ticket was given, by ticket and key
+        self.lease_of: dict[tuple[str, str], str] = {}
         self.leases_of: dict[str, set[str]] = {}
         self.waiters: dict[str, Waiter] = {}
         self.due = Deadlines()
@@ -163,7 +163,7 @@ class Ledger:
         """Enter ``lease``; its seed may be unknown as yet."""
         self.leases[lease.user_id] = lease
         if lease.question:
-            self.lease_of[lease.question] = lease.user_id
+            self.lease_of[lease.question, lease.key] = lease.user_id
         self.leases_of.setdefault(lease.name, set()).add(lease.user_id)
         self.due.set(("lease", lease.user_id, ""), lease.expires_at)
         if lease.name in self.seeds:
@@ -184,8 +184,8 @@ class Ledger:
 
     def _unlink_lease(self, lease: Lease) -> None:
         del self.leases[lease.user_id]
-        if self.lease_of.get(lease.question) == lease.user_id:
-            del self.lease_of[lease.question]
+        if lease.question:
+            del self.lease_of[lease.question, lease.key]
         self.due.cancel(("lease", lease.user_id, ""))
         siblings = self.leases_of[lease.name]
         siblings.discard(lease.user_id)

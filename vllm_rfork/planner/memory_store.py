@@ -235,8 +235,8 @@ class MemoryStore(Store):
     def _asked_before(self, ask: Ask) -> Granted | Missed | Queued | None:
         """What the receiver with this ticket has, or is to have now; None: the ticket is new."""
         books = self._ledger
-        lease = books.leases.get(books.lease_of.get(ask.ticket, ""))
-        if lease is not None and lease.key == ask.key:
+        lease = books.leases.get(books.lease_of.get((ask.ticket, ask.key), ""))
+        if lease is not None:
             waiter = books.waiters.get(ask.ticket)
             waited_s = None if waiter is None else books.now - waiter.since
             self._fetched(lease)
