@@ -59,7 +59,7 @@ class Planner:
     def __init__(
         self,
         lease_ttl_s: float = 60.0,
-        slots: int = 1,
+        slots: int = 4,
         stale_after_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=1223, help="0 takes a free one")
     parser.add_argument("--lease-ttl-sec", type=float, default=60.0, help="0: leases never expire")
-    parser.add_argument("--slots", type=int, default=1, help="leases per seed at once")
+    parser.add_argument("--slots", type=int, default=4, help="leases per seed at once")
     parser.add_argument("--stale-after-sec", type=float, default=60.0, help="drop a seed unseen for so long")
     parser.add_argument("--sweep-every-sec", type=float, default=5.0)
     args = parser.parse_args()

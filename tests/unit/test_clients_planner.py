@@ -67,7 +67,7 @@ def scripted(path: str, *statuses: int, method: str = "POST") -> tuple[web.Appli
 async def test_a_fork_goes_round_with_every_kind_of_planner(planner: Any) -> None:
     if isinstance(planner, str):
         mock = load_mock_planner()
-        app = mock.make_app(mock.Planner())
+        app = mock.make_app(mock.Planner(slots=1))
         app = behind_nginx(app) if "nginx" in planner else app
     else:
         app = planner.app()

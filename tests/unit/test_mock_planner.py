@@ -59,8 +59,9 @@ class Calls:
 @contextlib.asynccontextmanager
 async def planner(**settings: float) -> AsyncIterator[tuple[Calls, VirtualTime]]:
     virtual = VirtualTime()
+    book = mock.Planner(clock=virtual.clock, **{"slots": 1, **settings})
     async with (
-        serve(mock.make_app(mock.Planner(clock=virtual.clock, **settings))) as url,
+        serve(mock.make_app(book)) as url,
         aiohttp.ClientSession() as session,
     ):
         yield Calls(session, url), virtual
@@ -87,6 +88,12 @@ async def test_a_seed_carries_as_many_leases_as_it_has_slots() -> None:
         await calls.add()
         leases = [await calls.get() for _ in range(4)]
         assert [lease is not None for lease in leases] == [True, True, True, False]
+
+
+def test_a_seed_carries_four_leases_unless_it_is_told_otherwise() -> None:
+    book = mock.Planner()
+    book.add(("10.0.0.1", 8080, 0), "k")
+    assert [book.get("k") is not None for _ in range(5)] == [True] * 4 + [False]
 
 
 async def test_leases_spread_over_seeds_before_they_share_one() -> None:
@@ -330,7 +337,7 @@ def test_it_needs_aiohttp_and_nothing_of_the_package() -> None:
 @pytest.fixture
 def process() -> Iterator[str]:
     """The script as a user starts it; its address, read from what it prints."""
-    options = ["--host", "127.0.0.1", "--port", str(free_port()), "--lease-ttl-sec", "7"]
+    options = ["--host", "127.0.0.1", "--port", str(free_port()), "--lease-ttl-sec", "7", "--slots", "1"]
     command = [sys.executable, "-u", str(MOCK_PLANNER), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
         assert started.stdout is not None
