@@ -35,6 +35,7 @@ def plan_of(ranks: Ranks, layout: str) -> LoadPlan:
         settings=cast("Any", settings),
         device=torch.device("cpu"),
         identity=cast("Any", None),
+        files=cast("Any", None),
         seed_key="k",
         fingerprint="f",
         layout=layout,

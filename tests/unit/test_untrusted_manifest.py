@@ -97,6 +97,7 @@ def plan_of(layout: str) -> LoadPlan:
         settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=10.0, rfork_verify="full")),
         device=CPU,
         identity=cast("Any", None),
+        files=cast("Any", None),
         seed_key="k",
         fingerprint="f",
         layout=layout,
