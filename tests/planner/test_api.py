@@ -211,7 +211,8 @@ async def test_head_is_get_without_the_body(path: str) -> None:
         status, headers, body = await client.call("HEAD", path)
         assert (status, body) == (200, "")
         assert headers["Content-Type"] == (await client.call("GET", path))[1]["Content-Type"]
-        assert int(headers["Content-Length"]) > 0
+        # a snapshot is written as it is made, so that its length is not known
+        assert "Content-Length" not in headers if path == "/debug/snapshot" else int(headers["Content-Length"]) > 0
 
 
 async def test_head_is_refused_where_get_changes_the_state() -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import AsyncIterator, Iterator
 
+import aiohttp
 import pytest
 
 from tests.planner.conftest import Clock, Fleet, seed
-from vllm_rfork.planner.memory_store import MemoryStore
+from vllm_rfork.planner.access import Tokens
+from vllm_rfork.planner.api import MAX_SNAPSHOTS
+from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.memory_store import SLICE, MemoryStore
 from vllm_rfork.planner.policy import policy_named
-from vllm_rfork.planner.store import Granted, Queued, Rules, StillLeased
+from vllm_rfork.planner.settings import Settings
+from vllm_rfork.planner.store import Announcement, Granted, Queued, Rules, StillLeased
+from vllm_rfork.planner.streamed import json_chunks
 
 EXCLUDED = 256  # as many as a header may name
 
@@ -69,3 +77,93 @@ async def test_a_seed_that_goes_does_not_make_every_exclusion_of_every_waiting_r
     with at_most(3 * waiting):
         await fleet.store.intend("k", "loader", "", 0)
     assert len(fleet.settled) == 1, "one of them loads, the others wait for it"
+
+
+# --- snapshots -------------------------------------------------------------------------------------------------------
+
+
+async def test_others_have_their_turn_while_a_large_snapshot_is_made(fleet: Fleet) -> None:
+    for number in range(6 * SLICE):
+        await fleet.announce(number, key=f"k{number % 3}")
+    turns, over = 0, False
+
+    async def other() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    sizes = [len(value) async for name, value in fleet.store.snapshot_slices(limit=10_000) if name == "seeds"]
+    over = True
+    await task
+    assert (max(sizes), sum(sizes)) == (SLICE, 6 * SLICE)
+    assert turns >= 6
+
+
+async def test_a_snapshot_shows_what_there_was_when_it_began(fleet: Fleet) -> None:
+    for number in range(2 * SLICE):
+        await fleet.announce(number)
+    shown = []
+    async for name, value in fleet.store.snapshot_slices(limit=10_000):
+        if name == "seeds" and value:
+            shown += [each["seed"] for each in value]
+            for number in (SLICE, SLICE + 1):
+                with contextlib.suppress(Exception):
+                    await fleet.store.withdraw("k", seed(number))
+            await fleet.announce(5 * SLICE)
+    assert shown == [str(seed(number)) for number in range(2 * SLICE)]
+
+
+async def test_an_answer_in_chunks_is_the_json_of_the_whole() -> None:
+    parts: list[tuple[str, object]] = [
+        ("text", "a\udcff"),
+        ("number", 1.5),
+        ("none", []),
+        ("list", []),
+        ("list", [1, "x"]),
+        ("list", []),
+        ("list", [{"y": [2]}]),
+        ("keys", {}),
+        ("keys", {"a": 1, "b": {}}),
+        ("keys", {"c": []}),
+        ("last", {}),
+    ]
+
+    async def given() -> AsyncIterator[tuple[str, object]]:
+        for part in parts:
+            yield part
+
+    text = b"".join([chunk async for chunk in json_chunks(given())])
+    assert json.loads(text) == {
+        "text": "a\\udcff",
+        "number": 1.5,
+        "none": [],
+        "list": [1, "x", {"y": [2]}],
+        "keys": {"a": 1, "b": {}, "c": []},
+        "last": {},
+    }
+
+
+async def test_a_large_snapshot_is_answered_in_chunks_and_only_a_few_at_once() -> None:
+    settings = Settings(port=0)
+    async with (
+        PlannerProcess(settings, tokens=Tokens(None, {})).running() as planner,
+        aiohttp.ClientSession() as session,
+    ):
+        for number in range(3 * SLICE):
+            await planner.store.announce(Announcement(key="k", seed=seed(number)))
+        url = f"{planner.url}/debug/snapshot?limit=100000"
+        async with session.get(url) as answer:
+            assert answer.headers.get("Content-Length") is None
+            assert answer.content_type == "application/json"
+            assert len((await answer.json())["seeds"]) == 3 * SLICE
+        async with session.head(url) as answer:
+            assert (answer.status, await answer.read()) == (200, b"")
+        planner.api._snapshots = MAX_SNAPSHOTS
+        async with session.get(url) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "5")
+        planner.api._snapshots = 0
+        answers = await asyncio.gather(*(session.get(url) for _ in range(MAX_SNAPSHOTS)))
+        assert all([len(await each.read()) > 1000 for each in answers])
+        assert planner.api._snapshots == 0

@@ -37,11 +37,12 @@ from vllm_rfork.planner.store import (
     UnknownLease,
     UnknownSeed,
 )
+from vllm_rfork.planner.streamed import json_chunks
 from vllm_rfork.planner.waiting import Closing, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.Response]]
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 #: Calls that need no token: probes have none, and neither has a browser until the page has asked for it.
 OPEN_PATHS = frozenset({messages.HEALTHZ, messages.READYZ, messages.DASHBOARD})
@@ -50,6 +51,8 @@ MAX_ID_LENGTH = 256
 MAX_LANE_LENGTH = 64
 MAX_EXCLUDED = 256
 MAX_SNAPSHOT = 100_000
+#: Snapshots that are being read at once.
+MAX_SNAPSHOTS = 4
 
 
 class Refused(Exception):
@@ -84,6 +87,7 @@ class Api:
         self._addresses = AddressCheck(_trust(settings, tokens))
         self._page = dashboard.load_page()
         self._board = dashboard.Board(self._overview)
+        self._snapshots = 0
         #: set by the owner once the planner takes requests, and cleared when it drains
         self.ready = False
         self.routes: dict[str, dict[str, Handler]] = {
@@ -119,7 +123,7 @@ class Api:
             call = methods["GET" if request.method == "HEAD" else request.method]
             if path not in OPEN_PATHS:
                 self._admit(request)
-            response = await call(request)
+            response: web.StreamResponse = await call(request)
         except Refused as refused:
             response = web.Response(status=refused.status, text=refused.text + "\n", headers=refused.headers)
         except BadMessage as error:
@@ -292,12 +296,27 @@ class Api:
         page = self._metrics.page(totals)
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def snapshot(self, request: web.BaseRequest) -> web.Response:
+    async def snapshot(self, request: web.BaseRequest) -> web.StreamResponse:
         """The state, of one ``key`` where given, at most ``limit`` entries a list."""
         limit = messages.integer(
             request.query.get("limit", "1000"), "limit", minimum=0, maximum=MAX_SNAPSHOT, kind="parameter"
         )
-        return _json(await self._store.snapshot(key=request.query.get("key"), limit=limit))
+        if self._snapshots >= MAX_SNAPSHOTS:
+            raise Refused(429, "too many snapshots are being read", {"Retry-After": "5"})
+        self._snapshots += 1
+        try:
+            chunks = json_chunks(self._store.snapshot_slices(key=request.query.get("key"), limit=limit))
+            first = await anext(chunks)  # a store that cannot be asked says so before the answer begins
+            response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+            await response.prepare(request)
+            if request.method != "HEAD":
+                await response.write(first)
+                async for chunk in chunks:
+                    await response.write(chunk)  # waits for a slow reader
+            await response.write_eof()
+            return response
+        finally:
+            self._snapshots -= 1
 
     async def openapi(self, _: web.BaseRequest) -> web.Response:
         """All of these, described for programs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from vllm_rfork import messages
@@ -42,6 +42,9 @@ from vllm_rfork.planner.store import (
     UnknownSeed,
 )
 from vllm_rfork.quoting import counted
+
+#: Entries of a snapshot that are made at once, before others have their turn.
+SLICE = 500
 
 
 class MemoryStore(Store):
@@ -579,10 +582,22 @@ class MemoryStore(Store):
         with self._decision as books:
             return {key: shelf.totals(books.now) for key, shelf in books.shelves.items()}
 
-    async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
+    async def snapshot_slices(
+        self, *, key: str | None = None, limit: int = 1000
+    ) -> AsyncIterator[tuple[str, str | float | list[Any] | dict[str, Any]]]:
         """See the port."""
         with self._decision as books:
-            return views.snapshot(books, self._history, key=key, limit=limit)
+            head = views.snapshot_head(books)
+            lists = list(views.snapshot_lists(books, self._history, key=key, limit=limit))
+        for name, value in head.items():
+            yield name, value
+        for name, records, entry in lists:
+            kind = dict if name == "keys" else list
+            yield name, kind()
+            for at in range(0, len(records), SLICE):
+                await asyncio.sleep(0)
+                now = self._clock()
+                yield name, kind(entry(each, now) for each in records[at : at + SLICE])
 
     async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
         """See the port."""

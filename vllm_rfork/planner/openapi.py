@@ -340,7 +340,7 @@ def _operating_paths() -> dict[str, dict[str, _Data]]:
                 "snapshot",
                 "Seeds, leases, the waiting line, intents and past forks. Lease ids are cut short.",
                 _json("The state.", {"$ref": "#/components/schemas/Snapshot"}),
-                "400 503",
+                "400 429 503",
                 query=query,
             )
         },

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -293,9 +293,12 @@ class RedisStore(Store):
         """See the port."""
         return await self._leading().memory.totals()
 
-    async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
+    async def snapshot_slices(
+        self, *, key: str | None = None, limit: int = 1000
+    ) -> AsyncIterator[tuple[str, str | float | list[Any] | dict[str, Any]]]:
         """See the port."""
-        return await self._leading().memory.snapshot(key=key, limit=limit)
+        async for part in self._leading().memory.snapshot_slices(key=key, limit=limit):
+            yield part
 
     async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
         """See the port."""

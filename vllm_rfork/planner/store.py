@@ -13,7 +13,7 @@ Must not import aiohttp or redis.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -340,12 +340,30 @@ class Store(abc.ABC):
         """Counts by key. Linear in the number of keys."""
 
     @abc.abstractmethod
+    def snapshot_slices(
+        self, *, key: str | None = None, limit: int = 1000
+    ) -> AsyncIterator[tuple[str, str | float | list[Any] | dict[str, Any]]]:
+        """The fields of :meth:`snapshot` in order; lists and ``keys`` first empty, and then some entries at a time.
+
+        Other calls have their turn between two slices, so this is not one decision: the records are those of the
+        beginning, and each is shown as it is when its slice is made.
+        """
+
     async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
-        """Plain JSON data for people: ``seeds``, ``leases``, ``waiting``, ``intents``, ``times``, ``history``.
+        """Plain JSON data for people: ``keys`` and lists (seeds, leases, waiting, intents, times, history).
 
         Each list holds at most ``limit`` entries, of one ``key`` where given; ages in seconds. Lease ids are
         cut short: whoever knows one whole may release the lease.
         """
+        whole: dict[str, Any] = {}
+        async for name, value in self.snapshot_slices(key=key, limit=limit):
+            if name not in whole:
+                whole[name] = value
+            elif isinstance(value, dict):
+                whole[name].update(value)
+            else:
+                whole[name] += value
+        return whole
 
     @abc.abstractmethod
     async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:

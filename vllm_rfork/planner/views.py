@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,38 +95,52 @@ def lease_id(user_id: str) -> str:
     return user_id.rpartition(".")[2][:_SHOWN] + "…"
 
 
-def snapshot(books: Ledger, history: Sequence[PastFork], *, key: str | None, limit: int) -> dict[str, Any]:
-    """See :meth:`vllm_rfork.planner.store.Store.snapshot`."""
-    now, leases = books.now, books.leases
-    chosen = [shelf for shelf in books.shelves.values() if key is None or shelf.key == key]
-    seeds = itertools.islice((seed for shelf in chosen for seed in shelf.seeds.values()), limit)
-    held: Iterable[Lease] = leases.values()
-    if key is not None:
-        held = (leases[each] for shelf in chosen for name in shelf.seeds for each in books.leases_of.get(name, ()))
-    waiting = (pair for shelf in chosen for pair in enumerate(shelf.line(), start=1))
-    intents = ((shelf.key, each, print_) for shelf in chosen for each, print_ in shelf.intents.items())
-    times = ((name, each) for name, each in books.times.items() if key is None or name == key)
-    past = (each for each in reversed(history) if key is None or each.key == key)
+def snapshot_head(books: Ledger) -> dict[str, Any]:
+    """What a snapshot says about the whole fleet."""
     return {
         "state": books.state_id,
-        "age_s": round(now - books.born_at, 1),
+        "age_s": round(books.now - books.born_at, 1),
         "policy": books.rules.policy.name,
-        "keys": {shelf.key: asdict(shelf.totals(now)) for shelf in chosen[:limit]},
-        "seeds": [seed_entry(each, now) for each in seeds],
-        "leases": [lease_entry(each, now) for each in itertools.islice(held, limit)],
-        "waiting": [waiter_entry(place, each, now) for place, each in itertools.islice(waiting, limit)],
-        "intents": [
-            {"key": name, "intent": intent, "fingerprint": print_}
-            for name, intent, print_ in itertools.islice(intents, limit)
-        ],
-        "times": [{"key": name, **times_entry(each)} for name, each in itertools.islice(times, limit)],
-        "history": [past_fork(asdict(each), now) for each in itertools.islice(past, limit)],
     }
 
 
 def times_entry(times: KeyTimes) -> dict[str, Any]:
     """The measured times of one key, for people."""
     return {name: round(value, 3) for name, value in asdict(times).items()}
+
+
+def snapshot_lists(
+    books: Ledger, history: Sequence[PastFork], *, key: str | None, limit: int
+) -> Iterator[tuple[str, list[Any], Callable[[Any, float], Any]]]:
+    """Each list of a snapshot: its name, at most ``limit`` records as they are now, and what makes an entry of one."""
+    leases = books.leases
+    shelves = list(books.shelves.values()) if key is None else [each for each in (books.shelves.get(key),) if each]
+    held: Iterable[Lease] = leases.values()
+    if key is not None:
+        held = (leases[each] for shelf in shelves for name in shelf.seeds for each in books.leases_of.get(name, ()))
+    found: dict[str, tuple[Iterable[Any], Callable[[Any, float], Any]]] = {
+        "seeds": ((seed for shelf in shelves for seed in shelf.seeds.values()), seed_entry),
+        "leases": (held, lease_entry),
+        "waiting": (
+            (pair for shelf in shelves for pair in enumerate(shelf.line(), start=1)),
+            lambda pair, now: waiter_entry(pair[0], pair[1], now),
+        ),
+        "intents": (
+            ((shelf.key, each, print_) for shelf in shelves for each, print_ in shelf.intents.items()),
+            lambda intent, _: dict(zip(("key", "intent", "fingerprint"), intent, strict=True)),
+        ),
+        "times": (
+            (pair for pair in books.times.items() if key is None or pair[0] == key),
+            lambda pair, _: {"key": pair[0], **times_entry(pair[1])},
+        ),
+        "history": (
+            (each for each in reversed(history) if key is None or each.key == key),
+            lambda past, now: past_fork(vars(past), now),
+        ),
+    }
+    yield "keys", shelves[:limit], lambda shelf, now: (shelf.key, asdict(shelf.totals(now)))
+    for name, (records, entry) in found.items():
+        yield name, list(itertools.islice(records, limit)), entry
 
 
 def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
