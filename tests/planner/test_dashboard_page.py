@@ -57,7 +57,7 @@ class Workers:
 
     async def announce(self, key: str, port: int, **headers: str) -> None:
         seed = {"SEED_IP": "127.0.0.1", "SEED_PORT": str(port), "SEED_RANK": "0", "SEED_REFCNT": "0"}
-        await self.tell("POST", "/add_seed", key, **seed, **headers)
+        await self.tell("POST", "/add_seed", key, **seed, **{"RFORK-SLOTS": "1", **headers})
 
     async def lease(self, key: str) -> dict[str, str]:
         answer = await self.tell("GET", "/get_seed", key)
