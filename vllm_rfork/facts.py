@@ -48,7 +48,8 @@ def _leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 def _short(path: str, value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    # A dtype is "torch.bfloat16" in a configuration; people call it bfloat16.
+    text = value.removeprefix("torch.") if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
     if _PRIVATE.search(path) or (not isinstance(value, str) and _PRIVATE.search(text)):
         return f"#{digest}"

@@ -10,7 +10,12 @@ from vllm_rfork.facts import MAX_FACTS, MAX_NAME, MAX_VALUE, described, differen
 
 
 def test_facts_are_flat_texts() -> None:
-    facts = {"options": {"model": {"dtype": "bfloat16", "rope": [1, 2]}}, "draft": False, "dummy": None, "empty": {}}
+    facts = {
+        "options": {"model": {"dtype": "torch.bfloat16", "rope": [1, 2]}},
+        "draft": False,
+        "dummy": None,
+        "empty": {},
+    }
     assert short_facts(facts) == {
         "options.model.dtype": "bfloat16",
         "options.model.rope": "[1, 2]",
