@@ -15,7 +15,7 @@ from vllm_rfork.config import ENVIRONMENT, parse_config
 from vllm_rfork.engines.table import ENGINES
 from vllm_rfork.messages import HEALTHZ, METRICS, READYZ, parse_labels
 from vllm_rfork.planner.metrics import Metrics
-from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, Settings, check_environment, settings_from
+from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, check_environment, settings_from
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text(encoding="utf-8"))
@@ -241,7 +241,7 @@ def test_workers_are_given_options_that_exist_and_reach_the_planner(name: str) -
     assert parse_labels(told.labels("the-pods-name")) == {"host": "node-7.example"}
     mounts = {each["name"]: each["mountPath"] for each in box["volumeMounts"]}
     assert environment["RFORK_TOKEN_FILE"] == mounts["token"] + "/token"
-    assert settings.rfork_seed_wait_sec <= Settings().max_wait_sec
+    assert settings.rfork_seed_wait_sec is None, "the planner decides"
 
 
 def test_no_secret_holds_a_value_that_somebody_might_keep() -> None:
