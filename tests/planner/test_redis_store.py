@@ -203,7 +203,7 @@ async def test_a_successor_gives_every_lease_and_every_seed_its_full_time(replic
     lease = await leader.lease()
     await leader.store.intend("k", "loads", "", 60)
     leader.clock.pass_(50)
-    await leader.store.sweep()
+    await redis_store(leader)._look()  # a sign of life, which also writes the fleet's clock
     new = await successor_of(leader, replica)
     new.clock.pass_(59)
     await new.store.sweep()
@@ -351,7 +351,7 @@ class HeldWrites:
 
         async def held(records: FencedRecords, *arguments: Any, **named: Any) -> None:
             self.begun.set()
-            await self.through.wait()
+            await asyncio.wait_for(self.through.wait(), 30)  # a test that fails must not hang
             self.count += 1
             await write(records, *arguments, **named)
 
