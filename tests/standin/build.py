@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "build" / "standin"
 ACL = "libascendcl.so"
 P2P = "libp2p_standin.so"
+CUDA = "cuda/libcuda.so.1"
 
 
 def build(out: Path = DEFAULT_OUT) -> Path:
@@ -32,7 +33,7 @@ def build(out: Path = DEFAULT_OUT) -> Path:
 
 def cuda_environment(out: Path = DEFAULT_OUT, **faults: object) -> dict[str, str]:
     """Variables for a process whose ``libcuda.so.1`` shall be the stand-in; ``faults`` as in ``stall=1``."""
-    path = os.pathsep.join(filter(None, [str(out / "cuda"), os.environ.get("LD_LIBRARY_PATH", "")]))
+    path = os.pathsep.join(filter(None, [str((out / CUDA).parent), os.environ.get("LD_LIBRARY_PATH", "")]))
     return {
         "LD_LIBRARY_PATH": path,
         **{f"RFORK_STANDIN_CUDA_{name.upper()}": str(each) for name, each in faults.items()},

@@ -1,4 +1,4 @@
-"""The stand-in exports what the engine resolves and nothing else, and is rebuilt; a touched wheel is found out."""
+"""Each stand-in exports what its engine resolves and nothing else, and is rebuilt; a touched wheel is found out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.standin import build, wheels
+from vllm_rfork.engines.cuda_ipc import driver
 
 EXPORTED = {
     build.ACL: {
@@ -34,6 +35,8 @@ EXPORTED = {
         "P2PRecv",
         "P2PGetCommAsyncError",
     },
+    # Of the CUDA driver: what engines/cuda_ipc calls.
+    build.CUDA: set(driver._SIGNATURES),
 }
 
 
@@ -50,7 +53,7 @@ def test_it_is_built_once_and_again_when_a_source_changes(tmp_path: Path) -> Non
     shutil.copytree(Path(build.__file__).parent, sources)
     make = ["make", "-C", str(sources), f"OUT={out}"]
     subprocess.run(make, capture_output=True, check=True, timeout=500)
-    assert {file.name for file in out.iterdir()} == set(EXPORTED)
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == set(EXPORTED)
     asked = [*make, "--question"]
     assert subprocess.run(asked, capture_output=True, check=False).returncode == 0
     newer = (out / build.ACL).stat().st_mtime_ns + 10**9
