@@ -61,6 +61,8 @@ PLACEHOLDERS = frozenset({"StageMissingLayer", "PPMissingLayer"})
 
 #: nn.Module's own bookkeeping; of it hooks alone can hold something.
 _MODULE_INTERNAL = frozenset(vars(nn.Module()))
+#: And what stands on its class: torch reads some of it in every call (``_compiled_call_impl``).
+_MODULE_CLASS = frozenset(vars(nn.Module))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 #: Packages whose objects hold no weights of the model, only machinery; torch's containers that do are modules. So do
@@ -183,7 +185,7 @@ def may_be_added(module: nn.Module, key: str, value: Plain) -> bool:
     """
     if not key.isidentifier() or key.startswith("__") or type(module).__name__ in PLACEHOLDERS:
         return False
-    if key in _MODULE_INTERNAL or _is_scratch(module, key):
+    if key in _MODULE_INTERNAL or key in _MODULE_CLASS or _is_scratch(module, key):
         return False
     held = (vars(module), module._parameters, module._buffers, module._modules)
     if any(key in each for each in held):
