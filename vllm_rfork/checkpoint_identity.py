@@ -244,14 +244,17 @@ class CheckpointFiles:
 
 def _of_tensors(paths: Sequence[Path], deadline: float) -> tuple[list[object], list[_Place]]:
     headers = list(_in_parallel(_read_header, paths, deadline))
+    sizes = list(_in_parallel(_size, paths, deadline))
     tensors: dict[str, tuple[_Tensor, Path, int]] = {}
     total_nbytes = 0
-    for path, (start, text) in zip(paths, headers, strict=True):
+    for path, (start, text), size in zip(paths, headers, sizes, strict=True):
         total_nbytes += len(text)
         if total_nbytes > MAX_HEADERS_NBYTES:
             raise NoIdentity(f"headers are larger than {MAX_HEADERS_NBYTES} bytes")
         entries = msgspec.json.decode(text, type=dict[str, _Tensor])
         entries.pop("__metadata__", None)
+        if size < start + max((entry.data_offsets[1] for entry in entries.values()), default=0):
+            raise NoIdentity(f"{path.name} is shorter than its header says: it may still be written")
         tensors.update((name, (entry, path, start)) for name, entry in entries.items())
         _check(deadline)
     described: list[object] = [(name, tensors[name][0].dtype, tensors[name][0].shape) for name in sorted(tensors)]
@@ -300,6 +303,10 @@ def _read_header(path: Path) -> tuple[int, bytes]:
                 raise NoIdentity(f"{path.name} ends in its header")
             text += piece
         return 8 + nbytes, text
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _sample(place: _Place) -> bytes:

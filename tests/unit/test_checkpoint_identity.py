@@ -125,6 +125,16 @@ def test_what_is_not_safetensors_has_no_identity(content: bytes, tmp_path: Path)
         identity(path)
 
 
+def test_a_file_that_is_still_being_written_has_no_identity(tmp_path: Path) -> None:
+    """Nor one whose last bytes are missing: those that are sampled may all be there."""
+    path = write(tmp_path / "model.safetensors", tensors())
+    whole = path.stat().st_size
+    for size in (whole - 1, whole // 2):
+        os.truncate(path, size)
+        with pytest.raises(NoIdentity, match="shorter than its header says"):
+            identity(path)
+
+
 def test_reads_that_hang_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, go_on = write(tmp_path / "model.safetensors", tensors()), threading.Event()
     monkeypatch.setattr(checkpoint_identity, "_read_header", lambda path: go_on.wait(60))
@@ -268,6 +278,17 @@ def test_a_download_that_broke_off_has_no_files(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert parts(tmp_path)["weights"] == []
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin", "gguf"])
+def test_a_download_whose_index_is_not_there_yet_has_no_files(ending: str, tmp_path: Path) -> None:
+    """Else a worker that starts beside the one that downloads takes the part that is there for another checkpoint."""
+    names = [f"model-0000{number}-of-00003.{ending}" for number in (1, 2, 3)]
+    for name in names[:2]:
+        (tmp_path / name).touch()
+    assert parts(tmp_path)["weights"] == []
+    (tmp_path / names[2]).touch()
+    assert parts(tmp_path)["weights"] == names
 
 
 def test_dense_modules_and_secondary_weights_are_parts_of_their_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {"pt": ("*.pt",), "npcache": ("*.bin"
 _ANY = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 #: Beside weights, of training; vLLM leaves them out, too.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+#: One file of several.
+_SHARD = re.compile(r"-[0-9]+-of-(?P<all>[0-9]+)(?=\.)")
 #: A hub's cache: the name of a repository is in the path.
 _SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+/?$")
 
@@ -128,14 +131,26 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _by_index(folder: Path, found: list[Path]) -> list[Path]:
-    """Those that the checkpoint's index names; none where one is missing, as in a download that broke off."""
+    """Those that the checkpoint's index names; none where one is missing, as in a download that goes on or broke off.
+
+    The index may be written last, so without one the numbers in names are asked.
+    """
     index = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
     path = folder / index.get(found[0].suffix, "")
     if not path.is_file():
-        return found
+        return found if _all_of_them(found) else []
     named = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
     there = [file for file in found if file.name in named]
     return there if len(there) == len(named) else []
+
+
+def _all_of_them(files: Sequence[Path]) -> bool:
+    """Whether no number is missing where names say how many there are, as ``model-00001-of-00004`` does."""
+    there: Counter[tuple[str, str]] = Counter()
+    for file in files:
+        if found := _SHARD.search(file.name):
+            there[file.name[: found.start()], found["all"]] += 1
+    return all(count >= int(number) for (_, number), count in there.items())
 
 
 def _dense_modules(folder: Path) -> list[str]:
