@@ -16,6 +16,7 @@ from tests.planner.conftest import Clock, Fleet, seed
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.fenced import Change, FencedRecords
 from vllm_rfork.planner.policy import policy_named
+from vllm_rfork.planner.presence import Presence
 from vllm_rfork.planner.redis_store import RedisStore
 from vllm_rfork.planner.store import (
     Announcement,
@@ -531,3 +532,32 @@ async def test_connections_end_with_their_leader_and_seeds_have_time_to_come_to_
     entries = {each["seed"]: each["absent"] for each in (await next_leader.store.snapshot())["seeds"]}
     # The second did not come; the third has never kept a connection, and lives by its heartbeats.
     assert entries == {str(seed(1)): False, str(seed(2)): True, str(seed(3)): False}
+
+
+@pytest.mark.parametrize("who", ["another", "the same"])
+async def test_a_replica_that_leads_no_longer_sends_its_seeds_to_the_next_leader(replica: Replica, who: str) -> None:
+    leader = await replica()
+    await leader.announce(1)
+    presence, announced = Presence(leader.store, 100), Announcement(key="k", seed=seed(1))
+    held = asyncio.create_task(presence.hold(announced, None))
+    while not len(presence):
+        await asyncio.sleep(0.01)
+    if who == "another":
+        next_leader = await successor_of(leader, replica)
+        with pytest.raises(StoreUnavailable):
+            await leader.lease()
+    else:  # Redis did not answer once
+        next_leader, term = leader, redis_store(leader)._term
+        assert term is not None
+        term._lose([], StoreUnavailable("Redis is not reachable"))
+    with pytest.raises(StoreUnavailable):
+        await asyncio.wait_for(held, 30)
+    assert len(presence) == 0
+    await redis_store(next_leader)._look()
+    again = asyncio.create_task(Presence(next_leader.store, 100).hold(announced, None))
+    while not (await next_leader.seed_entry(1))["present"]:
+        await asyncio.sleep(0.01)
+    next_leader.clock.pass_(next_leader.store.rules.presence_takeover_s)
+    await next_leader.store.sweep()
+    assert not (await next_leader.seed_entry(1))["absent"]
+    again.cancel()

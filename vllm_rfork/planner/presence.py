@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from vllm_rfork.planner.store import Announcement, LimitReached, Store, StoreError, UnknownSeed
+from vllm_rfork.planner.store import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.waiting import Closing
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ SHARE = 0.5
 #: process that is only stopped has a kernel that answers.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
-AGAIN, UNKNOWN, LEAVE = "again", "unknown", "leave"
+AGAIN, UNKNOWN, LOST, LEAVE = "again", "unknown", "lost", "leave"
 
 
 class Presence:
@@ -57,6 +57,7 @@ class Presence:
         self._count = 0
         self._leaving: set[asyncio.Task[None]] = set()
         self._closing = False
+        store.lost = self._lost
 
     def __len__(self) -> int:
         return self._count
@@ -73,6 +74,7 @@ class Presence:
         Raises:
             UnknownSeed: no such seed, or not any more: it has to be announced first.
             LimitReached: too many requests are held; this seed lives by its heartbeats.
+            StoreUnavailable: another replica may decide now, and knows nothing of this request.
             Closing: the planner is being stopped.
         """
         if self._closing:
@@ -89,7 +91,7 @@ class Presence:
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._held[name] = answer
         self._count += 1
-        answered = False
+        word, answered = "", False
         try:
             word = await self._answer(answer)
             answered = True
@@ -97,9 +99,12 @@ class Presence:
             self._count -= 1
             if self._held.get(name) is answer:
                 del self._held[name]
-            self._in_background(self._leave(announcement, number, answered=answered))
+            if word != LOST:  # else ``number`` means nothing to whoever decides now
+                self._in_background(self._leave(announcement, number, answered=answered))
         if word == UNKNOWN:
             raise UnknownSeed(f"the seed {name} is not known any more: announce it again")
+        if word == LOST:
+            raise StoreUnavailable("this replica leads no longer: ask again")
         if word == LEAVE:
             raise Closing
 
@@ -142,9 +147,16 @@ class Presence:
     def close(self) -> None:
         """Send everybody to another planner, or to this one after its restart."""
         self._closing = True
+        self._answer_all(LEAVE)
+
+    def _lost(self) -> None:
+        """Whoever decides from now on expects new requests soon, and would find living seeds absent."""
+        self._answer_all(LOST)
+
+    def _answer_all(self, word: str) -> None:
         for answer in list(self._held.values()):
             if not answer.done():
-                answer.set_result(LEAVE)
+                answer.set_result(word)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -218,6 +218,7 @@ class RedisStore(Store):
         logger.warning("This replica no longer leads: %s", reason)
         self._term, self._why_not = None, reason
         self.notify_all()
+        self.lost()
 
     # --- decisions -----------------------------------------------------------------------------------------------
     async def announce(self, announcement: Announcement) -> str:

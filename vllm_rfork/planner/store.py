@@ -247,15 +247,17 @@ def _ignore(_: Any) -> None:
 class Store(abc.ABC):
     """The port. All methods raise :class:`StoreUnavailable` where the state cannot be reached.
 
-    ``notify`` is called with a ticket that may be settled now, ``notify_all`` where any ticket may be, and
-    ``observe`` with every :class:`Event`; their owner replaces them before :meth:`open`, and ``lease_ids`` if callers
-    need a token. They must not block.
+    ``notify`` is called with a ticket that may be settled now, ``notify_all`` where any ticket may be, ``lost`` when
+    the numbers of :meth:`attend` mean nothing any more, because another process may decide now, and ``observe`` with
+    every :class:`Event`; their owner replaces them before :meth:`open`, and ``lease_ids`` if callers need a token. They
+    must not block.
     """
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.notify: Callable[[str], None] = _ignore
         self.notify_all: Callable[[], None] = lambda: None
+        self.lost: Callable[[], None] = lambda: None
         self.observe: Callable[[Event], None] = _ignore
         self.lease_ids = LeaseIds()
 
