@@ -11,7 +11,7 @@ import ipaddress
 import re
 import socket
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 # --- the installed base ------------------------------------------------------------------------------------------
@@ -335,6 +335,15 @@ class OtherSeeds:
         # A fingerprint is whatever the seed's caller sent, bytes that are not UTF-8 included.
         quoted = urllib.parse.quote(self.fingerprint, safe="", errors="surrogatepass")
         return f"{quoted};{self.seeds};{self.example}"
+
+
+def other_fingerprints_text(others: Iterable[OtherSeeds]) -> str:
+    """The value of ``OTHER_FINGERPRINTS``. Entries that do not fit into a header are left out: they are for people."""
+    text = ""
+    for each in others:
+        longer = f"{text}, {each}" if text else str(each)
+        text = longer if len(longer) <= MAX_HEADER_LENGTH else text
+    return text
 
 
 def other_fingerprints(headers: Mapping[str, str]) -> list[OtherSeeds]:

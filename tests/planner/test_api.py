@@ -372,6 +372,30 @@ async def test_a_miss_names_the_other_fingerprints() -> None:
     assert re.fullmatch(r"f2;2;127\.0\.0\.1:500[01]:0", answer["RFORK-OTHER-FINGERPRINTS"])
 
 
+async def test_a_miss_is_readable_however_long_the_other_fingerprints_are() -> None:
+    async with planner() as client:
+        for number in range(4):
+            longest = messages.encode_text(chr(0x1F600 + number) * 256)
+            assert await client.add(5000 + number, **{"RFORK-FINGERPRINT": longest}) == 200
+        # aiohttp's client, like others, refuses an answer with a header line of more than 8190 bytes.
+        asked = {"SEED_KEY": "k", "RFORK-FINGERPRINT": "f1", "RFORK-INTENT": "a"}
+        status, answer, _ = await client.call("GET", "/get_seed", **asked)
+    assert (status, answer["RFORK-INTENT"]) == (404, "granted")
+    assert [each.seeds for each in messages.other_fingerprints(answer)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "ttl"), [({}, {}, "60"), ({}, {"RFORK-TICKET": "t"}, "30"), ({"intent_ttl_sec": 9}, {}, "9")]
+)
+async def test_a_receiver_that_loads_is_told_how_long_that_is_remembered(
+    settings: dict[str, float], asked: dict[str, str], ttl: str
+) -> None:
+    async with planner(**settings) as client:
+        headers = {"SEED_KEY": "k", "RFORK-INTENT": "a", **asked}
+        answer = (await client.call("GET", "/get_seed", **headers))[1]
+    assert answer["RFORK-INTENT-TTL-SEC"] == ttl
+
+
 async def test_an_intent_can_be_renewed_and_taken_back() -> None:
     async with planner() as client:
         headers = {"SEED_KEY": "k", "RFORK-INTENT": "a"}

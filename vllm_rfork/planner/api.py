@@ -205,11 +205,11 @@ class Api:
             self._metrics.missed(ask.key, result.reason, waited_s)
             granted = {messages.INTENT: messages.INTENT_GRANTED} if result.intent else {}
             if result.intent:
-                granted[messages.INTENT_TTL_SEC] = messages.seconds_text(self._settings.intent_ttl_sec)
+                granted[messages.INTENT_TTL_SEC] = messages.seconds_text(self._store.rules.intent_ttl_of(ask))
             if result.reason:
                 granted[messages.MISS] = result.reason
             if result.others:
-                granted[messages.OTHER_FINGERPRINTS] = ", ".join(map(str, result.others))
+                granted[messages.OTHER_FINGERPRINTS] = messages.other_fingerprints_text(result.others)
             why = f": {result.reason}" if result.reason else ""
             raise Refused(404, result.text or f"no free seed for this key{why}", granted)
         self._metrics.granted(ask.key, waited_s)

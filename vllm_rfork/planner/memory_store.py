@@ -304,7 +304,7 @@ class MemoryStore(Store):
 
     # --- what both kinds share -------------------------------------------------------------------------------------
     def _miss(self, ask: Ask, text: str = "") -> Missed:
-        ttl_s = min(self.rules.intent_ttl_s, messages.TICKET_INTENT_TTL_S) if ask.keeps else self.rules.intent_ttl_s
+        ttl_s = self.rules.intent_ttl_of(ask)
         remembered = bool(ask.intent) and self._ledger.add_intent(ask.key, ask.intent, ask.fingerprint, ttl_s)
         shelf = self._ledger.shelves.get(ask.key)
         return Missed(remembered, misses.reason_for(shelf, ask), misses.others_for(shelf, ask), text)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.errors import RForkError
-from vllm_rfork.messages import OtherSeeds, SeedAddress, Waiting
+from vllm_rfork.messages import TICKET_INTENT_TTL_S, OtherSeeds, SeedAddress, Waiting
 from vllm_rfork.planner.lease_ids import LeaseIds
 from vllm_rfork.planner.policy import Policy
 
@@ -89,6 +89,10 @@ class Rules:
     max_waiters: int = 20_000
     max_intents: int = 20_000
     max_history: int = 256
+
+    def intent_ttl_of(self, ask: Ask) -> float:
+        """How long the intent of ``ask`` is remembered unless it is renewed, in seconds."""
+        return min(self.intent_ttl_s, TICKET_INTENT_TTL_S) if ask.keeps else self.intent_ttl_s
 
 
 @dataclass(frozen=True, kw_only=True)
