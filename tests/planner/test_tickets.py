@@ -55,6 +55,18 @@ async def test_a_ticket_that_is_asked_again_is_given_the_same_lease(fleet: Fleet
     assert (await fleet.seed_entry(1))["leases"] == 2
 
 
+async def test_a_lease_that_is_gone_before_its_receiver_fetched_it_leaves_nothing_behind(fleet: Fleet) -> None:
+    await fleet.announce(1, slots=1)
+    held = await granted(fleet, "a")
+    await waits(fleet, "b")
+    await fleet.release(held)
+    lease = await fleet.store.park("ticket of b", hung_up=True)
+    assert isinstance(lease, Granted)
+    await fleet.release(lease)
+    assert await fetched(fleet, "b") is None
+    assert (await granted(fleet, "b")).user_id != lease.user_id
+
+
 async def test_a_ticket_is_of_one_key(fleet: Fleet) -> None:
     await fleet.announce(1, slots=4)
     await fleet.announce(2, key="other", slots=4)

@@ -510,9 +510,7 @@ class MemoryStore(Store):
 
     def _expire_lease(self, lease: Lease) -> None:
         self.observe(Event("lease_expired", lease.key, lease.name, facts=_holder(lease, self._ledger.now)))
-        if lease.ticket:
-            self._ledger.forget_ticket(lease.ticket)
-        else:
+        if not lease.ticket:
             self._history.append(views.PastFork.of(lease, self._ledger.now, "expired", None))
         self._drop_lease(lease)
 
@@ -537,6 +535,7 @@ class MemoryStore(Store):
 
     def _drop_lease(self, lease: Lease) -> None:
         """Forget ``lease`` and give its slot to the next."""
+        self._ledger.forget_ticket(lease.ticket)  # of the receiver that it waits for, if it does
         seed = self._ledger.remove_lease(lease)
         if seed is None:
             return
