@@ -195,6 +195,25 @@ async def test_a_deposed_leader_confirms_nothing_even_if_nothing_changes(replica
         unused.close()
 
 
+async def test_a_replica_closes_even_if_redis_refuses_at_that_moment(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await replica()
+    store = redis_store(await replica(patience_s=0.6))
+    answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    asked = asyncio.Event()
+
+    async def read_lock() -> object:
+        asked.set()
+        return await store._records._ask(answer)
+
+    monkeypatch.setattr(store._records, "read_lock", read_lock)
+    await asyncio.wait_for(asked.wait(), 30)
+    await asyncio.sleep(0)
+    answer.set_exception(ConnectionError())
+    await asyncio.wait_for(store.close(), 30)
+
+
 # --- what a successor finds ------------------------------------------------------------------------------------------
 
 

@@ -101,10 +101,12 @@ class RedisStore(Store):
 
     async def close(self) -> None:
         """See the port."""
-        if self._campaign is not None:
-            self._campaign.cancel()
-            await asyncio.gather(self._campaign, return_exceptions=True)
-            self._campaign = None
+        campaign, self._campaign = self._campaign, None
+        while campaign is not None and not campaign.done():
+            # Until Python 3.12, wait_for loses a cancellation that comes together with the answer: here, when Redis is
+            # refused just now.
+            campaign.cancel()
+            await asyncio.wait({campaign}, timeout=0.1)
         if self._term is not None:
             term, self._term = self._term, None
             await term.end(release=True)
