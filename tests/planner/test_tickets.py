@@ -67,6 +67,26 @@ async def test_a_lease_that_is_gone_before_its_receiver_fetched_it_leaves_nothin
     assert (await granted(fleet, "b")).user_id != lease.user_id
 
 
+@pytest.mark.parametrize("left", ["what is left", "the whole"])
+async def test_a_stated_wait_is_what_it_was_at_its_start(fleet: Fleet, left: str) -> None:
+    await fleet.announce(1, slots=1)
+    held = await granted(fleet, "a")
+    await fleet.store.renew(held.seed, held.user_id)
+    assert (await waits(fleet, "b", wait_s=25.0))[:2] == (1, 25.0)
+    for waited_s in (10.0, 20.0):
+        fleet.clock.pass_(10)
+        parked = await fleet.store.park("ticket of b")
+        assert isinstance(parked, Queued)
+        assert parked.place is not None
+        assert parked.place.bound_s == 25
+        again = await ask(fleet, "b", wait_s=25.0 - waited_s if left == "what is left" else 25.0)
+        assert isinstance(again, Queued)
+        assert again.place is not None
+        assert (again.place.bound_s, again.left_s) == (25, 25 - waited_s)
+    fleet.clock.pass_(5)
+    assert await fleet.store.park("ticket of b") == Missed(intent=True)
+
+
 async def test_a_ticket_is_of_one_key(fleet: Fleet) -> None:
     await fleet.announce(1, slots=4)
     await fleet.announce(2, key="other", slots=4)

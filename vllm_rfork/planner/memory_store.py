@@ -251,6 +251,10 @@ class MemoryStore(Store):
         if (waiter.ask.key, waiter.ask.fingerprint) != (ask.key, ask.fingerprint) or waiter.result is not None:
             books.forget_ticket(ask.ticket)
             return None
+        stated_s = None
+        if not ask.patient and not waiter.ask.patient:
+            # It states what is left of its wait; one that states the same again does not wait for longer.
+            stated_s = min(waiter.bound_s, books.now - waiter.since + ask.wait_s)
         waiter.ask, waiter.attached = ask, True
         seed_now = books.shelves[ask.key].best(ask, self.rules.policy)
         if seed_now is not None:
@@ -258,7 +262,7 @@ class MemoryStore(Store):
             return dataclasses.replace(
                 self._grant(seed_now, ask, self.rules.lease_ttl_s), waited_s=books.now - waiter.since
             )
-        verdict = prospects(books, ask, waiter.since, waiter.number)
+        verdict = prospects(books, ask, waiter.since, waiter.number, stated_s)
         if not verdict.waits:
             return self._sent_away(waiter, verdict)
         left_s = verdict.bound_s - (books.now - waiter.since)
@@ -280,7 +284,7 @@ class MemoryStore(Store):
                 if hung_up:
                     books.drop_intent(waiter.ask.key, waiter.ask.intent)
                 return waiter.result
-            verdict = prospects(books, waiter.ask, waiter.since, waiter.number)
+            verdict = prospects(books, waiter.ask, waiter.since, waiter.number, waiter.bound_s)
             if hung_up or verdict.waits:
                 return self._parked(waiter, verdict)
             return self._sent_away(waiter, verdict)

@@ -10,11 +10,14 @@ from vllm_rfork.planner.store import Ask
 _NOTHING_LEFT_S = 0.05
 
 
-def prospects(books: Ledger, ask: Ask, since: float, number: int | None = None) -> Verdict:
+def prospects(
+    books: Ledger, ask: Ask, since: float, number: int | None = None, stated_s: float | None = None
+) -> Verdict:
     """Whether a receiver that began to wait at ``since`` is to wait on, and for what.
 
     Args:
         number: its place in the queue as a :class:`Waiter` has it; None: it is not there yet.
+        stated_s: the wait that it has stated, from its start; None: ``ask`` states it now.
     """
     rules, now = books.rules, books.now
     shelf = books.shelves.get(ask.key)
@@ -37,9 +40,9 @@ def prospects(books: Ledger, ask: Ask, since: float, number: int | None = None) 
     if ask.patient:
         waited_s += _NOTHING_LEFT_S if waited_s else 0.0
         return judge(times, outlook, waited_s, default_s=rules.default_wait_s, max_s=rules.max_wait_s)
-    # The receiver has set its wait itself, and states what is left of it.
-    bound_s = waited_s + ask.wait_s
+    # The receiver has set its wait itself.
+    bound_s = waited_s + ask.wait_s if stated_s is None else stated_s
     verdict = judge(times, outlook, 0.0, default_s=bound_s, max_s=bound_s)
-    if ask.wait_s > _NOTHING_LEFT_S:
+    if bound_s - waited_s > _NOTHING_LEFT_S:
         return Verdict(True, bound_s, verdict.expected_s, verdict.reason)
     return Verdict(False, bound_s, verdict.expected_s, verdict.reason, "the wait that it stated is over")
