@@ -77,6 +77,19 @@ class TestCudaIpcEngine(EngineContract):
             self.check(caught.value, "connect", mutated=False)
         receiver.read(endpoint, [[target, source, PAGE]])
 
+    def test_an_allocation_that_is_shorter_than_the_endpoint_says_is_refused(self, processes: Processes) -> None:
+        """Before anything is written: a copy beyond its end would fail in the middle of a read."""
+        _, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)
+        true = json.loads(endpoint)
+        base, nbytes, handle = true["allocations"][0]
+        longer = nbytes + 64 * MIB
+        lie = json.dumps({**true, "allocations": [[base, longer, handle]], "regions": [[base, longer]]})
+        with pytest.raises(EngineError, match="its endpoint says") as caught:
+            receiver.connect(lie)
+        self.check(caught.value, "connect", mutated=False)
+        assert caught.value.retry_elsewhere
+        receiver.read(endpoint, [[target, source, PAGE]])
+
     def test_two_engines_of_one_process_may_read_the_same_seed(self, processes: Processes) -> None:
         """Target and draft do; the driver counts how often a handle is open."""
         seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)

@@ -148,10 +148,10 @@ class Driver:
         """Give memory of :meth:`allocate` back."""
         self._call("close", "cuMemFree_v2", address)
 
-    def allocation_of(self, address: int) -> tuple[int, int]:
-        """Base address and length in bytes of the allocation that contains ``address``."""
+    def allocation_of(self, address: int, operation: str = "register") -> tuple[int, int]:
+        """Base address and length in bytes of the allocation that contains ``address``, opened ones included."""
         base, nbytes = _ADDRESS(), ctypes.c_size_t()
-        self._call("register", "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
+        self._call(operation, "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
         return int(base.value), int(nbytes.value)
 
     def write(self, address: int, data: bytes, operation: str = "open") -> None:

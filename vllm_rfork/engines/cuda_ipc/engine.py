@@ -150,6 +150,7 @@ class CudaIpcEngine(TransferEngine):
             try:
                 for each in (peer.page, *peer.allocations):
                     mapped.append(driver.open_handle(each.handle))
+                    _check_length(driver, mapped[-1], each)
                 connected = _Peer(
                     peer,
                     mapped[0],
@@ -344,6 +345,26 @@ class CudaIpcEngine(TransferEngine):
             if time.monotonic() >= deadline:
                 raise EngineError(NAME, "close", "the copies of a read do not end", code="timeout", in_flight=True)
             time.sleep(_PAUSE_S)
+
+
+def _check_length(driver: Driver, address: int, allocation: Allocation) -> None:
+    """Compare what is mapped at ``address`` with what the seed's endpoint says of it.
+
+    A copy beyond the mapping fails as well, but by then some bytes have been written.
+
+    Raises:
+        EngineError: it is shorter.
+    """
+    base, nbytes = driver.allocation_of(address, "connect")
+    if base + nbytes - address < allocation.nbytes:
+        raise EngineError(
+            NAME,
+            "connect",
+            f"the seed's allocation at {allocation.base:#x} has {base + nbytes - address} bytes, and its endpoint says "
+            f"{allocation.nbytes}",
+            retry_elsewhere=True,
+            side="seed",
+        )
 
 
 def _address_here(peer: _Peer, segment: Segment) -> int:
