@@ -269,7 +269,7 @@ def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[st
         else:
             passed_through[key] = value
     decided = set(ours).union(_EITHER if set(_EITHER) & set(ours) else ())
-    _no_blank_token(decided, environment)
+    _no_blank_token(ours, decided, environment)
     for name, variable in ENVIRONMENT.items():
         text = environment.get(variable, "")
         if name not in decided and (text.strip() if name == "rfork_token" else text):
@@ -293,15 +293,21 @@ def _unknown_option(key: str) -> ConfigError:
     return ConfigError(key, f"there is no such option; {hint}".rstrip("; "), f"one of {', '.join(known)}")
 
 
-def _no_blank_token(decided: Container[str], environment: Mapping[str, str]) -> None:
-    """Reject a variable for the token that is set and blank, such as from an empty Secret.
+def _no_blank_token(given_here: Mapping[str, Any], decided: Container[str], environment: Mapping[str, str]) -> None:
+    """Reject a token that is set and blank, such as from an empty Secret, and a file of tokens whose name is blank.
 
     Raises:
         ConfigError: without a token the seed service would be open to all, which nobody wanted who set the variable.
     """
+    file_variable = ENVIRONMENT["rfork_token_file"]
+    named = "" if "rfork_token_file" in decided else environment.get(file_variable, "")
+    places = [(name, given_here.get(name)) for name in _EITHER]
+    for where, text in (*places, (f"rfork_token_file (from {file_variable})", named)):
+        if isinstance(text, str) and text and not text.strip():
+            raise ConfigError(where, "is blank", "one line of text; leave it out, or empty, for none")
     variable = ENVIRONMENT["rfork_token"]
     given = environment.get(variable)
-    elsewhere = "rfork_token" in decided or environment.get(ENVIRONMENT["rfork_token_file"])
+    elsewhere = "rfork_token" in decided or named
     if given is not None and not given.strip() and not elsewhere:
         raise ConfigError(f"rfork_token (from {variable})", "is blank", "a token; unset the variable for none")
 

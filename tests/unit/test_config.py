@@ -196,6 +196,23 @@ def test_a_blank_token_in_the_environment_fails_the_start() -> None:
 
 
 @pytest.mark.parametrize(
+    ("extra", "environment", "name"),
+    [
+        ({}, {"RFORK_TOKEN_FILE": " "}, r"rfork_token_file \(from RFORK_TOKEN_FILE\)"),
+        ({}, {"RFORK_TOKEN": " ", "RFORK_TOKEN_FILE": "\n"}, "rfork_token_file"),
+        ({"rfork_token": " "}, {}, "rfork_token: is blank"),
+        ({"rfork_token": "\n"}, {"RFORK_TOKEN": "secret"}, "rfork_token: is blank"),
+        ({"rfork_token_file": "\t"}, {"RFORK_TOKEN": "secret"}, "rfork_token_file: is blank"),
+    ],
+)
+def test_a_blank_token_or_name_of_its_file_fails_the_start_wherever_it_stands(
+    extra: dict[str, str], environment: dict[str, str], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=name):
+        parse_config(extra, environment)
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("rfork_seed_wait", "rfork_seed_wait_sec"),
