@@ -214,6 +214,39 @@ async def test_a_replica_closes_even_if_redis_refuses_at_that_moment(
     await asyncio.wait_for(store.close(), 30)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_lease_by_ticket_outlives_the_question_that_broke_off(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    fleet = await replica()
+    question = Ask(key="k", receiver="r", ticket="t", keeps=True, patient=True)
+    await fleet.announce(1, slots=1)
+    if waits:
+        held = await fleet.lease()
+        assert isinstance(await fleet.store.acquire(question), Queued)
+        assert isinstance(await fleet.store.acquire(question), Queued)
+        await fleet.release(held)
+    write, blocked, goes_on = FencedRecords.write, asyncio.Event(), asyncio.Event()
+
+    async def slowly(self: FencedRecords, *arguments: Any, **more: Any) -> None:
+        blocked.set()
+        await goes_on.wait()
+        await write(self, *arguments, **more)
+
+    monkeypatch.setattr(FencedRecords, "write", slowly)
+    broken = asyncio.create_task(fleet.store.settle("t", leave=False) if waits else fleet.store.acquire(question))
+    await asyncio.wait_for(blocked.wait(), 30)
+    again = asyncio.create_task(fleet.store.acquire(question))
+    await asyncio.sleep(0)
+    broken.cancel()
+    await asyncio.wait({broken})
+    await asyncio.sleep(0)
+    goes_on.set()
+    lease = await asyncio.wait_for(again, 30)
+    assert isinstance(lease, Granted)
+    await fleet.store.renew(lease.seed, lease.user_id)
+
+
 # --- what a successor finds ------------------------------------------------------------------------------------------
 
 

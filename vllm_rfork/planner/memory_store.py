@@ -244,7 +244,7 @@ class MemoryStore(Store):
             waited_s = None if waiter is None else books.now - waiter.since
             self._fetched(lease)
             seed = messages.parse_seed_address(lease.name)
-            return Granted(seed, lease.user_id, self.rules.lease_ttl_s, waited_s)
+            return Granted(seed, lease.user_id, self.rules.lease_ttl_s, waited_s, by_ticket=True)
         waiter = books.waiters.get(ask.ticket)
         if waiter is None:
             return None
@@ -325,7 +325,7 @@ class MemoryStore(Store):
         seed.turn = books.next_number()
         books.drop_intent(seed.key, ask.intent)
         books.rank(seed)
-        return Granted(seed.address, user_id, self.rules.lease_ttl_s)
+        return Granted(seed.address, user_id, self.rules.lease_ttl_s, by_ticket=ask.keeps)
 
     async def settle(self, ticket: str, *, leave: bool, loads: bool = True) -> Granted | Missed | Queued | None:
         """See the port."""

@@ -259,11 +259,14 @@ class RedisStore(Store):
         return await term.decide(term.memory.park(ticket, hung_up=hung_up))
 
     async def _granted(self, term: Term, result: T) -> T:
-        """``result``, once it is written. A lease whose receiver hangs up meanwhile is taken back."""
+        """``result``, once it is written. A lease whose receiver hangs up meanwhile is taken back.
+
+        Not one by ticket: its receiver may have asked again already, and is given the same lease.
+        """
         try:
             await term.written()
         except asyncio.CancelledError:
-            if isinstance(result, Granted):
+            if isinstance(result, Granted) and not result.by_ticket:
                 taking_back = asyncio.get_running_loop().create_task(_take_back(term, result))
                 self._cleanups.add(taking_back)
                 taking_back.add_done_callback(self._cleanups.discard)

@@ -153,12 +153,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Granted:
-    """A lease on ``seed`` until ``ttl_s`` from now. ``waited_s``: how long its receiver stood in the queue, if so."""
+    """A lease on ``seed`` until ``ttl_s`` from now.
+
+    ``waited_s``: how long its receiver stood in the queue, if so. ``by_ticket``: the receiver asks again if it does not
+    get the answer, and the lease ends soon if it does not.
+    """
 
     seed: SeedAddress
     user_id: str
     ttl_s: float
     waited_s: float | None = field(default=None, compare=False)
+    by_ticket: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
