@@ -312,7 +312,12 @@ class LoadPlan:
                 collection = self.collect_empty(model)
                 with _whatever_is_raised("the built model cannot be looked at"):
                     self._look_at_built(model)
+            # One rank after the other: each holds its lease until all have one, and instances that start together would
+            # else hold the seeds that others wait for, until all of them give up.
+            if reason := self.agreement.turn(SEED_STAGE, bound_s):
+                raise ForkError(reason)
             self.attempt.reserve(self.fingerprint)
+            self.agreement.pass_on(SEED_STAGE)
             if self.layout == RUNTIME:
                 # Now, since post-processing is next: ranks make communicators for experts in it, together, and one
                 # that turned back before it would leave the others in theirs.

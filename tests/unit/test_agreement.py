@@ -82,6 +82,42 @@ def test_when_several_say_no_all_hear_the_same_one() -> None:
     assert answer in {"rank 0: a", "rank 1: b", "rank 2: c"}
 
 
+def test_instances_that_start_together_never_hold_the_seeds_that_others_wait_for() -> None:
+    """Six instances of four ranks, a seed with two slots for each rank: in any order some would wait for ever."""
+    instances, count = 6, 4
+    seeds = [threading.BoundedSemaphore(2) for _ in range(count)]
+    ready, order = threading.Barrier(instances * count), random.Random(7)
+
+    def start(rank: Agreement) -> str:
+        ready.wait(30)
+        threading.Event().wait(order.random() / 50)
+        if problem := rank.turn("seed", FOR_EVER_S):
+            return problem
+        if not seeds[rank.rank].acquire(timeout=20):
+            return rank.reach("seed", "no seed is free", FOR_EVER_S)
+        rank.pass_on("seed")
+        problem = rank.reach("seed", "", FOR_EVER_S)
+        seeds[rank.rank].release()
+        return problem
+
+    ranks = [rank for number in range(instances) for rank in all_ranks(HashStore(), count, f"instance {number}")]
+    assert together([lambda rank=rank: start(rank) for rank in ranks]) == [""] * len(ranks)
+
+
+def test_a_turn_comes_when_the_instance_has_said_no_and_is_not_waited_for_without_bound() -> None:
+    store, time = HashStore(), Time()
+    first, second, third = (one_rank(store, rank, time=time) for rank in range(3))
+    assert first.turn("seed", 10.0) == ""
+    assert second.turn("seed", 10.0) == "rank 0: not ready within 10 s, as rank 1 saw it"
+    assert 10.0 <= time.now_s < 10.2
+    first.pass_on("seed")
+    assert second.turn("seed", 10.0) == ""
+    assert third.turn("seed", 10.0).startswith("rank 1: not ready")
+    assert first.reach("seed", "no seed for it", 10.0) == "rank 0: no seed for it"
+    assert third.turn("seed", 10.0) == "", "it states its intent and says no"
+    assert Agreement(0, (0,), "", lambda: pytest.fail("nobody is asked")).turn("seed", 10.0) == ""
+
+
 def test_a_late_rank_is_waited_for_until_the_bound_and_then_takes_what_was_decided() -> None:
     store, time = HashStore(), Time()
     early = one_rank(store, 0, count=2, time=time)

@@ -20,9 +20,17 @@ class Ranks:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
         self.answer = ""
+        self.not_yet = ""
 
     def refused(self, stage: str) -> str:
         return ""
+
+    def turn(self, stage: str, timeout_s: float) -> str:
+        self.asked.append((stage, "turn"))
+        return self.not_yet
+
+    def pass_on(self, stage: str) -> None:
+        self.asked.append((stage, "pass on"))
 
     def reach(self, stage: str, reason: str, timeout_s: float) -> str:
         self.asked.append((stage, reason))
@@ -56,6 +64,32 @@ def test_ranks_agree_once_more_when_post_processing_is_over() -> None:
     assert not plan.holds_fork
     plan.tell_others(ValueError("later"))
     assert ranks.asked == [(FORK_STAGE, ""), (KEPT_STAGE, "")]
+
+
+def test_a_rank_takes_a_lease_in_its_turn_and_then_lets_the_next_one_have_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = Ranks()
+    plan = plan_of(ranks, CHECKPOINT)
+    plan.settings = cast(
+        "Any",
+        SimpleNamespace(
+            rfork_fork_timeout_sec=1.0,
+            rfork_request_timeout_sec=1.0,
+            rfork_seed_wait_sec=None,
+            rfork_seed_timeout_sec=1.0,
+        ),
+    )
+    plan.attempt = cast("Any", SimpleNamespace(reserve=lambda fingerprint: ranks.asked.append(("", "lease"))))
+    monkeypatch.setattr(LoadPlan, "collect_empty", lambda plan, model: None)
+    monkeypatch.setattr(LoadPlan, "_look_at_built", lambda plan, model: None)
+    plan.prepare(torch.nn.Module())
+    assert [what for _, what in ranks.asked] == ["turn", "lease", "pass on", ""]
+    ranks.asked.clear()
+    ranks.not_yet = "rank 0: not ready within 5 s"
+    with pytest.raises(ForkError, match="rank 0: not ready"):
+        plan.prepare(torch.nn.Module())
+    assert [what for _, what in ranks.asked] == ["turn", "ForkError: rank 0: not ready within 5 s"]
 
 
 def test_a_rank_whose_post_processing_fails_tells_the_others() -> None:

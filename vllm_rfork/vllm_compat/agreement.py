@@ -17,6 +17,7 @@ Must not read or write weights, and must not raise: an agreement that cannot be 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -132,6 +133,50 @@ class Agreement:
             return self._within(0.0, lambda: self._look(key))
         except _StoreLost as lost:
             return str(lost)
+
+    def turn(self, stage: str, timeout_s: float) -> str:
+        """Wait until the member before this one has called :meth:`pass_on`, before :meth:`reach` of ``stage``.
+
+        Members take what other instances want as well, a seed for each rank, in one order. Were it any order, two
+        instances could each hold what the other waits for.
+
+        Returns:
+            Empty when it is this rank's turn, and where the instance has said no already: then nothing is held for
+            long. Else why this rank waits no longer.
+        """
+        earlier = [member for member in self.members if member < self.rank]
+        if self.alone or self._broken or not earlier:
+            return self._broken
+        key = f"{stage}.{self._reached[stage] + 1}"
+        try:
+            return self._within(timeout_s, lambda: self._await_turn(key, earlier[-1], timeout_s))
+        except _StoreLost as lost:
+            return str(lost)
+
+    def pass_on(self, stage: str) -> None:
+        """Let the next member have its turn. A store that is lost is noticed by :meth:`reach`."""
+        if self.alone or self._broken:
+            return
+        key = f"{stage}.{self._reached[stage] + 1}"
+        with contextlib.suppress(_StoreLost):
+            self._within(0.0, lambda: self._pass_on(key))
+
+    def _await_turn(self, key: str, before: int, timeout_s: float) -> str:
+        store = self._connected()
+        base = f"{self.name}/{self._load}/{key}"
+        started = self.clock()
+        while not (store.check([f"{base}/passed/{before}"]) or store.check([f"{base}/decision"])):
+            waited_s = self.clock() - started
+            if waited_s >= timeout_s:
+                return f"rank {before}: not ready within {timeout_s:g} s, as rank {self.rank} saw it"
+            # A small part of the wait so far: turns follow each other, and what each adds is added up.
+            pause_s = min(max(waited_s / 50, _FIRST_LOOK_S), _LAST_LOOK_S)
+            self.sleep(min(pause_s, timeout_s - waited_s))
+        return ""
+
+    def _pass_on(self, key: str) -> str:
+        self._connected().set(f"{self.name}/{self._load}/{key}/passed/{self.rank}", "1")
+        return ""
 
     def _within(self, timeout_s: float, call: Callable[[], str]) -> str:
         """What ``call`` returns, from a thread of its own: a store whose process hangs answers no call.
