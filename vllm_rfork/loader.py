@@ -142,9 +142,18 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             plan.tell_others(error)
             plan.attempt.close()
             raise
-        plan.settle(model)
-        seeding.become_seed(plan, model)
+        self._become_seed(plan, model)
         return model
+
+    @staticmethod
+    def _become_seed(plan: LoadPlan, model: nn.Module) -> None:
+        """Publish what was loaded. The model is complete by now: what fails here costs the seed, not the start."""
+        try:
+            plan.settle(model)
+            seeding.become_seed(plan, model)
+        except Exception as error:  # noqa: BLE001 - looking at a model runs code that is not ours
+            logger.warning("this worker is not a seed: %s: %s", type(error).__name__, error)
+            plan.attempt.close()
 
     def _build(self, plan: LoadPlan, storage: Any, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
         if (not plan.may_fork or plan.no_fork_reason) and loading.loads_whole_models(storage):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, extra_for
-from tests.vllm.engine_process import load, vllm_config
+from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.falling_back import falls_back
 from tests.vllm.faults import raising, with_attribute
 from vllm_rfork import attempt, receiver
@@ -63,6 +63,17 @@ def test_no_memory_for_digests_costs_the_seed_and_not_the_start(
     monkeypatch.setattr("vllm_rfork.verify.digests", raising(torch.OutOfMemoryError("out of memory")))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="no room")))
     assert any("not a seed" in line and "OutOfMemoryError" in line for line in rfork_log.warnings)
+
+
+@pytest.mark.parametrize("where", ["vllm_rfork.loader.LoadPlan.settle", "vllm_rfork.seeding.withdraw_before_changes"])
+def test_an_unexpected_error_after_the_load_costs_the_seed_and_not_the_start(
+    where: str, model_a: Path, default_a: Any, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, raising(RuntimeError("no such attribute any more")))
+    extra = extra_for(planner.url, model_url="unexpected")
+    assert load_digested(vllm_config(model_a, load_format="rfork", extra=extra)).after == default_a.after
+    assert any("not a seed" in line and "no such attribute any more" in line for line in rfork_log.warnings)
+    assert planner.leases() == 0
 
 
 def test_a_property_that_raises_costs_the_fork_and_the_seed_and_not_the_start(
