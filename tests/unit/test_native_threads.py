@@ -20,7 +20,7 @@ PYTHON_ONLY = {
     "background.py": "an event loop: Python, and C without C++ frames",
     "own_address.py": "a C call of the resolver",
     "planner/resolver.py": "a C call of the resolver, on the planner's side",
-    "watch_main.py": "a process of its own that only talks HTTP",
+    "checkpoint_identity.py": "file system calls and hashlib: C without C++ frames",
     "engines/yuanrong_relay.py": "a process of its own that only copies between sockets",
     "engines/memory.py": "system calls of Python's ctypes",
 }

@@ -7,6 +7,7 @@ only to those who ask. Must not decide anything about seeds and leases itself, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gzip
 import logging
@@ -308,12 +309,13 @@ class Api:
             chunks = json_chunks(self._store.snapshot_slices(key=request.query.get("key"), limit=limit))
             first = await anext(chunks)  # a store that cannot be asked says so before the answer begins
             response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
-            await response.prepare(request)
-            if request.method != "HEAD":
-                await response.write(first)
-                async for chunk in chunks:
-                    await response.write(chunk)  # waits for a slow reader
-            await response.write_eof()
+            with contextlib.suppress(ConnectionError):  # the caller left in the middle, and aiohttp ends the connection
+                await response.prepare(request)
+                if request.method != "HEAD":
+                    await response.write(first)
+                    async for chunk in chunks:
+                        await response.write(chunk)  # waits for a slow reader
+                await response.write_eof()
             return response
         finally:
             self._snapshots -= 1
