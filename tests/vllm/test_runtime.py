@@ -363,6 +363,10 @@ class OtherRank:
         self.words.append((stage, reason))
         return reason or ("rank 1: it cannot" if stage == self.refuses else "")
 
+    def refused(self, stage: str) -> str:
+        """It says nothing ahead of time: this rank finds out at :meth:`reach`."""
+        return ""
+
 
 STAGES = {"checkpoint": ["seed", "fork"], "runtime": ["seed", "dummies", "fork"]}
 
