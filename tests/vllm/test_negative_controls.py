@@ -303,7 +303,7 @@ def test_python_side_state(fleet: Callable[..., Fleet], monkeypatch: pytest.Monk
         carried = one.fork()
         assert carried.forked
         assert carried.model._k_scale_float == 0.25
-        monkeypatch.setattr(plan, "apply_state", lambda model, state: None)
+        monkeypatch.setattr(plan, "apply_state", lambda model, state, *_: None)
         outcome = one.fork()
     let_through(outcome)
     assert outcome.model._k_scale_float == 1.0, "every tensor is right, and the model is not"
@@ -321,7 +321,7 @@ def test_python_side_state_that_cannot_be_set(fleet: Callable[..., Fleet], monke
     with altered(built=lambda model: setattr(model, "scales", []), loaded=derive):
         refused(one.fork(), "no place here")
 
-        def where_there_is_a_place(model: Any, state: dict[str, Any]) -> None:
+        def where_there_is_a_place(model: Any, state: dict[str, Any], *_: Any) -> None:
             for name, value in state.items():
                 with contextlib.suppress(ForkError):
                     apply_state(model, {name: value})
