@@ -22,6 +22,7 @@ from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, ForkError
 from vllm_rfork.plan import LoadPlan
 from vllm_rfork.segments import Segment
+from vllm_rfork.vllm_compat.agreement import Agreement
 
 pytestmark = pytest.mark.vllm
 
@@ -83,13 +84,15 @@ def test_a_property_that_raises_costs_the_fork_and_the_seed_and_not_the_start(
     """Models compute some attributes when asked, and may not be ready for that; the other ranks hear of it too."""
     told: list[tuple[str, str]] = []
 
-    class Telling:
+    class Telling(Agreement):
+        """An instance of one rank whose words are noted."""
+
         def reach(self, stage: str, reason: str, bound_s: float) -> str:
             told.append((stage, reason))
             return reason
 
     monkeypatch.setattr("vllm_rfork.plan.loading.quantizes_online", raising(RuntimeError("not before warm-up")))
-    monkeypatch.setattr("vllm_rfork.plan.Agreement.of", lambda *args: Telling())
+    monkeypatch.setattr("vllm_rfork.plan.Agreement.of", lambda *args: Telling(0, (0,), "", lambda: None))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="RuntimeError: not before warm-up")
     assert [stage for stage, reason in told if "not before warm-up" in reason] == ["seed"]
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="raises")))
@@ -150,7 +153,7 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         def disconnect(self, endpoint: str) -> None:
             raise EngineError("stuck", "connect", "another call does not return")
 
-    remote = SimpleNamespace(engine="memory", endpoint="e", epoch="1", nbytes=8)
+    remote = SimpleNamespace(engine="memory", endpoint="e", epoch="1", nbytes=8, checkpoint=None)
     request: Any = SimpleNamespace(
         local=SimpleNamespace(engine="memory", seed_key="k", fingerprint="f"),
         engine=Stuck(),
@@ -160,6 +163,8 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         max_batch_nbytes=None,
         untouched=frozenset(),
         progress=lambda nbytes: None,
+        checkpoint=lambda: None,
+        connected=lambda lane: None,
     )
     keeper: Any = SimpleNamespace(lease=SimpleNamespace(seed="s"), check=lambda: None)
     with pytest.MonkeyPatch.context() as patch:

@@ -367,6 +367,13 @@ class OtherRank:
         """It says nothing ahead of time: this rank finds out at :meth:`reach`."""
         return ""
 
+    def turn(self, stage: str, timeout_s: float) -> str:
+        """This rank is the first."""
+        return ""
+
+    def pass_on(self, stage: str) -> None:
+        """Nobody comes after it who would take a lease."""
+
 
 STAGES = {"checkpoint": ["seed", "fork"], "runtime": ["seed", "dummies", "fork"]}
 
