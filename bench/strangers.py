@@ -110,7 +110,7 @@ class Server:
 
 
 def connect(port: int, count: int, sent: bytes = b"") -> list[socket.socket]:
-    """So many connections that have sent ``sent`` and read nothing."""
+    """Open connections that have sent ``sent`` and read nothing."""
     socks = []
     for _ in range(count):
         sock = socket.socket()

@@ -50,11 +50,8 @@ def attempt_of(settings: Settings) -> Attempt:
     return Attempt(settings, KEY, "memory", EngineConfig(device="cpu"))
 
 
-def main() -> None:
-    settings = parse_config(json.loads(sys.argv[1])).settings
-    buffer = Buffer("cpu", NBYTES)
-    buffer.write(0, contents())
-    attempt = attempt_of(settings)
+def seed_of(settings: Settings, attempt: Attempt, buffer: Buffer) -> Seed:
+    """The seed, not started yet, of the bytes in ``buffer``, which ``attempt``'s engine has registered or will."""
     config = SeedConfig(
         planner_url=settings.rfork_scheduler_url,
         credentials=attempt.credentials,
@@ -69,7 +66,15 @@ def main() -> None:
         slots=settings.rfork_seed_slots or None,
     )
     manifest = manifest_of(buffer, digest_of(buffer))
-    seed = Seed(config, manifest, attempt.hand_over_engine(), buffer, lambda: None, attempt.intent)
+    return Seed(config, manifest, attempt.hand_over_engine(), buffer, lambda: None, attempt.intent)
+
+
+def main() -> None:
+    settings = parse_config(json.loads(sys.argv[1])).settings
+    buffer = Buffer("cpu", NBYTES)
+    buffer.write(0, contents())
+    attempt = attempt_of(settings)
+    seed = seed_of(settings, attempt, buffer)
     print(json.dumps({"address": str(seed.start())}), flush=True)
     for order in sys.stdin:
         if order == "withdraw\n":

@@ -1,4 +1,4 @@
-"""A seed of the same key with another fingerprint is no cold start: the log says so, and which facts differ."""
+"""A seed of the same key with another fingerprint is not a cold start: the log names the facts that differ."""
 
 from __future__ import annotations
 

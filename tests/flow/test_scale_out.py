@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of
+from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of, seed_of
 from tests.planner.processes import PlannerUnderTest
 from vllm_rfork.attempt import Attempt, Target
 from vllm_rfork.background import background
@@ -24,7 +24,7 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.errors import NoSeedAvailable, VerificationError
 from vllm_rfork.manifest import Manifest
-from vllm_rfork.seed import Seed, SeedConfig
+from vllm_rfork.seed import Seed
 from vllm_rfork.segments import Segment
 
 WITHIN_S = 120.0
@@ -73,7 +73,7 @@ class Fleet:
         return parse_config({**given, **self.options}, {}).settings
 
     def start(self, count: int) -> None:
-        """Start so many workers at the same moment; returns when each is a seed."""
+        """Start workers at the same moment; return when each is a seed."""
         together = threading.Barrier(count)
 
         def worker() -> None:
@@ -97,23 +97,9 @@ class Fleet:
             self.sources.append("storage")
             self.loading(attempt)
             if not attempt.intent:
-                return  # it will be no seed
+                return  # it cannot become a seed
             buffer.write(0, contents())
-        config = SeedConfig(
-            planner_url=settings.rfork_scheduler_url,
-            credentials=attempt.credentials,
-            bind_host=settings.rfork_seed_bind_host,
-            advertise_host=settings.rfork_seed_advertise_host,
-            port=0,
-            rank=0,
-            request_timeout_s=settings.rfork_request_timeout_sec,
-            ready_timeout_s=settings.rfork_seed_timeout_sec,
-            heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
-            labels=attempt.labels,
-            slots=settings.rfork_seed_slots or None,
-        )
-        manifest = manifest_of(buffer, digest_of(buffer))
-        seed = Seed(config, manifest, attempt.hand_over_engine(), buffer, lambda: None, attempt.intent)
+        seed = seed_of(settings, attempt, buffer)
         seed.start()
         attempt.end_intent()
         self.seeds.append(seed)

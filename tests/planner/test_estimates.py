@@ -69,7 +69,7 @@ def test_the_bound_is_what_storage_takes(load_s: float | None, bound: float) -> 
         # what is sooner counts
         (MEASURED, Outlook(position=1, seeds=1, slots=1, loading_s=0.0), 10.0, BUSY),
         (MEASURED, Outlook(position=8, seeds=1, slots=1, loading_s=55.0, new_slots=8), 15.0, LOADING),
-        # after a restart: free in so many seconds
+        # after a restart: seconds until the seed may be granted
         (NOTHING, Outlook(position=1, held_slots=1, held_s=40.0), 40.0, RESTARTED),
         (MEASURED, Outlook(position=1, held_slots=4, held_s=40.0), 40.0, RESTARTED),
         (MEASURED, Outlook(position=6, held_slots=4, held_s=40.0), 45.0, RESTARTED),

@@ -157,7 +157,7 @@ def _check(books: Ledger) -> None:
 async def _act(
     fleet: Fleet, rng: random.Random, step: int, clock: Clock, leases: list[Granted], tickets: list[str]
 ) -> None:
-    """One thing that may befall a fleet."""
+    """One event in the life of a fleet."""
     key, print_ = rng.choice("abcd"), rng.choice(["", "", "f", "g"])
     action = rng.choices(list(ACTIONS), list(ACTIONS.values()))[0]
     found: object = None

@@ -86,7 +86,7 @@ async def test_a_name_that_was_slow_is_left_alone_for_a_while_and_then_asked_aga
     with pytest.raises(Unresolved, match="not found within"):
         await found.addresses("slow-and-broken", "192.0.2.1")
     names.open.set()
-    while found._running:  # its thread ends, and says so to the loop
+    while found._running:  # its thread ends and notifies the loop
         await asyncio.sleep(0.01)
     with pytest.raises(Unresolved, match="a moment ago"):
         await found.addresses("slow-and-broken", "192.0.2.1")

@@ -18,6 +18,7 @@ import uvloop
 from aiohttp import web
 
 from tests.authority import Authority
+from tests.sockets import read_all
 from vllm_rfork.net import descriptors, listener
 from vllm_rfork.net.connections import Connections, Limits, Phase, Reply, Tls
 from vllm_rfork.net.listener import Listener, listen
@@ -90,14 +91,6 @@ async def connect(service: Service, sent: bytes = b"") -> socket.socket:
     await loop.sock_connect(sock, ("127.0.0.1", service.port))
     await loop.sock_sendall(sock, sent)
     return sock
-
-
-async def read_all(sock: socket.socket) -> bytes:
-    received = bytearray()
-    with contextlib.suppress(ConnectionError):
-        while chunk := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 30):
-            received += chunk
-    return bytes(received)
 
 
 async def read_until(sock: socket.socket, end: bytes) -> bytes:
@@ -242,7 +235,7 @@ def test_nothing_that_is_not_tls_reaches_the_log(
             await until(lambda: len(service.connections) == 0)
 
     run(scenario())
-    gc.collect()  # a task whose exception nobody retrieved says so when it is collected
+    gc.collect()  # an exception that nobody retrieved is logged when its task is collected
     found = [each for each in caplog.records if each.levelno >= logging.WARNING and each.name != "aiohttp.server"]
     assert [each.getMessage() for each in found] == []
 

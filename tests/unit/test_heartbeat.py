@@ -344,7 +344,7 @@ async def test_a_withdrawal_that_fails_is_told_tried_again_and_followed_by_no_be
         planner.problem = "away for now"
         with pytest.raises(PlannerError, match="away for now"):
             await beat.withdraw()
-        await asyncio.wait_for(task, 30)  # its own try fails too, and only says so
+        await asyncio.wait_for(task, 30)  # its own attempt fails too and is only logged
         assert [r.levelname for r in caplog.records] == ["WARNING"]
         planner.problem = ""
         assert await beat.withdraw() is Outcome.DONE

@@ -17,6 +17,7 @@ import aiohttp
 import msgspec
 import pytest
 
+from tests.sockets import read_all
 from vllm_rfork import messages
 from vllm_rfork.bounded_server import Bounds
 from vllm_rfork.clients import SeedClient
@@ -230,14 +231,6 @@ async def slow_reader(service: SeedService, request: bytes) -> AsyncIterator[soc
         await loop.sock_connect(sock, ("127.0.0.1", service.port))
         await loop.sock_sendall(sock, request)
         yield sock
-
-
-async def read_all(sock: socket.socket) -> bytes:
-    received = bytearray()
-    with contextlib.suppress(ConnectionError):
-        while chunk := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 30):
-            received += chunk
-    return bytes(received)
 
 
 def request_for(path: str, *more: str, key: str = KEY) -> bytes:

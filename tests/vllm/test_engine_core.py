@@ -86,7 +86,7 @@ def test_a_seed_withdraws_before_its_weights_change_and_comes_back_with_the_same
 
     assert engine.call("reload_weights", None, str(model_b))["outcome"] == "done", engine.log
     assert engine.order("answer")["answers"] != tokens, "the test is about other weights"
-    eventually(lambda: "not a seed again" in engine.log, "it says so")
+    eventually(lambda: "not a seed again" in engine.log, "the log line")
     assert seeds_of(planner, "reloading") == []
 
 
@@ -101,7 +101,7 @@ def test_a_function_that_writes_to_the_model_ends_the_seed(
     engine.order("write by a function")
     assert not announced(planner, engine), "withdrawn before the function ran"
     assert "withdraws: a function is called on the worker" in engine.log
-    eventually(lambda: "not a seed again" in engine.log, "it says so")
+    eventually(lambda: "not a seed again" in engine.log, "the log line")
     assert "model.norm.weight" in engine.log
     assert seeds_of(planner, "written") == []
 

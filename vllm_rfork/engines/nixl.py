@@ -48,6 +48,7 @@ from vllm_rfork.engines.nixl_peer import (
     tcp_allowed,
 )
 from vllm_rfork.engines.nixl_reader import THREADS, Reader
+from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.regions import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest import Region
@@ -232,25 +233,12 @@ class NixlEngine(TransferEngine):
     def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_agent: bool = True) -> Iterator[Agent]:
         """The agent, for one caller at a time."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise EngineError(
-                NAME,
-                operation,
-                "another call does not return",
-                code="timeout",
-                retry_elsewhere=True,
-                side="receiver",
-            )
+            raise busy(NAME, operation, retry_elsewhere=True)
         try:
             if needs_agent and (self._agent is None or self._closing):
-                raise EngineError(NAME, operation, "it is not open", side="receiver")
+                raise not_open(NAME, operation)
             if needs_agent and self._stuck:
-                raise EngineError(
-                    NAME,
-                    operation,
-                    f"an earlier read was given up ({self._stuck}): close the engine",
-                    in_flight=True,
-                    side="receiver",
-                )
+                raise given_up(NAME, operation, self._stuck)
             yield self._agent  # type: ignore[misc]
         finally:
             self._busy.release()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_rfork.engines import host
 from vllm_rfork.engines.nixl_metadata import MAX_DEVICES, check_metadata
 from vllm_rfork.engines.process_memory import read_process
 from vllm_rfork.errors import EngineError
@@ -114,7 +115,7 @@ def decode_endpoint(text: str) -> Endpoint:
 def boot_id() -> str:
     """Names this machine's running kernel; containers of one machine share it. Empty where it cannot be read."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return host.boot_id()
     except OSError:
         return ""
 

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.regions import RegionTable
 from vllm_rfork.engines.yuanrong_native import (
     NAME,
@@ -247,25 +248,12 @@ class YuanRongEngine(TransferEngine):
     ) -> Iterator[NativeEngine]:
         """The native engine, for one caller at a time."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise EngineError(
-                NAME,
-                operation,
-                "another call does not return",
-                code="timeout",
-                in_flight=operation == "close",
-                side="receiver",
-            )
+            raise busy(NAME, operation, in_flight=operation == "close")
         try:
             if needs_engine and self._native is None:
-                raise EngineError(NAME, operation, "it is not open", side="receiver")
+                raise not_open(NAME, operation)
             if needs_engine and self._stuck:
-                raise EngineError(
-                    NAME,
-                    operation,
-                    f"an earlier read was given up ({self._stuck}): close the engine",
-                    in_flight=True,
-                    side="receiver",
-                )
+                raise given_up(NAME, operation, self._stuck)
             yield self._native  # type: ignore[misc]
         finally:
             self._busy.release()

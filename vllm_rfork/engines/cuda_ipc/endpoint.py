@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bisect
-from pathlib import Path
 
 import msgspec
 
+from vllm_rfork.engines import host
 from vllm_rfork.engines.cuda_ipc.driver import HANDLE_NBYTES, NAME, UUID_NBYTES
 from vllm_rfork.errors import EngineError
 
@@ -127,6 +127,6 @@ def boot_id() -> str:
         EngineError: the kernel does not say, so that nobody can tell whether a seed is on this host.
     """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return host.boot_id()
     except OSError as error:
         raise EngineError(NAME, "open", f"the host cannot be identified: {error}") from error

@@ -30,6 +30,7 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
     decode,
     encode,
 )
+from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.regions import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest import Region
@@ -68,7 +69,7 @@ class CudaIpcEngine(TransferEngine):
         self._driver: Driver | None = None
         self._busy = threading.Lock()
         self._closing = False
-        self._stuck = False
+        self._stuck = ""
         self._table = RegionTable(NAME)
         self._allocations: dict[int, Allocation] = {}
         self._peers: dict[str, _Peer] = {}
@@ -103,7 +104,7 @@ class CudaIpcEngine(TransferEngine):
                 self._page = driver.allocate(_PAGE_NBYTES)
                 driver.write(self._page, self._identity)
             self._boot, self._timeout_s = boot, config.timeout_s
-            self._closing = self._stuck = False
+            self._closing, self._stuck = False, ""
             self._driver = driver
 
     @property
@@ -199,10 +200,10 @@ class CudaIpcEngine(TransferEngine):
         with self._exclusively("unregister"):
             self._table.check_known(regions)
             self._table.remove(regions)
-            left = RangeMap([(base, self._allocations[base].nbytes) for base in sorted(self._allocations)])
-            bases = sorted(self._allocations)
-            kept = {left.containing(region.address, region.nbytes) for region in self._table.regions}
-            self._allocations = {base: self._allocations[base] for n, base in enumerate(bases) if n in kept}
+            allocations = [self._allocations[base] for base in sorted(self._allocations)]
+            known = RangeMap([(each.base, each.nbytes) for each in allocations])
+            used = {known.containing(region.address, region.nbytes) for region in self._table.regions}
+            self._allocations = {each.base: each for number, each in enumerate(allocations) if number in used}
 
     @property
     def registered_nbytes(self) -> int:
@@ -231,28 +232,15 @@ class CudaIpcEngine(TransferEngine):
     def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_driver: bool = True) -> Iterator[Driver]:
         """The driver, with its context on this thread, for one caller at a time."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise EngineError(
-                NAME,
-                operation,
-                "another call does not return",
-                code="timeout",
-                retry_elsewhere=True,
-                side="receiver",
-            )
+            raise busy(NAME, operation, retry_elsewhere=True)
         try:
             if not needs_driver:
                 yield self._driver  # type: ignore[misc]
                 return
             if self._driver is None or self._closing:
-                raise EngineError(NAME, operation, "it is not open", side="receiver")
+                raise not_open(NAME, operation)
             if self._stuck:
-                raise EngineError(
-                    NAME,
-                    operation,
-                    "an earlier read was given up: close the engine",
-                    in_flight=True,
-                    side="receiver",
-                )
+                raise given_up(NAME, operation, self._stuck)
             with self._driver.current(operation):
                 yield self._driver
         finally:
@@ -281,8 +269,8 @@ class CudaIpcEngine(TransferEngine):
         """
         while not self._is_idle(driver):
             if time.monotonic() >= deadline or self._closing:
-                self._stuck = True
                 why = "the engine is closing" if self._closing else "the copies did not end in time"
+                self._stuck = why
                 raise EngineError(
                     NAME,
                     operation,

@@ -1,0 +1,29 @@
+"""The errors by which every adapter refuses a call that it cannot take. Must not import an engine or native code."""
+
+from __future__ import annotations
+
+from vllm_rfork.errors import EngineError
+
+
+def busy(engine: str, operation: str, *, in_flight: bool = False, retry_elsewhere: bool = False) -> EngineError:
+    """Another call has not returned within the bound."""
+    return EngineError(
+        engine,
+        operation,
+        "another call does not return",
+        code="timeout",
+        in_flight=in_flight,
+        retry_elsewhere=retry_elsewhere,
+        side="receiver",
+    )
+
+
+def not_open(engine: str, operation: str) -> EngineError:
+    """The engine was never opened, or is closed or closing."""
+    return EngineError(engine, operation, "it is not open", side="receiver")
+
+
+def given_up(engine: str, operation: str, why: str) -> EngineError:
+    """An earlier read may still write, so only ``close`` is left."""
+    text = f"an earlier read was given up ({why}): close the engine"
+    return EngineError(engine, operation, text, in_flight=True, side="receiver")
