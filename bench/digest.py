@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_rfork import verify
+from vllm_rfork.model import digest
 
 #: Bytes of the weights of one layer: attention in and out, both projections, two norms.
 LAYER_NBYTES = (100_663_296, 33_554_432, 180_355_072, 90_177_536, 8192, 8192)
@@ -39,7 +39,7 @@ def check(device: torch.device) -> None:
     there = here.to(device)
     for offset in (0, 8, 3):
         parts = [here[offset:], here[offset : offset + 70_000], here[offset : offset + 7]]
-        if verify.digests(parts) != verify.digests(
+        if digest.digests(parts) != digest.digests(
             [there[offset:], there[offset : offset + 70_000], there[offset : offset + 7]]
         ):
             raise RuntimeError(f"digests on {device} are not those on the processor")
@@ -75,7 +75,7 @@ def main() -> None:
     for name, cut in spans(source).items():
         nbytes = sum(span.numel() for span in cut)
         plain_s = median_s(lambda cut=cut: [span.view(torch.int64).sum() for span in cut])  # type: ignore[misc]
-        digest_s = median_s(lambda cut=cut: verify.digests(cut))  # type: ignore[misc]
+        digest_s = median_s(lambda cut=cut: digest.digests(cut))  # type: ignore[misc]
         results.append(
             {
                 "spans": f"{name} ({len(cut)})",
@@ -87,9 +87,9 @@ def main() -> None:
             }
         )
     if arguments.json:
-        print(json.dumps({"device": str(device), "algorithm": verify.ALGORITHM, "results": results}))
+        print(json.dumps({"device": str(device), "algorithm": digest.ALGORITHM, "results": results}))
         return
-    table = Table(f"{device}, {verify.ALGORITHM}", "bytes", "digest GB/s", "plain sum GB/s", "copy GB/s", "× plain sum")
+    table = Table(f"{device}, {digest.ALGORITHM}", "bytes", "digest GB/s", "plain sum GB/s", "copy GB/s", "× plain sum")
     for row in results:
         rates = (row["digest_gb_per_s"], row["plain_sum_gb_per_s"], row["copy_gb_per_s"], row["times_plain_sum"])
         table.add_row(str(row["spans"]), str(row["nbytes"]), *(f"{rate:.2f}" for rate in rates))

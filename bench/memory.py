@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_rfork import verify
+from vllm_rfork.model import digest
 
 #: As large as a matrix of a model of 7B parameters.
 SPAN_NBYTES = 32 << 20
@@ -46,11 +46,11 @@ def rates(nbytes: int, runs: int) -> dict[str, float]:
             f"memcpy into fresh pages, {threads} threads": measured(fresh, threads),
             "plain sum": measured(lambda: source.view(torch.int64).sum(), 1),
             f"plain sum, {threads} threads": measured(lambda: source.view(torch.int64).sum(), threads),
-            "digest": measured(lambda: verify.digest(source), 1),
-            f"digest, {threads} threads": measured(lambda: verify.digest(source), threads),
-            "digests of 32 MiB each": measured(lambda: verify.digests(source.split(SPAN_NBYTES)), 1),
+            "digest": measured(lambda: digest.digest(source), 1),
+            f"digest, {threads} threads": measured(lambda: digest.digest(source), threads),
+            "digests of 32 MiB each": measured(lambda: digest.digests(source.split(SPAN_NBYTES)), 1),
             f"digests of 32 MiB each, {threads} threads": measured(
-                lambda: verify.digests(source.split(SPAN_NBYTES)), threads
+                lambda: digest.digests(source.split(SPAN_NBYTES)), threads
             ),
         }
     finally:

@@ -26,7 +26,7 @@ PAGE = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 SNAPSHOT = b"GET /debug/snapshot?limit=100000 HTTP/1.1\r\nHost: x\r\n\r\n"
 _SEED = """
 import asyncio
-from vllm_rfork.manifest import Manifest
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.seed_service import Offer, SeedService
 async def main():
     made = Manifest(seed_key="k", fingerprint="f", epoch="e", layout="runtime", engine="nixl", endpoint="x",

@@ -49,9 +49,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve, be read, and compare."""
     from vllm import LLM, SamplingParams
 
-    from vllm_rfork import seeding
-    from vllm_rfork.manifest import encode_manifest
+    from vllm_rfork.manifest.schema import encode_manifest
     from vllm_rfork.plugin import register
+    from vllm_rfork.seeding import manager
     from zoo.planner import Planner, eventually
 
     register()  # for checkouts that are not installed; else vLLM has done it
@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     options = {"skip_tokenizer_init": True, "max_model_len": 2048, "max_num_seqs": 4, **json.loads(arguments.llm)}
     llm = LLM(model=arguments.model, load_format="rfork", model_loader_extra_config=extra, **options)
-    (seed,) = seeding.wait_until_started(120)
+    (seed,) = manager.wait_until_started(120)
     eventually(lambda: seed.address, "the seed is announced", 120)
 
     def turn() -> list[float]:
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(file.parent)
     planner.stop()
     nbytes = seed.manifest.nbytes
-    seeding.withdraw_all("the bench is over")
+    manager.withdraw_all("the bench is over")
     return {
         "nbytes": nbytes,
         "read_gb_per_s": [round(rate, 1) for rate in rates],
@@ -157,9 +157,9 @@ def read_for_ever(file: Path, engine_name: str, device: str) -> None:
     import torch
 
     from vllm_rfork.engines.base import EngineConfig
-    from vllm_rfork.engines.table import engine_class
-    from vllm_rfork.manifest import Region, decode_manifest
-    from vllm_rfork.segments import Segment, batches
+    from vllm_rfork.engines.registry import engine_class
+    from vllm_rfork.manifest.pairing import Segment, batches
+    from vllm_rfork.manifest.schema import Region, decode_manifest
 
     manifest = decode_manifest(file.read_bytes())
     buffer = torch.empty(manifest.nbytes + 512 * len(manifest.spans), dtype=torch.uint8, device=device)
@@ -195,12 +195,12 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     """Median seconds of a whole read by what is done about digests; ``first`` is the first one beside a read."""
     from types import SimpleNamespace
 
-    from vllm_rfork import verify
-    from vllm_rfork.checking import ArrivalCheck
-    from vllm_rfork.devices.choice import device_side
-    from vllm_rfork.receiver import bounded_read
-    from vllm_rfork.segments import batches
-    from vllm_rfork.tensors import LocalSpan
+    from vllm_rfork.devices.registry import device_side
+    from vllm_rfork.fork.transfer import bounded_read
+    from vllm_rfork.manifest.pairing import batches
+    from vllm_rfork.model import digest
+    from vllm_rfork.model.tensors import LocalSpan
+    from vllm_rfork.model.verification import ArrivalCheck
 
     start = buffer.data_ptr()
     spans = [
@@ -221,7 +221,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
                 check.arrived(batch)
         if how == "beside":
             check.finish(expected)
-        elif how == "after" and verify.digests(span.data for span in spans) != list(expected.values()):
+        elif how == "after" and digest.digests(span.data for span in spans) != list(expected.values()):
             raise RuntimeError("what was read is not what the seed vouched for")
         seconds = time.perf_counter() - began
         check.close()

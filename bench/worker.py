@@ -27,7 +27,9 @@ def main() -> None:
     from vllm.model_executor.model_loader import base_loader, default_loader
 
     from tests.vllm import engine_process
-    from vllm_rfork import loader, plan, seeding
+    from vllm_rfork import loader
+    from vllm_rfork.load import plan
+    from vllm_rfork.seeding import manager
 
     setting: dict[str, Any] = json.loads(sys.argv[1])
     rfork = setting["load_format"] == "rfork"
@@ -69,7 +71,7 @@ def main() -> None:
                 "peak_nbytes": peak_rss_nbytes(),
             }
             if order["keep"]:
-                answer["announced"] = [str(seed.address) for seed in seeding.wait_until_started(120)]
+                answer["announced"] = [str(seed.address) for seed in manager.wait_until_started(120)]
                 answer["peak_nbytes"] = peak_rss_nbytes()
                 took["model"] = model
             else:
@@ -78,7 +80,7 @@ def main() -> None:
             del model, config
             gc.collect()
             print("BENCH " + json.dumps(answer), flush=True)
-    seeding.withdraw_all("the benchmark is over")
+    manager.withdraw_all("the benchmark is over")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Planner:
 def planner(logs: Path) -> Iterator[Planner]:
     """The planner, ready. Not the mock of examples/, which does not see when a seed's process dies."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm_rfork.cli", "planner", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm_rfork.cli.main", "planner", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with Process("planner", command, os.environ, logs / "planner.log") as process:
         process.wait_until("answering", lambda: is_up(f"{url}/healthz"), PLANNER_DEADLINE_S)

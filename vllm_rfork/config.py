@@ -181,7 +181,7 @@ class Settings(BaseModel):
     rfork_seed_advertise_host: Line = ""
     #: 0: a random port; else base + 2 * local rank + (1 for a draft).
     rfork_seed_port_base: Annotated[int, Field(ge=0, le=65000)] = 0
-    #: auto: by device (``engines/table.py``).
+    #: auto: by device (``engines/registry.py``).
     rfork_engine: Line = "auto"
     #: auto: checkpoint on CPU, runtime on accelerators.
     rfork_layout: Literal["auto", "checkpoint", "runtime"] = "auto"

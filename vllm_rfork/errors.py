@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from vllm_rfork.quoting import MAX_MESSAGE, counted, printable
+from vllm_rfork.logs.quoting import MAX_MESSAGE, counted, printable
 
 #: Whose failure it was, as far as can be seen: ``seed``, ``receiver`` (this process, its machine, its settings, or
 #: nobody in particular), or ``unknown`` (the network, or a peer that does not answer). The planner counts a

@@ -14,11 +14,11 @@ import time
 from collections.abc import Awaitable, Callable
 
 from vllm_rfork.clients import Attended, Outcome, PlannerClient
+from vllm_rfork.clients.presence import Presence
 from vllm_rfork.errors import PlannerError
+from vllm_rfork.logs.quoting import counted
+from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.presence import Presence
-from vllm_rfork.quoting import counted
-from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
 

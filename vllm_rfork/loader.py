@@ -17,18 +17,18 @@ from typing import Any
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_rfork import seeding
-from vllm_rfork.attempt import Target
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
-from vllm_rfork.manifest import Manifest
-from vllm_rfork.plan import LoadPlan
-from vllm_rfork.progress import forking_progress
-from vllm_rfork.tensors import Collection
-from vllm_rfork.vllm_compat import loading
+from vllm_rfork.fork.progress import forking_progress
+from vllm_rfork.fork.session import Target
+from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.model.tensors import Collection
+from vllm_rfork.seeding import manager
+from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
-from vllm_rfork.worker_log import worker_logger
 
 logger = worker_logger(__name__)
 
@@ -47,14 +47,14 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
         self._config = parse_config(load_config.model_loader_extra_config)
-        loading.check_format(self._config.settings.rfork_fallback_load_format)
+        storage_loader.check_format(self._config.settings.rfork_fallback_load_format)
         self._loading = threading.local()
 
     # What others may call on a loader is the storage loader's, so that downloads and reloads work as without us.
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Bytes that the fallback format maps from another process; a worker that finds some does not fork."""
-        return loading.external_nbytes(self._storage(), vllm_config)
+        return storage_loader.external_nbytes(self._storage(), vllm_config)
 
     def download_model(self, model_config: Any) -> None:
         """Download the model as the fallback format would."""
@@ -76,7 +76,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
 
     def _storage(self, vllm_config: Any = None, model_config: Any = None) -> Any:
         settings = self._config.settings
-        return loading.storage_loader(
+        return storage_loader.storage_loader(
             self.load_config,
             settings.rfork_fallback_load_format,
             self._config.passed_through,
@@ -121,7 +121,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             )
             return storage.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         plan.shared_storages = registries.storages()
-        if loading.external_nbytes(storage, vllm_config):
+        if storage_loader.external_nbytes(storage, vllm_config):
             # Forked weights would take the memory that they save.
             plan.no_fork_reason = f"{settings.rfork_fallback_load_format} maps the weights from another process"
         try:
@@ -136,7 +136,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 plan.attempt.close_engine()
                 plan.forget_fork()
                 registries.restore()
-                loading.release_memory(plan.device)
+                storage_loader.release_memory(plan.device)
                 model = self._build(plan, storage, vllm_config, model_config, prefix)
         except BaseException as error:
             plan.tell_others(error)
@@ -150,13 +150,13 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         """Publish what was loaded. The model is complete by now: what fails here costs the seed, not the start."""
         try:
             plan.settle(model)
-            seeding.become_seed(plan, model)
+            manager.become_seed(plan, model)
         except Exception as error:  # noqa: BLE001 - looking at a model runs code that is not ours
             logger.warning("this worker is not a seed: %s: %s", type(error).__name__, error)
             plan.attempt.close()
 
     def _build(self, plan: LoadPlan, storage: Any, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
-        if (not plan.may_fork or plan.no_fork_reason) and loading.loads_whole_models(storage):
+        if (not plan.may_fork or plan.no_fork_reason) and storage_loader.loads_whole_models(storage):
             plan.refuse_to_seed(
                 f"load format {plan.settings.rfork_fallback_load_format} builds and loads models as a whole, so the "
                 f"{plan.layout} layout cannot be captured"
@@ -197,7 +197,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 if error.mutated:
                     raise _StartOver from None
         storage = self._loading.storage
-        if loading.loads_whole_models(storage):
+        if storage_loader.loads_whole_models(storage):
             raise _StartOver
         plan.state_before(model)
         started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from vllm_rfork.worker_log import worker_logger
+from vllm_rfork.logs.worker import worker_logger
 
 logger = worker_logger(__name__)
 
@@ -41,8 +41,8 @@ def register() -> None:
     from vllm_rfork.loader import RForkModelLoader
     from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.fallback_format import show_fallback_while_configuring
-    from vllm_rfork.vllm_compat.loading import check_format, log_through_vllm
     from vllm_rfork.vllm_compat.ray_environment import copy_to_ray_workers
+    from vllm_rfork.vllm_compat.storage_loader import check_format, log_through_vllm
 
     log_through_vllm()
     check_options_early(

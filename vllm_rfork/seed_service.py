@@ -17,16 +17,16 @@ import msgspec
 from aiohttp import web
 
 from vllm_rfork import messages
-from vllm_rfork.bounded_server import BoundedServer, Bounds, Reply, Tls
 from vllm_rfork.clients import SeedClient
-from vllm_rfork.clients.tls_advice import ssl_error
-from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import SeedError
-from vllm_rfork.installed_base import InstalledBase, info_payload, shape_payload
-from vllm_rfork.manifest import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.manifest.legacy import InstalledBase, info_payload, shape_payload
+from vllm_rfork.manifest.schema import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
 from vllm_rfork.messages import BadMessage
 from vllm_rfork.net.bearer import equal
-from vllm_rfork.worker_log import worker_logger
+from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.net.server import BoundedServer, Bounds, Reply, Tls
+from vllm_rfork.net.tls_errors import ssl_error
 
 logger = worker_logger(__name__)
 
@@ -84,7 +84,7 @@ class SeedService:
         advertised_host: where receivers reach it; its certificate must be good for that, or for ``seed_name``.
         ready_timeout_s: ``rfork_seed_timeout_sec``.
         bounds: what callers may take.
-        facts: what is behind the fingerprint, for people; bounded by who made them (``facts.py``).
+        facts: what is behind the fingerprint, for people; bounded by who made them (``manifest/facts.py``).
         encoders: replaced in tests.
     """
 

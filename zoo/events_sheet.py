@@ -20,7 +20,7 @@ from zoo.run import differences
 OK, FAILED, NOT_HERE = "ok", "FAILED", "not here"
 
 #: How much more of a device's memory a fork may hold than a default load, in bytes: at rest nothing but rounding, at
-#: its peak the buffers of the digest (``vllm_rfork.verify`` states 22 MB, and 17 more at odd addresses).
+#: its peak the buffers of the digest (``vllm_rfork.model.digest`` states 22 MB, and 17 more at odd addresses).
 MORE_AT_REST, MORE_AT_PEAK = 2 << 20, 40_000_000
 
 _RIGHT = "right: every tensor and every answer is the default load's"

@@ -23,7 +23,7 @@ from zoo.events_updates import register_updates
 from zoo.observe import Load, watching
 from zoo.roles import Order, _ask, _innermost, _Lines, recorded
 
-#: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.receiver``, and which call of it.
+#: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.fork.transfer``, and which call of it.
 #: The first request is the manifest's, the second asks whether its epoch still holds; all on the loading thread.
 BEFORE_EPOCH, BEFORE_READ = ("_wait", 2), ("bounded_read", 1)
 
@@ -142,9 +142,9 @@ def act(part: Part, connection: Connection) -> None:
             connection.send(answer)
             if name == "serve":
                 commands.serve_for_ever()
-    from vllm_rfork import seeding
+    from vllm_rfork.seeding import manager
 
-    seeding.withdraw_all("the events are over")
+    manager.withdraw_all("the events are over")
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else the resource tracker complains
     sys.stdout.flush()
     os._exit(0)  # engines take their time to go, and have nothing left to do
@@ -187,11 +187,11 @@ class _Commands:
 
     def seeds(self, timeout_s: float) -> list[SeedFacts]:
         """Those of this process, once none is on its way."""
-        from vllm_rfork import seeding
+        from vllm_rfork.seeding import manager
 
         return [
             SeedFacts(str(seed.address), seed.manifest.seed_key, seed.manifest.fingerprint, seed.manifest.epoch)
-            for seed in seeding.wait_until_started(timeout_s)
+            for seed in manager.wait_until_started(timeout_s)
             if seed.address
         ]
 
@@ -246,9 +246,9 @@ class _Commands:
 
     def alter(self) -> str:
         """Turn one bit of the largest tensor that the seed offers; returns its name. Twice is as before."""
-        from vllm_rfork import seeding
+        from vllm_rfork.seeding import manager
 
-        (seed,) = seeding.wait_until_started(1.0)
+        (seed,) = manager.wait_until_started(1.0)
         spans = seed.keep.spans
         number = max(range(len(spans)), key=lambda number: int(spans[number].data.numel()))
         data = spans[number].data
@@ -294,10 +294,10 @@ def _stopping(place: tuple[str, int] | None, connection: Connection) -> Iterator
     if place is None:
         yield
         return
-    from vllm_rfork import receiver
+    from vllm_rfork.fork import transfer
 
     name, number = place
-    function: Callable[..., Any] = getattr(receiver, name)
+    function: Callable[..., Any] = getattr(transfer, name)
     calls = [0]
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
@@ -307,11 +307,11 @@ def _stopping(place: tuple[str, int] | None, connection: Connection) -> Iterator
             connection.recv()
         return function(*args, **kwargs)
 
-    setattr(receiver, name, stopping)
+    setattr(transfer, name, stopping)
     try:
         yield
     finally:
-        setattr(receiver, name, function)
+        setattr(transfer, name, function)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Looks at models while vLLM loads them: digests of every tensor, and every plain value, independent of the plugin.
 
 The digests are SHA-256 over the elements, not the arithmetic that the plugin verifies with. What is looked at is
-what ``vllm_rfork.walk`` reaches; that the walk reaches enough is what equal answers show.
+what ``vllm_rfork.model.traversal`` reaches; that the walk reaches enough is what equal answers show.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def digests_of(model: Any) -> dict[str, str]:
     """
     import torch
 
-    from vllm_rfork.walk import walk
+    from vllm_rfork.model.traversal import walk
 
     def digest(tensor: Any) -> str:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -125,6 +125,6 @@ def state_of(model: Any) -> dict[str, Any]:
     """Every plain value that the walk finds, by name."""
     import torch
 
-    from vllm_rfork.walk import walk
+    from vllm_rfork.model.traversal import walk
 
     return {leaf.name: leaf.value for leaf in walk(model) if not isinstance(leaf.value, torch.Tensor)}

@@ -114,7 +114,7 @@ class FleetPlanner(Planner):
     """
 
     def _command(self) -> list[str]:
-        return ["-m", "vllm_rfork.cli", "planner"]
+        return ["-m", "vllm_rfork.cli.main", "planner"]
 
     def leases(self) -> int:
         """How many leases are held."""

@@ -17,16 +17,16 @@ from torch import nn
 
 from tests.ascend import models
 from tests.ascend.fake_torch_npu import FakeTorchNpu, segment
-from vllm_rfork.accounting import check_accounted, held_by
-from vllm_rfork.devices import choice
+from vllm_rfork.devices import registry
 from vllm_rfork.devices.npu import NpuSide
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
-from vllm_rfork.manifest import check_manifest
-from vllm_rfork.segments import pair
-from vllm_rfork.state import changed_state, gone_state, match_state, state_of
-from vllm_rfork.tensors import Collection, collect
-from vllm_rfork.verify import digests
-from vllm_rfork.vllm_compat import ascend, loading
+from vllm_rfork.manifest.pairing import pair
+from vllm_rfork.manifest.schema import check_manifest
+from vllm_rfork.model.coverage import check_accounted, held_by
+from vllm_rfork.model.digest import digests
+from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
+from vllm_rfork.model.tensors import Collection, collect
+from vllm_rfork.vllm_compat import ascend, storage_loader
 from vllm_rfork.vllm_compat.registries import Registries
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorchNpu]:
     """The processor's tensors, seen as an NPU's."""
     fake = FakeTorchNpu()
     monkeypatch.setitem(sys.modules, "torch_npu", fake)
-    monkeypatch.setitem(choice._SIDES, "cpu", NpuSide)
+    monkeypatch.setitem(registry._SIDES, "cpu", NpuSide)
     yield fake
     models.SfaImpl.q_hadamard = None
 
@@ -362,7 +362,7 @@ def test_settings_that_move_weights_make_no_seed(additional: Any, reason: str) -
     config = types.SimpleNamespace(
         additional_config=additional, parallel_config=types.SimpleNamespace(enable_eplb=False)
     )
-    found = loading.never_a_seed(config)
+    found = storage_loader.never_a_seed(config)
 
     assert bool(found) is bool(reason)
     assert reason in found
@@ -372,13 +372,13 @@ def test_settings_that_move_weights_make_no_seed(additional: Any, reason: str) -
 def test_weights_in_a_pool_of_their_own_are_refused_on_accelerators(option: str) -> None:
     config = types.SimpleNamespace(model_config=types.SimpleNamespace(**{option: True}))
 
-    assert option in loading.unregistrable(config, torch.device("cuda", 0))
-    assert option in loading.unregistrable(config, types.SimpleNamespace(type="npu", index=0))  # type: ignore[arg-type]
-    assert loading.unregistrable(config, CPU) == ""
+    assert option in storage_loader.unregistrable(config, torch.device("cuda", 0))
+    assert option in storage_loader.unregistrable(config, types.SimpleNamespace(type="npu", index=0))  # type: ignore[arg-type]
+    assert storage_loader.unregistrable(config, CPU) == ""
 
 
 def test_an_allocator_that_is_set_to_expandable_segments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = types.SimpleNamespace(model_config=types.SimpleNamespace(enable_sleep_mode=False))
-    assert loading.unregistrable(config, torch.device("cuda", 0)) == ""
+    assert storage_loader.unregistrable(config, torch.device("cuda", 0)) == ""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    assert "expandable" in loading.unregistrable(config, torch.device("cuda", 0))
+    assert "expandable" in storage_loader.unregistrable(config, torch.device("cuda", 0))

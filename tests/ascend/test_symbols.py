@@ -14,8 +14,8 @@ import pytest
 import vllm_rfork.devices.npu
 from tests.ascend.fake_torch_npu import FakeTorchNpu, Format
 from vllm_rfork.devices.npu import _PLAIN_FORMATS
+from vllm_rfork.model.traversal import SCRATCH
 from vllm_rfork.vllm_compat import ascend
-from vllm_rfork.walk import SCRATCH
 
 RECORDED = Path(__file__).parent / "recorded"
 DOCS = Path(__file__).parents[2] / "docs" / "ascend.md"

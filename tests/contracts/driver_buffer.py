@@ -1,4 +1,4 @@
-"""Memory that the CUDA driver allocates, with the interface of ``vllm_rfork.buffers.Buffer`` and without torch.
+"""A buffer from the CUDA driver, without torch; same interface as ``vllm_rfork.selftest.buffers.Buffer``.
 
 Works on a GPU and on the host stand-in for the driver.
 """

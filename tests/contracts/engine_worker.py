@@ -19,12 +19,12 @@ import traceback
 from typing import Any
 
 from tests.contracts.driver_buffer import DRIVER_MEMORY, DriverBuffer
-from vllm_rfork.buffers import Buffer
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
-from vllm_rfork.engines.table import engine_class
+from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError, RForkError
-from vllm_rfork.manifest import Region
-from vllm_rfork.segments import Segment
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Region
+from vllm_rfork.selftest.buffers import Buffer
 
 
 class Worker:

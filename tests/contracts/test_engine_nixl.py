@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from tests.contracts.engine_suite import MIB, PAGE, ROOT, EngineContract, Processes, Remote, WorkerGone
-from vllm_rfork.engines.nixl_peer import decode_endpoint, encode_endpoint
+from vllm_rfork.engines.nixl.peer import decode_endpoint, encode_endpoint
 from vllm_rfork.errors import EngineError
 
 
@@ -72,7 +72,7 @@ class TestNixlEngine(EngineContract):
         """A worker that ends on an error never gets to close its engine."""
         text = (
             "from vllm_rfork.engines.base import EngineConfig\n"
-            "from vllm_rfork.engines.nixl import NixlEngine\n"
+            "from vllm_rfork.engines.nixl.engine import NixlEngine\n"
             "engine = NixlEngine()\n"
             "engine.open(EngineConfig(device='cpu'))\n"
         )

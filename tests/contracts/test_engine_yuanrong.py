@@ -20,7 +20,7 @@ from tests.contracts.engine_suite import MIB, PAGE, ROOT, EngineContract, Proces
 from tests.contracts.engine_worker import pattern
 from tests.standin import build, wheels
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.yuanrong_native import CODES
+from vllm_rfork.engines.yuanrong.native import CODES
 from vllm_rfork.errors import EngineError
 
 #: What the engine's wait of 10 s becomes in the tests that let it run out.

@@ -9,7 +9,7 @@ import pytest
 
 from tests.contracts.engine_suite import ROOT
 from tests.standin import build, wheels
-from vllm_rfork.selftest import FAILED, GOOD, WRONG_BYTES
+from vllm_rfork.selftest.processes import FAILED, GOOD, WRONG_BYTES
 
 
 @pytest.mark.parametrize("wheel", ["transfer-engine", "datasystem"])
@@ -35,7 +35,7 @@ def selftest(wheel: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **installed.environment, **build.environment()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
     return subprocess.run(
-        [installed.python, "-m", "vllm_rfork.cli", "selftest", "--engine", "yuanrong", "--size", "8M", *arguments],
+        [installed.python, "-m", "vllm_rfork.cli.main", "selftest", "--engine", "yuanrong", "--size", "8M", *arguments],
         env=environment,
         capture_output=True,
         text=True,

@@ -12,12 +12,12 @@ import json
 import random
 import sys
 
-from vllm_rfork.attempt import Attempt
-from vllm_rfork.buffers import Buffer
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
-from vllm_rfork.seed import Seed, SeedConfig
+from vllm_rfork.fork.session import Attempt
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
+from vllm_rfork.seeding.seed import Seed, SeedConfig
+from vllm_rfork.selftest.buffers import Buffer
 
 KEY = "/models/q$prod$kv_both$0$0"
 NBYTES = 1_000_003

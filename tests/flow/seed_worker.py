@@ -15,12 +15,12 @@ import socket
 import sys
 from typing import Any
 
-from vllm_rfork.background import BackgroundTask, background
 from vllm_rfork.clients import PlannerClient
-from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.heartbeat import Heartbeat
-from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.net.event_loop import BackgroundTask, background
 from vllm_rfork.seed_service import Offer, SeedService
 
 

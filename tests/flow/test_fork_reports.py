@@ -14,15 +14,15 @@ from aiohttp import web
 
 from tests.flow.memory_seed import KEY, NBYTES, attempt_of, contents, digest_of, manifest_of
 from tests.unit.interop_planners import serve
-from vllm_rfork.attempt import Attempt, Target
-from vllm_rfork.buffers import Buffer
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, MemoryEngine
 from vllm_rfork.errors import ForkError, VerificationError
-from vllm_rfork.manifest import Manifest
+from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.seed_service import Offer, SeedService
-from vllm_rfork.segments import Segment
+from vllm_rfork.selftest.buffers import Buffer
 
 WITHIN_S = 60.0
 

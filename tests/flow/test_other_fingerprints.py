@@ -13,18 +13,18 @@ from aiohttp import web
 from tests.flow.memory_seed import KEY, NBYTES, manifest_of
 from tests.unit.interop_planners import serve
 from tests.unit.virtual_time import until
-from vllm_rfork.attempt import Attempt, Target
-from vllm_rfork.buffers import Buffer
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ForkError, NoSeedAvailable
-from vllm_rfork.manifest import Manifest
+from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.planner.access import Tokens
 from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.http.auth import Tokens
 from vllm_rfork.planner.settings import settings_from
 from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.selftest.buffers import Buffer
 
 OWN = {"options.model.dtype": "bfloat16", "hf_config.tie_word_embeddings": "true", "torch": "2.9"}
 

@@ -17,15 +17,15 @@ import pytest
 
 from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of, seed_of
 from tests.planner.processes import PlannerUnderTest
-from vllm_rfork.attempt import Attempt, Target
-from vllm_rfork.background import background
-from vllm_rfork.buffers import Buffer
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.errors import NoSeedAvailable, VerificationError
-from vllm_rfork.manifest import Manifest
-from vllm_rfork.seed import Seed
-from vllm_rfork.segments import Segment
+from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.net.event_loop import background
+from vllm_rfork.seeding.seed import Seed
+from vllm_rfork.selftest.buffers import Buffer
 
 WITHIN_S = 120.0
 

@@ -39,7 +39,7 @@ async def until(condition: Callable[[], Any], what: str) -> None:
 class Planner:
     """``vllm-rfork planner`` in a process of its own, on one port throughout."""
 
-    program = ("-m", "vllm_rfork.cli", "planner")
+    program = ("-m", "vllm_rfork.cli.main", "planner")
 
     def __init__(self, *options: str) -> None:
         # Held by a socket that never listens, so that nobody else gets the port while the planner is away.

@@ -21,14 +21,14 @@ import pytest
 from tests.authority import Authority
 from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of
 from tests.planner.processes import ROOT, PlannerUnderTest
-from vllm_rfork.attempt import Target
-from vllm_rfork.buffers import Buffer
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
-from vllm_rfork.credentials import Credentials
 from vllm_rfork.errors import NoSeedAvailable, PlannerError, SeedError, VerificationError
-from vllm_rfork.manifest import Manifest
-from vllm_rfork.segments import Segment
+from vllm_rfork.fork.session import Target
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.net.credentials import Credentials
+from vllm_rfork.selftest.buffers import Buffer
 
 NAME = "workers.fleet.example"
 WITHIN_S = 60.0

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vllm_rfork.config import ENVIRONMENT, parse_config
-from vllm_rfork.engines.table import ENGINES
+from vllm_rfork.engines.registry import ENGINES
 from vllm_rfork.messages import HEALTHZ, METRICS, READYZ, parse_labels
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, check_environment, settings_from

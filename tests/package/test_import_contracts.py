@@ -34,12 +34,14 @@ def tree(tmp_path: Path) -> Path:
         ("clients/__init__.py", "import vllm_rfork.heartbeat", "Imports point down only"),
         ("heartbeat.py", "import vllm_rfork.seed_service", "Imports point down only"),
         ("config.py", "import torch", "torch only where tensors are handled"),
-        ("engines/nixl.py", "import numpy", "torch only where tensors are handled"),
+        ("engines/nixl/engine.py", "import numpy", "torch only where tensors are handled"),
         ("seed_service.py", "import vllm", "vLLM only behind the loader, the plugin's function and vllm_compat"),
-        ("engines/nixl.py", "import vllm_rfork.engines.yuanrong", "Engines do not know each other"),
-        ("engines/yuanrong_peer.py", "import vllm_rfork.engines.memory", "Engines do not know each other"),
+        ("engines/nixl/engine.py", "import vllm_rfork.engines.yuanrong.engine", "Engines do not know each other"),
+        ("engines/yuanrong/peer.py", "import vllm_rfork.engines.memory", "Engines do not know each other"),
         ("planner/__init__.py", "import vllm_rfork.clients", "The planner side imports nothing of the worker side"),
-        ("receiver.py", "import vllm_rfork.planner", "The worker side imports nothing of the planner side"),
+        ("fork/transfer.py", "import vllm_rfork.seeding", "Imports point down only"),
+        ("clients/planner.py", "import vllm_rfork.planner", "Imports point down only"),
+        ("newcomer.py", "", "Imports point down only"),
     ],
 )
 def test_a_forbidden_import_breaks_its_contract(tree: Path, module: str, line: str, contract: str) -> None:

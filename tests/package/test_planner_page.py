@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vllm_rfork.cli import COMMANDS
+from vllm_rfork.cli.main import COMMANDS
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.policy import POLICIES
 from vllm_rfork.planner.settings import Settings

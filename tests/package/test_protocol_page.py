@@ -12,13 +12,14 @@ import msgspec
 import pytest
 import torch
 
-from vllm_rfork import messages, verify
-from vllm_rfork.bounded_server import Bounds
+from vllm_rfork import messages
 from vllm_rfork.config import ENVIRONMENT, Settings
-from vllm_rfork.engines.nixl_peer import Endpoint
-from vllm_rfork.engines.table import ENGINES
-from vllm_rfork.manifest import MAX_MANIFEST_NBYTES, Manifest, TensorEntry, decode_manifest
-from vllm_rfork.planner import api
+from vllm_rfork.engines.nixl.peer import Endpoint
+from vllm_rfork.engines.registry import ENGINES
+from vllm_rfork.manifest.schema import MAX_MANIFEST_NBYTES, Manifest, TensorEntry, decode_manifest
+from vllm_rfork.model import digest
+from vllm_rfork.net.server import Bounds
+from vllm_rfork.planner.http import api
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -59,7 +60,7 @@ def test_the_manifest_on_the_page_is_one_and_every_field_is_explained() -> None:
     example = PAGE.split("```json")[1].split("```")[0]
     found = decode_manifest(example.encode())
     assert set(json.loads(example)) == set(Manifest.__struct_fields__)
-    assert found.digest_algorithm == verify.ALGORITHM
+    assert found.digest_algorithm == digest.ALGORITHM
     for name in (*Manifest.__struct_fields__, *(set(TensorEntry.__struct_fields__) - {"name"})):
         assert f"`{name}`" in PAGE, name
     inline = msgspec.json.encode(TensorEntry("t", "int8", (1,), (1,), -1, inline=b"\x07"))
@@ -78,8 +79,8 @@ def test_every_engine_has_its_endpoint_described() -> None:
 @pytest.mark.parametrize("nbytes", [1, 8, 16312, 16312 * 3 + 5, 16312 * 128, 16312 * 130 + 17])
 def test_the_digest_can_be_computed_from_the_page(nbytes: int) -> None:
     data = random.Random(nbytes).randbytes(nbytes)
-    assert f"### The digest `{verify.ALGORITHM}`" in PAGE
-    assert verify.digest(torch.frombuffer(bytearray(data), dtype=torch.uint8)) == digest_by_the_page(data)
+    assert f"### The digest `{digest.ALGORITHM}`" in PAGE
+    assert digest.digest(torch.frombuffer(bytearray(data), dtype=torch.uint8)) == digest_by_the_page(data)
 
 
 def digest_by_the_page(data: bytes) -> str:

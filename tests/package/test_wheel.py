@@ -68,15 +68,20 @@ def test_entry_points(wheel: Path, installed: Path) -> None:
     found = {(point.group, point.name, point.value) for point in dist.entry_points}
     assert found == {
         ("vllm.general_plugins", "rfork", "vllm_rfork.plugin:register"),
-        ("console_scripts", "vllm-rfork", "vllm_rfork.cli:main"),
+        ("console_scripts", "vllm-rfork", "vllm_rfork.cli.main:main"),
     }
 
 
 def test_the_dashboards_page_travels_and_is_found(wheel: Path, installed: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {f"vllm_rfork/planner/page/{name}" for name in ("index.html", "style.css", "script.js")} <= names
-    run(installed, "-c", "from vllm_rfork.planner.dashboard import load_page; assert load_page().body", cwd=tmp_path)
+    assert {f"vllm_rfork/planner/http/page/{name}" for name in ("index.html", "style.css", "script.js")} <= names
+    run(
+        installed,
+        "-c",
+        "from vllm_rfork.planner.http.dashboard import load_page; assert load_page().body",
+        cwd=tmp_path,
+    )
 
 
 def site_packages(python: Path) -> Path:

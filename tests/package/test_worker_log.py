@@ -5,21 +5,30 @@ from __future__ import annotations
 import ast
 import importlib
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.package.test_light_imports import LIGHT
-from vllm_rfork.worker_log import SHORT, Told, worker_logger
+from vllm_rfork.logs.worker import SHORT, Told, worker_logger
 
 PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
-#: Both sides use it, so it logs by the loggers that it is given, and makes none.
-SHARED = PACKAGE / "net"
 #: The planner logs as itself; this one file hands the worker's loggers to vLLM's.
-PLANNER, PARENT = PACKAGE / "planner", PACKAGE / "vllm_compat" / "loading.py"
+PLANNER, PARENT = PACKAGE / "planner", PACKAGE / "vllm_compat" / "storage_loader.py"
+#: Both sides import these, so they log by the loggers that they are given.
+SHARED = sorted(
+    {
+        PACKAGE / "net" / f"{name}.py"
+        for path in PLANNER.rglob("*.py")
+        for name in re.findall(r"^\s*from vllm_rfork\.net\.(\w+) import", path.read_text(), re.MULTILINE)
+    }
+)
 METHODS = frozenset({"debug", "info", "warning", "error", "exception", "critical", "log"})
 MODULES = sorted(
-    path for path in PACKAGE.rglob("*.py") if not {PLANNER, SHARED} & set(path.parents) and path.name != "worker_log.py"
+    path
+    for path in PACKAGE.rglob("*.py")
+    if PLANNER not in path.parents and path not in SHARED and path != PACKAGE / "logs" / "worker.py"
 )
 
 
@@ -62,7 +71,7 @@ def test_every_log_call_of_the_worker_side_goes_through_the_filter(path: Path) -
         assert "getLogger(" not in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(SHARED.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: path.name)
 def test_what_both_sides_share_makes_no_logger(path: Path) -> None:
     assert "getLogger(" not in path.read_text()
     assert "worker_logger(" not in path.read_text()
@@ -70,6 +79,7 @@ def test_what_both_sides_share_makes_no_logger(path: Path) -> None:
 
 def test_the_log_calls_are_found() -> None:
     """The check above sees calls: there are dozens of them."""
+    assert len(SHARED) > 2
     assert sum(len(_log_calls(ast.parse(path.read_text()))) for path in MODULES) > 50
     assert faults("import logging\nlogging.warning('a')") == ["line 2: logs by logging, which is not a worker_logger"]
     assert faults("log = worker_logger('a')\nlog.info('RFork: b')") == ["line 2: types the prefix by hand"]

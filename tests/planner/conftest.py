@@ -12,9 +12,8 @@ import pytest_asyncio
 
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.planner.memory_store import MemoryStore
 from vllm_rfork.planner.policy import policy_named
-from vllm_rfork.planner.store import (
+from vllm_rfork.planner.store.base import (
     Announcement,
     Ask,
     Event,
@@ -25,6 +24,7 @@ from vllm_rfork.planner.store import (
     Rules,
     Store,
 )
+from vllm_rfork.planner.store.memory import MemoryStore
 
 _fleets = itertools.count()
 
@@ -109,7 +109,7 @@ async def make_fleet(request: pytest.FixtureRequest) -> AsyncIterator[MakeFleet]
         if request.param == "memory":
             store = MemoryStore(settled, clock)
         else:
-            from vllm_rfork.planner.redis_store import RedisStore
+            from vllm_rfork.planner.store.redis import RedisStore
 
             url = request.getfixturevalue("redis_server").url
             prefix = f"fleet{next(_fleets)}"

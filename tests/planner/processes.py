@@ -20,7 +20,7 @@ class PlannerUnderTest:
     """One ``vllm-rfork planner`` process, on a free port or the one it is given."""
 
     def __init__(self, *flags: str, port: int = 0, open_files: int = 0, **environ: str) -> None:
-        command = [sys.executable, "-m", "vllm_rfork.cli", "planner", "--port", str(port), *flags]
+        command = [sys.executable, "-m", "vllm_rfork.cli.main", "planner", "--port", str(port), *flags]
         if open_files:
             command = ["prlimit", f"--nofile={open_files}", "--", *command]
         self._environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}

@@ -11,14 +11,14 @@ import aiohttp
 import pytest
 
 from tests.planner.conftest import Clock, Fleet, seed
-from vllm_rfork.planner.access import Tokens
-from vllm_rfork.planner.api import MAX_SNAPSHOTS
 from vllm_rfork.planner.app import PlannerProcess
-from vllm_rfork.planner.memory_store import SLICE, MemoryStore
+from vllm_rfork.planner.http.api import MAX_SNAPSHOTS
+from vllm_rfork.planner.http.auth import Tokens
+from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store import Announcement, Granted, Queued, Rules, StillLeased
-from vllm_rfork.planner.streamed import json_chunks
+from vllm_rfork.planner.store.base import Announcement, Granted, Queued, Rules, StillLeased
+from vllm_rfork.planner.store.memory import SLICE, MemoryStore
 
 EXCLUDED = 256  # as many as a header may name
 

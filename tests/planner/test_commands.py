@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.redis_server import free_port
 from tests.standin import build
-from vllm_rfork.cli import main
-from vllm_rfork.commands import checks
+from vllm_rfork.cli import doctor_checks
+from vllm_rfork.cli.main import main
 from vllm_rfork.messages import encode_text
 from vllm_rfork.planner.settings import Settings
 
@@ -226,57 +226,57 @@ def test_the_doctor_finds_an_address_that_the_planner_does_not_let_this_host_ann
 
 def only_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the slower checks out."""
-    well = checks.Finding("as if", checks.OK, "")
-    monkeypatch.setattr(checks, "engine", lambda name, wanted: well)
-    monkeypatch.setattr(checks, "cross_memory_attach", lambda: well)
+    well = doctor_checks.Finding("as if", doctor_checks.OK, "")
+    monkeypatch.setattr(doctor_checks, "engine", lambda name, wanted: well)
+    monkeypatch.setattr(doctor_checks, "cross_memory_attach", lambda: well)
 
 
 def test_an_engine_that_is_not_installed_fails_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hide = "import sys; sys.modules['yr'] = None"
-    monkeypatch.setitem(checks._EXAMINERS, "yuanrong", f"{hide}\n{checks._EXAMINERS['yuanrong']}")
-    found = checks.engine("yuanrong", wanted=True)
-    assert found.state == checks.FAIL
+    monkeypatch.setitem(doctor_checks._EXAMINERS, "yuanrong", f"{hide}\n{doctor_checks._EXAMINERS['yuanrong']}")
+    found = doctor_checks.engine("yuanrong", wanted=True)
+    assert found.state == doctor_checks.FAIL
     assert "vllm-rfork[ascend]" in found.advice
-    assert checks.engine("yuanrong", wanted=False).state == checks.NOTE
+    assert doctor_checks.engine("yuanrong", wanted=False).state == doctor_checks.NOTE
 
 
 def test_yuanrong_without_the_ascend_runtime_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel imports without CANN, and every read would fail."""
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    found = checks.engine("yuanrong", wanted=True)
-    assert found.state == checks.FAIL
+    found = doctor_checks.engine("yuanrong", wanted=True)
+    assert found.state == doctor_checks.FAIL
     assert "libascendcl.so" in found.found
     assert "set_env.sh" in found.advice
 
 
 def test_yuanrong_with_a_runtime_is_found_working(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(standin))
-    found = checks.engine("yuanrong", wanted=True)
-    assert (found.state, found.advice) == (checks.OK, "")
+    found = doctor_checks.engine("yuanrong", wanted=True)
+    assert (found.state, found.advice) == (doctor_checks.OK, "")
     assert "stand-in" in found.found
 
 
 def test_a_planners_host_needs_no_engine(monkeypatch: pytest.MonkeyPatch, planner: PlannerUnderTest) -> None:
-    absent = checks.Finding("engine", checks.NOTE, "not installed", "install it")
-    monkeypatch.setattr(checks, "engine", lambda name, wanted: absent)
-    monkeypatch.setattr(checks, "is_worker_host", lambda: False)
+    absent = doctor_checks.Finding("engine", doctor_checks.NOTE, "not installed", "install it")
+    monkeypatch.setattr(doctor_checks, "engine", lambda name, wanted: absent)
+    monkeypatch.setattr(doctor_checks, "is_worker_host", lambda: False)
     done = run("doctor", "--url", planner.url)
     assert done.exit_code == 0, done.output
     assert "planner's host" in done.output
-    monkeypatch.setattr(checks, "is_worker_host", lambda: True)
+    monkeypatch.setattr(doctor_checks, "is_worker_host", lambda: True)
     assert run("doctor", "--url", planner.url).exit_code == 1
 
 
 def test_vllm_is_installed_here() -> None:
-    assert checks.is_worker_host()
+    assert doctor_checks.is_worker_host()
 
 
 @pytest.mark.parametrize(
     ("status", "third_party"), [(503, False), (500, False), (429, False), (404, True), (405, True)]
 )
 def test_only_a_missing_call_tells_of_a_third_party_planner(status: int, third_party: bool) -> None:
-    found = checks._admission(status)
-    assert found.state == checks.NOTE
+    found = doctor_checks._admission(status)
+    assert found.state == doctor_checks.NOTE
     assert str(status) in found.found
     assert ("third-party" in found.advice) == third_party
     assert ("log" in found.advice) != third_party
@@ -292,18 +292,18 @@ def test_an_unusable_url_is_told_by_every_command(url: str, monkeypatch: pytest.
 
 
 def test_an_engine_whose_start_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checks._EXAMINERS, "nixl", "import os; os.kill(os.getpid(), 11)")
-    found = checks.engine("nixl", wanted=False)
-    assert found.state == checks.FAIL
+    monkeypatch.setitem(doctor_checks._EXAMINERS, "nixl", "import os; os.kill(os.getpid(), 11)")
+    found = doctor_checks.engine("nixl", wanted=False)
+    assert found.state == doctor_checks.FAIL
     assert "signal 11" in found.found
 
 
 def test_engines_are_examined_without_torch(standin: Path) -> None:
     """And so the doctor works on a host that has none."""
     code = "import sys; sys.modules['torch'] = None"
-    for name, examiner in checks._EXAMINERS.items():
+    for name, examiner in doctor_checks._EXAMINERS.items():
         done = subprocess.run(
-            [sys.executable, "-c", checks._EXAMINE.format(examiner=f"{code}\n{examiner}")],
+            [sys.executable, "-c", doctor_checks._EXAMINE.format(examiner=f"{code}\n{examiner}")],
             env={**os.environ, "LD_LIBRARY_PATH": str(standin)},
             capture_output=True,
             text=True,
@@ -314,22 +314,22 @@ def test_engines_are_examined_without_torch(standin: Path) -> None:
 
 
 def test_a_library_that_is_missing_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "UNWIND", "libthere-is-none.so.9")
-    assert checks.libunwind(wanted=True).state == checks.FAIL
-    found = checks.libunwind(wanted=False)
-    assert found.state == checks.NOTE
+    monkeypatch.setattr(doctor_checks, "UNWIND", "libthere-is-none.so.9")
+    assert doctor_checks.libunwind(wanted=True).state == doctor_checks.FAIL
+    found = doctor_checks.libunwind(wanted=False)
+    assert found.state == doctor_checks.NOTE
     assert "libunwind8" in found.advice
 
 
 def test_memory_that_cannot_be_read_is_a_finding_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.cross_memory_attach().state == checks.OK
-    monkeypatch.setattr(checks, "_HOLDER", checks._HOLDER.replace("ctypes.addressof(secret)", "4096"))
-    found = checks.cross_memory_attach()
-    assert found.state == checks.NOTE
+    assert doctor_checks.cross_memory_attach().state == doctor_checks.OK
+    monkeypatch.setattr(doctor_checks, "_HOLDER", doctor_checks._HOLDER.replace("ctypes.addressof(secret)", "4096"))
+    found = doctor_checks.cross_memory_attach()
+    assert found.state == doctor_checks.NOTE
     assert "Bad address" in found.found
     assert "pid namespace" in found.advice
 
 
 def test_the_documented_port_is_the_planners() -> None:
     assert f":{Settings().port}" in run("seeds").output
-    assert Path(checks.__file__).read_text(encoding="utf-8").count(f"host:{Settings().port}") >= 1
+    assert Path(doctor_checks.__file__).read_text(encoding="utf-8").count(f"host:{Settings().port}") >= 1

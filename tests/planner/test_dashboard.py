@@ -16,9 +16,9 @@ import pytest
 
 from tests.planner.test_api import SECRET, SEED, bearer, planner
 from vllm_rfork import messages
-from vllm_rfork.planner import dashboard
-from vllm_rfork.planner.dashboard import Board, TooMany
-from vllm_rfork.planner.store import StoreUnavailable
+from vllm_rfork.planner.http import dashboard
+from vllm_rfork.planner.http.dashboard import Board, TooMany
+from vllm_rfork.planner.store.base import StoreUnavailable
 
 # --- the calls -------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_rfork.planner.estimates import BUSY, LOADING, RESTARTED, KeyTimes, Outlook, bound_s, expected_wait_s, judge
+from vllm_rfork.planner.store.estimates import (
+    BUSY,
+    LOADING,
+    RESTARTED,
+    KeyTimes,
+    Outlook,
+    bound_s,
+    expected_wait_s,
+    judge,
+)
 
 NOTHING = KeyTimes()
 #: A model that takes a minute from storage and whose forks hold a slot for ten seconds.

@@ -8,7 +8,7 @@ import sys
 
 def test_the_planner_imports_nothing_heavy() -> None:
     code = (
-        "import sys; import vllm_rfork.planner.command, vllm_rfork.planner.app, vllm_rfork.planner.memory_store\n"
+        "import sys; import vllm_rfork.planner.command, vllm_rfork.planner.app, vllm_rfork.planner.store.memory\n"
         "print(sorted({'torch', 'vllm', 'redis', 'numpy', 'vllm_rfork.clients'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)

@@ -21,7 +21,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.test_api import Client, planner
 from vllm_rfork import messages
-from vllm_rfork.planner import api, openapi
+from vllm_rfork.planner.http import api, openapi
 
 METHODS = ("get", "post", "put", "delete", "patch", "head", "options")
 

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
-from vllm_rfork.planner import overview
-from vllm_rfork.planner.store import Outcome, Totals
+from vllm_rfork.planner.store import overview
+from vllm_rfork.planner.store.base import Outcome, Totals
 
 LISTS = ("keys", "seeds", "leases", "waiting", "intents", "history", "causes")
 

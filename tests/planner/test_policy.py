@@ -7,8 +7,8 @@ import random
 import pytest
 
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.planner.index import Deadlines, RankedSet
 from vllm_rfork.planner.policy import MAX_WEIGHT, POLICIES, TURNS, Candidate, choose, policy_named, score
+from vllm_rfork.planner.store.indexes import Deadlines, RankedSet
 
 
 def chosen(policy: str, candidates: list[Candidate], labels: dict[str, str] | None = None) -> str | None:

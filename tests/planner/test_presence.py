@@ -12,10 +12,10 @@ import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
 from tests.planner.test_api import ADD, Client, eventually, planner
-from vllm_rfork.planner import presence
-from vllm_rfork.planner.presence import Presence
-from vllm_rfork.planner.store import Announcement, Granted, LimitReached, Missed, Queued, UnknownSeed
-from vllm_rfork.planner.waiting import Closing
+from vllm_rfork.planner.http import presence
+from vllm_rfork.planner.http.presence import Presence
+from vllm_rfork.planner.store.base import Announcement, Granted, LimitReached, Missed, Queued, UnknownSeed
+from vllm_rfork.planner.waiting_room import Closing
 
 NAME = "127.0.0.1:5000:0"
 

@@ -13,12 +13,12 @@ import pytest
 
 from tests.planner.conftest import Clock, Fleet, MakeFleet, seed
 from tests.planner.redis_server import RedisServer
-from vllm_rfork.planner.fleet import ANY
-from vllm_rfork.planner.ledger import Ledger
-from vllm_rfork.planner.memory_store import MemoryStore
 from vllm_rfork.planner.policy import POLICIES, Candidate, choose, nic_of, policy_named
-from vllm_rfork.planner.redis_store import RedisStore
-from vllm_rfork.planner.store import Announcement, Granted, Outcome, Queued, Rules, StoreError
+from vllm_rfork.planner.store.base import Announcement, Granted, Outcome, Queued, Rules, StoreError
+from vllm_rfork.planner.store.fleet import ANY
+from vllm_rfork.planner.store.ledger import Ledger
+from vllm_rfork.planner.store.memory import MemoryStore
+from vllm_rfork.planner.store.redis import RedisStore
 
 #: name: how often
 ACTIONS = {"seed": 2, "ask": 3, "wait": 2, "ticket": 3, "settle": 2, "park": 2, "release": 2, "pass": 2}

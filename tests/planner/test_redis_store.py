@@ -14,11 +14,9 @@ import redis.asyncio
 
 from tests.planner.conftest import Clock, Fleet, seed
 from tests.planner.redis_server import RedisServer
-from vllm_rfork.planner.fenced import Change, FencedRecords
+from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.policy import policy_named
-from vllm_rfork.planner.presence import Presence
-from vllm_rfork.planner.redis_store import RedisStore
-from vllm_rfork.planner.store import (
+from vllm_rfork.planner.store.base import (
     Announcement,
     Ask,
     Granted,
@@ -31,7 +29,9 @@ from vllm_rfork.planner.store import (
     StoreUnavailable,
     UnknownLease,
 )
-from vllm_rfork.planner.waiting import WaitingRoom
+from vllm_rfork.planner.store.fenced import Change, FencedRecords
+from vllm_rfork.planner.store.redis import RedisStore
+from vllm_rfork.planner.waiting_room import WaitingRoom
 
 _numbers = itertools.count()
 Replica = Callable[..., Awaitable[Fleet]]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_rfork.planner import resolver
-from vllm_rfork.planner.access import AddressCheck, Trust
+from vllm_rfork.planner.http.auth import AddressCheck, Trust
 from vllm_rfork.planner.resolver import Resolver, Unresolved
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.planner import redis_url
 from vllm_rfork.planner.command import planner
 from vllm_rfork.planner.settings import Settings, accepted, check_environment, settings_from
+from vllm_rfork.planner.store import redis_url
 
 
 def said(**values: str) -> str:

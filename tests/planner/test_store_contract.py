@@ -16,9 +16,8 @@ import redis.asyncio
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.planner.memory_store import MemoryStore
 from vllm_rfork.planner.policy import EVERYWHERE, policy_named
-from vllm_rfork.planner.store import (
+from vllm_rfork.planner.store.base import (
     Announcement,
     Granted,
     LimitReached,
@@ -30,6 +29,7 @@ from vllm_rfork.planner.store import (
     UnknownLease,
     UnknownSeed,
 )
+from vllm_rfork.planner.store.memory import MemoryStore
 
 # --- leases ----------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from tests.authority import Authority
 from tests.planner.processes import PlannerUnderTest
-from vllm_rfork.cli import main
+from vllm_rfork.cli.main import main
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.planner.access import ServerTls, Tokens
 from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.http.auth import ServerTls, Tokens
 from vllm_rfork.planner.settings import settings_from
 
 

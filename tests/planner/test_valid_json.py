@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.planner.test_api import planner
-from vllm_rfork.planner import valid_json
+from vllm_rfork.planner.http import valid_json
 from vllm_rfork.planner.logs import JsonLines
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork.accounting import check_accounted, check_no_addresses, held_by
 from vllm_rfork.errors import ForkError
-from vllm_rfork.state import state_of
-from vllm_rfork.tensors import collect
+from vllm_rfork.model.coverage import check_accounted, check_no_addresses, held_by
+from vllm_rfork.model.python_state import state_of
+from vllm_rfork.model.tensors import collect
 
 CPU = torch.device("cpu")
 

@@ -12,16 +12,16 @@ import pytest
 from aiohttp import web
 
 from tests.unit.interop_planners import free_port, serve
-from vllm_rfork import own_address
-from vllm_rfork.attempt import Attempt
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
+from vllm_rfork.fork.session import Attempt
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.own_address import advertise_host
-from vllm_rfork.planner.access import Tokens
+from vllm_rfork.net import advertise
+from vllm_rfork.net.advertise import advertise_host
 from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.http.auth import Tokens
 from vllm_rfork.planner.settings import settings_from
 
 KEY = "/models/q$prod$kv_both$0$0"
@@ -60,7 +60,7 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
     """From its reservation on, on the clock; what checks and sets the seed's state asks for what is left."""
     attempt = attempt_at("http://127.0.0.1:1", rfork_fork_timeout_sec=20.0)
     now = 1000.0
-    monkeypatch.setattr("vllm_rfork.attempt.time.monotonic", lambda: now)
+    monkeypatch.setattr("vllm_rfork.fork.session.time.monotonic", lambda: now)
     monkeypatch.setattr(attempt, "engine", lambda: None)
     monkeypatch.setattr(attempt, "_grant", lambda fingerprint: None)
     attempt.reserve("f1")
@@ -251,14 +251,14 @@ def test_the_address_is_that_of_the_connection_that_reached_the_planner(monkeypa
             (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)),
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
         ]
-        monkeypatch.setattr(own_address.socket, "getaddrinfo", lambda *_, **__: names)
+        monkeypatch.setattr(advertise.socket, "getaddrinfo", lambda *_, **__: names)
         assert advertise_host(settings(f"http://localhost:{port}")) == "127.0.0.1"
     # Nobody listens yet: the route to the first address.
-    assert own_address.is_loopback(advertise_host(settings(f"http://localhost:{port}")))
+    assert advertise.is_loopback(advertise_host(settings(f"http://localhost:{port}")))
 
 
 def test_a_planner_that_takes_no_connection_costs_a_start_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_address, "_CONNECT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(advertise, "_CONNECT_TIMEOUT_S", 0.05)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
@@ -273,7 +273,7 @@ def test_a_planner_that_takes_no_connection_costs_a_start_little(monkeypatch: py
 
 def test_a_planner_on_loopback_is_reached_from_loopback() -> None:
     for host in ("127.0.0.1", "localhost"):
-        assert own_address.is_loopback(advertise_host(settings(f"http://{host}:{free_port()}")))
+        assert advertise.is_loopback(advertise_host(settings(f"http://{host}:{free_port()}")))
 
 
 def test_without_a_route_no_address_is_made_up(
@@ -302,4 +302,4 @@ def route(monkeypatch: pytest.MonkeyPatch, way: str | OSError) -> None:
         def getsockname(self) -> tuple[str, int]:
             return str(way), 1
 
-    monkeypatch.setattr(own_address.socket, "socket", Probe)
+    monkeypatch.setattr(advertise.socket, "socket", Probe)

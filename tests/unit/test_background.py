@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_rfork import background as module
-from vllm_rfork.background import Background, background
+from vllm_rfork.net import event_loop as module
+from vllm_rfork.net.event_loop import Background, background
 
 LONG_S = 3600.0
 

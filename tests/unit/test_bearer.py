@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from vllm_rfork.config import parse_config
-from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.planner.access import Tokens
+from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.planner.http.auth import Tokens
 
 Admit = Callable[[str], bool]
 

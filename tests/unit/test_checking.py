@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork import verify
-from vllm_rfork.checking import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.errors import ForkError, VerificationError
-from vllm_rfork.segments import Segment, batches
-from vllm_rfork.tensors import Collection, collect
+from vllm_rfork.manifest.pairing import Segment, batches
+from vllm_rfork.model import digest
+from vllm_rfork.model.tensors import Collection, collect
+from vllm_rfork.model.verification import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check
 
 CPU = torch.device("cpu")
 SIZES = (1000, 70_001, 8, 300_000, 16, 40_000, 24, 2_100_000, 32, 90_000)
@@ -50,7 +50,7 @@ def segments_of(collection: Collection, *, without: frozenset[int] = frozenset()
 
 
 def right_digests(collection: Collection) -> dict[int, str]:
-    return dict(enumerate(verify.digests(span.data for span in collection.spans)))
+    return dict(enumerate(digest.digests(span.data for span in collection.spans)))
 
 
 def checked(collection: Collection, side: DeviceSide, how: str = "full") -> ArrivalCheck:
@@ -84,13 +84,13 @@ def test_a_wrong_byte_in_any_span_is_named(collection: Collection, side: DeviceS
 def begun(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[int]:
     """The lengths of the spans whose digests have been queued."""
     lengths: queue.SimpleQueue[int] = queue.SimpleQueue()
-    add = verify.Digester.add
+    add = digest.Digester.add
 
-    def adding(self: verify.Digester, span: torch.Tensor) -> None:
+    def adding(self: digest.Digester, span: torch.Tensor) -> None:
         add(self, span)
         lengths.put(span.numel())
 
-    monkeypatch.setattr(verify.Digester, "add", adding)
+    monkeypatch.setattr(digest.Digester, "add", adding)
     return lengths
 
 
@@ -161,7 +161,7 @@ def test_a_device_that_fails_is_a_failed_verification(collection: Collection, mo
     def fail(self: object, span: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("no room for sums")
 
-    monkeypatch.setattr(verify.Digester, "add", fail)
+    monkeypatch.setattr(digest.Digester, "add", fail)
     check = checked(collection, accelerator())
     check.arrived(segments_of(collection))
     with pytest.raises(ForkError, match="no digests: OutOfMemoryError: no room for sums"):
@@ -200,10 +200,10 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     digested: list[int] = []
-    monkeypatch.setattr(verify, "digest", lambda span: digested.append(span.numel()))
+    monkeypatch.setattr(digest, "digest", lambda span: digested.append(span.numel()))
     get_ready(accelerator()).join(60)
     (nbytes,) = digested
-    whole, rest = divmod(nbytes, verify.ROWS * verify.COLUMNS * 8)
+    whole, rest = divmod(nbytes, digest.ROWS * digest.COLUMNS * 8)
     assert whole
     assert rest
 

@@ -15,10 +15,17 @@ from typing import Any
 
 import pytest
 
-from vllm_rfork import checkpoint_identity
-from vllm_rfork.checkpoint_identity import CheckpointFiles, CheckpointIdentity, Files, NoIdentity, compare, identify
 from vllm_rfork.errors import ManifestMismatch, SeedError
-from vllm_rfork.manifest import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.manifest import checkpoint_identity
+from vllm_rfork.manifest.checkpoint_identity import (
+    CheckpointFiles,
+    CheckpointIdentity,
+    Files,
+    NoIdentity,
+    compare,
+    identify,
+)
+from vllm_rfork.manifest.schema import Manifest, decode_manifest, encode_manifest
 from vllm_rfork.vllm_compat import checkpoint_files
 
 SEED = "10.0.0.1:1000:0"

@@ -15,7 +15,7 @@ from aiohttp import web
 from tests.unit.interop_planners import free_port, raw_server, serve
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest import MAX_MANIFEST_NBYTES, Manifest, Region, Span, TensorEntry, encode_manifest
+from vllm_rfork.manifest.schema import MAX_MANIFEST_NBYTES, Manifest, Region, Span, TensorEntry, encode_manifest
 from vllm_rfork.messages import SeedAddress
 
 KEY = "/models/café$prod$kv_both$0$0&x=1"
@@ -134,7 +134,7 @@ async def test_a_compressed_answer_is_not_unpacked() -> None:
 @pytest.mark.parametrize("framing", [b"Content-Length: 99999999999\r\n\r\n", b"\r\n"], ids=["announced", "endless"])
 async def test_a_huge_manifest_is_cut_off(framing: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 1024 * 1024
-    monkeypatch.setattr("vllm_rfork.clients.seed_client.MAX_MANIFEST_NBYTES", bound)
+    monkeypatch.setattr("vllm_rfork.clients.seed.MAX_MANIFEST_NBYTES", bound)
     reply = b"HTTP/1.1 200 OK\r\n" + framing + b" " * (2 * bound)
     async with raw_server(reply, then="hang") as url:
         with pytest.raises(SeedError, match=f"more than {bound} bytes"):

@@ -11,8 +11,8 @@ import pytest
 
 from tests.authority import Authority
 from vllm_rfork.config import parse_config
-from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.net.credentials import Credentials, Options
 
 
 class Clock:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.ascend.fake_torch_npu import FakeTorchNpu, Format, segment
-from vllm_rfork.devices import check as device_check
+from vllm_rfork.devices import selfcheck as device_check
 from vllm_rfork.devices.base import PLAIN, DeviceSide
-from vllm_rfork.devices.choice import device_side
 from vllm_rfork.devices.cuda import CudaSide
 from vllm_rfork.devices.npu import NpuSide
+from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError
-from vllm_rfork.manifest import Region
+from vllm_rfork.manifest.schema import Region
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

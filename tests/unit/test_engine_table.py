@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vllm_rfork.engines.base import TransferEngine
-from vllm_rfork.engines.table import DEFAULT_ENGINE, ENGINES, engine_class, engine_for_device
+from vllm_rfork.engines.registry import DEFAULT_ENGINE, ENGINES, engine_class, engine_for_device
 from vllm_rfork.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_every_row_leads_to_an_adapter_of_that_name(name: str) -> None:
 @pytest.mark.parametrize("name", list(ENGINES))
 def test_an_adapter_loads_its_native_package_only_when_opened(name: str) -> None:
     code = (
-        "import sys; from vllm_rfork.engines.table import engine_class;"
+        "import sys; from vllm_rfork.engines.registry import engine_class;"
         f"engine_class({name!r})();"
         "print([m for m in ('torch', 'vllm', 'nixl', 'nixl_cu12', 'nixl_cu13', 'yr', 'numpy') if m in sys.modules])"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_rfork.facts import MAX_FACTS, MAX_NAME, MAX_VALUE, described, differences, short_facts
+from vllm_rfork.manifest.facts import MAX_FACTS, MAX_NAME, MAX_VALUE, described, differences, short_facts
 
 
 def test_facts_are_flat_texts() -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from vllm_rfork.seed_key import build_fingerprint
-from vllm_rfork.vllm_compat import fingerprint, installed, plain, shaping, shaping_environment, shaping_modules
+from vllm_rfork.vllm_compat.fingerprint import canonical, config_fields, environment, installed, packages
+from vllm_rfork.vllm_compat.fingerprint import facts as fingerprint
 
 CPU = torch.device("cpu")
 
@@ -45,12 +46,12 @@ def configured() -> Any:
     """A VllmConfig of plain attributes, with every field of the tables."""
     config = SimpleNamespace(quant_config=QuantConfig(), additional_config={"weight_nz_mode": 1, "unknown": [1]})
     config.model = SimpleNamespace(hf_config=hf_config(), runner_type="generate", convert_type="none", seed=0)
-    for section, path in shaping.SECTIONS.items():
+    for section, path in config_fields.SECTIONS.items():
         target = place(config, path)
         for name in fields_of(section):
             if not hasattr(target, name):
                 setattr(target, name, f"{section}.{name}")
-    for path in (*shaping.WHOLE_ALWAYS.values(), *shaping.WHOLE_IN_RUNTIME.values()):
+    for path in (*config_fields.WHOLE_ALWAYS.values(), *config_fields.WHOLE_IN_RUNTIME.values()):
         setattr(config, path, SimpleNamespace(backend=Backend.FLASH, nested=SimpleNamespace(choice=1)))
     return config
 
@@ -65,8 +66,8 @@ def place(config: Any, path: str) -> Any:
 
 
 def fields_of(section: str) -> list[str]:
-    left_out = [name for names in shaping.LEFT_OUT[section].values() for name in names]
-    return [*shaping.ALWAYS.get(section, ()), *shaping.IN_RUNTIME.get(section, ()), *left_out]
+    left_out = [name for names in config_fields.LEFT_OUT[section].values() for name in names]
+    return [*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ()), *left_out]
 
 
 def digest(
@@ -107,14 +108,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 BOTH, RUNTIME = {"checkpoint", "runtime"}, {"runtime"}
 COUNTED = [
-    *((section, name, BOTH) for section, names in shaping.ALWAYS.items() for name in names),
-    *((section, name, RUNTIME) for section, names in shaping.IN_RUNTIME.items() for name in names),
+    *((section, name, BOTH) for section, names in config_fields.ALWAYS.items() for name in names),
+    *((section, name, RUNTIME) for section, names in config_fields.IN_RUNTIME.items() for name in names),
 ]
 #: Configuration objects are looked at elsewhere; a target or a draft is told by which of them is loaded.
 LOOKED_AT = {"multimodal_config", "eplb_config", "hf_config", "draft_model_config"}
 LEFT_OUT = [
     (section, name)
-    for section, reasons in shaping.LEFT_OUT.items()
+    for section, reasons in config_fields.LEFT_OUT.items()
     for names in reasons.values()
     for name in names
     if section != "vllm" and name not in LOOKED_AT
@@ -129,32 +130,32 @@ def _said(value: object) -> str:
 @pytest.mark.parametrize(("section", "name", "expected"), COUNTED, ids=_said)
 def test_an_option_that_shapes_weights_moves_the_fingerprint(section: str, name: str, expected: set[str]) -> None:
     changed = configured()
-    setattr(place(changed, shaping.SECTIONS[section]), name, "another")
+    setattr(place(changed, config_fields.SECTIONS[section]), name, "another")
     assert layouts_moved(configured(), changed) == expected
 
 
 def test_an_option_that_is_left_out_does_not() -> None:
     for section, name in LEFT_OUT:
         changed = configured()
-        setattr(place(changed, shaping.SECTIONS[section]), name, "another")
+        setattr(place(changed, config_fields.SECTIONS[section]), name, "another")
         assert not layouts_moved(configured(), changed), (section, name)
 
 
 def test_no_option_is_in_two_places_and_every_reason_is_text() -> None:
-    for section in (*shaping.SECTIONS, "vllm"):
+    for section in (*config_fields.SECTIONS, "vllm"):
         names = fields_of(section)
         assert len(names) == len(set(names)), section
-        assert all(reason.strip() for reason in shaping.LEFT_OUT[section])
+        assert all(reason.strip() for reason in config_fields.LEFT_OUT[section])
 
 
-@pytest.mark.parametrize(("path", "expected"), [*((path, BOTH) for path in shaping.WHOLE_ALWAYS.values())])
+@pytest.mark.parametrize(("path", "expected"), [*((path, BOTH) for path in config_fields.WHOLE_ALWAYS.values())])
 def test_whole_sections_move_it(path: str, expected: set[str]) -> None:
     changed = configured()
     getattr(changed, path).nested.choice = 2
     assert layouts_moved(configured(), changed) == expected
 
 
-@pytest.mark.parametrize("path", shaping.WHOLE_IN_RUNTIME.values())
+@pytest.mark.parametrize("path", config_fields.WHOLE_IN_RUNTIME.values())
 def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
     for change in ({"backend": Backend.TRITON}, {"a_new_option": 1}):
         changed = configured()
@@ -164,12 +165,17 @@ def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "name"),
-    [(section, name) for section, why in shaping.WHOLE_LEFT_OUT.items() for names in why.values() for name in names],
+    [
+        (section, name)
+        for section, why in config_fields.WHOLE_LEFT_OUT.items()
+        for names in why.values()
+        for name in names
+    ],
 )
 def test_what_is_left_out_of_a_whole_section_does_not_move_it(section: str, name: str) -> None:
     """Eager workers warm nothing up and run other norms: their weights are those of workers with graphs."""
     changed = configured()
-    setattr(getattr(changed, shaping.WHOLE_IN_RUNTIME[section]), name, "another")
+    setattr(getattr(changed, config_fields.WHOLE_IN_RUNTIME[section]), name, "another")
     assert not layouts_moved(configured(), changed)
 
 
@@ -306,9 +312,9 @@ def test_the_toolkit_of_an_accelerator_counts_where_kernels_do(
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        *((module, BOTH) for module in shaping_modules.ALWAYS),
-        *((module, RUNTIME) for module in shaping_modules.IN_RUNTIME),
-        *((module, set()) for names in shaping_modules.LEFT_OUT.values() for module in names),
+        *((module, BOTH) for module in packages.ALWAYS),
+        *((module, RUNTIME) for module in packages.IN_RUNTIME),
+        *((module, set()) for names in packages.LEFT_OUT.values() for module in names),
     ],
     ids=_said,
 )
@@ -436,16 +442,16 @@ def test_a_variable_moves_it_where_it_shapes_weights(name: str, expected: set[st
 
 def test_every_pattern_of_the_environment_can_match() -> None:
     """None stands behind a list that wins over its own."""
-    for pattern in shaping_environment.IN_RUNTIME:
+    for pattern in environment.IN_RUNTIME:
         name = re.sub(r"\[(.).*?\]", r"\1", pattern.replace("*", "X"))
-        assert shaping_environment.place_of(name) in {"runtime", "always"}, pattern
+        assert environment.place_of(name) in {"runtime", "always"}, pattern
 
 
 def test_what_is_left_out_is_named_from_its_beginning() -> None:
     """But for secrets, whose values must count nowhere, and for the ends of names that say enough."""
     ends = {"VLLM_*_PORT", "VLLM_*_SIDE_CHANNEL_HOST", "VLLM_*_TIMEOUT", "VLLM_*_TIMEOUT_S", "VLLM_*_TIMEOUT_SECONDS"}
     secrets = {"*_API_KEY", "*SECRET*", "*PASSWORD*", "*TOKEN"}
-    patterns = {pattern for names in shaping_environment.LEFT_OUT.values() for pattern in names}
+    patterns = {pattern for names in environment.LEFT_OUT.values() for pattern in names}
     assert {pattern for pattern in patterns if "*" in pattern[:-1]} == ends | secrets
 
 
@@ -457,15 +463,15 @@ def test_plain_data_says_nothing_of_addresses_and_survives_json() -> None:
         def __init__(self) -> None:
             self.me = self
             self.tensor = torch.zeros(1)
-            self.call = plain.plain
+            self.call = canonical.plain
             self.path = re.compile("a+")
             self.mixed = {2, 1, "x", Backend.FLASH}
             self.numbers = (float("nan"), 1.5, b"\x01")
             self.keyed = {Backend.TRITON: torch.bfloat16, (1, 2): object()}
 
-    text = json.dumps(plain.plain(Loop()), allow_nan=False)
+    text = json.dumps(canonical.plain(Loop()), allow_nan=False)
     assert "0x" not in text
-    assert text == json.dumps(plain.plain(Loop()), allow_nan=False)
+    assert text == json.dumps(canonical.plain(Loop()), allow_nan=False)
     assert json.loads(text)["fields"]["keyed"] == {"Backend.TRITON": "torch.bfloat16", "[1, 2]": "builtins.object"}
 
 
@@ -473,7 +479,7 @@ def test_objects_nested_without_end_are_cut_off() -> None:
     deep: list[Any] = []
     for _ in range(1000):
         deep = [deep]
-    assert len(json.dumps(plain.plain(deep))) < 100
+    assert len(json.dumps(canonical.plain(deep))) < 100
 
 
 def test_the_fingerprint_of_fixed_facts_is_pinned() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_rfork.installed_base import Generation, InstalledBase, info_payload, shape_payload
-from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry
+from vllm_rfork.manifest.legacy import Generation, InstalledBase, info_payload, shape_payload
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 
 
 def manifest(*tensors: TensorEntry) -> Manifest:

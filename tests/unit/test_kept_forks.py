@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_rfork.errors import ForkError
-from vllm_rfork.plan import CHECKPOINT, FORK_STAGE, KEPT_STAGE, RUNTIME, LoadPlan
+from vllm_rfork.load.plan import CHECKPOINT, FORK_STAGE, KEPT_STAGE, RUNTIME, LoadPlan
 
 
 class Ranks:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest import (
+from vllm_rfork.manifest.schema import (
     MANIFEST_VERSION,
     Manifest,
     Region,

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from vllm_rfork import native_threads
-from vllm_rfork.native_threads import native_thread, wait_for_native_threads
+from vllm_rfork.threads import native
+from vllm_rfork.threads.native import native_thread, wait_for_native_threads
 
 PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
 
 #: Modules with threads that an exit need not wait for, and why.
 PYTHON_ONLY = {
-    "background.py": "an event loop: Python, and C without C++ frames",
-    "own_address.py": "a C call of the resolver",
+    "net/event_loop.py": "an event loop: Python, and C without C++ frames",
+    "net/advertise.py": "a C call of the resolver",
     "planner/resolver.py": "a C call of the resolver, on the planner's side",
-    "checkpoint_identity.py": "file system calls and hashlib: C without C++ frames",
-    "engines/yuanrong_relay.py": "a process of its own that only copies between sockets",
+    "manifest/checkpoint_identity.py": "file system calls and hashlib: C without C++ frames",
+    "engines/yuanrong/relay.py": "a process of its own that only copies between sockets",
     "engines/memory.py": "system calls of Python's ctypes",
 }
 
@@ -30,9 +30,9 @@ PYTHON_ONLY = {
 FAILS = """
 import threading, time
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.nixl import NixlEngine
-from vllm_rfork.engines.nixl_agent import load_bindings
-from vllm_rfork.native_threads import native_thread
+from vllm_rfork.engines.nixl.engine import NixlEngine
+from vllm_rfork.engines.nixl.agent import load_bindings
+from vllm_rfork.threads.native import native_thread
 
 class Slow:
     def __del__(self):
@@ -55,9 +55,9 @@ raise ValueError("Unsupported activation: gelu")
 
 HANGS = """
 import threading
-from vllm_rfork import native_threads
-native_threads.EXIT_WAIT_S = 0.1
-native_threads.native_thread(threading.Event().wait, "rfork-hangs").start()
+from vllm_rfork.threads import native
+native.EXIT_WAIT_S = 0.1
+native.native_thread(threading.Event().wait, "rfork-hangs").start()
 raise ValueError("the start failed")
 """
 
@@ -108,11 +108,11 @@ def test_the_bound_is_for_all_of_them_together() -> None:
     wait_for_native_threads(60.0)
     # Ten bounds would be 10 s; a busy machine adds some of its own to one.
     assert 1.0 <= waited_s < 8.0
-    assert native_threads.EXIT_WAIT_S <= 30
+    assert native.EXIT_WAIT_S <= 30
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_thread_runs_native_code(path: Path) -> None:
     name = str(path.relative_to(PACKAGE))
-    if name != "native_threads.py" and "threading.Thread(" in path.read_text():
+    if name != "threads/native.py" and "threading.Thread(" in path.read_text():
         assert name in PYTHON_ONLY, "start it by native_thread, or say here why an exit need not wait for it"

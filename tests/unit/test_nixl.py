@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.engines import nixl_agent
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.nixl import NixlEngine
-from vllm_rfork.engines.nixl_agent import LOST, Agent, load_bindings, native_errors
-from vllm_rfork.engines.nixl_reader import halves, runs
+from vllm_rfork.engines.nixl import agent as nixl_agent
+from vllm_rfork.engines.nixl.agent import LOST, Agent, load_bindings, native_errors
+from vllm_rfork.engines.nixl.engine import NixlEngine
+from vllm_rfork.engines.nixl.reader import halves, runs
 from vllm_rfork.engines.process_memory import touch
 from vllm_rfork.errors import EngineError, EngineUnavailable
-from vllm_rfork.manifest import Region
-from vllm_rfork.segments import Segment
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Region
 
 CONFIG = EngineConfig(device="cpu", timeout_s=20.0)
 N = 1 << 20

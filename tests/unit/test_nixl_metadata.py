@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.nixl import NixlEngine
-from vllm_rfork.engines.nixl_metadata import check_metadata
-from vllm_rfork.engines.nixl_peer import IDENTITY_NBYTES, Endpoint, decode_endpoint, encode_endpoint
+from vllm_rfork.engines.nixl.engine import NixlEngine
+from vllm_rfork.engines.nixl.metadata import check_metadata
+from vllm_rfork.engines.nixl.peer import IDENTITY_NBYTES, Endpoint, decode_endpoint, encode_endpoint
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest import Region
+from vllm_rfork.manifest.schema import Region
 
 
 def field(tag: bytes, value: bytes) -> bytes:
@@ -191,8 +191,8 @@ _TRY = """
 import random, sys
 import msgspec
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.nixl import NixlEngine
-from vllm_rfork.engines.nixl_peer import Endpoint, encode_endpoint
+from vllm_rfork.engines.nixl.engine import NixlEngine
+from vllm_rfork.engines.nixl.peer import Endpoint, encode_endpoint
 from vllm_rfork.errors import EngineError
 
 endpoint = msgspec.json.decode(sys.stdin.read(), type=Endpoint)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.engines.nixl_peer import (
+from vllm_rfork.engines.nixl.peer import (
     IDENTITY_NBYTES,
     Endpoint,
     Lane,

@@ -18,9 +18,9 @@ from tests.unit.interop_planners import serve
 from tests.unit.virtual_time import VirtualTime, until
 from vllm_rfork import messages
 from vllm_rfork.clients import Attendance, Attended, PlannerClient
+from vllm_rfork.clients.presence import FIRST_PAUSE_S, LONGEST_PAUSE_S, Presence
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.presence import FIRST_PAUSE_S, LONGEST_PAUSE_S, Presence
 
 FULL_PAUSE_S = 30.0
 SEED = SeedAddress("127.0.0.1", 5000, 0)
@@ -263,7 +263,7 @@ async def test_a_process_without_descriptors_is_told_its_limit(monkeypatch: pyte
     def none_left(*_: object, **__: object) -> socket.socket:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("vllm_rfork.clients.long_lived.socket.socket", none_left)
+    monkeypatch.setattr("vllm_rfork.net.long_lived.socket.socket", none_left)
     with pytest.raises(PlannerError, match=r"RLIMIT_NOFILE, ulimit -n"):
         await PlannerClient("http://127.0.0.1:9").attend("k", SEED)
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.clients.http import BoundedHttp
 from vllm_rfork.errors import ConfigError, EngineError, ForkError, ManifestMismatch, SeedError, VerificationError
+from vllm_rfork.logs.quoting import MAX_LINE, MAX_MESSAGE, printable
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.net.client import BoundedHttp
 from vllm_rfork.planner.logs import JsonLines, TextLines
-from vllm_rfork.quoting import MAX_LINE, MAX_MESSAGE, printable
-from vllm_rfork.worker_log import worker_logger
 
 #: A forged line, a terminal's escapes (7 and 8 bit), a change of writing direction, a lone surrogate, NUL.
 HOSTILE = "a\nERROR forged\r\x1b]0;title\x07\x9b2J\u202egnp.exe\u2028\udc80\x00z"

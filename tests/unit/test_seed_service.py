@@ -19,14 +19,14 @@ import pytest
 
 from tests.sockets import read_all
 from vllm_rfork import messages
-from vllm_rfork.bounded_server import Bounds
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.installed_base import InstalledBase
-from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
+from vllm_rfork.manifest.legacy import InstalledBase
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.net.advertise import listen_host
 from vllm_rfork.net.connections import Phase
-from vllm_rfork.own_address import listen_host
+from vllm_rfork.net.server import Bounds
 from vllm_rfork.seed_service import Offer, SeedService
 
 KEY = "/models/q$prod$kv_both$0$0"

@@ -14,14 +14,14 @@ from aiohttp import web
 
 from tests.unit.interop_planners import OldPlanner, ProductionPlanner, TtlWithoutRenewal, free_port, serve
 from tests.unit.virtual_time import VirtualTime, until
-from vllm_rfork import seed_wait
-from vllm_rfork.attempt import Attempt
 from vllm_rfork.clients import LeaseKeeper, Outcome, PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
+from vllm_rfork.fork import seed_wait
+from vllm_rfork.fork.seed_wait import Question
+from vllm_rfork.fork.session import Attempt
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress, Waiting, parse_waiting
-from vllm_rfork.seed_wait import Question
 
 KEY = "/models/q$prod$kv_both$0$0"
 SEED = SeedAddress("10.0.0.1", 8080, 0)

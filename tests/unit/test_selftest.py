@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.selftest import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, buffer_sizes
+from vllm_rfork.selftest.processes import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, buffer_sizes
 
 
 def selftest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vllm_rfork.cli", "selftest", *arguments],
+        [sys.executable, "-m", "vllm_rfork.cli.main", "selftest", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork import plain_values
 from vllm_rfork.errors import ForkError, ManifestMismatch
-from vllm_rfork.manifest import Manifest, decode_manifest, encode_manifest
-from vllm_rfork.state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
+from vllm_rfork.manifest.schema import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.model import value_codec
+from vllm_rfork.model.python_state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
 
 
 class Layer(nn.Module):
@@ -231,7 +231,7 @@ def test_an_array_that_stands_where_nothing_can_be_put_is_a_mismatch(name: str) 
 def test_what_is_too_large_to_travel_is_compared() -> None:
     def made(last: float) -> nn.Module:
         model = nn.Module()
-        model.table = np.zeros(plain_values.MAX_PASSED_NBYTES // 8 + 1)
+        model.table = np.zeros(value_codec.MAX_PASSED_NBYTES // 8 + 1)
         model.table[-1] = last
         return model
 
@@ -246,7 +246,7 @@ def test_what_is_too_large_to_travel_is_compared() -> None:
 
 
 def test_what_is_too_large_to_be_compared_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain_values, "MAX_COMPARED_NBYTES", 100)
+    monkeypatch.setattr(value_codec, "MAX_COMPARED_NBYTES", 100)
     model = nn.Module()
     model.layer = nn.Module()
     model.layer.rows = np.zeros(101, np.uint8)

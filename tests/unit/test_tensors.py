@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork import walk
-from vllm_rfork.built import marks_of
 from vllm_rfork.errors import ForkError, ManifestMismatch
-from vllm_rfork.manifest import check_manifest, decode_manifest, encode_manifest
-from vllm_rfork.segments import pair
-from vllm_rfork.state import apply_state, changed_state, state_of
-from vllm_rfork.tensors import apply_inline, collect
+from vllm_rfork.manifest.pairing import pair
+from vllm_rfork.manifest.schema import check_manifest, decode_manifest, encode_manifest
+from vllm_rfork.model import traversal
+from vllm_rfork.model.build_signature import marks_of
+from vllm_rfork.model.python_state import apply_state, changed_state, state_of
+from vllm_rfork.model.tensors import apply_inline, collect
 
 CPU = torch.device("cpu")
 IDENTITY = {
@@ -186,7 +186,7 @@ def test_what_is_met_far_down_first_is_named_after_the_nearest_place() -> None:
 
 
 def test_a_walk_that_leaves_the_model_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "MAX_OBJECTS", 50)
+    monkeypatch.setattr(traversal, "MAX_OBJECTS", 50)
     model = nn.Linear(1, 1)
     model.many = [[] for _ in range(100)]
     with pytest.raises(ForkError, match=r"more than 50 objects .* by way of many\[\d+\]"):
@@ -486,7 +486,7 @@ def test_tokenizers_that_models_keep_are_no_part_of_them() -> None:
     tokenizer.padding_side = "left"
     model = nn.Linear(2, 2)
     model._tokenizer = tokenizer
-    assert [leaf.name for leaf in walk.walk(model) if "tokenizer" in leaf.name] == []
+    assert [leaf.name for leaf in traversal.walk(model) if "tokenizer" in leaf.name] == []
     assert not any("tokenizer" in name for name in marks_of(model, state_of(model), kernels=True))
 
 

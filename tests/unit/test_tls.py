@@ -15,15 +15,15 @@ import pytest
 from tests.authority import Authority
 from tests.unit.test_seed_service import KEY, TOKEN, get, manifest, offer, serving, until
 from vllm_rfork import messages
-from vllm_rfork.bounded_server import Bounds
 from vllm_rfork.clients import PlannerClient, SeedClient
-from vllm_rfork.clients.tls_advice import advice
-from vllm_rfork.credentials import Credentials, Options
 from vllm_rfork.errors import PlannerError, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.connections import Phase
-from vllm_rfork.planner.access import Tokens
+from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.net.server import Bounds
+from vllm_rfork.net.tls_errors import advice
 from vllm_rfork.planner.app import PlannerProcess
+from vllm_rfork.planner.http.auth import Tokens
 from vllm_rfork.planner.settings import settings_from
 from vllm_rfork.seed_service import SeedService
 

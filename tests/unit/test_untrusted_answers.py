@@ -15,9 +15,9 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from vllm_rfork import messages
 from vllm_rfork.clients import Outcome, PlannerClient, SeedClient
-from vllm_rfork.clients.http import Answer
 from vllm_rfork.errors import PlannerError, RForkError, SeedError
 from vllm_rfork.messages import Lease, SeedAddress, Waiting
+from vllm_rfork.net.client import Answer
 
 SEED = SeedAddress("10.0.0.1", 1234, 0)
 LEASE = Lease(SEED, "lease", 60.0)

@@ -18,17 +18,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vllm_rfork import plain_values, verify
-from vllm_rfork.checking import ArrivalCheck
-from vllm_rfork.devices.choice import device_side
+from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
-from vllm_rfork.manifest import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
-from vllm_rfork.plan import CHECKPOINT, RUNTIME, LoadPlan
-from vllm_rfork.receiver import StageTimes
-from vllm_rfork.segments import pair
-from vllm_rfork.state import changed_state, gone_state, state_of
-from vllm_rfork.tensors import Collection, collect
-from vllm_rfork.walk import walk
+from vllm_rfork.fork.transfer import StageTimes
+from vllm_rfork.load.plan import CHECKPOINT, RUNTIME, LoadPlan
+from vllm_rfork.manifest.pairing import pair
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
+from vllm_rfork.model import digest, value_codec
+from vllm_rfork.model.python_state import changed_state, gone_state, state_of
+from vllm_rfork.model.tensors import Collection, collect
+from vllm_rfork.model.traversal import walk
+from vllm_rfork.model.verification import ArrivalCheck
 
 CPU = torch.device("cpu")
 
@@ -75,8 +75,8 @@ COLLECTION = collect(SEED, CPU)
 
 def manifest_of(collection: Collection, **fields: Any) -> Manifest:
     identity = {"seed_key": "k", "fingerprint": "f", "epoch": "e", "layout": CHECKPOINT, "engine": "memory"}
-    fields = {"endpoint": "memory:1", "digest_algorithm": verify.ALGORITHM, **identity, **fields}
-    return collection.manifest(digests=verify.digests(span.data for span in collection.spans), **fields)
+    fields = {"endpoint": "memory:1", "digest_algorithm": digest.ALGORITHM, **identity, **fields}
+    return collection.manifest(digests=digest.digests(span.data for span in collection.spans), **fields)
 
 
 GOOD = json.loads(
@@ -136,7 +136,7 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
 def attributes(model: nn.Module) -> dict[str, object]:
     """Everything that hangs on modules, by identity where it is no plain value."""
     return {
-        f"{name}.{key}".removeprefix("."): value if plain_values.is_plain(value) else id(value)
+        f"{name}.{key}".removeprefix("."): value if value_codec.is_plain(value) else id(value)
         for name, module in model.named_modules()
         for key, value in vars(module).items()
     }
@@ -151,7 +151,7 @@ def check_nothing_else_changed(model: nn.Module, before: dict[str, object], remo
     for name, value in remote.state.items():
         ours, theirs = now[name], value
         if isinstance(value, dict):
-            ours, theirs = plain_values.from_data(ours), plain_values.from_data(value)
+            ours, theirs = value_codec.from_data(ours), value_codec.from_data(value)
         if type(ours) is not type(theirs) or not (ours == theirs or repr(ours) == repr(theirs)):  # NaN is not itself
             raise AssertionError(f"{name} is {now.get(name)!r}, not {value!r}")
     for leaf in walk(SEED):
@@ -298,7 +298,7 @@ HUGE: dict[str, Callable[[], bytes]] = {
 _MEASURE = """
 import sys
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest import decode_manifest
+from vllm_rfork.manifest.schema import decode_manifest
 body = sys.stdin.buffer.read()
 def peak_mb():
     return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_seed_service import KEY, manifest
 from vllm_rfork import messages
-from vllm_rfork.installed_base import InstalledBase
+from vllm_rfork.manifest.legacy import InstalledBase
 from vllm_rfork.seed_service import Offer, SeedService
 
 PATHS = [

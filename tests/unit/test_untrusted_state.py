@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork import plain_values
 from vllm_rfork.errors import ForkError
-from vllm_rfork.plain_values import MAX_INT_DIGITS, MAX_PASSED_NBYTES, from_data
-from vllm_rfork.state import apply_state, match_state, state_of
+from vllm_rfork.model import value_codec
+from vllm_rfork.model.python_state import apply_state, match_state, state_of
+from vllm_rfork.model.value_codec import MAX_INT_DIGITS, MAX_PASSED_NBYTES, from_data
 
 
 class PPMissingLayer(nn.Module):
@@ -57,7 +57,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            found[f"{name}.{key}"] = value if plain_values.is_plain(value) else id(value)
+            found[f"{name}.{key}"] = value if value_codec.is_plain(value) else id(value)
             if isinstance(value, (dict, list, set)):
                 found[f"{name}.{key}[]"] = repr(value)
     return found

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_rfork import verify
+from vllm_rfork.model import digest
 
 #: Around a word, a row of columns, the rows that are read side by side, and a whole block.
 SIZES = [0, 1, 7, 8, 9, 4096, 16_311, 16_312, 16_313, 260_992, 277_304, 1_000_003, 2_087_936, 2_087_944, 3_000_000]
@@ -22,7 +22,7 @@ def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
 
 def test_the_digest_is_pinned() -> None:
     data = (torch.arange(3_000_000) * 2654435761 % 251).to(torch.uint8)
-    assert verify.digest(data) == "803628a70cd4a337262687b467dde905"
+    assert digest.digest(data) == "803628a70cd4a337262687b467dde905"
 
 
 @pytest.mark.parametrize("nbytes", SIZES)
@@ -30,19 +30,19 @@ def test_equal_bytes_have_equal_digests_wherever_they_lie(nbytes: int) -> None:
     data = random_bytes(nbytes)
     shifted = torch.empty(nbytes + 3, dtype=torch.uint8)[3:]
     shifted.copy_(data)
-    assert verify.digest(shifted) == verify.digest(data)
-    assert verify.digest(data.clone()) == verify.digest(data)
+    assert digest.digest(shifted) == digest.digest(data)
+    assert digest.digest(data.clone()) == digest.digest(data)
 
 
 @pytest.mark.parametrize("nbytes", [size for size in SIZES if size])
 def test_one_flipped_bit_is_noticed_wherever_it_is(nbytes: int) -> None:
     data = random_bytes(nbytes)
-    before = verify.digest(data)
+    before = digest.digest(data)
     for position in {0, nbytes - 1, nbytes // 2, nbytes // 3, max(0, nbytes - 9)}:
         for bit in (0, 7):
             changed = data.clone()
             changed[position] ^= 1 << bit
-            assert verify.digest(changed) != before, (position, bit)
+            assert digest.digest(changed) != before, (position, bit)
 
 
 @pytest.mark.parametrize("unit", [8, 512, 4096, 8192, 16_384, 65_536, 260_984, 16_312 * 128, 1021 * 8])
@@ -54,7 +54,7 @@ def test_swapped_units_are_noticed(unit: int) -> None:
         changed = data.clone()
         changed[first * unit : (first + 1) * unit] = data[second * unit : (second + 1) * unit]
         changed[second * unit : (second + 1) * unit] = data[first * unit : (first + 1) * unit]
-        assert verify.digest(changed) != verify.digest(data)
+        assert digest.digest(changed) != digest.digest(data)
 
 
 def test_the_documented_blind_spot_is_the_only_one_of_its_kind() -> None:
@@ -64,17 +64,17 @@ def test_the_documented_blind_spot_is_the_only_one_of_its_kind() -> None:
     def swapped(unit: int) -> str:
         changed = data.clone()
         changed[:unit], changed[unit : 2 * unit] = data[unit : 2 * unit], data[:unit].clone()
-        return verify.digest(changed)
+        return digest.digest(changed)
 
-    assert swapped(2039 * 8) == verify.digest(data)
-    assert swapped(2038 * 8) != verify.digest(data)
-    assert swapped(2040 * 8) != verify.digest(data)
+    assert swapped(2039 * 8) == digest.digest(data)
+    assert swapped(2038 * 8) != digest.digest(data)
+    assert swapped(2040 * 8) != digest.digest(data)
 
 
 @pytest.mark.parametrize("by", [1, 8, 64, 4096, 2039 * 8])
 def test_shifted_bytes_are_noticed(by: int) -> None:
     data = random_bytes(2_000_000)
-    assert verify.digest(torch.roll(data, by)) != verify.digest(data)
+    assert digest.digest(torch.roll(data, by)) != digest.digest(data)
 
 
 def test_stale_and_zero_bytes_are_noticed() -> None:
@@ -83,11 +83,11 @@ def test_stale_and_zero_bytes_are_noticed() -> None:
     stale[1_000_000:1_004_096] = random_bytes(4096, seed=1)
     zeroed = data.clone()
     zeroed[:4096] = 0
-    assert len({verify.digest(data), verify.digest(stale), verify.digest(zeroed)}) == 3
+    assert len({digest.digest(data), digest.digest(stale), digest.digest(zeroed)}) == 3
 
 
 def test_length_counts_also_where_the_rest_is_zero() -> None:
-    digests = {verify.digest(torch.zeros(nbytes, dtype=torch.uint8)) for nbytes in SIZES}
+    digests = {digest.digest(torch.zeros(nbytes, dtype=torch.uint8)) for nbytes in SIZES}
     assert len(digests) == len(SIZES)
 
 
@@ -98,7 +98,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
         digests = set()
         for number in (1, 2):
             torch.set_num_threads(number)
-            digests.add(verify.digest(data))
+            digests.add(digest.digest(data))
     finally:
         torch.set_num_threads(threads)
     assert len(digests) == 1
@@ -110,34 +110,34 @@ def test_a_lone_upper_byte_that_moves_is_noticed(byte: int, nbytes: int) -> None
     """The sign or exponent of a word's last element: sums modulo 2**64 with odd weights alone would lose it."""
     data = torch.zeros(nbytes, dtype=torch.uint8)
     data[7] = byte
-    before = verify.digest(data)
+    before = digest.digest(data)
     for words in (1, 2, 64, 256, 509):
-        assert verify.digest(torch.roll(data, 8 * words)) != before, words
+        assert digest.digest(torch.roll(data, 8 * words)) != before, words
 
 
 def test_weights_lose_no_word_and_no_exchange_of_two() -> None:
-    weights = verify._weights()
+    weights = digest._weights()
     assert bool((weights & 1).all())
-    assert len((weights & 0xFFFF_FFFF).unique()) == verify.COLUMNS
+    assert len((weights & 0xFFFF_FFFF).unique()) == digest.COLUMNS
 
 
 def test_a_span_s_digest_does_not_depend_on_its_neighbours() -> None:
     """More rows than one buffer holds, in spans of every kind, some at odd addresses."""
     memory = random_bytes(6_000_000)
     spans = [memory[offset : offset + nbytes] for nbytes in SIZES for offset in (0, 3, 8)]
-    alone = [verify.digest(span) for span in spans]
-    assert verify.digests(iter(spans)) == alone
-    assert verify.digests(reversed(spans)) == alone[::-1]
-    assert verify.digests([]) == []
+    alone = [digest.digest(span) for span in spans]
+    assert digest.digests(iter(spans)) == alone
+    assert digest.digests(reversed(spans)) == alone[::-1]
+    assert digest.digests([]) == []
 
 
 def test_the_sums_of_other_devices_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere a block is summed at once, and more rows are gathered before they are weighted."""
     spans = [random_bytes(nbytes) for nbytes in SIZES]
-    here = verify.digests(spans)
-    monkeypatch.setattr(verify, "_STREAMS", 1 << 40)
-    monkeypatch.setattr(verify, "_CPU_CAPACITY", verify._CAPACITY)
-    assert verify.digests(spans) == here
+    here = digest.digests(spans)
+    monkeypatch.setattr(digest, "_STREAMS", 1 << 40)
+    monkeypatch.setattr(digest, "_CPU_CAPACITY", digest._CAPACITY)
+    assert digest.digests(spans) == here
 
 
 class Recorder(TorchDispatchMode):
@@ -161,11 +161,11 @@ class Recorder(TorchDispatchMode):
 
 def test_the_host_waits_once_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """All operations are queued; none asks for a value before the end, and none makes a copy of what it reads."""
-    monkeypatch.setattr(verify, "_CPU_CAPACITY", 8)
-    verify._weights()
+    monkeypatch.setattr(digest, "_CPU_CAPACITY", 8)
+    digest._weights()
     spans = list(random_bytes(16_000_000).split(4_000_000))
     with Recorder() as recorder:
-        verify.digests(spans)
+        digest.digests(spans)
     assert not [name for name in recorder.names if "local_scalar" in name or "nonzero" in name or "item" in name]
     assert len([name for name in recorder.names if name.startswith("cat.")]) == 1
     assert recorder.nbytes < 2_000_000
@@ -173,10 +173,10 @@ def test_the_host_waits_once_and_memory_is_bounded(monkeypatch: pytest.MonkeyPat
 
 def test_differing_spans_are_found_by_number_and_only_the_expected_ones_are_looked_at() -> None:
     spans = [random_bytes(1000, seed=number) for number in range(4)]
-    expected = dict(enumerate(verify.digests(spans)))
+    expected = dict(enumerate(digest.digests(spans)))
     spans[1][5] ^= 1
     spans[3][5] ^= 1
-    found = dict(enumerate(verify.digests(spans)))
-    assert verify.differing(found, expected) == [1, 3]
+    found = dict(enumerate(digest.digests(spans)))
+    assert digest.differing(found, expected) == [1, 3]
     del expected[3]
-    assert verify.differing(found, expected) == [1]
+    assert digest.differing(found, expected) == [1]

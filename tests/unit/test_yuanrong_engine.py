@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from vllm_rfork.engines import yuanrong, yuanrong_native
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.yuanrong import YuanRongEngine, device_number
-from vllm_rfork.engines.yuanrong_native import CODES, AclRuntime, Binding, code_name, failure, load_binding
-from vllm_rfork.engines.yuanrong_peer import local_ipv4, parse_endpoint, probe
+from vllm_rfork.engines.yuanrong import engine as yuanrong
+from vllm_rfork.engines.yuanrong import native as yuanrong_native
+from vllm_rfork.engines.yuanrong.engine import YuanRongEngine, device_number
+from vllm_rfork.engines.yuanrong.native import CODES, AclRuntime, Binding, code_name, failure, load_binding
+from vllm_rfork.engines.yuanrong.peer import local_ipv4, parse_endpoint, probe
 from vllm_rfork.errors import EngineError, EngineUnavailable
-from vllm_rfork.manifest import Region
-from vllm_rfork.segments import Segment
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Region
 
 CONFIG = EngineConfig(device="npu:0", host="127.0.0.1", timeout_s=5.0)
 REGIONS = [Region(0x1000, 100), Region(0x2000, 100), Region(0x3000, 100)]

@@ -19,11 +19,11 @@ from versions import __main__ as command
 from versions import releases, table
 from versions.check import complaints, number
 from versions.source import Module
-from vllm_rfork.vllm_compat import shaping
 from vllm_rfork.vllm_compat.ascend import PROCESS_WIDE
-from vllm_rfork.vllm_compat.shaping_environment import place_of
+from vllm_rfork.vllm_compat.fingerprint import config_fields
+from vllm_rfork.vllm_compat.fingerprint.environment import place_of
 from vllm_rfork.vllm_compat.worker_calls import HANDS_OUT, LEAVES_WEIGHTS
-from vllm_rfork.vllm_compat.workers import CAPTURES_GRAPHS, CHANGES_WEIGHTS
+from vllm_rfork.vllm_compat.worker_hooks import CAPTURES_GRAPHS, CHANGES_WEIGHTS
 
 RECORDS = command.records()
 EVERYTHING = (*table.ROWS, *table.ELSEWHERE)
@@ -52,8 +52,8 @@ def test_the_releases_span_what_is_promised() -> None:
 def test_every_option_and_variable_of_a_release_has_its_place(record: dict[str, Any]) -> None:
     """What shapes weights, and what does not and why: a new one fails until somebody has said it."""
     for section, names in record["fields"].items():
-        left_out = {name for group in shaping.LEFT_OUT[section].values() for name in group}
-        known = left_out | {*shaping.ALWAYS.get(section, ()), *shaping.IN_RUNTIME.get(section, ())}
+        left_out = {name for group in config_fields.LEFT_OUT[section].values() for name in group}
+        known = left_out | {*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ())}
         assert set(names) - known == set(), section
     variables = [name for name in record["environment"] if name.startswith("VLLM_")]
     assert variables
@@ -78,11 +78,11 @@ def test_every_worker_method_that_withdraws_the_seed_is_in_a_release() -> None:
 
 
 def test_no_option_is_in_the_tables_that_no_release_has() -> None:
-    for section in (*shaping.SECTIONS, "vllm"):
+    for section in (*config_fields.SECTIONS, "vllm"):
         theirs = {name for record in of_vllm for name in record["fields"][section]}
         # An InitVar, or a name that only lives in a property, is no field.
-        ours = {*shaping.ALWAYS.get(section, ()), *shaping.IN_RUNTIME.get(section, ())}
-        left_out = {name for group in shaping.LEFT_OUT[section].values() for name in group}
+        ours = {*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ())}
+        left_out = {name for group in config_fields.LEFT_OUT[section].values() for name in group}
         assert (ours | left_out) - theirs == set(), section
 
 

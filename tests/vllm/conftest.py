@@ -164,11 +164,11 @@ def seed(planner: Planner, model_a: Path) -> Iterator[SeedProcess]:
 @pytest.fixture
 def no_seeds() -> Iterator[None]:
     """No seed of an earlier test in this process, and none of this one's after it."""
-    from vllm_rfork import seeding
+    from vllm_rfork.seeding import manager
 
-    seeding.withdraw_all("a test begins")
+    manager.withdraw_all("a test begins")
     yield
-    seeding.withdraw_all("a test is over")
+    manager.withdraw_all("a test is over")
     eventually(lambda: not open_engines(), "every engine is closed")
 
 
@@ -177,7 +177,7 @@ def runtime_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime layout on this machine's processor, where vLLM packs no weight into native objects now."""
     from vllm.model_executor.layers import utils
 
-    monkeypatch.setattr("vllm_rfork.plan.NO_RUNTIME", frozenset())
+    monkeypatch.setattr("vllm_rfork.load.plan.NO_RUNTIME", frozenset())
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
     monkeypatch.setattr(utils.ops, "_supports_onednn", False)
 

@@ -100,8 +100,8 @@ def _tables() -> dict[str, tuple[int, str]]:
 
 def _fail_drafts(seen: Seen) -> None:
     """There is no seed for a target; a draft's is found, and breaks off when it has been read."""
-    from vllm_rfork.attempt import Attempt
     from vllm_rfork.errors import ForkError, NoSeedAvailable
+    from vllm_rfork.fork.session import Attempt
 
     def reserve(self: Any, fingerprint: str) -> None:
         if not self.seed_key.endswith("$draft"):

@@ -13,8 +13,8 @@ import psutil
 
 from tests.vllm.conftest import LogRecords, eventually, extra_for
 from tests.vllm.engine_process import load_digested, vllm_config
-from vllm_rfork.background import background
 from vllm_rfork.engines.memory import open_engines
+from vllm_rfork.net.event_loop import background
 
 
 def things_that_leak() -> tuple[set[str], set[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.plan import LoadPlan
+from vllm_rfork.load.plan import LoadPlan
 
 
 def raising(error: BaseException) -> Any:

@@ -92,7 +92,7 @@ def _needs_both_ranks() -> list[int]:
     from vllm.model_executor.layers import utils
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-    from vllm_rfork import plan
+    from vllm_rfork.load import plan
 
     plan.NO_RUNTIME = frozenset()  # as on an accelerator; see test_runtime
     setattr(plan, "built_differences", lambda *args: ())  # noqa: B010 - no seed here says how its model was built
@@ -120,14 +120,14 @@ def _needs_both_ranks() -> list[int]:
 
 def _fail(rank: int, fault: str) -> Callable[[], None]:
     """Give this rank a seed that says what the rank expects, and rank 1 the fault; returns what undoes it."""
-    from vllm_rfork.attempt import Attempt
     from vllm_rfork.errors import ForkError, ManifestMismatch, NoSeedAvailable
-    from vllm_rfork.manifest import Manifest
-    from vllm_rfork.vllm_compat import loading
+    from vllm_rfork.fork.session import Attempt
+    from vllm_rfork.manifest.schema import Manifest
+    from vllm_rfork.vllm_compat import storage_loader
 
     here = rank == 1
     before = {name: getattr(Attempt, name) for name in ("reserve", "peek", "run")}
-    fill = loading.fill_with_dummies
+    fill = storage_loader.fill_with_dummies
 
     def reserve(self: Any, fingerprint: str) -> None:
         if here and fault == "no seed":
@@ -164,11 +164,11 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
         fill(*args)
 
     Attempt.reserve, Attempt.peek, Attempt.run = reserve, peek, run  # type: ignore[method-assign]
-    loading.fill_with_dummies = filled
+    storage_loader.fill_with_dummies = filled
 
     def restore() -> None:
         for name, method in before.items():
             setattr(Attempt, name, method)
-        loading.fill_with_dummies = fill
+        storage_loader.fill_with_dummies = fill
 
     return restore

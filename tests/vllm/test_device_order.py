@@ -18,12 +18,14 @@ import torch
 
 from tests.vllm.conftest import Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
-from vllm_rfork import plan, seeding, verify, vouched
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.plan import LoadPlan
-from vllm_rfork.vllm_compat import loading
-from vllm_rfork.vllm_compat.workers import Change, Changes
+from vllm_rfork.load import plan
+from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.model import digest, relocation
+from vllm_rfork.seeding import manager
+from vllm_rfork.vllm_compat import storage_loader
+from vllm_rfork.vllm_compat.worker_hooks import Change, Changes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -90,16 +92,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(CpuSide, "synchronize", lambda side: one.wait())
     for where, name, what in (
         (DefaultModelLoader, "load_weights", "loading"),
-        (loading, "fill_with_dummies", "dummies"),
+        (storage_loader, "fill_with_dummies", "dummies"),
         (base_loader, "process_weights_after_loading", "post-processing"),
     ):
         monkeypatch.setattr(where, name, one.queueing(what, getattr(where, name)))
     for where, name, how in (
         (plan, "walk", "addresses"),
-        (vouched, "account", "addresses"),
+        (relocation, "account", "addresses"),
         (MemoryEngine, "register", "registered"),
         (MemoryEngine, "read", "read"),
-        (verify.Digester, "add", "digested"),
+        (digest.Digester, "add", "digested"),
     ):
         monkeypatch.setattr(where, name, one.looking(how, getattr(where, name)))
     return one
@@ -132,7 +134,7 @@ def test_a_seed_waits_before_it_takes_addresses_and_before_it_checks_its_bytes(
     extra = extra_for(planner.url, model_url=f"order of a seed, {layout}", rfork_layout=layout)
     with serving(device):
         load(vllm_config(model_a, load_format="rfork", extra=extra))
-        (seed,) = seeding.wait_until_started(30)
+        (seed,) = manager.wait_until_started(30)
     assert seed.address
     assert device.early == []
     # The test sees all of it: what was captured, what was registered, and what was checked last.
@@ -151,7 +153,7 @@ def test_a_receiver_waits_before_it_takes_addresses_to_be_written_to(
 
     extra = extra_for(planner.url, model_url=f"order of a receiver, {layout}", rfork_layout=layout)
     load(vllm_config(model_a, load_format="rfork", extra=extra))
-    seeding.wait_until_started(30)
+    manager.wait_until_started(30)
     monkeypatch.setattr(
         BaseModelLoader, "create_model", device.queueing("construction", BaseModelLoader.create_model), raising=False
     )
@@ -172,10 +174,10 @@ def test_a_seed_that_comes_back_waits_for_what_the_change_has_queued(
     model: torch.nn.Module = load(
         vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="order of a return"))
     )
-    (old,) = seeding.wait_until_started(30)
+    (old,) = manager.wait_until_started(30)
     with serving(device):
-        Changes(seeding._Guard()).run(Change("weights are updated"), device.queue, "an update")
-        eventually(lambda: [seed for seed in seeding.wait_until_started(30) if seed.address], "there is a seed again")
+        Changes(manager._Guard()).run(Change("weights are updated"), device.queue, "an update")
+        eventually(lambda: [seed for seed in manager.wait_until_started(30) if seed.address], "there is a seed again")
     assert device.early == []
     assert device.between("an update", "registered") == ["an update", "waited", "addresses", "registered"]
     assert device.between("serving", "digested") == ["serving", "waited", "digested"]

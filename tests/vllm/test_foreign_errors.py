@@ -13,15 +13,15 @@ from tests.vllm.conftest import LogRecords, Planner, SeedProcess, extra_for
 from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.falling_back import falls_back
 from tests.vllm.faults import raising, with_attribute
-from vllm_rfork import attempt, receiver
-from vllm_rfork.attempt import Attempt, Target
 from vllm_rfork.config import parse_config
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, ForkError
-from vllm_rfork.plan import LoadPlan
-from vllm_rfork.segments import Segment
+from vllm_rfork.fork import session, transfer
+from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.vllm_compat.agreement import Agreement
 
 pytestmark = pytest.mark.vllm
@@ -45,7 +45,7 @@ def test_an_unexpected_error_while_opening_an_engine_falls_back(
 def test_a_worker_that_cannot_be_described_loads_as_without_us(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_rfork.plan.fingerprint_facts", raising(AttributeError("no such configuration")))
+    monkeypatch.setattr("vllm_rfork.load.plan.fingerprint_facts", raising(AttributeError("no such configuration")))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="no such configuration", rfork_become_seed=True)
 
 
@@ -61,12 +61,14 @@ def test_an_allocator_that_cannot_be_asked_costs_the_fork_and_not_the_start(
 def test_no_memory_for_digests_costs_the_seed_and_not_the_start(
     model_a: Path, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_rfork.verify.digests", raising(torch.OutOfMemoryError("out of memory")))
+    monkeypatch.setattr("vllm_rfork.model.digest.digests", raising(torch.OutOfMemoryError("out of memory")))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="no room")))
     assert any("not a seed" in line and "OutOfMemoryError" in line for line in rfork_log.warnings)
 
 
-@pytest.mark.parametrize("where", ["vllm_rfork.loader.LoadPlan.settle", "vllm_rfork.seeding.withdraw_before_changes"])
+@pytest.mark.parametrize(
+    "where", ["vllm_rfork.loader.LoadPlan.settle", "vllm_rfork.seeding.manager.withdraw_before_changes"]
+)
 def test_an_unexpected_error_after_the_load_costs_the_seed_and_not_the_start(
     where: str, model_a: Path, default_a: Any, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,8 +93,8 @@ def test_a_property_that_raises_costs_the_fork_and_the_seed_and_not_the_start(
             told.append((stage, reason))
             return reason
 
-    monkeypatch.setattr("vllm_rfork.plan.loading.quantizes_online", raising(RuntimeError("not before warm-up")))
-    monkeypatch.setattr("vllm_rfork.plan.Agreement.of", lambda *args: Telling(0, (0,), "", lambda: None))
+    monkeypatch.setattr("vllm_rfork.load.plan.loading.quantizes_online", raising(RuntimeError("not before warm-up")))
+    monkeypatch.setattr("vllm_rfork.load.plan.Agreement.of", lambda *args: Telling(0, (0,), "", lambda: None))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="RuntimeError: not before warm-up")
     assert [stage for stage, reason in told if "not before warm-up" in reason] == ["seed"]
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="raises")))
@@ -131,7 +133,7 @@ def _run(planner: Planner, accept: Any) -> None:
     lease = SimpleNamespace(seed="127.0.0.1:1:0", ttl_s=None)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attempt, "fork", lambda *args: SimpleNamespace(nbytes=0))
+            patch.setattr(session, "fork", lambda *args: SimpleNamespace(nbytes=0))
             patch.setattr(Attempt, "_grant", lambda *args: SimpleNamespace(lease=lease, keeper=None))
             patch.setattr(Attempt, "_end_grant", lambda *args: None)
             taking = SimpleNamespace(accept=accept, arrived=lambda segments: None, close=lambda: None)
@@ -168,8 +170,8 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
     )
     keeper: Any = SimpleNamespace(lease=SimpleNamespace(seed="s"), check=lambda: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(receiver, "_wait", lambda request, call: remote)
-        patch.setattr(receiver, "pair", lambda local, remote: [Segment(8, 8, 8)])
+        patch.setattr(transfer, "_wait", lambda request, call: remote)
+        patch.setattr(transfer, "pair", lambda local, remote: [Segment(8, 8, 8)])
         with pytest.raises(EngineError) as caught:
-            receiver.fork(request, keeper, receiver.StageTimes())
+            transfer.fork(request, keeper, transfer.StageTimes())
     assert caught.value.in_flight

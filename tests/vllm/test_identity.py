@@ -14,9 +14,9 @@ import torch
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork.config import parse_config
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
-from vllm_rfork.seeding import seed_ports
-from vllm_rfork.vllm_compat.fingerprint import fingerprint_facts
-from vllm_rfork.vllm_compat.identity import worker_identity
+from vllm_rfork.seeding.manager import seed_ports
+from vllm_rfork.vllm_compat.fingerprint.facts import fingerprint_facts
+from vllm_rfork.vllm_compat.worker_identity import worker_identity
 
 pytestmark = pytest.mark.vllm
 

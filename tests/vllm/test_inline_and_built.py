@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork.accounting import check_no_addresses, memory_of
-from vllm_rfork.built import LARGEST_INT, marks_of
-from vllm_rfork.devices.choice import device_side
+from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
-from vllm_rfork.manifest import Manifest, decode_manifest, encode_manifest
-from vllm_rfork.plan import LoadPlan
-from vllm_rfork.receiver import StageTimes
-from vllm_rfork.segments import built_differences, pair
-from vllm_rfork.state import changed_state, gone_state, match_state, state_of
-from vllm_rfork.tensors import Collection, apply_inline, check_inline, collect, with_inline
+from vllm_rfork.fork.transfer import StageTimes
+from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.manifest.pairing import built_differences, pair
+from vllm_rfork.manifest.schema import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.model.build_signature import LARGEST_INT, marks_of
+from vllm_rfork.model.coverage import check_no_addresses, memory_of
+from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
+from vllm_rfork.model.tensors import Collection, apply_inline, check_inline, collect, with_inline
 
 #: Where the engine would work: nothing here lies there, so that all tensors are inline.
 ELSEWHERE, CPU = torch.device("cuda"), torch.device("cpu")
@@ -47,7 +47,7 @@ def scales(aliased: bool) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_rfork.tensors.device_side", lambda device: device_side(CPU))
+    monkeypatch.setattr("vllm_rfork.model.tensors.device_side", lambda device: device_side(CPU))
 
 
 @pytest.mark.parametrize("seed_is", [True, False])
@@ -64,7 +64,7 @@ def test_control_without_that_guard_the_last_of_two_names_wins(monkeypatch: pyte
     remote = manifest_of(collect(scales(False), ELSEWHERE))
     model = scales(True)
     collection = collect(model, ELSEWHERE)
-    monkeypatch.setattr("vllm_rfork.segments._alias_differences", lambda local, remote: [])
+    monkeypatch.setattr("vllm_rfork.manifest.pairing._alias_differences", lambda local, remote: [])
     pair(manifest_of(collection), remote)
     apply_inline(collection, remote)
     assert (float(model.k), float(model.v)) == (2.0, 2.0)
@@ -329,7 +329,7 @@ def test_addresses_of_what_helpers_hold_are_refused() -> None:
 
 
 def test_large_tables_are_looked_at_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_rfork.accounting.PIECE", 1 << 16)
+    monkeypatch.setattr("vllm_rfork.model.coverage.PIECE", 1 << 16)
     model = offering(table=torch.arange(200_000))
     checked(model, {})
     model.table[199_999] = model.weight.data_ptr()
@@ -338,7 +338,7 @@ def test_large_tables_are_looked_at_piece_by_piece(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_block_of_the_allocator_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_rfork.devices.blocks import Block
+    from vllm_rfork.devices.allocator_blocks import Block
 
     model = offering()
     collection = collect(model, CPU)
@@ -353,7 +353,7 @@ def test_every_block_of_the_allocator_counts(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
     """One load of the runtime layout, for a device on which nothing here lies."""
-    monkeypatch.setattr("vllm_rfork.plan.device_side", lambda device: device_side(CPU))
+    monkeypatch.setattr("vllm_rfork.load.plan.device_side", lambda device: device_side(CPU))
     return LoadPlan(
         settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=1.0)),
         device=ELSEWHERE,
@@ -388,7 +388,7 @@ def test_a_load_ends_with_a_look_at_the_small_tensors(plan: LoadPlan, monkeypatc
     check = cast("Any", SimpleNamespace(collection=collect(model, ELSEWHERE), numbers=[]))
     plan.accept(model, check, remote)
     model.k.fill_(0.5)
-    monkeypatch.setattr("vllm_rfork.plan.apply_inline", lambda collection, manifest: None)
+    monkeypatch.setattr("vllm_rfork.load.plan.apply_inline", lambda collection, manifest: None)
     with pytest.raises(VerificationError, match="small tensors"):
         plan.accept(model, check, remote)
 
@@ -397,7 +397,7 @@ def test_a_model_that_was_built_otherwise_is_refused_before_it_is_touched(
     plan: LoadPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled: list[nn.Module] = []
-    monkeypatch.setattr("vllm_rfork.plan.loading.fill_with_dummies", lambda model, *others: filled.append(model))
+    monkeypatch.setattr("vllm_rfork.load.plan.loading.fill_with_dummies", lambda model, *others: filled.append(model))
     for theirs, ours in ((Backend.CUTLASS, Backend.TRITON), (Backend.TRITON, Backend.TRITON)):
         seed = model_of(theirs)
         plan._promised = manifest_of(collect(seed, ELSEWHERE), built=marks(seed))

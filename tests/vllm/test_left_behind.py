@@ -16,10 +16,10 @@ from tests.vllm.conftest import LogRecords, Planner, SeedProcess, extra_for
 from tests.vllm.engine_process import load, vllm_config
 from tests.vllm.falling_back import falls_back
 from tests.vllm.faults import raising, scrambled
-from vllm_rfork import receiver
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
 from vllm_rfork.errors import ForkError
-from vllm_rfork.plan import LoadPlan
+from vllm_rfork.fork import transfer
+from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.vllm_compat.registries import Registries
 
 pytestmark = pytest.mark.vllm
@@ -81,7 +81,7 @@ def test_an_engine_lets_go_of_memory_before_post_processing_may_free_it(
     from vllm.model_executor.model_loader import base_loader
 
     if not seedless:
-        monkeypatch.setattr(receiver, "pair", raising(ForkError("told to fail after registering")))
+        monkeypatch.setattr(transfer, "pair", raising(ForkError("told to fail after registering")))
     seen: list[int] = []
     process = base_loader.process_weights_after_loading
 

@@ -14,8 +14,9 @@ from torch import nn
 from tests.vllm import fakes
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import digests_of, distributed, free_port, load, load_digested, vllm_config
-from vllm_rfork import plugin, seeding
+from vllm_rfork import plugin
 from vllm_rfork.engines.memory import MemoryEngine
+from vllm_rfork.seeding import manager
 
 pytestmark = pytest.mark.vllm
 
@@ -160,8 +161,8 @@ def test_loaders_that_build_models_themselves_are_delegated_to_whole(
     eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
     extra = extra_for(planner.url, model_url=key, rfork_fallback_load_format="whole")
     loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
-    seeding.wait_until_started(30)
-    seeding.withdraw_all("test is over")
+    manager.wait_until_started(30)
+    manager.withdraw_all("test is over")
     assert loaded.before == default_a.before
     assert loaded.after == default_a.after
     if key == "tiny":
@@ -232,7 +233,7 @@ def test_the_order_of_ports_keeps_target_and_draft_apart() -> None:
 
     settings = parse_config({"rfork_seed_port_base": 9000}, {}).settings
     ports = {
-        seeding.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))[0]
+        manager.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))[0]
         for rank in range(4)
         for draft in (False, True)
     }
@@ -245,7 +246,7 @@ def test_further_instances_on_a_host_have_ports_of_the_documented_range() -> Non
 
     def ports(base: int, rank: int, *, draft: bool = False) -> list[int]:
         settings = parse_config({"rfork_seed_port_base": base}, {}).settings
-        return seeding.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))
+        return manager.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))
 
     assert ports(20000, 0) == [20000, 20032, 20064, 20096, 20128, 20160, 20192, 20224]
     every = [port for rank in range(16) for draft in (False, True) for port in ports(20000, rank, draft=draft)]

@@ -24,12 +24,15 @@ from torch import nn
 
 from tests.vllm.conftest import LogRecords, Planner, extra_for
 from tests.vllm.engine_process import digests_of, load, load_digested, vllm_config
-from vllm_rfork import plan, seeding, segments, verify, walk
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import ForkError
-from vllm_rfork.manifest import Manifest
-from vllm_rfork.state import apply_state
+from vllm_rfork.load import plan
+from vllm_rfork.manifest import pairing
+from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.model import digest, traversal
+from vllm_rfork.model.python_state import apply_state
+from vllm_rfork.seeding import manager
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -57,7 +60,7 @@ class Fleet:
 
     def seed(self, **changes: Any) -> nn.Module:
         model: nn.Module = load(vllm_config(self._model, load_format="rfork", extra=self._extra, **changes))
-        (seed,) = seeding.wait_until_started(30)
+        (seed,) = manager.wait_until_started(30)
         assert seed.address, self._log.warnings
         return model
 
@@ -65,7 +68,7 @@ class Fleet:
         """A worker that loads and does not offer what it has; it says why in one WARNING."""
         self._log.records.clear()
         load(vllm_config(self._model, load_format="rfork", extra=self._extra))
-        assert seeding.wait_until_started(30) == []
+        assert manager.wait_until_started(30) == []
         (warning,) = self._log.warnings
         assert "not a seed" in warning
         assert cause in warning
@@ -152,9 +155,9 @@ def let_through(outcome: Outcome, *wrong: str) -> None:
 
 def without(patch: pytest.MonkeyPatch, difference: str) -> None:
     """Pairing overlooks this kind of difference, and sees all others."""
-    find = segments._tensor_differences
+    find = pairing._tensor_differences
     patch.setattr(
-        segments,
+        pairing,
         "_tensor_differences",
         lambda ours, theirs: (line for line in find(ours, theirs) if f": {difference} " not in line),
     )
@@ -191,14 +194,14 @@ def test_coverage(fleet: Callable[..., Fleet]) -> None:
 
     with altered(built=with_scale, loaded=derive):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(walk.SCRATCH, "derived_scale", "a hole in what the seed collects")
+            patch.setitem(traversal.SCRATCH, "derived_scale", "a hole in what the seed collects")
             assert one.seed() is not None
         refused(one.fork(), "derived_scale: only the receiver has it")
         with pytest.MonkeyPatch.context() as patch:
-            pair = segments.pair
+            pair = pairing.pair
 
-            patch.setattr("vllm_rfork.receiver.pair", lambda ours, theirs: pair(_known_to(theirs, ours), theirs))
-            patch.setattr(plan, "paired_digests", _of_common(segments.paired_digests))
+            patch.setattr("vllm_rfork.fork.transfer.pair", lambda ours, theirs: pair(_known_to(theirs, ours), theirs))
+            patch.setattr(plan, "paired_digests", _of_common(pairing.paired_digests))
             refused(one.fork(), "the seed has no digests of derived_scale")  # a second guard behind the first
             patch.setattr(plan, "spans_to_check", lambda collection, how: [])
             outcome = one.fork()
@@ -217,8 +220,8 @@ def test_coverage_in_the_other_direction(fleet: Callable[..., Fleet]) -> None:
         seed = one.seed()
         refused(one.fork(), "derived_scale: only the seed has it")
         with pytest.MonkeyPatch.context() as patch:
-            pair = segments.pair
-            patch.setattr("vllm_rfork.receiver.pair", lambda ours, theirs: pair(ours, _known_to(ours, theirs)))
+            pair = pairing.pair
+            patch.setattr("vllm_rfork.fork.transfer.pair", lambda ours, theirs: pair(ours, _known_to(ours, theirs)))
             outcome = one.fork()
     let_through(outcome, "derived_scale")
     assert seed.derived_scale.tolist() == [3.0] * 4
@@ -282,7 +285,7 @@ def test_alias_structure(fleet: Callable[..., Fleet]) -> None:
     with altered(built=views("gain", "shift"), loaded=fill):
         refused(one.fork(), "shares memory with")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(segments, "_alias_differences", lambda local, remote: [])
+            patch.setattr(pairing, "_alias_differences", lambda local, remote: [])
             outcome = one.fork()
     let_through(outcome, "fused", "gain", "shift")
     assert (outcome.model.gain[0], outcome.model.shift[0]) == (2.0, 1.0)
@@ -393,7 +396,7 @@ def test_digests(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -
     address[0] = seed.get_parameter(NORM).data_ptr()
     monkeypatch.setattr(MemoryEngine, "read", flipping)
     refused(one.fork(), f"tensors are not the seed's: {NORM}")
-    monkeypatch.setattr(verify, "differing", lambda found, expected: [])
+    monkeypatch.setattr(digest, "differing", lambda found, expected: [])
     let_through(one.fork(), NORM)
 
 
@@ -408,7 +411,7 @@ def test_epoch(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> 
     read, norm = MemoryEngine.read, seed.get_parameter(NORM)
 
     def meanwhile(self: MemoryEngine, endpoint: str, batch: Any, timeout_s: float) -> None:
-        (offered,) = seeding.wait_until_started(1)
+        (offered,) = manager.wait_until_started(1)
         service = offered._parts.service
         assert service is not None
         service.suspend("weights are updated")  # the first step of a withdrawal; the engine is not closed yet
@@ -418,7 +421,7 @@ def test_epoch(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(MemoryEngine, "read", meanwhile)
     refused(one.fork(), "no longer vouches for its weights")
 
-    seeding.withdraw_all("the next seed")
+    manager.withdraw_all("the next seed")
     seed = one.seed()
     norm = seed.get_parameter(NORM)
 
@@ -437,10 +440,10 @@ def test_fingerprint(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatc
     assert one.seed() is not None
     refused(one.fork(**other), "fingerprint")
 
-    seeding.withdraw_all("the next seed")
+    manager.withdraw_all("the next seed")
     monkeypatch.setattr(plan, "build_fingerprint", lambda facts: "all the same")
     # A second guard behind the first: what constructors have chosen.
-    monkeypatch.setattr(segments, "built_differences", lambda local, remote: [])
+    monkeypatch.setattr(pairing, "built_differences", lambda local, remote: [])
     assert one.seed() is not None
     outcome = one.fork(**other)
     assert outcome.forked

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.vllm.engine_process import vllm_config
-from vllm_rfork.vllm_compat import loading
+from vllm_rfork.vllm_compat import storage_loader
 
 pytestmark = pytest.mark.vllm
 
@@ -22,16 +22,18 @@ def test_offloaded_weights_are_neither_forked_nor_offered(
     model_a: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ((option, value),) = options.items()
-    reason = loading.unregistrable(vllm_config(model_a, **options), CUDA)
+    reason = storage_loader.unregistrable(vllm_config(model_a, **options), CUDA)
     assert reason.startswith(f"a part of the weights is offloaded to host memory ({option}={value})")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    assert loading.unregistrable(vllm_config(model_a), CUDA) == ""
-    assert loading.unregistrable(vllm_config(model_a, **options), torch.device("cpu")) == "", "nothing is offloaded"
+    assert storage_loader.unregistrable(vllm_config(model_a), CUDA) == ""
+    assert storage_loader.unregistrable(vllm_config(model_a, **options), torch.device("cpu")) == "", (
+        "nothing is offloaded"
+    )
 
 
 def test_before_there_was_a_configuration_for_it_the_caches_had_the_option() -> None:
     config = SimpleNamespace(
         model_config=SimpleNamespace(), offload_config=None, cache_config=SimpleNamespace(cpu_offload_gb=4)
     )
-    assert "cpu_offload_gb=4" in loading.unregistrable(config, CUDA)
+    assert "cpu_offload_gb=4" in storage_loader.unregistrable(config, CUDA)

@@ -12,10 +12,10 @@ import pytest
 from tests.vllm.conftest import LogRecords, extra_for
 from tests.vllm.engine_process import distributed, vllm_config
 from tests.vllm.models import qwen2
-from vllm_rfork import plan as plans
-from vllm_rfork.attempt import Attempt
 from vllm_rfork.config import parse_config
-from vllm_rfork.facts import MAX_FACTS, differences
+from vllm_rfork.fork.session import Attempt
+from vllm_rfork.load import plan as plans
+from vllm_rfork.manifest.facts import MAX_FACTS, differences
 
 PLANNER = "http://10.255.255.1:1"
 

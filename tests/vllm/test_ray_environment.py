@@ -56,7 +56,7 @@ def test_what_the_user_has_named_stays_and_nothing_is_named_twice() -> None:
 def test_every_variable_that_workers_read_is_copied() -> None:
     """A new option in the environment fails here until it is in one of the lists."""
     root = Path(vllm_rfork.__file__).parent
-    sources = [file for file in root.rglob("*.py") if file.relative_to(root).parts[0] not in ("planner", "commands")]
+    sources = [file for file in root.rglob("*.py") if file.relative_to(root).parts[0] not in ("planner", "cli")]
     read = {name for file in sources for name in re.findall(r"\"(RFORK_[A-Z_]+)\"", file.read_text())}
     assert set(config.ENVIRONMENT.values()) - {"MODEL_URL", "MODEL_DEPLOY_STRATEGY_NAME"} <= read
     assert read - {*COPIED, *OF_ONE_HOST} - NOT_WORKERS == set()

@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 import vllm
 
-from vllm_rfork.scratch import SCRATCH_OBJECTS, SCRATCH_OF, SCRATCH_WHEN
+from vllm_rfork.vllm_compat.model_rules import SCRATCH_OBJECTS, SCRATCH_OF, SCRATCH_WHEN
 
 
 def test_every_rule_about_a_class_is_about_one_that_vllm_has() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_rfork import seeding
 from vllm_rfork.errors import ForkError
+from vllm_rfork.seeding import manager
 
 pytestmark = pytest.mark.vllm
 
@@ -40,7 +40,7 @@ class Process:
     def begin(self, device: str = "cuda") -> Any:
         plan = self.plan(device)
         vouched = SimpleNamespace(again=lambda: (None, []), hopeless=False, kept=None, forget=lambda: None)
-        start = seeding._Start(plan, vouched, changes=seeding._withdrawals.count)  # type: ignore[arg-type]
+        start = manager._Start(plan, vouched, changes=manager._withdrawals.count)  # type: ignore[arg-type]
         start.begin()
         return start
 
@@ -48,10 +48,10 @@ class Process:
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     one = Process()
-    monkeypatch.setattr(seeding, "_start", one.start)
+    monkeypatch.setattr(manager, "_start", one.start)
     for name in ("_seeds", "_starting", "_absent"):
-        monkeypatch.setattr(seeding, name, [])
-    monkeypatch.setattr(seeding, "_withdrawals", seeding._Withdrawals())
+        monkeypatch.setattr(manager, name, [])
+    monkeypatch.setattr(manager, "_withdrawals", manager._Withdrawals())
     yield one
     one.go.set()
     for start in one.begun:
@@ -61,51 +61,51 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
 def test_a_change_that_begins_while_a_seed_comes_back_keeps_it_away(process: Process) -> None:
     """It did not find that seed to withdraw it, so the seed must see for itself that its time is over."""
     start = process.begin()
-    seeding.withdraw_all(REASON, may_return=True)
+    manager.withdraw_all(REASON, may_return=True)
 
     def again() -> Any:
-        seeding.withdraw_all("another change", may_return=True)
+        manager.withdraw_all("another change", may_return=True)
         return None, []
 
     start.vouched.again = again
-    seeding.come_back()
+    manager.come_back()
     assert len(process.begun) == 1, "a seed came in the middle of a change"
-    assert seeding._starting == []
+    assert manager._starting == []
 
     start.vouched.again = lambda: (None, [])
-    seeding.come_back()
+    manager.come_back()
     assert len(process.begun) == 2, "no seed came after it"
 
 
 @pytest.mark.parametrize("finding", ["found", "not found"])
 def test_a_worker_that_is_over_remembers_no_seed(process: Process, finding: str) -> None:
     start = process.begin()
-    seeding.withdraw_all(REASON, may_return=True)
+    manager.withdraw_all(REASON, may_return=True)
 
     def again() -> Any:
-        seeding.withdraw_all("the worker shuts down")
+        manager.withdraw_all("the worker shuts down")
         if finding == "not found":
             raise ForkError("tensors are gone")
         return None, []
 
     start.vouched.again = again
-    seeding.come_back()
-    assert seeding._absent == []
+    manager.come_back()
+    assert manager._absent == []
     assert len(process.begun) == 1
 
 
 def test_a_change_between_capturing_and_starting_keeps_the_seed_away(process: Process) -> None:
     plan, vouched = process.plan(), SimpleNamespace(hopeless=False)
-    start = seeding._Start(plan, vouched, changes=seeding._withdrawals.count)  # type: ignore[arg-type]
-    seeding.withdraw_all(REASON, may_return=True)
+    start = manager._Start(plan, vouched, changes=manager._withdrawals.count)  # type: ignore[arg-type]
+    manager.withdraw_all(REASON, may_return=True)
     start.begin()
     assert process.begun == []
-    assert seeding._absent == [start]
+    assert manager._absent == [start]
     assert process.closed == [plan], "its engine and its promise to the planner are given back"
 
 
 def test_graphs_wait_for_seeds_that_still_need_the_device(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = seeding._Guard()
+    guard = manager._Guard()
     assert guard.leaves_device_alone(), "there is no seed"
 
     process.go.clear()
@@ -113,9 +113,9 @@ def test_graphs_wait_for_seeds_that_still_need_the_device(process: Process, monk
     assert guard.leaves_device_alone(), "a processor captures nothing"
 
     process.begin()
-    monkeypatch.setattr(seeding, "LEAVES_DEVICE_WITHIN_S", 0.05)
+    monkeypatch.setattr(manager, "LEAVES_DEVICE_WITHIN_S", 0.05)
     assert not guard.leaves_device_alone()
 
-    monkeypatch.setattr(seeding, "LEAVES_DEVICE_WITHIN_S", 20.0)
+    monkeypatch.setattr(manager, "LEAVES_DEVICE_WITHIN_S", 20.0)
     threading.Timer(0.05, process.go.set).start()
     assert guard.leaves_device_alone(), "it has what it needs"

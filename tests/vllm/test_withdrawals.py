@@ -11,8 +11,8 @@ import pytest
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
 from tests.vllm.faults import held_up_recheck
-from vllm_rfork import seeding
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.seeding import manager
 
 pytestmark = pytest.mark.vllm
 
@@ -22,23 +22,23 @@ def test_no_seed_comes_after_a_withdrawal_that_met_it_while_it_was_made(
 ) -> None:
     """The bytes may have changed since: what was captured before the withdrawal must never be announced."""
     making, go_on = threading.Event(), threading.Event()
-    make = seeding._make
+    make = manager._make
 
     def slowly(*args: Any) -> Any:
         making.set()
         assert go_on.wait(60)
         return make(*args)
 
-    monkeypatch.setattr(seeding, "_make", slowly)
+    monkeypatch.setattr(manager, "_make", slowly)
     extra = extra_for(planner.url, model_url="withdrawn while made")
     load(vllm_config(model_a, load_format="rfork", extra=extra))
     assert making.wait(60)
-    starting = list(seeding._starting)
-    seeding.withdraw_all("weights are updated")
+    starting = list(manager._starting)
+    manager.withdraw_all("weights are updated")
     go_on.set()
     for each in starting:
         each.thread.join(60)
-    assert seeding.wait_until_started(1) == []
+    assert manager.wait_until_started(1) == []
     eventually(lambda: not open_engines(), "the engine is closed")
 
 
@@ -47,17 +47,17 @@ def test_a_withdrawal_does_not_wait_for_all_of_a_start(
 ) -> None:
     """It meets the start in the check of the bytes: nothing is served or announced after that."""
     checking, go_on = held_up_recheck(monkeypatch)
-    monkeypatch.setattr("vllm_rfork.seed.SeedService", lambda **_: pytest.fail("a service was made"))
+    monkeypatch.setattr("vllm_rfork.seeding.seed.SeedService", lambda **_: pytest.fail("a service was made"))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="withdrawn while checked")))
     assert checking.wait(60)
     # It is in the list by now, where the withdrawal finds it.
-    (seed,) = seeding._seeds
-    withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",))
+    (seed,) = manager._seeds
+    withdrawal = threading.Thread(target=manager.withdraw_all, args=("weights are updated",))
     withdrawal.start()
     eventually(seed._withdrawing.is_set, "the withdrawal has begun")
     go_on.set()
     withdrawal.join(60)
-    assert seeding.wait_until_started(5) == []
+    assert manager.wait_until_started(5) == []
     eventually(lambda: not open_engines(), "the engine is closed")
 
 
@@ -78,8 +78,8 @@ def test_a_withdrawal_is_bounded_where_a_start_never_ends(
     extra = extra_for(planner.url, model_url="hangs while registering", **bounds)
     load(vllm_config(model_a, load_format="rfork", extra=extra))
     assert registering.wait(60)
-    starting = list(seeding._starting)
-    withdrawal = threading.Thread(target=seeding.withdraw_all, args=("weights are updated",), daemon=True)
+    starting = list(manager._starting)
+    withdrawal = threading.Thread(target=manager.withdraw_all, args=("weights are updated",), daemon=True)
     withdrawal.start()
     withdrawal.join(60)
     returned = not withdrawal.is_alive()
@@ -87,6 +87,6 @@ def test_a_withdrawal_is_bounded_where_a_start_never_ends(
     for each in starting:
         each.thread.join(60)
     assert returned
-    assert seeding.wait_until_started(1) == []
+    assert manager.wait_until_started(1) == []
     assert not any("announced" in line for line in rfork_log.texts())
     eventually(lambda: not open_engines(), "the engine is closed")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_rfork.vllm_compat.worker_calls import HANDS_OUT, LEAVES_WEIGHTS
-from vllm_rfork.vllm_compat.workers import CAPTURES_GRAPHS, CHANGES_WEIGHTS, withdraw_before_changes
+from vllm_rfork.vllm_compat.worker_hooks import CAPTURES_GRAPHS, CHANGES_WEIGHTS, withdraw_before_changes
 
 pytestmark = pytest.mark.vllm
 

@@ -4,8 +4,8 @@ Every call is bounded in time and in bytes and fails with an error of the packag
 vLLM or anything beside the plain data modules.
 """
 
-from vllm_rfork.clients.lease_keeper import LeaseKeeper
-from vllm_rfork.clients.planner_client import Attendance, Attended, Outcome, PlannerClient
-from vllm_rfork.clients.seed_client import SeedClient
+from vllm_rfork.clients.lease import LeaseKeeper
+from vllm_rfork.clients.planner import Attendance, Attended, Outcome, PlannerClient
+from vllm_rfork.clients.seed import SeedClient
 
 __all__ = ["Attendance", "Attended", "LeaseKeeper", "Outcome", "PlannerClient", "SeedClient"]

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_rfork.devices.blocks import Block, BlockMap, blocks_of
+from vllm_rfork.devices.allocator_blocks import Block, BlockMap, blocks_of
 from vllm_rfork.errors import ForkError
-from vllm_rfork.manifest import Region
+from vllm_rfork.manifest.schema import Region
 
 #: ``private_format`` of a tensor whose bytes lie as its shape and strides say.
 PLAIN = 0

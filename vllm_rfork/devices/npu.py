@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_rfork.devices.allocator_blocks import HIXL_ALIGNMENT
 from vllm_rfork.devices.base import PLAIN, DeviceSide
-from vllm_rfork.devices.blocks import HIXL_ALIGNMENT
 from vllm_rfork.errors import ForkError
 
 #: ``acl_format`` of "as shape and strides say".

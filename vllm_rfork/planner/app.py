@@ -17,19 +17,19 @@ from aiohttp.http import HttpProcessingError
 
 from vllm_rfork import messages
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.logs.quoting import counted
 from vllm_rfork.net import descriptors
 from vllm_rfork.net.connections import Connections, Limits, Phase, Tls
 from vllm_rfork.net.listener import Listener, listen
 from vllm_rfork.net.seldom import Seldom, SeldomFilter
-from vllm_rfork.planner.access import ServerTls, Tokens, tokens_from
-from vllm_rfork.planner.api import Api
-from vllm_rfork.planner.lease_ids import LeaseIds
+from vllm_rfork.planner.http.api import Api
+from vllm_rfork.planner.http.auth import ServerTls, Tokens, tokens_from
+from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.metrics import Metrics
-from vllm_rfork.planner.presence import Presence
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store import Event, Store, StoreError
-from vllm_rfork.planner.waiting import WaitingRoom
-from vllm_rfork.quoting import counted
+from vllm_rfork.planner.store.base import Event, Store, StoreError
+from vllm_rfork.planner.store.lease_ids import LeaseIds
+from vllm_rfork.planner.waiting_room import WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -228,12 +228,12 @@ def make_store(settings: Settings) -> Store:
         ConfigError: Redis is asked for and its client is not installed, or the URL cannot be used.
     """
     if settings.store == "memory":
-        from vllm_rfork.planner.memory_store import MemoryStore
+        from vllm_rfork.planner.store.memory import MemoryStore
 
         return MemoryStore(settings.rules())
     try:
-        from vllm_rfork.planner import redis_url
-        from vllm_rfork.planner.redis_store import RedisStore
+        from vllm_rfork.planner.store import redis_url
+        from vllm_rfork.planner.store.redis import RedisStore
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "redis":
             raise

@@ -8,8 +8,8 @@ import re
 import sys
 import time
 
-from vllm_rfork.planner import valid_json
-from vllm_rfork.quoting import MAX_LINE, printable
+from vllm_rfork.logs.quoting import MAX_LINE, printable
+from vllm_rfork.planner.http import valid_json
 
 #: Names of a record that are logging's own; everything else was given with ``extra``.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

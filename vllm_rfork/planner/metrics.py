@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_rfork.planner.store import Event, Outcome, Totals
+from vllm_rfork.planner.store.base import Event, Outcome, Totals
 
 # Beside each counter a series "..._created" would say when this process started it: twice the page, and nobody asks.
 disable_created_metrics()  # type: ignore[no-untyped-call]

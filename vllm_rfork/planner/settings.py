@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.planner.policy import POLICIES, policy_named
-from vllm_rfork.planner.store import Rules
+from vllm_rfork.planner.store.base import Rules
 
 ENVIRONMENT_PREFIX = "RFORK_PLANNER_"
 

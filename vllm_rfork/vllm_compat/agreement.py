@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_rfork.native_threads import native_thread
-from vllm_rfork.vllm_compat.identity import is_draft
-from vllm_rfork.worker_log import worker_logger
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.threads.native import native_thread
+from vllm_rfork.vllm_compat.worker_identity import is_draft
 
 logger = worker_logger(__name__)
 

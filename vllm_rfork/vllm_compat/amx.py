@@ -8,7 +8,7 @@ seen in 0.32: it affects the default loader as well. torch has the request; to m
 
 from __future__ import annotations
 
-from vllm_rfork.worker_log import worker_logger
+from vllm_rfork.logs.worker import worker_logger
 
 logger = worker_logger(__name__)
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_rfork.checkpoint_identity import Files
-from vllm_rfork.vllm_compat.identity import is_draft
+from vllm_rfork.manifest.checkpoint_identity import Files
+from vllm_rfork.vllm_compat.worker_identity import is_draft
 
 #: The main part of a checkpoint; other parts have the names of their folders or files.
 WEIGHTS = "weights"

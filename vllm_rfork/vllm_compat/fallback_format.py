@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.vllm_compat.identity import is_draft
+from vllm_rfork.vllm_compat.worker_identity import is_draft
 
 OPTION = "rfork_fallback_load_format"
 DEFAULT = "auto"

@@ -12,7 +12,7 @@ import os
 from collections.abc import MutableMapping
 
 from vllm_rfork.config import ENVIRONMENT
-from vllm_rfork.engines.nixl_peer import ALLOW_TCP
+from vllm_rfork.engines.nixl.peer import ALLOW_TCP
 
 #: vLLM's option: names between commas, in addition to those that it copies anyway.
 EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"

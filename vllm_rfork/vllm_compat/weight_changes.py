@@ -1,6 +1,6 @@
 """Changes to the weights of this process: while one is going on, it offers no seed.
 
-Changes are methods and functions that are called on workers (``workers.py``, ``worker_calls.py``). They call each
+Changes are methods and functions that are called on workers (``worker_hooks.py``, ``worker_calls.py``). They call each
 other, and some stay open from one call to another. Must not decide what the weights are worth: the guard does.
 """
 

@@ -1,9 +1,9 @@
 """Calls into a worker from outside: ``collective_rpc`` takes a function, or the name of any attribute.
 
 A function gets the worker and may write to its weights, so the seed is withdrawn while it runs, as for a method that
-is known to change them (``workers.py``). Names reach a worker through the attributes of vLLM's ``WorkerWrapperBase``,
-functions through ``run_method`` (one process, Ray) or as bytes that the loop of a worker process unpickles. Read in
-vLLM 0.32; what an older version does not have is skipped.
+is known to change them (``worker_hooks.py``). Names reach a worker through the attributes of vLLM's
+``WorkerWrapperBase``, functions through ``run_method`` (one process, Ray) or as bytes that the loop of a worker
+process unpickles. Read in vLLM 0.32; what an older version does not have is skipped.
 
 What no hook can see: code in the same process that follows references from the engine to the model
 (``llm.llm_engine.model_executor.driver_worker...``). The digests that a receiver checks (``rfork_verify``) do see it.
@@ -23,7 +23,7 @@ from vllm_rfork.vllm_compat.weight_changes import Change, Changes
 MARK = "__rfork_withdraws_first__"
 
 #: Why → methods of the workers of vLLM and vLLM-Ascend that leave weights alone. Every other public method is in a
-#: table of ``workers.py`` or in :data:`HANDS_OUT`; tests compare them with the installed vLLM and with releases.
+#: table of ``worker_hooks.py`` or in :data:`HANDS_OUT`; tests compare them with the installed vLLM and with releases.
 LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "serves requests": (
         "execute_model",

@@ -31,10 +31,10 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
     encode,
 )
 from vllm_rfork.engines.refusals import busy, given_up, not_open
-from vllm_rfork.engines.regions import RegionTable
+from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest import Region
-from vllm_rfork.segments import Segment
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Region
 
 #: Of the identity's allocation; the driver gives no less.
 _PAGE_NBYTES = 4096

@@ -1,0 +1,1 @@
+"""The command ``vllm-rfork``; one module per subcommand."""

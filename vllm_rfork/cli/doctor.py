@@ -1,0 +1,66 @@
+"""``vllm-rfork doctor``: is this machine, and the planner, as a fork needs them, and what is to be done if not.
+
+Looks only; changes nothing. What a fork really moves is for ``vllm-rfork selftest``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+from rich.table import Table
+
+from vllm_rfork.cli import doctor_checks
+from vllm_rfork.cli.announcing import announced_address
+from vllm_rfork.cli.doctor_checks import FAIL, NOTE, OK, Finding
+from vllm_rfork.cli.planner_api import echo_json, json_option, planner_options, print_table, shown
+
+_STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
+
+
+@click.command(epilog="Exit status: 0 where nothing failed, else 1.")
+@planner_options
+@click.option("--engine", type=click.Choice(["yuanrong", "nixl"]), help="The engine that must work here.")
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | None, as_json: bool) -> None:
+    """Check planner, engines and this machine, and say what to do.
+
+    --engine makes that engine necessary. Without it one engine must work if vLLM is installed here; a host without
+    vLLM, such as a planner's, needs none.
+    """
+    found = examine(url, timeout_s, engine)
+    if as_json:
+        echo_json([dataclasses.asdict(each) for each in found])
+    else:
+        _print(found)
+    ctx.exit(1 if any(each.state == FAIL for each in found) else 0)
+
+
+def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Finding]:
+    """Every finding, in the order in which a fork needs the things."""
+    engines = [doctor_checks.engine(name, wanted=name == wanted) for name in ("yuanrong", "nixl")]
+    if wanted is None and not any(each.state == OK for each in engines):
+        if doctor_checks.is_worker_host():
+            engines = [dataclasses.replace(each, state=FAIL) for each in engines]
+        else:
+            advice = "nothing to do on a planner's host; a worker needs one engine, and vLLM"
+            engines = [dataclasses.replace(each, state=NOTE, advice=advice) for each in engines]
+    return [
+        *doctor_checks.planner(url, timeout_s),
+        *announced_address(url, timeout_s),
+        *engines,
+        doctor_checks.libunwind(wanted=wanted == "yuanrong"),
+        doctor_checks.cross_memory_attach(),
+    ]
+
+
+def _print(found: list[Finding]) -> None:
+    table = Table()
+    for name in ("", "check", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for each in found:
+        mark = shown(each.state)
+        mark.stylize(_STYLES[each.state])
+        table.add_row(mark, shown(each.check), shown(each.found), shown(each.advice))
+    print_table(table)

@@ -1,0 +1,226 @@
+"""What ``vllm-rfork doctor`` looks at, each check a function that returns one :class:`Finding`.
+
+Native packages are imported in processes of their own, so that one that crashes or hangs is a finding and not the end
+of the command. Must not import torch, vLLM or an engine's package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_rfork.cli.planner_api import TOKEN_VARIABLE, URL_VARIABLE, ask, credentials
+from vllm_rfork.config import base_url
+from vllm_rfork.errors import PlannerError
+from vllm_rfork.messages import DEBUG_SNAPSHOT, HEALTHZ, READYZ
+
+OK, NOTE, FAIL = "ok", "note", "fail"
+_IMPORT_TIMEOUT_S = 60.0
+_CMA_TIMEOUT_S = 20.0
+UNWIND = "libunwind.so.8"
+
+#: Engine → a function ``examine`` that loads what the engine itself would load, and returns what works here.
+_EXAMINERS = {
+    "yuanrong": """
+from vllm_rfork.engines.yuanrong.native import AclRuntime, load_binding
+def examine():
+    load_binding()
+    if not AclRuntime().has_device_memory:
+        return "its package and an Ascend runtime without device memory (a host stand-in) load"
+    return "its package and the Ascend runtime load"
+""",
+    "nixl": """
+from vllm_rfork.engines.nixl.agent import Agent
+def examine():
+    Agent("rfork-doctor", "DRAM", emulation=False).destroy()
+    return "an agent opens, with UCX"
+""",
+}
+_EXAMINE = """
+import os, sys
+os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+{examiner}
+from vllm_rfork.errors import EngineError, EngineUnavailable
+try:
+    print(examine(), flush=True)
+except EngineUnavailable as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(3)
+except EngineError as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(4)
+os._exit(0)
+"""
+_HOLDER = """
+import ctypes, sys
+secret = ctypes.create_string_buffer(b"cross-memory attach works", 32)
+print(ctypes.addressof(secret), flush=True)
+sys.stdin.read()
+"""
+_READER = """
+import ctypes, sys
+from vllm_rfork.engines.process_memory import read_process
+got = ctypes.create_string_buffer(32)
+try:
+    read_process(int(sys.argv[1]), ctypes.addressof(got), int(sys.argv[2]), 32)
+except OSError as error:
+    sys.exit(f"{error.strerror} (errno {error.errno})")
+sys.exit(None if got.value == b"cross-memory attach works" else "other bytes arrived")
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``state`` is ``ok``, ``note`` (may be as wanted) or ``fail``.
+
+    ``advice`` says what to do; empty where all is well.
+    """
+
+    check: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def planner(url: str | None, timeout_s: float) -> list[Finding]:
+    """Whether a planner is there, well, ready, and lets this caller in."""
+    if not url:
+        return [Finding("planner", NOTE, "no address given", f"say --url http://host:1223, or set {URL_VARIABLE}")]
+    try:
+        url = base_url(url)
+    except ValueError as error:
+        return [Finding("planner", FAIL, f"unusable URL: {error}", "give a base URL such as http://planner:1223")]
+    try:
+        health = ask(url, HEALTHZ, timeout_s=timeout_s)
+        ready = ask(url, READYZ, timeout_s=timeout_s)
+        inside = ask(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params={"limit": "0"})
+    except PlannerError as error:
+        advice = "start it (vllm-rfork planner --host 0.0.0.0), or look at address, DNS, firewall and TLS trust"
+        return [Finding("planner", FAIL, str(error), advice)]
+    return [_health(health.status), _readiness(ready.status, ready.text), _admission(inside.status)]
+
+
+def _health(status: int) -> Finding:
+    if status == 200:
+        return Finding("planner", OK, f"answers {HEALTHZ}")
+    if status == 404:
+        return Finding("planner", NOTE, f"has no {HEALTHZ}", "an older planner; else the URL leads to something else")
+    return Finding("planner", FAIL, f"{HEALTHZ} answers {status}", "look at the planner's log, and what stands before")
+
+
+def _readiness(status: int, text: str) -> Finding:
+    if status == 200:
+        return Finding("planner ready", OK, "takes requests, and its store answers")
+    if status == 404:
+        return Finding("planner ready", NOTE, f"has no {READYZ}", "a third-party planner; nothing to do")
+    advice = "wait for its start or drain to end; with --store redis://, check that Redis answers and who leads"
+    return Finding("planner ready", FAIL, f"{status}: {text}", advice)
+
+
+def _admission(status: int) -> Finding:
+    has_token = bool(credentials().token)
+    if status in {401, 403}:
+        advice = f"set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE, to a token that the planner knows"
+        return Finding("planner token", FAIL, "refused" if has_token else "demanded, and none is set", advice)
+    if status == 200 and has_token:
+        return Finding("planner token", OK, "the planner takes calls with it")
+    if status == 200:
+        return Finding(
+            "planner token", NOTE, "none is demanded: whoever reaches the planner may use it", "see SECURITY.md"
+        )
+    if status in {404, 405}:
+        advice = "a third-party planner; nothing to do"
+    else:
+        advice = "look at the planner's log and its store, then run this again"
+    return Finding("planner token", NOTE, f"cannot tell: {DEBUG_SNAPSHOT} answers {status}", advice)
+
+
+def engine(name: str, *, wanted: bool) -> Finding:
+    """What works of engine ``name`` on this host; ``wanted`` makes its absence a failure."""
+    check = f"engine {name}"
+    state = FAIL if wanted else NOTE
+    command = [sys.executable, "-c", _EXAMINE.format(examiner=_EXAMINERS[name])]
+    try:
+        done = subprocess.run(  # noqa: S603 - this very Python, and a constant
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=_IMPORT_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(check, FAIL, f"its start does not end within {_IMPORT_TIMEOUT_S:g} s", "reinstall it")
+    if done.returncode == 0:
+        return Finding(check, OK, (done.stdout.strip().splitlines() or ["it works"])[-1])
+    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if done.returncode == 3:
+        found, _, advice = said.rpartition("; ")
+        return Finding(check, state, found, advice)
+    if done.returncode == 4:
+        return Finding(check, state, said, f"vllm-rfork selftest --engine {name} shows more")
+    if done.returncode < 0:
+        said = f"its start died of signal {-done.returncode}: {said}"
+    return Finding(check, FAIL, said, "reinstall it for this Python and this processor")
+
+
+def is_worker_host() -> bool:
+    """Whether vLLM is installed here, so that workers may start on this host. Imports nothing."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def libunwind(*, wanted: bool) -> Finding:
+    """Whether the library is there that the YuanRong wheels need and do not bring."""
+    try:
+        ctypes.CDLL(UNWIND)
+    except OSError:
+        advice = "for engine yuanrong, on Debian and Ubuntu: apt-get install libunwind8"
+        return Finding("libunwind8", FAIL if wanted else NOTE, f"{UNWIND} cannot be loaded", advice)
+    return Finding("libunwind8", OK, f"{UNWIND} can be loaded")
+
+
+def cross_memory_attach() -> Finding:
+    """Whether one process may read another's memory here, as engine nixl does between CPU workers of one machine.
+
+    Between two children of this process, since the kernel's rule for a parent and its child is milder.
+    """
+    check = "cross-memory attach"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _HOLDER], stdin=pipe, stdout=pipe, text=True) as holder:  # noqa: S603
+        try:
+            assert holder.stdout is not None  # noqa: S101 - for the type checker; it is a pipe
+            address = holder.stdout.readline().strip()
+            reader = subprocess.run(  # noqa: S603 - this very Python, and a constant
+                [sys.executable, "-c", _READER, str(holder.pid), address],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=_CMA_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return Finding(check, FAIL, f"the try did not end within {_CMA_TIMEOUT_S:g} s", "try again")
+        finally:
+            holder.kill()
+    if reader.returncode == 0:
+        return Finding(check, OK, "process_vm_readv works between two processes of this user")
+    said = (reader.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return Finding(check, NOTE, f"process_vm_readv: {said}", _cma_advice())
+
+
+def _cma_advice() -> str:
+    """What usually forbids it, with what this machine says about itself."""
+    scope = _yama_scope()
+    if scope not in {"", "0"}:
+        allow = f"kernel.yama.ptrace_scope is {scope}: set it to 0, or give the workers CAP_SYS_PTRACE"
+    else:
+        allow = "let the container's seccomp profile pass process_vm_readv, or give it CAP_SYS_PTRACE"
+    return (
+        f"CPU workers of one machine need it with engine nixl (GPUs, RDMA do not): {allow}; one user, one pid namespace"
+    )
+
+
+def _yama_scope() -> str:
+    try:
+        return Path("/proc/sys/kernel/yama/ptrace_scope").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,152 @@
+"""``vllm-rfork seeds`` and ``vllm-rfork leases``: what a planner knows, as tables or JSON.
+
+They read ``/debug/snapshot``, whose form is each planner's own: of a planner of another make they say that they cannot
+read it. Nothing here changes the planner's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+from rich.table import Table
+
+from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options, print_table, shown
+from vllm_rfork.logs.quoting import counted
+from vllm_rfork.messages import DEBUG_SNAPSHOT
+
+_Row = Mapping[str, Any]
+_Column = tuple[str, Callable[[_Row], object]]
+
+_limit = click.option(
+    "--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Most entries to show."
+)
+_key = click.option("--key", help="Only of this seed key.")
+
+
+@click.command()
+@planner_options
+@_key
+@_limit
+@json_option
+def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_json: bool) -> None:
+    """List the seeds that the planner knows."""
+    found = _lists(ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit)), "seeds")
+    if as_json:
+        echo_json(found["seeds"])
+        return
+    _print_table("seed", _SEED_COLUMNS, found["seeds"], limit)
+
+
+@click.command()
+@planner_options
+@_key
+@_limit
+@json_option
+def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_json: bool) -> None:
+    """List who forks from whom right now, and who waits.
+
+    Lease ids are shown by their first characters: whoever knows one whole may release the lease.
+    """
+    answer = ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit))
+    found = _lists(answer, "leases", "waiting", "intents")
+    if as_json:
+        echo_json(found)
+        return
+    _print_table("lease", _LEASE_COLUMNS, found["leases"], limit)
+    if found["waiting"]:
+        _print_table("waiting receiver", _WAITING_COLUMNS, found["waiting"], limit)
+    if found["intents"]:
+        _print_table("pending loader", _INTENT_COLUMNS, found["intents"], limit)
+
+
+def _lists(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        entries = found.get(name)
+        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+            raise click.ClickException(f"a planner of another make: its snapshot has no list of {name} of this form")
+    return {name: found[name] for name in names}
+
+
+def _narrowed(key: str | None, limit: int) -> dict[str, str]:
+    return {"limit": str(limit), **({} if key is None else {"key": key})}
+
+
+def _print_table(noun: str, columns: Sequence[_Column], rows: Sequence[_Row], limit: int) -> None:
+    if not rows:
+        click.echo(f"no {noun}s")
+        return
+    table = Table(title=counted(len(rows), noun) + (" (there may be more: --limit)" if len(rows) >= limit else ""))
+    for name, _ in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(value(row)) for _, value in columns))
+    print_table(table)
+
+
+def _plain(name: str) -> Callable[[_Row], object]:
+    return lambda row: row.get(name)
+
+
+def _age(name: str) -> Callable[[_Row], object]:
+    def age(row: _Row) -> object:
+        seconds = row.get(name)
+        return _duration(seconds) if isinstance(seconds, (int, float)) else None
+
+    return age
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 120:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _state(row: _Row) -> str:
+    if row.get("absent"):
+        return "absent"
+    if row.get("draining"):
+        return "draining"
+    if aside_s := row.get("aside_s"):
+        return f"quarantined for {_duration(aside_s)}"
+    if held_s := row.get("held_s"):
+        return f"held for {_duration(held_s)}"
+    return "serving"
+
+
+def _labels(row: _Row) -> str:
+    labels = row.get("labels")
+    return " ".join(f"{name}={value}" for name, value in labels.items()) if isinstance(labels, dict) else ""
+
+
+_SEED_COLUMNS: tuple[_Column, ...] = (
+    ("key", _plain("key")),
+    ("seed", _plain("seed")),
+    ("state", _state),
+    ("leases", lambda row: f"{row.get('leases', '?')} of {row.get('slots', '?')}"),
+    ("failures", _plain("failures")),
+    ("seen", _age("seen_s_ago")),
+    ("age", _age("age_s")),
+    ("labels", _labels),
+    ("fingerprint", lambda row: str(row.get("fingerprint", ""))[:12]),
+)
+_LEASE_COLUMNS: tuple[_Column, ...] = (
+    ("key", _plain("key")),
+    ("receiver", _plain("receiver")),
+    ("reads from", _plain("seed")),
+    ("since", _age("held_s")),
+    ("ends in", _age("expires_in_s")),
+    ("lease", _plain("lease")),
+)
+_WAITING_COLUMNS: tuple[_Column, ...] = (
+    ("key", _plain("key")),
+    ("place", _plain("place")),
+    ("receiver", _plain("receiver")),
+    ("waited", _age("waited_s")),
+    ("of at most", _age("wait_s")),
+)
+_INTENT_COLUMNS: tuple[_Column, ...] = (("key", _plain("key")), ("worker", _plain("intent")))

@@ -1,0 +1,63 @@
+"""The ``vllm-rfork`` command.
+
+One line in :data:`COMMANDS` per command; its module is imported when the command runs, so that help and shell
+completion stay fast and need neither torch nor vLLM. Must not import anything of the package but the version.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import click
+
+from vllm_rfork import __version__
+
+
+class CommandRow(NamedTuple):
+    """Where a command lives (``module:attribute``) and its one line in the list of commands."""
+
+    target: str
+    summary: str
+
+
+COMMANDS: dict[str, CommandRow] = {
+    "planner": CommandRow("vllm_rfork.planner.command:planner", "Run the planner that pairs receivers with seeds."),
+    "seeds": CommandRow("vllm_rfork.cli.fleet:seeds", "List the seeds that a planner knows."),
+    "leases": CommandRow("vllm_rfork.cli.fleet:leases", "List who forks from whom right now, and who waits."),
+    "key": CommandRow("vllm_rfork.cli.key:key", "Print a worker's seed key from its parts."),
+    "doctor": CommandRow("vllm_rfork.cli.doctor:doctor", "Check planner, engines and this machine."),
+    "selftest": CommandRow("vllm_rfork.cli.selftest:selftest", "Fork random bytes between two processes."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command called ``cmd_name``, imported now."""
+        row = COMMANDS.get(cmd_name)
+        if row is None:
+            return None
+        module, _, attribute = row.target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, row.summary) for name, row in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vllm-rfork")
+def main() -> None:
+    """RFork: a starting vLLM worker forks its weights out of the memory of a running peer."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The calls that a receiver makes to a seed's HTTP service. Must not decide what a failure means for the fork."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+
+import msgspec
+
+from vllm_rfork import messages
+from vllm_rfork.errors import SeedError
+from vllm_rfork.logs.quoting import printable
+from vllm_rfork.manifest.facts import MAX_FACTS, MAX_NAME, MAX_VALUE
+from vllm_rfork.manifest.schema import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, decode_manifest
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.net.client import Answer, BoundedHttp
+from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.net.tls_errors import speaks_no_tls
+
+_MAX_SMALL_NBYTES = 64 * 1024
+#: ``facts.MAX_FACTS`` names and values, with room for what JSON escapes.
+MAX_FACTS_NBYTES = 2 * 1024 * 1024
+
+
+class _Epoch(msgspec.Struct):
+    epoch: str
+
+
+class SeedClient:
+    """Client of seeds' HTTP services, whichever they are.
+
+    Args:
+        request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
+        token: sent as ``Authorization: Bearer``.
+        credentials: token and TLS, in place of ``token``. Its ``seed_tls`` says whether seeds are asked by http
+            (``off``), by https (``require``), or by https and, where a seed does not speak it, by http (``prefer``).
+        certified_name: what a seed's certificate must hold where ``seed_name`` is empty; else the address asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_timeout_s: float = 10.0,
+        token: str | None = None,
+        credentials: Credentials | None = None,
+        certified_name: str = "",
+    ) -> None:
+        self.request_timeout_s = request_timeout_s
+        credentials = credentials or Credentials(Options(token=token or ""))
+        self._tls = credentials.options.seed_tls
+        self._certified_name = credentials.options.seed_name or certified_name
+        self._http = BoundedHttp("seed", SeedError, credentials)
+
+    async def manifest(self, address: SeedAddress, seed_key: str, fingerprint: str) -> Manifest:
+        """The seed's manifest, checked to be of ``seed_key`` and ``fingerprint`` and not to contradict itself.
+
+        Raises:
+            SeedError: gone, hanging, of another key or fingerprint, a manifest that is malformed or larger than
+                ``MAX_MANIFEST_NBYTES``, or a seed of the installed base, which has none.
+        """
+        answer = await self._get(
+            address,
+            messages.SEED_MANIFEST,
+            seed_key,
+            headers={messages.FINGERPRINT: messages.encode_text(fingerprint)} if fingerprint else {},
+            params={messages.MANIFEST_VERSION_PARAM: str(MANIFEST_VERSION)},
+            max_body_nbytes=MAX_MANIFEST_NBYTES,
+        )
+        if answer.status == 404:
+            raise SeedError(
+                f"seed {address} has no {messages.SEED_MANIFEST}: it is a seed of the installed base, whose metadata "
+                f"does not say enough to check the weights; it answered {answer}"
+            )
+        if answer.status != 200:
+            raise SeedError(
+                f"seed {address} refused its manifest: {answer}",
+                other_fingerprint=_other_fingerprint(answer, fingerprint),
+            )
+        manifest = decode_manifest(answer.body)
+        if manifest.seed_key != seed_key:
+            raise SeedError(f"seed {address} holds key {manifest.seed_key[:200]!r}, not {seed_key!r}")
+        if manifest.fingerprint != fingerprint:
+            raise SeedError(
+                f"seed {address} has fingerprint {manifest.fingerprint[:80]!r}, this receiver {fingerprint!r}: "
+                "versions, dtype, quantization, sizes or layout differ",
+                other_fingerprint=manifest.fingerprint,
+            )
+        return manifest
+
+    async def confirm_epoch(self, address: SeedAddress, seed_key: str, epoch: str) -> None:
+        """Make sure that the seed still vouches for ``epoch``: before the first byte is read, and after the last.
+
+        Raises:
+            SeedError: unreachable, withdrawn, or in another epoch.
+        """
+        answer = await self._get(address, messages.SEED_EPOCH, seed_key, max_body_nbytes=_MAX_SMALL_NBYTES)
+        if answer.status != 200:
+            raise SeedError(f"seed {address} no longer vouches for its weights: {answer}")
+        try:
+            current = msgspec.json.decode(answer.body, type=_Epoch).epoch
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise SeedError(f"seed {address} answered nonsense to {messages.SEED_EPOCH}: {error}") from error
+        if current != epoch:
+            raise SeedError(f"seed {address} is in epoch {current[:80]!r}, the manifest was of epoch {epoch!r}")
+
+    async def facts(self, address: SeedAddress, seed_key: str) -> dict[str, str]:
+        """The facts behind the seed's fingerprint, for people: path → short text, cut and made printable.
+
+        Raises:
+            SeedError: no usable answer in time; a seed that is older than this call answers 404.
+        """
+        answer = await self._get(address, messages.SEED_FACTS, seed_key, max_body_nbytes=MAX_FACTS_NBYTES)
+        if answer.status != 200:
+            raise SeedError(f"seed {address}: {messages.SEED_FACTS} answered {answer}")
+        try:
+            told = msgspec.json.decode(answer.body, type=dict[str, str])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise SeedError(f"seed {address} answered nonsense to {messages.SEED_FACTS}: {error}") from error
+        some = itertools.islice(told.items(), MAX_FACTS)
+        return {printable(name, MAX_NAME): printable(value, MAX_VALUE) for name, value in some}
+
+    async def healthy(self, address: SeedAddress, seed_key: str) -> bool:
+        """Whether the service at ``address`` is the seed of ``seed_key``; False where it is another's.
+
+        Raises:
+            SeedError: nobody answers in time, or neither yes (200) nor no (400).
+        """
+        answer = await self._get(address, messages.SEED_HEALTH, seed_key)
+        if answer.status not in (200, 400):
+            raise SeedError(f"seed {address}: {messages.SEED_HEALTH} answered {answer}")
+        return answer.status == 200
+
+    async def _get(
+        self,
+        address: SeedAddress,
+        path: str,
+        seed_key: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+        max_body_nbytes: int = 0,
+    ) -> Answer:
+        deadline = time.monotonic() + self.request_timeout_s
+
+        async def get(tls: bool) -> Answer:
+            return await self._http.exchange(
+                "GET",
+                ("https" if tls else "http") + address.base_url.removeprefix("http") + path,
+                headers=headers,
+                params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
+                timeout_s=max(0.0, deadline - time.monotonic()),
+                max_body_nbytes=max_body_nbytes,
+                certified_name=self._certified_name if tls else "",
+            )
+
+        try:
+            return await get(self._tls != "off")
+        except SeedError as error:
+            if self._tls != "prefer" or not speaks_no_tls(error.__cause__):
+                raise
+        return await get(False)
+
+
+def _other_fingerprint(answer: Answer, fingerprint: str) -> str:
+    """The seed's fingerprint where it refused because of it; such a refusal states it. Else empty."""
+    stated = messages.header(answer.headers, messages.FINGERPRINT)
+    if answer.status != 409 or stated is None:
+        return ""
+    try:
+        its = messages.decode_text(stated)
+    except messages.BadMessage:
+        return ""
+    return "" if its == fingerprint else its

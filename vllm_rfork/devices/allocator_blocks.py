@@ -1,0 +1,124 @@
+"""Blocks of the caching allocator, and how registered regions are fitted into them. Plain data: no torch.
+
+Registering is paid per call and per range, so ranges that lie close together in one block are registered as one. A
+range never leaves its block: what lies beyond it belongs to somebody else, or to nobody.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest.schema import Region
+
+#: Where HIXL's ``auto`` and ``hccs`` routes want a registration to begin, in bytes.
+HIXL_ALIGNMENT = 2 * 1024 * 1024
+
+#: Less than this much memory between two tensors of one block is registered along with them, in bytes. The allocator
+#: rounds requests up by less; a larger gap is memory that somebody else uses or that was given back, and in an
+#: expandable segment whole pages of this size may lose their backing.
+MAX_GAP = 2 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Block:
+    """One contiguous piece of device memory that the caching allocator holds (torch calls it a segment).
+
+    Attributes:
+        address, nbytes: where it lies.
+        expandable: it is virtual memory whose physical pages come and go.
+    """
+
+    address: int
+    nbytes: int
+    expandable: bool = False
+
+    @property
+    def end(self) -> int:
+        """One past the last address."""
+        return self.address + self.nbytes
+
+
+def blocks_of(snapshot: Iterable[Mapping[str, Any]], index: int) -> list[Block]:
+    """The blocks on device ``index`` in an allocator's snapshot, by address.
+
+    ``snapshot`` is what ``torch.cuda.memory_snapshot()`` and ``torch_npu.npu.memory_snapshot()`` return: one mapping
+    per segment.
+    """
+    return sorted(
+        (
+            Block(int(segment["address"]), int(segment["total_size"]), bool(segment.get("is_expandable", False)))
+            for segment in snapshot
+            if int(segment["device"]) == index
+        ),
+        key=lambda block: block.address,
+    )
+
+
+class BlockMap:
+    """Blocks by address, to find the one that a region lies in."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._blocks = sorted(blocks, key=lambda block: block.address)
+        self._starts = [block.address for block in self._blocks]
+
+    def holding(self, region: Region) -> Block | None:
+        """The block that ``region`` lies in, or None where it lies in no known one.
+
+        Raises:
+            ForkError: it lies partly in one.
+        """
+        end = region.address + region.nbytes
+        number = bisect.bisect_left(self._starts, end) - 1  # the last block that begins before the region ends
+        if number < 0 or self._blocks[number].end <= region.address:
+            return None
+        block = self._blocks[number]
+        if region.address < block.address or end > block.end:
+            raise ForkError(f"{region} does not lie in one block of the allocator")
+        return block
+
+
+def merge_into_blocks(
+    regions: Sequence[Region],
+    blocks: Iterable[Block],
+    *,
+    alignment: int = 1,
+    max_gap_nbytes: int = MAX_GAP,
+) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+    """Few ranges to register instead of many, and which of them holds each region.
+
+    Regions of one block are joined where less than ``max_gap_nbytes`` lie between them. The ranges never overlap, each
+    region lies in exactly one, and each begins at a multiple of ``alignment`` bytes without leaving its block. A region
+    in no known block stays by itself.
+
+    Returns:
+        The ranges by address, and for each of ``regions``, in the given order, the index of its range.
+
+    Raises:
+        ForkError: a range cannot begin at a multiple of ``alignment``, or a region lies partly in a block.
+    """
+    known = BlockMap(blocks)
+    merged: list[tuple[int, int, Block | None]] = []
+    index = [0] * len(regions)
+    for number in sorted(range(len(regions)), key=lambda number: regions[number].address):
+        region = regions[number]
+        block = known.holding(region)
+        low, high = region.address - region.address % alignment, region.address + region.nbytes
+        floor = region.address if block is None else block.address
+        last = merged[-1] if merged else None
+        same_block = last is not None and block is not None and block == last[2]
+        if last is not None and (region.address < last[1] or (same_block and low - last[1] < max_gap_nbytes)):
+            # Ranges that overlap are one in any case: engines refuse them.
+            merged[-1] = (last[0], max(high, last[1]), last[2])
+        elif low < floor:
+            raise ForkError(
+                f"{region} cannot be registered from a multiple of {alignment} bytes on without leaving its block of "
+                f"the allocator, which begins at {floor:#x}"
+            )
+        else:
+            merged.append((low, high, block))
+        index[number] = len(merged) - 1
+    return tuple(Region(low, high - low) for low, high, _ in merged), tuple(index)

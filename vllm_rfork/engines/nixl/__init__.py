@@ -1,0 +1,1 @@
+"""NIXL over UCX: RDMA, CUDA IPC, shared memory or TCP."""

@@ -1,0 +1,299 @@
+"""NIXL over UCX: the default engine on CUDA and on the CPU.
+
+Lanes, and what each is good for:
+
+- host memory on one machine: cross-memory attach, which needs the same user and the same pid namespace;
+- CUDA memory on one machine: CUDA IPC;
+- between machines: RDMA;
+- what is left is TCP, on which a receiver that dies in the middle of a read, or gives one up, can crash its seed.
+  ``connect`` refuses it and says why no better lane is there, unless ``RFORK_NIXL_ALLOW_TCP=1`` is set for both
+  processes. UCX is told the same (``PROTO_EMULATION_ENABLE=n``), so it cannot fall back behind our back. TCP still
+  sets connections up.
+
+A read that was given up leaves its buffers to the wire: releasing the request does not stop its bytes, destroying the
+agent does. So after such a read the engine refuses everything but ``close``, which destroys the agent.
+
+UCX listens on a TCP port of each network interface and asks nobody for a name or a password: whoever reaches it and
+holds an endpoint can connect. ``UCX_NET_DEVICES`` limits the interfaces.
+
+Setting names: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment); UCX's own variables hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.nixl.agent import LOST, Agent, Bound, Descriptor
+from vllm_rfork.engines.nixl.peer import (
+    ALLOW_TCP,
+    IDENTITY_NBYTES,
+    NAME,
+    Endpoint,
+    Lane,
+    boot_id,
+    decode_endpoint,
+    encode_endpoint,
+    has_rdma,
+    lane,
+    pid_namespace,
+    tcp_allowed,
+)
+from vllm_rfork.engines.nixl.reader import THREADS, Reader
+from vllm_rfork.engines.refusals import busy, given_up, not_open
+from vllm_rfork.engines.registrations import RegionTable
+from vllm_rfork.errors import EngineError
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.schema import Region
+
+_SLOTS = 64  # a probe given up may still land; the next one uses another slot
+_MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """A connected peer: its name in the agent, its endpoint, and the lane to it."""
+
+    name: str
+    endpoint: Endpoint
+    lane: Lane
+
+
+class NixlEngine(TransferEngine):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = NAME
+    device_types: ClassVar[frozenset[str]] = frozenset(_MEMORY)
+    # Cross-memory attach copies inside one native call, which no deadline interrupts: 256 MiB are 0.05 to 0.25 s.
+    limits: ClassVar[Limits] = Limits(max_batch_nbytes=256 * 1024 * 1024, max_batch_items=4096)
+
+    def __init__(self) -> None:
+        self._agent: Agent | None = None
+        self._table = RegionTable(NAME)
+        self._busy = threading.Lock()
+        self._closing = False
+        self._stuck = ""
+        self._peers: dict[str, _Peer] = {}
+        self._own: Endpoint | None = None
+        self._device = 0
+        self._memory = "DRAM"
+        self._timeout_s = 30.0
+        # The first slot holds what peers check, the others take what is read from theirs.
+        self._page = ctypes.create_string_buffer(IDENTITY_NBYTES * (_SLOTS + 1))
+        self._probes = 0
+
+    # -- the port ------------------------------------------------------------------------------------------------
+
+    def open(self, config: EngineConfig) -> None:
+        """Make an agent: about half a second, with the GIL released."""
+        kind, _, index = config.device.partition(":")
+        if kind not in _MEMORY:
+            raise EngineError(NAME, "open", f"it cannot read the memory of {config.device}")
+        with self._exclusively("open", needs_agent=False):
+            if self._agent is not None:
+                raise EngineError(NAME, "open", "it is open already")
+            allow_tcp = tcp_allowed(dict(config.options))
+            self._memory, self._device = _MEMORY[kind], int(index or 0)
+            self._timeout_s = config.timeout_s
+            self._agent = Agent(f"rfork-{uuid.uuid4().hex}", self._memory, emulation=allow_tcp, workers=THREADS)
+            self._reader = Reader(self._agent, self._device)
+            identity = uuid.uuid4().bytes
+            ctypes.memmove(self._page, identity, IDENTITY_NBYTES)
+            self._closing, self._stuck = False, ""
+            try:
+                self._agent.register([(ctypes.addressof(self._page), len(self._page), 0)], "DRAM")
+            except EngineError:
+                self._agent.destroy()
+                self._agent = None
+                raise
+            self._own = Endpoint(
+                memory=self._memory,
+                device=self._device,
+                boot=boot_id(),
+                pid=os.getpid(),
+                uid=os.getuid(),
+                pid_namespace=pid_namespace(),
+                identity=identity,
+                identity_at=ctypes.addressof(self._page),
+                rdma=has_rdma(),
+                allow_tcp=allow_tcp,
+                metadata=b"",
+            )
+
+    @property
+    def endpoint(self) -> str:
+        """JSON of :class:`~vllm_rfork.engines.nixl.peer.Endpoint`; about 60 bytes for each registered region."""
+        with self._exclusively("register") as agent:
+            own = self._own
+            if own is None:
+                raise EngineError(NAME, "register", "it is not open")
+            facts = {name: getattr(own, name) for name in own.__struct_fields__}
+            return encode_endpoint(Endpoint(**{**facts, "metadata": agent.metadata()}))
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Register all of ``regions`` in one call."""
+        with self._exclusively("register") as agent:
+            self._table.check_new(regions)
+            if regions:
+                agent.register(self._descriptors(regions))
+                self._table.add(regions)
+
+    def unregister(self, regions: Sequence[Region]) -> None:
+        """Unregister all of ``regions`` in one call. A read over cross-memory attach succeeds all the same."""
+        with self._exclusively("unregister") as agent:
+            self._table.check_known(regions)
+            if regions:
+                agent.unregister(self._descriptors(regions))
+                self._table.remove(regions)
+
+    def connect(self, endpoint: str, timeout_s: float) -> None:
+        """Choose the lane, refuse a dangerous one, and read the peer's identity over it."""
+        deadline = time.monotonic() + timeout_s
+        with self._exclusively("connect", timeout_s) as agent:
+            peer = decode_endpoint(endpoint)
+            chosen = self._lane(peer)
+            if endpoint in self._peers:
+                agent.drop_peer(self._peers.pop(endpoint).name, "connect")
+            connected = _Peer(agent.add_peer(peer.metadata), peer, chosen)
+            try:
+                self._check_identity(agent, connected, "connect", deadline)
+            except EngineError as error:
+                # What was given up lands in a slot of ours: the caller's memory is not concerned.
+                error.in_flight = error.mutated = False
+                self._forget(agent, connected)
+                if error.code == LOST and chosen is not Lane.EMULATED and self._lane(peer) is chosen:
+                    raise _refused("UCX found no other transport (see UCX_TLS and UCX_LOG_LEVEL=info)") from error
+                raise
+            self._peers[endpoint] = connected
+
+    def lane(self, endpoint: str) -> str:
+        """``nixl/cma``, ``nixl/cuda_ipc``, ``nixl/rdma`` or ``nixl/tcp``."""
+        peer = self._peers.get(endpoint)
+        return NAME if peer is None else f"{NAME}/{peer.lane.short}"
+
+    def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
+        """One NIXL request for the batch, then a look whether the seed was still open when it ended."""
+        deadline = time.monotonic() + timeout_s
+        with self._exclusively("read", timeout_s) as agent:
+            peer = self._peers.get(endpoint)
+            if peer is None:
+                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
+            self._table.check_local(segments)
+            if not segments:
+                return
+            try:
+                bound = Bound(deadline, self._is_closing)
+                attach = peer.lane is Lane.CMA
+                self._reader.read(peer.name, peer.endpoint.device, segments, bound, attach=attach)
+                self._check_identity(agent, peer, "read", deadline)
+            except EngineError as error:
+                if error.in_flight:
+                    self._stuck = error.text
+                if error.mutated:
+                    # NIXL marks the peer as disconnected; another agent of the same name would be refused.
+                    self._peers.pop(endpoint, None)
+                    self._forget(agent, peer)
+                raise
+
+    def disconnect(self, endpoint: str) -> None:
+        """Forget the peer; on an engine that is closed or stuck there is nothing to do."""
+        if self._agent is None or self._stuck or endpoint not in self._peers:
+            return
+        with self._exclusively("connect") as agent:
+            agent.drop_peer(self._peers.pop(endpoint).name, "connect")
+
+    @property
+    def registered_nbytes(self) -> int:
+        """Bytes registered now, the engine's own page not counted."""
+        return self._table.nbytes
+
+    def close(self) -> None:
+        """Destroy the agent. A read in another thread is given up first and raises there."""
+        if self._agent is None:
+            return
+        self._closing = True
+        if not self._busy.acquire(timeout=self._timeout_s):
+            raise EngineError(NAME, "close", "a native call does not return", code="timeout", in_flight=True)
+        try:
+            self._destroy()
+        finally:
+            self._busy.release()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_agent: bool = True) -> Iterator[Agent]:
+        """The agent, for one caller at a time."""
+        if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
+            raise busy(NAME, operation, retry_elsewhere=True)
+        try:
+            if needs_agent and (self._agent is None or self._closing):
+                raise not_open(NAME, operation)
+            if needs_agent and self._stuck:
+                raise given_up(NAME, operation, self._stuck)
+            yield self._agent  # type: ignore[misc]
+        finally:
+            self._busy.release()
+
+    def _destroy(self) -> None:
+        """End the agent; the registrations end with it."""
+        agent, self._agent = self._agent, None
+        if agent is None:  # another thread closed first
+            return
+        # A peer that still holds this engine's endpoint must not take later memory for weights.
+        ctypes.memset(self._page, 0, IDENTITY_NBYTES)
+        self._own = None
+        self._peers = {}
+        self._table.clear()
+        self._reader.close()
+        if not agent.destroy():
+            raise EngineError(NAME, "close", "something still holds the agent", in_flight=True)
+
+    def _is_closing(self) -> bool:
+        return self._closing
+
+    def _descriptors(self, regions: Sequence[Region]) -> list[Descriptor]:
+        return [(region.address, region.nbytes, self._device) for region in regions]
+
+    def _lane(self, peer: Endpoint) -> Lane:
+        assert self._own is not None  # noqa: S101 - set with the agent
+        chosen, why = lane(self._own, peer)
+        if chosen is Lane.EMULATED and not (self._own.allow_tcp and peer.allow_tcp):
+            raise _refused(why)
+        return chosen
+
+    def _check_identity(self, agent: Agent, peer: _Peer, operation: str, deadline: float) -> None:
+        """Read the first slot of the peer's page over the wire: it is there, and the same engine as before."""
+        self._probes += 1
+        slot = ctypes.addressof(self._page) + IDENTITY_NBYTES * (1 + self._probes % _SLOTS)
+        ctypes.memset(slot, 0, IDENTITY_NBYTES)
+        own, theirs = [(slot, IDENTITY_NBYTES, 0)], [(peer.endpoint.identity_at, IDENTITY_NBYTES, 0)]
+        request = agent.prepare(peer.name, own, theirs, operation=operation, memory="DRAM")
+        agent.complete(request, Bound(deadline, self._is_closing), operation=operation, quiet_on_error=True)
+        if ctypes.string_at(slot, IDENTITY_NBYTES) != peer.endpoint.identity:
+            raise EngineError(NAME, operation, "the seed has closed", mutated=True, retry_elsewhere=True, side="seed")
+
+    def _forget(self, agent: Agent, peer: _Peer) -> None:
+        """Drop a peer after an error; a second error here says nothing new."""
+        with suppress(EngineError):
+            agent.drop_peer(peer.name, "connect")
+
+
+def _refused(why: str) -> EngineError:
+    return EngineError(
+        NAME,
+        "connect",
+        f"only TCP is left to reach this seed, since {why}; over TCP a receiver that dies in the middle of a read can "
+        f"crash its seed. Set {ALLOW_TCP}=1 for seed and receiver to take it all the same",
+        code="lane",
+        retry_elsewhere=True,
+        side="receiver",
+    )

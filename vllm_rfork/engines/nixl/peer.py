@@ -1,0 +1,184 @@
+"""What a NIXL endpoint says about its process, and which lane the bytes would take to another one.
+
+UCX picks its transport without a word, and over an emulated one (TCP, or shared memory without cross-memory attach) a
+receiver that dies in the middle of a read can take the seed's process with it. So the endpoint carries what decides
+the lane, and :func:`lane` decides it before UCX does. Must not import NIXL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from vllm_rfork.engines import host
+from vllm_rfork.engines.nixl.metadata import MAX_DEVICES, check_metadata
+from vllm_rfork.engines.process_memory import read_process
+from vllm_rfork.errors import EngineError
+
+NAME = "nixl"
+ALLOW_TCP = "RFORK_NIXL_ALLOW_TCP"
+IDENTITY_NBYTES = 16
+MAX_ENDPOINT_LENGTH = 48 * 1024 * 1024
+_VERSION = 1
+
+
+class Lane(Enum):
+    """The way that bytes take, best first."""
+
+    CMA = "cross-memory attach"
+    CUDA = "CUDA IPC"
+    RDMA = "RDMA"
+    EMULATED = "TCP"
+
+    @property
+    def short(self) -> str:
+        """The lane's name in records: one word."""
+        return {"cross-memory attach": "cma", "CUDA IPC": "cuda_ipc"}.get(self.value, self.value.lower())
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One NIXL agent, as its peers need to know it.
+
+    ``memory`` is NIXL's word for the kind of memory (``DRAM``, ``VRAM``); ``device`` the device number in it;
+    ``boot`` names the machine's running kernel; ``identity`` is what stands at address ``identity_at`` while the engine
+    is open; ``rdma`` and ``allow_tcp`` are what the machine has and its user allows; ``metadata`` is NIXL's own;
+    ``checksum`` is over all of these, empty from a seed of the time before there was one.
+    """
+
+    v: int = _VERSION
+    memory: str
+    device: int
+    boot: str
+    pid: int
+    uid: int
+    pid_namespace: int
+    identity: bytes
+    identity_at: int
+    rdma: bool
+    allow_tcp: bool
+    metadata: bytes
+    checksum: str = ""
+
+
+def encode_endpoint(endpoint: Endpoint) -> str:
+    """JSON text, with the checksum."""
+    return msgspec.json.encode(msgspec.structs.replace(endpoint, checksum=_checksum(endpoint))).decode()
+
+
+def _checksum(endpoint: Endpoint) -> str:
+    """Over the fields in this order, whatever fields later versions add."""
+    digest = hashlib.blake2b(endpoint.metadata, digest_size=16, person=b"rfork-endpoint-1")
+    fields = ("memory", "device", "boot", "pid", "uid", "pid_namespace", "identity", "identity_at", "rdma", "allow_tcp")
+    digest.update(msgspec.json.encode([getattr(endpoint, name) for name in fields]))
+    return digest.hexdigest()
+
+
+def decode_endpoint(text: str) -> Endpoint:
+    """The inverse. What it returns may be given to NIXL.
+
+    Raises:
+        EngineError: not an endpoint of this engine, one that this code does not read, or one that was damaged.
+    """
+    if len(text) > MAX_ENDPOINT_LENGTH:
+        raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long", side="seed")
+    try:
+        endpoint = msgspec.json.decode(text.encode(), type=Endpoint)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        text = f"{text[:80]!r} is not an endpoint of this engine: {error}"
+        raise EngineError(NAME, "connect", text, side="seed") from error
+    possible = (
+        0 < endpoint.pid < 1 << 31
+        and 0 <= endpoint.uid < 1 << 32
+        and 0 <= endpoint.pid_namespace < 1 << 64
+        and 0 < endpoint.identity_at < 1 << 63
+        and len(endpoint.identity) == IDENTITY_NBYTES
+        and 0 <= endpoint.device < MAX_DEVICES
+    )
+    if endpoint.v != _VERSION or not possible:
+        raise EngineError(NAME, "connect", f"{text[:80]!r} is not an endpoint that this version reads", side="seed")
+    if endpoint.checksum and endpoint.checksum != _checksum(endpoint):
+        text = "the seed's endpoint was damaged: its checksum differs"
+        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed")
+    try:
+        check_metadata(endpoint.metadata, endpoint.identity_at, IDENTITY_NBYTES)
+    except ValueError as error:
+        text = f"the metadata in the seed's endpoint is not NIXL's: {error}"
+        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed") from error
+    return endpoint
+
+
+def boot_id() -> str:
+    """Names this machine's running kernel; containers of one machine share it. Empty where it cannot be read."""
+    try:
+        return host.boot_id()
+    except OSError:
+        return ""
+
+
+def pid_namespace() -> int:
+    """The inode of this process's pid namespace; 0 where it cannot be read."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def has_rdma() -> bool:
+    """Whether this machine has an RDMA device."""
+    try:
+        return any(Path("/sys/class/infiniband").iterdir())
+    except OSError:
+        return False
+
+
+def tcp_allowed(options: dict[str, str]) -> bool:
+    """Whether the user took the risk that TCP brings, in ``options`` or the environment."""
+    return options.get(ALLOW_TCP, os.environ.get(ALLOW_TCP, "")).strip().lower() in {"1", "true", "yes"}
+
+
+def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
+    """The lane from ``peer`` to ``own``, and why it is none better.
+
+    Raises:
+        EngineError: the two hold different kinds of memory.
+    """
+    if own.memory != peer.memory:
+        raise EngineError(
+            NAME, "connect", f"the seed holds {peer.memory} memory, this process {own.memory}", side="receiver"
+        )
+    if own.boot != peer.boot or not own.boot:
+        if own.rdma and peer.rdma:
+            return Lane.RDMA, ""
+        whose = "this machine" if not own.rdma else "the seed's machine"
+        return Lane.EMULATED, f"the seed is on another machine and {whose} has no RDMA device"
+    why = _no_attach(own, peer)
+    if not why:
+        return (Lane.CUDA if own.memory == "VRAM" else Lane.CMA), ""
+    return Lane.EMULATED, why
+
+
+def _no_attach(own: Endpoint, peer: Endpoint) -> str:
+    """Why this process cannot read the peer's memory on one machine; empty where it can."""
+    if own.pid_namespace != peer.pid_namespace or not own.pid_namespace:
+        return "the seed is in another pid namespace (another container)"
+    if own.uid != peer.uid:
+        return f"the seed runs as another user (uid {peer.uid}, this process {own.uid})"
+    seen = ctypes.create_string_buffer(IDENTITY_NBYTES)
+    try:
+        read_process(peer.pid, ctypes.addressof(seen), peer.identity_at, IDENTITY_NBYTES)
+    except ProcessLookupError as error:
+        raise EngineError(
+            NAME, "connect", f"the seed's process {peer.pid} is gone", retry_elsewhere=True, side="seed"
+        ) from error
+    except OSError as error:
+        return f"the seed's memory cannot be attached ({error.strerror})"
+    if seen.raw != peer.identity:
+        raise EngineError(
+            NAME, "connect", f"the seed in process {peer.pid} has closed", retry_elsewhere=True, side="seed"
+        )
+    return ""

@@ -1,0 +1,1 @@
+"""YuanRong TransferEngine, for Ascend NPUs."""

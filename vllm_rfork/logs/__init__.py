@@ -1,0 +1,1 @@
+"""Logging of workers, and text from outside made safe for logs."""

@@ -1,0 +1,1 @@
+"""The tensor manifest and what it carries: plain data, no torch."""

@@ -1,0 +1,91 @@
+"""The facts behind a fingerprint as short texts, and what differs between two workers' facts, in words.
+
+A fingerprint says that two workers differ, not in what. So a seed serves its facts, and a receiver that finds only
+seeds with other fingerprints under its key compares them with its own and logs the difference. Nothing is decided by
+these texts: long values are cut, and only the fingerprint counts. Must not import torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vllm_rfork.logs.quoting import printable
+
+#: Facts of one worker; a configuration that holds more is told in coarser parts.
+MAX_FACTS = 2_000
+#: Characters of one value and of one name; a longer value ends in a digest, so that differences still show.
+MAX_VALUE = 120
+MAX_NAME = 160
+#: Differences that one line names.
+SHOWN = 10
+ABSENT = "not set"
+#: Values of such names are told by a digest: options and variables may hold what is nobody's business.
+_PRIVATE = re.compile(r"(?:token|secret|passwo?r?d|credentials?|api_?key)(?:\Z|\"\s*:)", re.IGNORECASE)
+
+
+def short_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """``facts`` (nested plain data) as path → short text: ``{"options.model.dtype": "bfloat16", ...}``.
+
+    At most :data:`MAX_FACTS` entries. Lists are one value each.
+    """
+    for depth in (8, 3, 2, 1):
+        short = {printable(path, MAX_NAME): _short(path, value) for path, value in _leaves("", facts, depth)}
+        if len(short) <= MAX_FACTS:
+            return short
+    return dict(list(short.items())[:MAX_FACTS])
+
+
+def _leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value and depth:
+        for name in sorted(value, key=str):
+            yield from _leaves(f"{path}.{name}" if path else str(name), value[name], depth - 1)
+    else:
+        yield path, value
+
+
+def _short(path: str, value: Any) -> str:
+    # A dtype is "torch.bfloat16" in a configuration; people call it bfloat16.
+    text = value.removeprefix("torch.") if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    if _PRIVATE.search(path) or (not isinstance(value, str) and _PRIVATE.search(text)):
+        return f"#{digest}"
+    if len(text) > MAX_VALUE:
+        return f"{printable(text[: MAX_VALUE - 20], MAX_VALUE)}… #{digest}"
+    return printable(text, MAX_VALUE)
+
+
+def differences(own: Mapping[str, str], others: Sequence[tuple[Mapping[str, str], int]]) -> list[str]:
+    """What tells ``own`` facts from ``others``, as texts such as ``dtype: bfloat16 here, float16 on 3 seeds``.
+
+    Args:
+        others: the facts of seeds with one fingerprint each, and how many seeds have it.
+
+    A fact is named by the last part of its path where that is enough to tell it from the other differing ones.
+    """
+    paths = [
+        path
+        for path in dict.fromkeys([*own, *(path for facts, _ in others for path in facts)])
+        if any(facts.get(path, ABSENT) != own.get(path, ABSENT) for facts, _ in others)
+    ]
+    ends = [path.rpartition(".")[2] for path in paths]
+    texts = []
+    for path, end in zip(paths, ends, strict=True):
+        here = own.get(path, ABSENT)
+        seeds: dict[str, int] = {}
+        for facts, count in others:
+            there = facts.get(path, ABSENT)
+            if there != here:
+                seeds[there] = seeds.get(there, 0) + count
+        elsewhere = ", ".join(f"{value} on {count} seed{'' if count == 1 else 's'}" for value, count in seeds.items())
+        texts.append(f"{end if ends.count(end) == 1 else path}: {here} here, {elsewhere}")
+    return texts
+
+
+def described(texts: Sequence[str]) -> str:
+    """``texts`` in one line; the first :data:`SHOWN` of them."""
+    more = len(texts) - SHOWN
+    return "; ".join(texts[:SHOWN]) + (f"; and {more} more" if more > 0 else "")

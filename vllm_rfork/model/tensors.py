@@ -1,0 +1,288 @@
+"""A model's tensors as regions, spans and entries: what a seed offers and what a receiver fills.
+
+:func:`collect` looks at a model at one moment and keeps the memory it saw alive, by reference, so that the spans
+stay valid when vLLM replaces parameters later. It decides what can be vouched for: whatever it cannot account for
+is an error, never left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from vllm_rfork.devices.allocator_blocks import merge_into_blocks
+from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.devices.registry import device_side
+from vllm_rfork.errors import ForkError, VerificationError
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
+from vllm_rfork.model.traversal import Leaf, Opaque, walk
+
+#: A tensor off the engine's device travels inside the manifest up to this size, in bytes: scales and index tables.
+MAX_INLINE_NBYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class LocalSpan:
+    """One span of this process: ``data`` is a 1-D uint8 tensor over exactly its bytes and keeps them alive."""
+
+    address: int
+    nbytes: int
+    data: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What :func:`collect` found.
+
+    ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
+    maps the names of inline tensors to the tensors; ``opaque`` names native objects whose memory cannot be seen;
+    ``integers`` are the tensors that may be tables of addresses.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    spans: tuple[LocalSpan, ...]
+    regions: tuple[Region, ...]
+    span_regions: tuple[int, ...]
+    inline: dict[str, torch.Tensor] = field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
+    integers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all spans."""
+        return sum(span.nbytes for span in self.spans)
+
+    def manifest(self, *, digests: Iterable[str] | None = None, **identity: Any) -> Manifest:
+        """The collection as plain data; ``identity`` gives the manifest's other fields."""
+        given = [""] * len(self.spans) if digests is None else list(digests)
+        return Manifest(
+            regions=self.regions,
+            spans=tuple(
+                Span(region, span.address, span.nbytes, digest)
+                for span, region, digest in zip(self.spans, self.span_regions, given, strict=True)
+            ),
+            tensors=self.entries,
+            **identity,
+        )
+
+
+def collect(model: nn.Module, device: torch.device) -> Collection:
+    """Account for every tensor of ``model`` as it stands.
+
+    Args:
+        model: a vLLM model, before or after post-processing.
+        device: where the engine reads and writes; small tensors elsewhere become inline entries.
+
+    Raises:
+        ForkError: a tensor has no memory yet, no plain strided memory, or a lot of memory on another device.
+    """
+    return account(walk(model), device)
+
+
+def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
+    """As :func:`collect`, for the leaves of a walk."""
+    leaves = list(leaves)
+    found = [leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor)]
+    opaque = tuple(f"{leaf.name} ({leaf.value.kind})" for leaf in leaves if isinstance(leaf.value, Opaque))
+    on_device: list[tuple[str, torch.Tensor]] = []
+    inline: dict[str, torch.Tensor] = {}
+    for leaf in found:
+        tensor = _plain(leaf)
+        if tensor.numel() == 0:
+            continue
+        if tensor.device.type == device.type:
+            on_device.append((leaf.name, tensor))
+        elif tensor.numel() * tensor.element_size() <= MAX_INLINE_NBYTES:
+            inline[leaf.name] = tensor
+        else:
+            raise ForkError(
+                f"tensor {leaf.name} has {tensor.numel() * tensor.element_size()} bytes on {tensor.device}, where the "
+                f"engine for {device} cannot reach them (offloaded weights cannot be forked)"
+            )
+    side = device_side(device)
+    spans, span_of = _spans(on_device, side)
+    regions, span_regions = _regions(spans, side)
+    groups = _inline_groups(inline)
+    entries = tuple(_entry(leaf, spans, span_of, inline, groups, side=side) for leaf in found)
+    integers = {name: tensor for name, tensor in (*on_device, *inline.items()) if _may_be_addresses(tensor)}
+    return Collection(entries, spans, regions, span_regions, inline, opaque, integers)
+
+
+def names_in(collection: Collection, spans: Iterable[int]) -> str:
+    """The first tensors that lie in ``spans``, for a message."""
+    wanted = set(spans)
+    return ", ".join([entry.name for entry in collection.entries if entry.span in wanted][:5])
+
+
+def apply_inline(collection: Collection, manifest: Manifest) -> None:
+    """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes and who shares memory.
+
+    Raises:
+        ForkError: bytes are missing or of the wrong length.
+    """
+    for entry in manifest.tensors:
+        target = collection.inline.get(entry.name)
+        if target is None:
+            continue
+        nbytes = target.numel() * target.element_size()
+        if entry.inline is None or len(entry.inline) != nbytes:
+            raise ForkError(f"the seed sent no usable bytes for tensor {entry.name}", mutated=True)
+        source = torch.frombuffer(bytearray(entry.inline), dtype=torch.uint8).view(target.dtype).view(target.shape)
+        target.copy_(source)
+
+
+def check_inline(collection: Collection, manifest: Manifest) -> None:
+    """Prove that inline tensors hold the seed's bytes when all else has been done to the model.
+
+    Raises:
+        VerificationError: names those that do not.
+    """
+    sent = {entry.name: entry.inline for entry in manifest.tensors}
+    if wrong := [name for name, tensor in collection.inline.items() if _raw(tensor) != sent.get(name)]:
+        raise VerificationError(f"{len(wrong)} small tensors have not the seed's bytes: {', '.join(wrong[:5])}")
+
+
+def with_inline(collection: Collection, manifest: Manifest) -> Collection:
+    """``collection`` with the inline bytes that ``manifest`` has in place of those that were there when it was made."""
+    sent = {entry.name: entry.inline for entry in manifest.tensors}
+    entries = tuple(
+        msgspec.structs.replace(entry, inline=sent.get(entry.name)) if entry.name in collection.inline else entry
+        for entry in collection.entries
+    )
+    return dataclasses.replace(collection, entries=entries)
+
+
+def _plain(leaf: Leaf) -> torch.Tensor:
+    """The leaf's tensor without its subclass, sharing memory.
+
+    A parameter's ``data`` is bound now: when vLLM later points the parameter elsewhere, this still holds what was
+    there before.
+    """
+    tensor: torch.Tensor = leaf.value
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ForkError(f"tensor {leaf.name} has no shape yet (its format decides while loading)")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ForkError(f"tensor {leaf.name} is {tensor.layout}, not plain strided memory")
+    if tensor.is_meta:
+        raise ForkError(f"tensor {leaf.name} has no memory yet (meta device: online quantization or deferred loading)")
+    plain = tensor.detach().as_subclass(torch.Tensor)
+    if plain.is_conj() or plain.is_neg():
+        raise ForkError(f"tensor {leaf.name} is a lazy conjugate or negative view")
+    return plain
+
+
+def _may_be_addresses(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.uint64)
+
+
+def _spans(tensors: list[tuple[str, torch.Tensor]], side: DeviceSide) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
+    """Merge overlapping tensors into spans, numbered in the order in which the walk first meets them."""
+    spans: list[LocalSpan] = []
+    span_of: dict[str, int] = {}
+    for index, (start, end, members) in enumerate(_overlapping([side.extent(tensor) for _, tensor in tensors])):
+        data = _bytes_of([tensors[number] for number in members], start, end, side)
+        spans.append(LocalSpan(start, end - start, data))
+        span_of.update({tensors[number][0]: index for number in members})
+    return tuple(spans), span_of
+
+
+def _inline_groups(inline: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Inline tensor → the number of the overlapping ones it is among, and its offset there in bytes."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in inline.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    groups: dict[str, tuple[int, int]] = {}
+    count = 0
+    for device, names in by_device.items():
+        side = device_side(device)
+        for start, _, members in _overlapping([side.extent(inline[name]) for name in names]):
+            for number in members:
+                groups[names[number]] = count, inline[names[number]].data_ptr() - start
+            count += 1
+    return groups
+
+
+def _overlapping(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
+    """Start, end and members of each group of extents that overlap, in the order of the groups' first members."""
+    groups: list[tuple[int, int, list[int]]] = []
+    for (start, end), number in sorted((extent, number) for number, extent in enumerate(extents)):
+        if groups and start < groups[-1][1]:
+            before, until, members = groups[-1]
+            groups[-1] = (before, max(until, end), [*members, number])
+        else:
+            groups.append((start, end, [number]))
+    return sorted(groups, key=lambda group: min(group[2]))
+
+
+def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int, side: DeviceSide) -> torch.Tensor:
+    for _, tensor in members:
+        storage = tensor.untyped_storage()
+        base = storage.data_ptr()
+        if base <= start and end <= base + storage.nbytes():
+            return side.bytes_of(tensor, start, end)
+    raise ForkError("tensors " + ", ".join(name for name, _ in members) + " overlap without sharing one storage")
+
+
+def _regions(spans: tuple[LocalSpan, ...], side: DeviceSide) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+    """Few regions for many spans: registering is paid per region.
+
+    Where an allocator keeps blocks, spans that lie close together in one; elsewhere those of one storage.
+    """
+    regions, span_regions = _of_storages(spans)
+    blocks = side.blocks() if regions else []
+    if not blocks:
+        return regions, span_regions
+    merged, index = merge_into_blocks(regions, blocks, alignment=side.alignment())
+    return merged, tuple(index[region] for region in span_regions)
+
+
+def _of_storages(spans: tuple[LocalSpan, ...]) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+    """One region per storage, from its first to its last span."""
+    bounds: dict[int, tuple[int, int]] = {}
+    for span in spans:
+        base = span.data.untyped_storage().data_ptr()
+        low, high = bounds.get(base, (span.address, span.address + span.nbytes))
+        bounds[base] = min(low, span.address), max(high, span.address + span.nbytes)
+    order = {base: number for number, base in enumerate(bounds)}
+    regions = tuple(Region(low, high - low) for low, high in bounds.values())
+    for before, after in itertools.pairwise(sorted(regions, key=lambda region: region.address)):
+        if before.address + before.nbytes > after.address:
+            raise ForkError("two storages of the model overlap in memory")
+    return regions, tuple(order[span.data.untyped_storage().data_ptr()] for span in spans)
+
+
+def _entry(
+    leaf: Leaf,
+    spans: tuple[LocalSpan, ...],
+    span_of: dict[str, int],
+    inline: dict[str, torch.Tensor],
+    groups: dict[str, tuple[int, int]],
+    *,
+    side: DeviceSide,
+) -> TensorEntry:
+    tensor: torch.Tensor = leaf.value
+    name = leaf.name
+    number = span_of.get(name, -1)
+    group, within = groups.get(name, (None, 0))
+    return TensorEntry(
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        span=number,
+        offset=tensor.data_ptr() - spans[number].address if number != -1 else within,
+        format=side.private_format(tensor.detach()) if number != -1 else 0,
+        inline=_raw(inline[name]) if name in inline else None,
+        inline_group=group,
+    )
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).tolist())

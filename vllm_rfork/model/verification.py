@@ -1,0 +1,177 @@
+"""Comparing what a fork reads with the seed's digests, while the rest is still on its way.
+
+A copy engine moves bytes at the speed of a link, a digest reads them at the speed of memory: beside each other, the
+digests cost a fork little more than those of its last batch. Which digests are right is known only from
+:meth:`ArrivalCheck.finish`, after the seed has vouched for its epoch once more.
+"""
+
+from __future__ import annotations
+
+import bisect
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.errors import ForkError, VerificationError
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.model import digest
+from vllm_rfork.model.tensors import Collection, names_in
+from vllm_rfork.threads.native import native_thread
+
+logger = worker_logger(__name__)
+
+#: ``rfork_verify=sample`` looks at every so-many-th span.
+SAMPLE_EVERY = 8
+#: How long to wait, in seconds, for digests that nobody needs any more: at most those of a few batches.
+CLOSE_S = 5.0
+
+
+def spans_to_check(collection: Collection, how: str) -> list[int]:
+    """Numbers of the spans that ``rfork_verify`` asks to compare: ``full``, ``sample`` or ``off``."""
+    every = {"full": 1, "sample": SAMPLE_EVERY}
+    return list(range(0, len(collection.spans), every[how])) if how in every else []
+
+
+def get_ready(side: DeviceSide) -> threading.Thread:
+    """Have the device load the digests' kernels in the background; returns the thread that waits for it.
+
+    A first use takes a GPU some 25 ms, which is nothing while a model is built and much beside a read.
+    """
+
+    def digest_something() -> None:
+        try:
+            side.use()
+            nbytes = digest.ROWS * digest.COLUMNS * 8 + 1  # a whole block, and a rest
+            digest.digest(torch.zeros(nbytes, dtype=torch.uint8, device=side.device))
+        except Exception as error:  # noqa: BLE001 - whoever needs a digest later finds out, and says so
+            logger.debug("%s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
+
+    thread = native_thread(digest_something, "rfork-verify-ready")
+    thread.start()
+    return thread
+
+
+class ArrivalCheck:
+    """Digests of one attempt's spans; see the module's docstring.
+
+    Args:
+        numbers: of the spans that are compared.
+        side: the device's. Where it copies by itself, a span's digest is queued as soon as all its bytes are there, on
+            a thread of its own. A processor has the same cores for both, and digests at the end.
+        timeout_s: how long :meth:`finish` waits for that thread: a device may hang.
+    """
+
+    def __init__(self, collection: Collection, numbers: Sequence[int], side: DeviceSide, timeout_s: float) -> None:
+        self.collection = collection
+        self._side = side
+        self._timeout_s = timeout_s
+        self.numbers = numbers
+        self._found: dict[int, str] = {}
+        self._failures: list[BaseException] = []
+        self._batches: queue.SimpleQueue[Sequence[Segment] | None] = queue.SimpleQueue()
+        self._given_up = False
+        self._thread: threading.Thread | None = None
+
+    def arrived(self, segments: Sequence[Segment]) -> None:
+        """Take note of bytes that are there; returns at once."""
+        if not self._side.copies_by_itself or not self.numbers:
+            return
+        if self._thread is None:
+            self._thread = native_thread(self._run, "rfork-verify")
+            self._thread.start()
+        self._batches.put(segments)
+
+    def finish(self, expected: Mapping[int, str], timeout_s: float | None = None) -> None:
+        """Compare; ``expected`` has a digest for each number, or the seed never vouched for that memory.
+
+        Args:
+            timeout_s: how long to wait for digests of what has arrived, where that is less than this object's bound.
+
+        Raises:
+            VerificationError: bytes are not the seed's.
+            ForkError: digests could not be taken, or not in time.
+        """
+        if unknown := [number for number in self.numbers if not expected.get(number)]:
+            raise VerificationError(f"the seed has no digests of {names_in(self.collection, unknown)}")
+        if self._thread is None:
+            self._found = dict(
+                zip(
+                    self.numbers,
+                    digest.digests(self.collection.spans[number].data for number in self.numbers),
+                    strict=True,
+                )
+            )
+        else:
+            self._batches.put(None)
+            bound_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
+            self._thread.join(bound_s)
+            if self._thread.is_alive():
+                text = f"{self._side.text} has not finished its digests after {bound_s:g} s"
+                raise ForkError(text, mutated=True)
+            for failure in self._failures:
+                # It is this device's fault, and another seed would meet it again.
+                text = f"no digests: {type(failure).__name__}: {failure}"
+                raise ForkError(text, mutated=True) from failure
+        wrong = digest.differing(self._found, {number: expected[number] for number in self.numbers})
+        if wrong:
+            raise VerificationError(
+                f"the bytes of {len(wrong)} of {len(self.numbers)} tensors are not the seed's: "
+                f"{names_in(self.collection, wrong)}"
+            )
+
+    def close(self) -> None:
+        """Let go of the spans: take no more digests, and wait for the ones that are being taken. Idempotent."""
+        self._given_up = True
+        if self._thread is not None:
+            self._batches.put(None)
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                logger.warning("digests on %s do not end; their memory stays allocated", self._side.text)
+
+    def _run(self) -> None:
+        try:
+            self._side.use()
+            self._digest_arrivals()
+        except BaseException as error:  # noqa: BLE001 - it is raised again on the thread that waits
+            self._failures.append(error)
+
+    def _digest_arrivals(self) -> None:
+        spans = self.collection.spans
+        by_address = sorted((spans[number].address, number) for number in self.numbers)
+        starts = [address for address, _ in by_address]
+        missing = {number: spans[number].nbytes for number in self.numbers}
+        digester, order = digest.Digester(), []
+        started, busy_s = time.perf_counter(), 0.0
+        while (batch := self._batches.get()) is not None and not self._given_up:
+            began = time.perf_counter()
+            for segment in batch:
+                place = bisect.bisect_right(starts, segment.local) - 1
+                if place < 0:
+                    continue
+                number = by_address[place][1]
+                if segment.local >= spans[number].address + spans[number].nbytes:
+                    continue  # of a span that is not compared
+                missing[number] -= segment.nbytes
+                if not missing[number]:
+                    digester.add(spans[number].data)
+                    order.append(number)
+            busy_s += time.perf_counter() - began
+        if self._given_up:
+            return
+        # What is not read is compared all the same: another model's use of it must not have changed it.
+        for number in sorted(missing):
+            if missing[number]:
+                digester.add(spans[number].data)
+                order.append(number)
+        self._found = dict(zip(order, digester.finish(), strict=True))
+        logger.debug(
+            "digests of %d spans in %.3f s beside the read, %.3f s of them to queue them",
+            len(order),
+            time.perf_counter() - started,
+            busy_s,
+        )

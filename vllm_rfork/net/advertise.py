@@ -1,0 +1,151 @@
+"""The address under which other machines reach this worker. Must not announce it, nor import torch or vLLM."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ipaddress
+import os
+import socket
+import threading
+import time
+import urllib.parse
+from typing import Any
+
+from vllm_rfork.config import Settings
+from vllm_rfork.errors import ConfigError
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.messages import BadMessage, canonical_host
+
+logger = worker_logger(__name__)
+
+
+#: All attempts to connect to the planner together, in seconds. A planner that takes longer is looked for by its route.
+_CONNECT_TIMEOUT_S = 1.0
+#: ``rfork_seed_bind_host``'s default.
+_EVERY_IPV4 = "0.0.0.0"  # noqa: S104
+_EVERY_ADDRESS = "::"
+
+
+def advertise_host(settings: Settings) -> str:
+    """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or where the planner is reached from.
+
+    The last is the local address of a connection to the planner; where nobody listens there yet, that of the route.
+    Empty where there is none of them, or only a loopback address for a planner that is elsewhere: announced to
+    others, that would send them to themselves.
+
+    Raises:
+        ConfigError: ``rfork_seed_advertise_host`` is ``0.0.0.0`` or ``::``.
+        TimeoutError: the planner's name could not be looked up within ``rfork_request_timeout_sec``.
+    """
+    parts = urllib.parse.urlsplit(settings.rfork_scheduler_url)
+    planner = parts.hostname or ""
+    if host := settings.rfork_seed_advertise_host:
+        if is_unspecified(host):
+            problem = f"is {host}, which no other machine can connect to"
+            raise ConfigError("rfork_seed_advertise_host", problem, "an address or name of this host, or nothing")
+        if is_loopback(host) and not is_loopback(planner):
+            logger.warning(
+                "rfork_seed_advertise_host is %s: no other machine can fork from this worker under that", host
+            )
+        return host
+    if host := os.environ.get("VLLM_HOST_IP", "").strip():
+        unspecified = is_unspecified(host)
+        if not unspecified and not is_loopback(host):
+            return host
+        if unspecified or not is_loopback(planner):
+            logger.warning(
+                "VLLM_HOST_IP is %s, which no other machine can connect to: it is not announced. Set it, or "
+                "rfork_seed_advertise_host, to an address of this host that other workers reach",
+                host,
+            )
+    default_port = 443 if parts.scheme == "https" else 80
+    try:
+        found = _look_up(planner, parts.port or default_port, settings.rfork_request_timeout_sec)
+        return _connected_from(found) or _routed_from(found[0])
+    except TimeoutError:
+        raise
+    except OSError as error:
+        logger.warning("There is no route to the planner at %s: %s", planner, error)
+        return ""
+
+
+def listen_host(bind_host: str, advertised: str) -> str:
+    """Where a service listens that is announced as ``advertised``: ``bind_host``, in a family that peers can reach.
+
+    ``0.0.0.0``, the default, is every address; for an announced IPv6 address that includes IPv6.
+    """
+    return _EVERY_ADDRESS if bind_host == _EVERY_IPV4 and ":" in advertised else bind_host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, an address or ``localhost``, is this machine's own, by its spelling alone."""
+    address = _address(host)
+    return host.lower().rstrip(".") == "localhost" if address is None else address.is_loopback
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether ``host`` is ``0.0.0.0``, ``::`` or another spelling of them."""
+    address = _address(host)
+    return address is not None and address.is_unspecified
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """``host`` as an address; None for a name."""
+    try:
+        address = ipaddress.ip_address(canonical_host(host))
+    except BadMessage:
+        return ipaddress.IPv4Address(0)  # not an address of one host
+    except ValueError:
+        return None
+    return address
+
+
+def _connected_from(addresses: list[Any]) -> str:
+    """The local address of the first connection that the planner accepts; empty where it accepts none in time."""
+    deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+    for number, (family, kind, _, _, address) in enumerate(addresses):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            break
+        try:
+            with socket.socket(family, kind) as connection:
+                connection.settimeout(left_s / (len(addresses) - number))
+                connection.connect(address)
+                return str(connection.getsockname()[0])
+        except OSError as error:
+            logger.debug("The planner cannot be reached at %s: %s", address[0], error)
+    return ""
+
+
+def _routed_from(found: Any) -> str:
+    """The local address of the route to ``found``. Raises OSError where there is none."""
+    family, _, _, _, address = found
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # a datagram socket: finds the route, sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _look_up(host: str, port: int, timeout_s: float) -> Any:
+    """The addresses of ``host`` for streams, as ``getaddrinfo`` lists them.
+
+    The lookup blocks as long as the resolver likes, so a thread does it.
+
+    Raises:
+        TimeoutError: no answer within ``timeout_s`` seconds.
+        OSError: there is no such name.
+    """
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def look_up() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answer.set_exception(OSError(str(error)))
+
+    threading.Thread(target=look_up, name="rfork-lookup", daemon=True).start()
+    try:
+        return answer.result(timeout_s)
+    except concurrent.futures.TimeoutError as error:
+        raise TimeoutError(
+            f"the planner's host {host} was not found within {timeout_s:g} s (rfork_request_timeout_sec)"
+        ) from error

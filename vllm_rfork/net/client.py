@@ -1,0 +1,250 @@
+"""One HTTP exchange, bounded in time and in bytes, with every foreign error translated.
+
+The other side may be anything: a planner behind a proxy, a half-open socket, a process that is no planner at all.
+So nothing is followed (redirects), unpacked (content encodings) or kept (connections, cookies), and only
+:class:`~vllm_rfork.errors.ForkError` leaves this module. Connections are not reused: calls are minutes apart, and
+a beat lost to a connection that the other side had just closed would cost more than a handshake.
+
+Must not know any path or header of the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import re
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from aiohttp.http import HttpProcessingError
+from multidict import CIMultiDictProxy
+
+from vllm_rfork.errors import ForkError
+from vllm_rfork.net.credentials import Credentials
+from vllm_rfork.net.long_lived import long_lived_socket
+from vllm_rfork.net.tls_errors import advice, ssl_error
+from vllm_rfork.net.within import within
+
+#: What a message quotes of the other side's text, in characters.
+MAX_QUOTED_LENGTH = 200
+#: The text of a refusal explains, the status decides: wait no longer than this for the text.
+_TEXT_TIMEOUT_S = 1.0
+_MAX_TEXT_NBYTES = 4096
+
+#: All that aiohttp and the socket below it raise; ValueError for addresses and header values it cannot send.
+_FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
+#: aiohttp says with which SSL setting it could not connect: an object's address, which helps nobody.
+_SSL_SETTING = re.compile(r" ssl:(<[^>]*>|\w+)")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. ``body`` is whole for a 200 whose body was asked for, else the beginning of a text."""
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as one printable line, shortened, for use in a message."""
+        words = "".join(c if c.isprintable() else " " for c in self.body.decode("utf-8", "replace")).split()
+        line = " ".join(words)
+        return line if len(line) <= MAX_QUOTED_LENGTH else line[: MAX_QUOTED_LENGTH - 1] + "…"
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}" + (f" ({self.text})" if self.body else "")
+
+
+@dataclass(frozen=True)
+class BoundedHttp:
+    """Makes exchanges with one kind of service.
+
+    Args:
+        service: what messages call the other side, such as ``planner``.
+        error: makes the error that a failed exchange raises.
+        credentials: its token is sent as ``Authorization: Bearer`` and is never part of a message; its TLS is for
+            ``https`` addresses.
+    """
+
+    service: str
+    error: Callable[[str], ForkError]
+    credentials: Credentials = field(default_factory=Credentials)
+
+    async def exchange(
+        self,
+        method: str,
+        url: str,
+        *,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+        max_body_nbytes: int = 0,
+        certified_name: str = "",
+        connect_timeout_s: float | None = None,
+    ) -> Answer:
+        """Send one request and return its answer, whatever the status.
+
+        The body of a 200 is read only up to ``max_body_nbytes``, and not at all where that is 0: such an answer
+        lies in its status and headers. Of any other answer the beginning of the text is taken along.
+        ``certified_name``, of an ``https`` address, is what the other side's certificate must hold in place of its
+        host. ``connect_timeout_s`` is for a request whose answer may take long: it bounds name resolution and
+        connecting, the kernel checks that the other host is there, and a forked child closes the connection, which
+        would else outlive this process.
+
+        Raises:
+            ForkError: made by ``error``; no answer within ``timeout_s`` seconds, no connection, an answer that is
+                not HTTP, a body larger than ``max_body_nbytes`` or one that broke off.
+        """
+        what = f"{self.service} {without_credentials(url)}: {method}"
+        sent = {"Accept-Encoding": "identity", "Connection": "close", **(headers or {})}
+        if token := self.credentials.token:
+            sent["Authorization"] = f"Bearer {token}"
+        deadline = time.monotonic() + timeout_s
+        exchange = self._exchange(
+            method,
+            url,
+            sent,
+            params,
+            what=what,
+            max_body_nbytes=max_body_nbytes,
+            deadline=deadline,
+            certified_name=certified_name,
+            connect_timeout_s=connect_timeout_s,
+        )
+        try:
+            # One clock for name resolution, connecting, headers and body; aiohttp's own timeouts are off.
+            return await within(exchange, timeout_s)
+        except asyncio.TimeoutError as error:
+            if isinstance(error, aiohttp.ClientError):  # aiohttp's own bound, for connecting alone
+                raise self.error(f"{what} could not connect within {connect_timeout_s or timeout_s:.3g} s") from error
+            raise self.error(f"{what} got no answer within {timeout_s:.3g} s") from error
+        except _FOREIGN as error:
+            # Some of aiohttp's errors quote the address, user and password included.
+            reason = type(error).__name__ if "@" in url else _reason(error)
+            clause = advice(
+                error,
+                tls=url.lower().startswith("https:"),
+                shows_certificate=bool(self.credentials.options.cert_file),
+                service=self.service,
+            )
+            raise self.error(f"{what} failed: {reason}{clause}{_limit_of_files(error)}") from error
+
+    async def _exchange(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        params: Mapping[str, str] | None,
+        *,
+        what: str,
+        max_body_nbytes: int,
+        deadline: float,
+        certified_name: str,
+        connect_timeout_s: float | None,
+    ) -> Answer:
+        session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_connect=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            connector=_OneConnection(socket_factory=None if connect_timeout_s is None else long_lived_socket),
+        )
+        context = self.credentials.client_context()
+        async with (
+            session,
+            session.request(
+                method,
+                url,
+                headers=headers,
+                params=params,
+                allow_redirects=False,
+                ssl=True if context is None else context,
+                server_hostname=certified_name or None,
+            ) as response,
+        ):
+            body = bytearray()
+            if response.status != 200:
+                # A refusal's text that stalls or breaks off must not hide the refusal.
+                left_s = deadline - time.monotonic()
+                with contextlib.suppress(asyncio.TimeoutError, *_FOREIGN):
+                    await within(_read(response, body, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
+                del body[_MAX_TEXT_NBYTES:]
+            elif max_body_nbytes:
+                await _read(response, body, max_body_nbytes)
+                if len(body) > max_body_nbytes:
+                    raise self.error(f"{what} answered with more than {max_body_nbytes} bytes")
+            response.close()  # drops an unread rest together with the connection
+            return Answer(response.status, response.headers, bytes(body))
+
+
+class _OneConnection(aiohttp.TCPConnector):
+    """Connects once. aiohttp repeats a GET whose connection breaks: a repeated ``get_seed`` takes a second lease."""
+
+    _connected = False
+
+    async def connect(self, *args: Any, **kwargs: Any) -> Any:
+        if self._connected:
+            raise aiohttp.ServerDisconnectedError("the connection broke off")
+        self._connected = True
+        return await super().connect(*args, **kwargs)
+
+
+async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: int) -> None:
+    """Append to ``body`` until it is complete or has passed ``max_nbytes``."""
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > max_nbytes:
+            return
+
+
+def _limit_of_files(error: BaseException) -> str:
+    """The limit that an exchange ran into for want of a descriptor; empty where it did not."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return f"; this process may have {soft} open files (RLIMIT_NOFILE, ulimit -n): raise that limit"
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, with its class where it says nothing itself."""
+    text = " ".join(_SSL_SETTING.sub("", str(error)).split())
+    name = type(error).__name__
+    return f"{name}: {text[:MAX_QUOTED_LENGTH]}" if text else name
+
+
+def went_away(error: ForkError) -> bool:
+    """Whether an exchange failed because nobody was there, or the connection broke off: soon it may work."""
+    cause = error.__cause__
+    return isinstance(cause, (aiohttp.ClientConnectionError, OSError)) and ssl_error(cause) is None
+
+
+def broke_off(error: ForkError) -> bool:
+    """Whether the connection of an exchange broke after the request was sent: nobody can tell what became of it."""
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.ClientConnectorError):
+        return False
+    return isinstance(cause, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError))
+
+
+def was_sent(error: ForkError) -> bool:
+    """Whether the request of a failed exchange may have arrived: one that found no connection has not."""
+    cause = error.__cause__
+    if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)):
+        return False
+    return isinstance(cause, (aiohttp.ClientError, HttpProcessingError, OSError, asyncio.TimeoutError))
+
+
+def without_credentials(url: str) -> str:
+    """``url`` without user, password and query."""
+    scheme, separator, rest = url.partition("://")
+    rest = rest.partition("?")[0]
+    authority, slash, path = rest.partition("/")
+    return scheme + separator + authority.rpartition("@")[2] + slash + path

@@ -1,0 +1,179 @@
+"""What this worker shows to planner and seeds, and what it asks of those who call it: bearer token and TLS.
+
+Files are looked at again when somebody asks, at most once a second, so that a secret which an orchestrator rotates is
+used without a restart; a file that cannot be used leaves the earlier content in place. Nothing here logs or raises a
+text that holds a token or a key. Must not know any path or header of the protocol, nor how requests are sent.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vllm_rfork.config import Settings
+from vllm_rfork.errors import ConfigError
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.net import bearer
+from vllm_rfork.net.reloaded import Reloaded
+
+logger = worker_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of the same names, without their prefix; see ``config.py``."""
+
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    seed_tls: str = "off"
+    seed_name: str = ""
+    client_ca_file: str = ""
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether anything but the system's trust is wanted of a client."""
+        return bool(self.ca_file or self.cert_file)
+
+    @property
+    def tls_files(self) -> tuple[str, ...]:
+        """What a client's side of TLS is made from."""
+        return tuple(filter(None, (self.ca_file, self.cert_file, self.key_file)))
+
+
+class Credentials:
+    """Token and TLS of one worker; safe to use from several threads.
+
+    Raises:
+        ConfigError: a file that is named cannot be used; names the option.
+    """
+
+    def __init__(self, options: Options | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options = options = options or Options()
+        self._tokens = Reloaded(
+            "the token file",
+            (options.token_file,) if options.token_file else (),
+            lambda: _tokens(options),
+            logger,
+            clock=clock,
+        )
+        self._client = (
+            Reloaded("the TLS files", options.tls_files, lambda: client_context(options), logger, clock=clock)
+            if options.has_tls
+            else None
+        )
+        server_files = tuple(filter(None, (options.cert_file, options.key_file, options.client_ca_file)))
+        self._server = (
+            Reloaded("the seed service's TLS files", server_files, lambda: server_context(options), logger, clock=clock)
+            if options.seed_tls != "off" and options.cert_file
+            else None
+        )
+
+    @classmethod
+    def of(cls, settings: Settings) -> Credentials:
+        """As ``settings`` say.
+
+        Raises:
+            ConfigError: see the class.
+        """
+        return cls(
+            Options(
+                token=settings.rfork_token,
+                token_file=settings.rfork_token_file,
+                ca_file=settings.rfork_tls_ca_file,
+                cert_file=settings.rfork_tls_cert_file,
+                key_file=settings.rfork_tls_key_file,
+                seed_tls=settings.rfork_seed_tls,
+                seed_name=settings.rfork_seed_tls_name,
+                client_ca_file=settings.rfork_seed_tls_client_ca_file,
+            )
+        )
+
+    @property
+    def token(self) -> str:
+        """The token to send; empty where there is none."""
+        tokens = self._tokens.current()
+        return tokens[0] if tokens else ""
+
+    def admit(self, authorization: str) -> bool:
+        """Whether a caller with this ``Authorization`` header may come in: with any of the tokens, or none is set."""
+        return bearer.admits(self._tokens.current(), authorization)
+
+    def client_context(self) -> ssl.SSLContext | None:
+        """For https calls; None for the system's trust and no certificate of one's own."""
+        return None if self._client is None else self._client.current()
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """For the own seed service; None where it speaks http only, or there is no certificate and so no service."""
+        return None if self._server is None else self._server.current()
+
+    def needed_server_context(self) -> ssl.SSLContext:
+        """As :meth:`server_context`, for one that there is."""
+        context = self.server_context()
+        if context is None:
+            raise ValueError("the seed service has no TLS")
+        return context
+
+
+# --- what is made from files -----------------------------------------------------------------------------------------
+
+
+def _tokens(options: Options) -> tuple[str, ...]:
+    if options.token_file:
+        return bearer.read_file(options.token_file, "rfork_token_file")
+    return (options.token,) if options.token else ()
+
+
+def client_context(options: Options) -> ssl.SSLContext:
+    """TLS 1.2 and later, with the CAs and the certificate of ``options``.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    try:
+        context = ssl.create_default_context(cafile=options.ca_file or None)
+    except (OSError, ValueError) as error:
+        raise _unusable("rfork_tls_ca_file", error, "a PEM file with CA certificates") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if options.cert_file:
+        _load_certificate(context, options)
+    return context
+
+
+def server_context(options: Options) -> ssl.SSLContext:
+    """TLS 1.2 and later with the certificate of ``options``; asks callers for one where it names their CA.
+
+    A caller that shows none is let through the handshake, so that the service can tell it in words; one that shows
+    what the CA did not sign is not.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_certificate(context, options)
+    if options.client_ca_file:
+        try:
+            context.load_verify_locations(options.client_ca_file)
+        except (OSError, ValueError) as error:
+            raise _unusable("rfork_seed_tls_client_ca_file", error, "a PEM file with CA certificates") from error
+        context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, options: Options) -> None:
+    try:
+        # Without a password OpenSSL would ask the terminal for that of a key which has one.
+        context.load_cert_chain(options.cert_file, options.key_file or None, password=b"")
+    except (OSError, ValueError) as error:
+        accepts = "a PEM certificate that fits the key in rfork_tls_key_file, which has no password"
+        raise _unusable("rfork_tls_cert_file", error, accepts) from error
+
+
+def _unusable(name: str, error: Exception, accepts: str) -> ConfigError:
+    reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+    return ConfigError(name, f"cannot be used ({reason})", accepts)

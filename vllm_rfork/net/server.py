@@ -1,0 +1,188 @@
+"""An HTTP server for small GET services, bounded in connections, bytes, and time.
+
+It lives inside a worker that serves a model, so whoever connects must not be able to hold memory, descriptors or
+the event loop: one request per connection, no request bodies, a deadline for each phase of a connection, and an answer
+that is written piece by piece as the reader takes it (:mod:`vllm_rfork.net.connections`). Where it has a certificate,
+the first byte says whether a caller speaks TLS, so that one which does not is told so in words. Must not know any path
+of the protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.net import connections, descriptors, listener
+from vllm_rfork.net.connections import Connections, Limits, Phase
+from vllm_rfork.net.seldom import Seldom, SeldomFilter
+
+logger = worker_logger(__name__)
+#: aiohttp writes a traceback for every malformed request; whoever scans ports must not fill a worker's log.
+_quiet = worker_logger(__name__ + ".requests")
+_quiet.setLevel(logging.CRITICAL + 1)
+#: Tracebacks of requests that failed: one a minute of a kind.
+failure_logger = worker_logger(__name__ + ".failures")
+failure_logger.addFilter(SeldomFilter())
+
+#: Connections for each call that is answered at once: those that have not asked yet cost little.
+_OPEN_PER_ANSWER = 4
+#: Of the descriptors that a worker has to spare, its callers get at most this part.
+_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a caller may take. Times in seconds, sizes in bytes.
+
+    Attributes:
+        max_connections: requests answered at once; more get 503. Four times as many connections may be open, fewer if
+            the process is short of descriptors; the one that has waited longest makes room for a new one.
+        head_timeout_s: from connecting, and TLS, to the end of the request's head.
+        answer_timeout_s: from there to the answer, and again until its last byte is taken.
+        max_request_nbytes: all that a connection may send.
+        max_line_nbytes: the request line: a key of 2048 characters, percent-encoded, fits.
+        max_header_nbytes: one header.
+    """
+
+    max_connections: int = 64
+    head_timeout_s: float = 5.0
+    answer_timeout_s: float = 60.0
+    max_request_nbytes: int = 64 * 1024
+    max_line_nbytes: int = 32 * 1024
+    max_header_nbytes: int = 8190
+
+    def limits(self) -> Limits:
+        """The same as limits of connections, with what the process can hold."""
+        wanted = _OPEN_PER_ANSWER * self.max_connections
+        return Limits(
+            connections=descriptors.connections(wanted, kept=listener.KEPT, share=_SHARE),
+            request_nbytes=self.max_request_nbytes,
+            opening_s=self.head_timeout_s,
+            head_s=self.head_timeout_s,
+            answer_s=self.answer_timeout_s,
+            write_s=self.answer_timeout_s,
+            idle_s=self.head_timeout_s,
+        )
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer. ``still_true`` is asked before each piece of the body; once it says no, the body breaks off."""
+
+    status: int
+    body: bytes | str
+    content_type: str = "text/plain"
+    headers: tuple[tuple[str, str], ...] = ()
+    still_true: Callable[[], bool] = lambda: True
+
+
+Handler = Callable[[web.BaseRequest], Awaitable[Reply]]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How connections are encrypted.
+
+    Attributes:
+        context: asked for each connection, so that a renewed certificate is used from then on.
+        plain_too: callers that speak plain HTTP are answered as well; else they get 426.
+        wants_certificate: callers that showed none get 403. The context must ask for it and check it, and not break
+            the handshake off where there is none: that would tell the caller nothing.
+    """
+
+    context: Callable[[], ssl.SSLContext]
+    plain_too: bool = False
+    wants_certificate: bool = False
+
+
+class BoundedServer:
+    """Serves ``handler`` on one listening socket; made, started and stopped on one event loop."""
+
+    def __init__(self, handler: Handler, bounds: Bounds, tls: Tls | None = None) -> None:
+        self._handler = handler
+        self._bounds = bounds
+        self._tls = tls
+        self._seldom = Seldom(logger)
+        self._http: web.Server | None = None
+        self._listener: listener.Listener | None = None
+        #: None while the server does not listen.
+        self.connections: Connections | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen on ``host``; ``port`` 0 takes a free one. Returns the port.
+
+        Raises:
+            OSError: the name does not resolve, or the address cannot be had.
+        """
+        # One address only: listening on each that a name has would get a random port for each.
+        sockets = await listener.listen(host, port, backlog=_OPEN_PER_ANSWER * self._bounds.max_connections)
+        self._http = web.Server(
+            self._answer,
+            access_log=None,
+            logger=_quiet,
+            max_line_size=self._bounds.max_line_nbytes,
+            max_field_size=self._bounds.max_header_nbytes,
+            lingering_time=1.0,
+        )
+        tls = None if self._tls is None else connections.Tls(self._tls.context, told_apart=True)
+        self.connections = Connections(self._http, self._bounds.limits(), self._seldom, tls)
+        self._listener = listener.Listener(sockets, self.connections.accepted, self._seldom)
+        return self._listener.port
+
+    async def stop(self) -> None:
+        """Stop listening and drop every connection. Stopping twice does nothing."""
+        listening, self._listener = self._listener, None
+        http, self._http = self._http, None
+        opened, self.connections = self.connections, None
+        if listening is not None:
+            listening.close()
+        if opened is not None:
+            await opened.close()
+        if http is not None:
+            await http.shutdown(timeout=1.0)
+
+    # --- answers -------------------------------------------------------------------------------------------------
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.connections is None:
+            raise ConnectionResetError("the service has stopped")
+        return await self.connections.answer(request, self._encoded)
+
+    async def _encoded(self, request: web.BaseRequest) -> connections.Reply:
+        reply = await self._reply(request)
+        body = reply.body.encode() if isinstance(reply.body, str) else reply.body
+        headers = {**dict(reply.headers), "Content-Type": f"{reply.content_type}; charset=utf-8"}
+        return connections.Reply(reply.status, body, headers, reply.still_true, last=True)
+
+    async def _reply(self, request: web.BaseRequest) -> Reply:
+        if self._tls is not None and (refusal := _refused(self._tls, request)):
+            return refusal
+        if request.method not in ("GET", "HEAD"):
+            return Reply(405, "this service answers GET only", headers=(("Allow", "GET, HEAD"),))
+        if request.body_exists:
+            return Reply(413, "this service takes no request body")
+        if self.connections is not None:
+            answered = self.connections.count(Phase.ANSWER, Phase.WRITE)
+            if answered > self._bounds.max_connections:
+                return Reply(503, "too many callers at once; try again", headers=(("Retry-After", "1"),))
+        try:
+            return await self._handler(request)
+        except Exception:
+            failure_logger.exception("a request for %s failed", request.path[:200])
+            return Reply(500, "internal error")
+
+
+def _refused(tls: Tls, request: web.BaseRequest) -> Reply | None:
+    """What a caller is told whose connection is not as ``tls`` wants it."""
+    ssl_object = None if request.transport is None else request.transport.get_extra_info("ssl_object")
+    if ssl_object is None:
+        told = Reply(426, "this service speaks https only", headers=(("Upgrade", "TLS/1.2, HTTP/1.1"),))
+        return None if tls.plain_too else told
+    if tls.wants_certificate and not ssl_object.getpeercert(binary_form=True):
+        return Reply(403, "this service demands a client certificate (rfork_tls_cert_file)")
+    return None

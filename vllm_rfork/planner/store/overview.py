@@ -1,0 +1,182 @@
+"""What the dashboard shows, as plain JSON data: the keys that need a person first, and few of everything else.
+
+The cost grows with the number of keys and with ``limit``, never with that of seeds, leases, waiters or past forks: a
+page that many people look at must not slow the planner down. Nothing here decides anything. The form:
+
+``fleet``: the counts of ``Totals`` over all keys, and ``keys``, how many there are. ``keys``: the same by ``key``, the
+most urgent first. ``seeds``, ``leases``, ``waiting``, ``intents``, ``history``: entries as in a snapshot, of one key
+where asked for; seeds in trouble and old leases first. ``forks``: counts and rates over the forks looked back at.
+``causes``: the failures among those, by cause.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_rfork.planner.store import snapshot
+from vllm_rfork.planner.store.base import Totals
+
+if TYPE_CHECKING:
+    from vllm_rfork.planner.store.fleet import Seed, Shelf
+    from vllm_rfork.planner.store.ledger import Ledger
+
+#: Keys that are counted at once, before others have their turn.
+BATCH = 500
+#: Past forks that are counted by result and cause.
+LOOK_BACK = 1000
+#: Of one key's seeds and waiters that many are shown at least, however many keys there are.
+SHARE = 4
+#: Different causes of failure that are told apart.
+MAX_CAUSES = 20
+_FAILED = ("failed", "expired")
+
+
+class Tally:
+    """The counts of all keys, added up, and which of them come first."""
+
+    def __init__(self) -> None:
+        self.fleet = Totals()
+        self.keys = 0
+        self._levels: tuple[dict[str, Totals], ...] = ({}, {}, {}, {})
+
+    def add(self, key: str, totals: Totals) -> None:
+        """One key, which must not have been added before."""
+        self._levels[_urgency(totals)][key] = totals
+        self.keys += 1
+        self.fleet.add(totals)
+
+    def first(self, limit: int, key: str | None) -> dict[str, Totals]:
+        """The most urgent keys, each level by name; ``key`` as well where it is known."""
+        found: dict[str, Totals] = {}
+        for level in reversed(self._levels):
+            for name in heapq.nsmallest(limit - len(found), level):
+                found[name] = level[name]
+            if key is not None and key in level and key not in found:
+                found[key] = level[key]
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The keys to show, and those whose seeds, leases and waiters are shown; so many of each of these at most."""
+
+    first: dict[str, Totals]
+    chosen: list[str]
+    seeds: int
+    leases: int
+    waiting: int
+    limit: int
+
+
+def choose(tally: Tally, key: str | None, limit: int) -> Choice:
+    """Share ``limit`` out among the keys of ``tally``, or give it to ``key``."""
+    first = tally.first(limit, key)
+    chosen = list(first) if key is None else [each for each in first if each == key]
+
+    def share(keys: int) -> int:
+        return max(SHARE, limit // max(keys, 1))
+
+    return Choice(
+        first,
+        chosen,
+        share(len(chosen)),
+        share(sum(first[each].leases > 0 for each in chosen)),
+        share(sum(first[each].waiting > 0 for each in chosen)),
+        limit,
+    )
+
+
+def _urgency(totals: Totals) -> int:
+    """Receivers wait; seeds are quarantined or absent; something goes on; nothing does."""
+    if totals.waiting:
+        return 3
+    if totals.aside or totals.absent:
+        return 2
+    return 1 if totals.leases or totals.draining or totals.intents else 0
+
+
+def overview(
+    books: Ledger, history: Sequence[snapshot.PastFork], tally: Tally, *, key: str | None, limit: int
+) -> dict[str, Any]:
+    """See :meth:`vllm_rfork.planner.store.base.Store.overview`."""
+    now = books.now
+    choice = choose(tally, key, limit)
+    shelves = [shelf for name in choice.chosen if (shelf := books.shelves.get(name)) is not None]
+    seeds = (seed for shelf in shelves for seed in itertools.islice(_seeds(shelf), choice.seeds))
+    leases = (lease for shelf in shelves for lease in itertools.islice(shelf.leases.values(), choice.leases))
+    waiting = (pair for shelf in shelves for pair in enumerate(itertools.islice(shelf.line(), choice.waiting), start=1))
+    intents = ((shelf.key, each, print_) for shelf in shelves for each, print_ in shelf.intents.items())
+    forks = (snapshot.past_fork(vars(each), now) for each in itertools.islice(reversed(history), LOOK_BACK))
+    return {
+        "state": books.state_id,
+        "age_s": round(now - books.born_at, 1),
+        **_counted(tally, choice),
+        "seeds": [snapshot.seed_entry(each, now) for each in itertools.islice(seeds, limit)],
+        "leases": _oldest_first(snapshot.lease_entry(each, now) for each in itertools.islice(leases, limit)),
+        "waiting": [snapshot.waiter_entry(place, each, now) for place, each in itertools.islice(waiting, limit)],
+        "intents": [
+            {"key": name, "intent": intent, "fingerprint": print_}
+            for name, intent, print_ in itertools.islice(intents, limit)
+        ],
+        **_past(forks, key, limit),
+    }
+
+
+def _seeds(shelf: Shelf) -> Iterator[Seed]:
+    """Those in trouble first."""
+    for name in itertools.chain(shelf.aside, shelf.absent - shelf.aside, shelf.draining - shelf.aside - shelf.absent):
+        yield shelf.seeds[name]
+    for seed in shelf.seeds.values():
+        if not any(seed.name in each for each in (shelf.aside, shelf.absent, shelf.draining)):
+            yield seed
+
+
+def _oldest_first(leases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(leases, key=lambda each: -each["held_s"])
+
+
+def _counted(tally: Tally, choice: Choice) -> dict[str, Any]:
+    """``fleet`` and ``keys``."""
+    return {
+        "fleet": _rounded(tally.fleet) | {"keys": tally.keys},
+        "keys": [{"key": name} | _rounded(totals) for name, totals in choice.first.items()],
+    }
+
+
+def _rounded(totals: Totals) -> dict[str, Any]:
+    return {**vars(totals), "oldest_wait_s": round(totals.oldest_wait_s, 1)}
+
+
+def _past(forks: Iterable[dict[str, Any]], key: str | None, limit: int) -> dict[str, Any]:
+    """``history``, ``forks`` and ``causes`` of past forks, the youngest first."""
+    past = [each for each in forks if key is None or each["key"] == key]
+    results = dict.fromkeys(("ok", "failed", "released", "expired"), 0)
+    causes: dict[str, dict[str, Any]] = {}
+    for each in past:
+        results[each["result"]] += 1
+        if each["result"] in _FAILED:
+            name = each["cause"] or each["result"]
+            if name not in causes and len(causes) >= MAX_CAUSES:
+                name = "(other)"
+            seen = causes.setdefault(
+                name, {"cause": name, "count": 0, "ago_s": each["ago_s"], "seed": each["seed"], "key": each["key"]}
+            )
+            seen["count"] += 1
+    # What the lease lasted says nothing about the wire.
+    rates = [each["gb_per_s"] for each in past if each["gb_per_s"] and not each["of_lease"]]
+    return {
+        "history": past[:limit],
+        "forks": {
+            "count": len(past),
+            **results,
+            "nbytes": sum(each["nbytes"] for each in past),
+            "gb_per_s": round(statistics.median(rates), 3) if rates else None,
+            "since_s": past[-1]["ago_s"] if past else None,
+        },
+        "causes": sorted(causes.values(), key=lambda each: (-each["count"], each["cause"])),
+    }

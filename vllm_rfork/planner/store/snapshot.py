@@ -1,0 +1,193 @@
+"""The store's state as plain JSON data for people: snapshot and history. Nothing here decides anything.
+
+Lease ids are shown by their first characters only: whoever knows one whole may release the lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_rfork.planner.store.base import Outcome
+from vllm_rfork.planner.store.records import Book, Journal
+
+if TYPE_CHECKING:
+    from vllm_rfork.planner.store.estimates import KeyTimes
+    from vllm_rfork.planner.store.fleet import Lease, Seed, Waiter
+    from vllm_rfork.planner.store.ledger import Ledger
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class PastFork:
+    """One lease that is over. ``result`` is ``ok``, ``failed``, ``released`` (no word) or ``expired``.
+
+    ``duration_s`` is the fork's own time as its receiver reported it. Where it reported none it is the lease's, which
+    may be much longer, and ``of_lease`` is set.
+    """
+
+    key: str
+    seed: str
+    receiver: str
+    result: str
+    cause: str
+    nbytes: int
+    duration_s: float
+    at: float
+    of_lease: bool = False
+    side: str = ""
+    lane: str = ""
+
+    @classmethod
+    def of(cls, lease: Lease, now: float, result: str, outcome: Outcome | None) -> PastFork:
+        """The lease that ends ``now``, with what its receiver said."""
+        said = outcome or Outcome(ok=False)
+        return cls(
+            key=lease.key,
+            seed=lease.name,
+            receiver=lease.who,
+            result=result,
+            cause=said.cause,
+            nbytes=said.nbytes,
+            duration_s=said.duration_s or round(now - lease.granted_at, 3),
+            at=now,
+            of_lease=not said.duration_s,
+            side=said.side,
+            lane=said.lane,
+        )
+
+
+class History(deque[PastFork]):
+    """The last ``maxlen`` past forks, the youngest last; ``append`` alone changes it."""
+
+    def __init__(self, maxlen: int, journal: Journal | None = None) -> None:
+        super().__init__(maxlen=maxlen)
+        #: the same forks under running numbers
+        self._book = Book("past", PastFork, journal, in_order=True)
+        self._number = 0
+
+    def append(self, past: PastFork) -> None:
+        """Add ``past``, and forget the oldest if there are too many."""
+        self.put_back(self._number, past)
+
+    def put_back(self, number: int, past: PastFork) -> None:
+        """Add ``past`` under the number that an earlier leader gave it; numbers must grow."""
+        super().append(past)
+        self._book[str(number)] = past
+        self._number = number + 1
+        while len(self._book) > len(self):
+            del self._book[next(iter(self._book))]
+
+
+def past_fork(entry: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """``entry`` (the fields of :class:`PastFork`) with its age and rate instead of its time."""
+    rate = entry["nbytes"] / entry["duration_s"] / 1e9 if entry["nbytes"] and entry["duration_s"] else None
+    shown = {name: value for name, value in entry.items() if name != "at"}
+    return shown | {"ago_s": round(now - entry["at"], 1), "gb_per_s": rate and round(rate, 3)}
+
+
+def lease_id(user_id: str) -> str:
+    """Enough of a lease id to tell two apart, too little to release one."""
+    return user_id.rpartition(".")[2][:_SHOWN] + "…"
+
+
+def snapshot_head(books: Ledger) -> dict[str, Any]:
+    """What a snapshot says about the whole fleet."""
+    return {
+        "state": books.state_id,
+        "age_s": round(books.now - books.born_at, 1),
+        "policy": books.rules.policy.name,
+    }
+
+
+def times_entry(times: KeyTimes) -> dict[str, Any]:
+    """The measured times of one key, for people."""
+    return {name: round(value, 3) for name, value in asdict(times).items()}
+
+
+def snapshot_lists(
+    books: Ledger, history: Sequence[PastFork], *, key: str | None, limit: int
+) -> Iterator[tuple[str, list[Any], Callable[[Any, float], Any]]]:
+    """Each list of a snapshot: its name, at most ``limit`` records as they are now, and what makes an entry of one."""
+    leases = books.leases
+    shelves = list(books.shelves.values()) if key is None else [each for each in (books.shelves.get(key),) if each]
+    held: Iterable[Lease] = leases.values()
+    if key is not None:
+        held = (leases[each] for shelf in shelves for name in shelf.seeds for each in books.leases_of.get(name, ()))
+    found: dict[str, tuple[Iterable[Any], Callable[[Any, float], Any]]] = {
+        "seeds": ((seed for shelf in shelves for seed in shelf.seeds.values()), seed_entry),
+        "leases": (held, lease_entry),
+        "waiting": (
+            (pair for shelf in shelves for pair in enumerate(shelf.line(), start=1)),
+            lambda pair, now: waiter_entry(pair[0], pair[1], now),
+        ),
+        "intents": (
+            ((shelf.key, each, print_) for shelf in shelves for each, print_ in shelf.intents.items()),
+            lambda intent, _: dict(zip(("key", "intent", "fingerprint"), intent, strict=True)),
+        ),
+        "times": (
+            (pair for pair in books.times.items() if key is None or pair[0] == key),
+            lambda pair, _: {"key": pair[0], **times_entry(pair[1])},
+        ),
+        "history": (
+            (each for each in reversed(history) if key is None or each.key == key),
+            lambda past, now: past_fork(vars(past), now),
+        ),
+    }
+    yield "keys", shelves[:limit], lambda shelf, now: (shelf.key, asdict(shelf.totals(now)))
+    for name, (records, entry) in found.items():
+        yield name, list(itertools.islice(records, limit)), entry
+
+
+def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
+    """One seed, for people."""
+    return {
+        "key": seed.key,
+        "seed": seed.name,
+        "ip": seed.address.host,
+        "port": seed.address.port,
+        "rank": seed.address.rank,
+        "fingerprint": seed.fingerprint,
+        "epoch": seed.epoch,
+        "labels": dict(seed.labels),
+        "slots": seed.slots,
+        "leases": seed.leases,
+        "draining": seed.draining,
+        "failures": len(seed.failed),
+        "causes": seed.causes,
+        "aside_s": max(0.0, round(seed.aside_until - now, 1)),
+        "held_s": max(0.0, round(seed.held_until - now, 1)),
+        "present": bool(seed.presence),
+        "absent": seed.absent,
+        "seen_s_ago": round(now - seed.seen_at, 1),
+        "age_s": round(now - seed.first_seen, 1),
+    }
+
+
+def lease_entry(lease: Lease, now: float) -> dict[str, Any]:
+    """One lease, for people."""
+    return {
+        "lease": lease_id(lease.user_id),
+        "key": lease.key,
+        "seed": lease.name,
+        "receiver": lease.who,
+        "held_s": round(now - lease.granted_at, 1),
+        "expires_in_s": round(lease.expires_at - now, 1),
+    }
+
+
+def waiter_entry(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
+    """One waiting receiver and its place in its key's line, for people."""
+    return {
+        "key": waiter.ask.key,
+        "place": place,
+        "receiver": waiter.ask.receiver,
+        "fingerprint": waiter.ask.fingerprint,
+        "intent": waiter.ask.intent,
+        "waited_s": round(now - waiter.since, 1),
+        "wait_s": round(waiter.bound_s, 1) or waiter.ask.wait_s,
+    }

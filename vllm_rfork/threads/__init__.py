@@ -1,0 +1,1 @@
+"""Threads that run native code, and bounded waits for them."""

@@ -1,0 +1,1 @@
+"""What enters the fingerprint of a worker, and what is ignored, with the reason."""

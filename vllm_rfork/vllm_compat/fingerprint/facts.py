@@ -1,0 +1,202 @@
+"""The facts that shape a worker's bytes, as plain data for :func:`~vllm_rfork.seed_key.build_fingerprint`.
+
+Which options, variables and packages count, in which layout, and which do not and why, is in
+``config_fields.py``, ``environment.py`` and ``packages.py``. Of the ranks, only those outside the seed key are here:
+without expert parallelism, experts are cut across data and context parallel ranks as well.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from vllm_rfork import __version__
+from vllm_rfork.vllm_compat.fingerprint import config_fields, installed, packages
+from vllm_rfork.vllm_compat.fingerprint.canonical import plain
+from vllm_rfork.vllm_compat.fingerprint.environment import shaping_environment
+from vllm_rfork.vllm_compat.worker_identity import is_draft
+
+#: Keys of a Hugging Face configuration that say where a model came from or how it talks, not what its bytes are.
+#: ``_name_or_path``: the same model may lie in different folders. ``transformers_version``: the writer's version.
+#: Generation defaults: sampling only.
+VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "_commit_hash",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "id2label",
+        "label2id",
+        "task_specific_params",
+    }
+)
+
+#: What building and loading write into a quantization's configuration: the model's class decides, or a clock.
+WRITTEN_BY_LOADING = frozenset({"packed_modules_mapping", "quantized_layers", "online_quantization_time"})
+
+#: Parts of names by which a model's configuration tells that it has experts, in whatever words.
+WORDS_FOR_EXPERTS = ("expert", "moe")
+
+
+def fingerprint_facts(
+    vllm_config: Any,
+    model_config: Any,
+    *,
+    layout: str,
+    engine: str,
+    device: torch.device,
+    dummy: bool,
+    context_rank: int = 0,
+    environ: Mapping[str, str] = os.environ,
+) -> dict[str, Any]:
+    """Everything that shapes the bytes in memory in ``layout``.
+
+    What chooses kernels counts in the runtime layout alone. ``dummy``: weights are random ones, drawn from the seed.
+    """
+    runtime = layout == "runtime"
+    facts_of_model = plain(model_config.hf_config.to_dict(), leave_out=VOLATILE)
+    facts: dict[str, Any] = {
+        "plugin": __version__,
+        "vllm": _version_of_vllm(),
+        "plugins": installed.plugins(environ),
+        "libraries": installed.modules(packages.ALWAYS),
+        "torch": torch.__version__.partition("+")[0],
+        "layout": layout,
+        "engine": engine,
+        "device": _device_generation(device, runtime=runtime),
+        "architectures": list(getattr(model_config.hf_config, "architectures", None) or []),
+        "hf_config": facts_of_model,
+        "kind": [plain(getattr(model_config, name, None)) for name in ("runner_type", "convert_type")],
+        "quant_config": _quantization(vllm_config, model_config),
+        "options": _options(vllm_config, model_config, runtime=runtime),
+        "additional_config": _additional_config(vllm_config),
+        "environment": shaping_environment(environ, runtime=runtime),
+        "context_rank": context_rank,
+        "draft": is_draft(vllm_config, model_config),
+        "dummy_weights": [getattr(model_config, "seed", None)] if dummy else None,
+        "rotary_op": _rotary_op(vllm_config, facts_of_model, device),
+    }
+    if runtime:
+        kernels = facts["kernels"] = installed.modules(packages.IN_RUNTIME)
+        if "flashinfer" in kernels and "flashinfer_cubin" not in kernels:
+            facts["toolkit_tools"] = installed.toolkit_tools(environ)
+        facts["lora"] = _experts_with_lora(vllm_config, facts_of_model)
+    return facts
+
+
+def _options(vllm_config: Any, model_config: Any, *, runtime: bool) -> dict[str, Any]:
+    """Section → field → value; a section or field that this vLLM does not have is not there."""
+    options: dict[str, Any] = {}
+    for section, path in config_fields.SECTIONS.items():
+        found = _at(vllm_config, model_config, path)
+        if found is None:
+            continue
+        names = config_fields.ALWAYS.get(section, ()) + (config_fields.IN_RUNTIME.get(section, ()) if runtime else ())
+        options[section] = {name: plain(getattr(found, name)) for name in names if hasattr(found, name)}
+    whole = {**config_fields.WHOLE_ALWAYS, **(config_fields.WHOLE_IN_RUNTIME if runtime else {})}
+    for section, path in whole.items():
+        found = _at(vllm_config, model_config, path)
+        if found is not None:
+            left_out = {name for names in config_fields.WHOLE_LEFT_OUT.get(section, {}).values() for name in names}
+            options[section] = plain(found, leave_out=frozenset(left_out))
+    return options
+
+
+def _at(vllm_config: Any, model_config: Any, path: str) -> Any:
+    first, *rest = path.split(".")
+    found = model_config if first == "model" else getattr(vllm_config, first, None)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found
+
+
+def _quantization(vllm_config: Any, model_config: Any) -> Any:
+    """The target's; a draft is built from its own model configuration, and by then loading the target has written to
+    this object, otherwise from storage than by a fork."""
+    if is_draft(vllm_config, model_config):
+        return None
+    return plain(getattr(vllm_config, "quant_config", None), leave_out=WRITTEN_BY_LOADING)
+
+
+def _additional_config(vllm_config: Any) -> Any:
+    """A dict, or an object of the platform's plugin."""
+    left_out = {name for names in config_fields.ADDITIONAL_LEFT_OUT.values() for name in names}
+    return plain(getattr(vllm_config, "additional_config", None) or {}, leave_out=frozenset(left_out))
+
+
+def _device_generation(device: torch.device, *, runtime: bool) -> dict[str, Any]:
+    """In the checkpoint layout the receiver post-processes for its own device: of the device, what decides about
+    structure counts."""
+    facts: dict[str, Any] = {"type": device.type}
+    if device.type == "cpu":
+        facts["machine"] = platform.machine()
+        if runtime:
+            facts["capability"] = torch.backends.cpu.get_cpu_capability()
+        return facts
+    if device.type == "cuda":
+        facts["capability"] = list(torch.cuda.get_device_capability(device))
+    if runtime:
+        # ``cann``: torch_npu's; MLA's projections are packed from one of its versions on.
+        toolkits = (getattr(torch.version, name, None) for name in ("cuda", "hip", "cann"))
+        facts["toolkit"] = next((str(toolkit) for toolkit in toolkits if toolkit), None)
+    backend = getattr(torch, device.type, None)
+    if backend is not None and hasattr(backend, "get_device_name") and (runtime or device.type != "cuda"):
+        facts["name"] = str(backend.get_device_name(device))
+    return facts
+
+
+def _experts_with_lora(vllm_config: Any, facts_of_model: Any) -> bool:
+    """With adapters vLLM takes other kernels for experts, and these other weights: halves of ``w13`` change places.
+
+    Whether a model has experts is asked broadly. A dense model's weights are the same with adapters and without.
+    """
+    if getattr(vllm_config, "lora_config", None) is None:
+        return False
+    return any(word in name.lower() for name, _ in _items(facts_of_model) for word in WORDS_FOR_EXPERTS)
+
+
+def _rotary_op(vllm_config: Any, facts_of_model: Any, device: torch.device) -> bool | None:
+    """On GPUs, and for scaled rotary embeddings as DeepSeek's: whether ``custom_ops`` has vLLM's own operation on.
+
+    FlashInfer's then takes the table of cosines in float32; the others, in the model's type. Graphs have it off by
+    default, eager workers on. Nothing else that ``custom_ops`` chooses is in memory.
+    """
+    if device.type != "cuda":
+        return None
+    scaled = ("yarn", "deepseek")
+    types = [str(value) for name, value in _items(facts_of_model) if name in ("rope_type", "type")]
+    if not any(word in rope for rope in types for word in scaled):
+        return None
+    chosen = list(getattr(getattr(vllm_config, "compilation_config", None), "custom_ops", None) or ())
+    return "+rotary_embedding" in chosen or ("all" in chosen and "-rotary_embedding" not in chosen)
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of plain data, at any depth."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name, inner
+            yield from _items(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _items(inner)
+
+
+def _version_of_vllm() -> str:
+    """Without a distribution (a source tree on the path) what it says itself."""
+    version = installed.version_of("vllm")
+    if version is None:
+        import vllm
+
+        version = str(vllm.__version__)
+    return version

@@ -1,0 +1,103 @@
+"""What is installed beside vLLM and this package, as plain data for the fingerprint.
+
+Nothing is imported to find out: importing a kernel library may initialize a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+
+from vllm_rfork.vllm_compat.fingerprint import packages
+
+#: Entry points of these groups run inside workers and may change how models are built or processed.
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+
+#: Where FlashInfer looks for a CUDA toolkit that nothing names.
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
+
+
+@functools.cache
+def version_of(distribution: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def modules(names: Iterable[str]) -> dict[str, list[str]]:
+    """Those of ``names`` that can be found, with the distributions that brought them, ``name==version``.
+
+    A module without a distribution (a folder on the path) counts as well: vLLM finds it there too.
+    """
+    return {name: list(brought_by) for name in names if (brought_by := _module(name)) is not None}
+
+
+@functools.cache
+def _module(name: str) -> tuple[str, ...] | None:
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # ValueError: in sys.modules without a specification, put there by hand
+        found = False
+    if not found:
+        return None
+    versions = {dist: version_of(dist) for dist in packages.DISTRIBUTIONS.get(name, (name,))}
+    if not any(versions.values()):
+        versions = {dist: version_of(dist) for dist in _distributions().get(name, ())}
+    return tuple(sorted(f"{dist}=={version}" for dist, version in versions.items() if version is not None))
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Reads the records of everything that is installed: for modules that cannot be told otherwise."""
+    return metadata.packages_distributions()
+
+
+def toolkit_tools(environ: Mapping[str, str]) -> dict[str, bool]:
+    """Whether FlashInfer could compile its kernels: without kernels that are compiled already, and without these
+    tools, vLLM goes without FlashInfer."""
+    path = environ.get("PATH")
+    nvcc = shutil.which("nvcc", path=path)
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    if not home:
+        home = os.path.dirname(os.path.dirname(nvcc)) if nvcc else DEFAULT_CUDA_HOME
+    return {
+        "nvcc": shutil.which(os.path.join(home, "bin", "nvcc")) is not None,
+        "ninja": shutil.which("ninja", path=path) is not None,
+    }
+
+
+def plugins(environ: Mapping[str, str]) -> dict[str, list[str]]:
+    """Distribution and version → plugins of it that vLLM loads into workers.
+
+    This package counts by itself, and so do vLLM's own plugins (LoRA resolvers): with vLLM's version. Where
+    ``VLLM_PLUGINS`` names ``rfork`` alone they are not loaded, and shape no weights.
+    ``VLLM_PLUGINS`` names those that are loaded; where it is not set, all are.
+    """
+    allowed = environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else None
+    loaded: dict[str, list[str]] = {}
+    for brought_by, name in _entry_points():
+        if allowed is None or name in allowed:
+            loaded.setdefault(brought_by, []).append(name)
+    return loaded
+
+
+@functools.cache
+def _entry_points() -> tuple[tuple[str, str], ...]:
+    points = [point for group in PLUGIN_GROUPS for point in metadata.entry_points(group=group)]
+    found = {
+        (f"{point.dist.name}=={point.dist.version}" if point.dist is not None else str(point.value), point.name)
+        for point in points
+        if (point.dist is None or point.dist.name != "vllm-rfork") and not _is_vllms(point.value)
+    }
+    return tuple(sorted(found))
+
+
+def _is_vllms(value: str) -> bool:
+    """Whether an entry point (``module:attribute``) is part of vLLM, whose distribution has several names."""
+    return value.partition(":")[0].split(".")[0] == "vllm"
