@@ -93,7 +93,9 @@ def test_a_property_that_raises_costs_the_fork_and_the_seed_and_not_the_start(
             told.append((stage, reason))
             return reason
 
-    monkeypatch.setattr("vllm_rfork.load.plan.loading.quantizes_online", raising(RuntimeError("not before warm-up")))
+    monkeypatch.setattr(
+        "vllm_rfork.load.plan.storage_loader.quantizes_online", raising(RuntimeError("not before warm-up"))
+    )
     monkeypatch.setattr("vllm_rfork.load.plan.Agreement.of", lambda *args: Telling(0, (0,), "", lambda: None))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="RuntimeError: not before warm-up")
     assert [stage for stage, reason in told if "not before warm-up" in reason] == ["seed"]

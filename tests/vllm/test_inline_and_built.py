@@ -397,7 +397,9 @@ def test_a_model_that_was_built_otherwise_is_refused_before_it_is_touched(
     plan: LoadPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled: list[nn.Module] = []
-    monkeypatch.setattr("vllm_rfork.load.plan.loading.fill_with_dummies", lambda model, *others: filled.append(model))
+    monkeypatch.setattr(
+        "vllm_rfork.load.plan.storage_loader.fill_with_dummies", lambda model, *others: filled.append(model)
+    )
     for theirs, ours in ((Backend.CUTLASS, Backend.TRITON), (Backend.TRITON, Backend.TRITON)):
         seed = model_of(theirs)
         plan._promised = manifest_of(collect(seed, ELSEWHERE), built=marks(seed))
