@@ -84,6 +84,16 @@ def test_the_dashboards_page_travels_and_is_found(wheel: Path, installed: Path, 
     )
 
 
+def test_users_of_the_package_see_its_types(installed: Path, tmp_path: Path) -> None:
+    """``py.typed`` travels: mypy reads the installed package instead of treating it as untyped."""
+    user = tmp_path / "user.py"
+    user.write_text("from vllm_rfork.engines.base import EngineConfig\n\nreveal_type(EngineConfig('cpu').timeout_s)\n")
+    options = ("--strict", "--cache-dir", tmp_path / "cache", "--python-executable", installed)
+    out = run(sys.executable, "-m", "mypy", *options, user, cwd=tmp_path)
+    assert 'float"' in out.partition("Revealed type is")[2]
+    assert "Success" in out
+
+
 def site_packages(python: Path) -> Path:
     return Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
 
