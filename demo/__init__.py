@@ -1,5 +1,5 @@
-"""`make demo`: four real vLLM servers, of which two fork their weights from a running one, and a proof that all agree.
+"""`make demo`: four real vLLM servers, two of which fork their weights from a running one, and their answers compared.
 
-Nothing in here is part of the installed package; nothing of the package is imported. The demo meets vllm-rfork as
-a user does: through `vllm serve`, the planner's HTTP and the milestone lines in the servers' logs.
+It is not part of the installed package and imports nothing of it. It uses vllm-rfork as a user does: through
+`vllm serve`, the planner's HTTP calls and the milestone lines in the servers' logs.
 """

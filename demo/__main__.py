@@ -1,7 +1,7 @@
-"""The demo's story, told while it happens; `make demo [ENGINE=nixl|yuanrong]`.
+"""The demo's command, which prints each step as it happens: `make demo [ENGINE=nixl|yuanrong]`.
 
-Exit codes: 0 all as promised; 1 a server answered otherwise, or took its weights from elsewhere; 2 the demo could
-not be carried out; 130 interrupted. However it ends, no process of it stays.
+Exit codes: 0 everything as expected; 1 a server gave other answers, or got its weights from another source; 2 the demo
+could not run; 130 interrupted. However it ends, it leaves no process behind.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CONSOLE = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line of the story."""
+    """Print one line."""
     CONSOLE.print(text)
 
 
 def result_of(name: str, running: Server) -> ServerResult:
-    """Ask a running server everything and read its log."""
+    """Send all prompts to a running server and read its log."""
     with elapsed(f"{name} answers"):
         answers = tuple(ask_all(running.url, SERVED_NAME))
     log = running.process.text()
@@ -67,7 +67,7 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
         build_model(other, seed=2)
         copy_without_weights(full, bare)
     if weight_files(bare):
-        raise DemoError(f"{bare} holds weight files")
+        raise DemoError(f"{bare} contains weight files")
     megabytes = sum(path.stat().st_size for path in full.glob("*.safetensors")) / 1e6
     say(f"   {megabytes:.0f} MB of weights; the folder for B and C has none")
 
@@ -87,7 +87,7 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
             b = result_of("B", b_server)
             say("A is killed (kill -9)")
             a_server.process.kill()
-            say(f"   the planner grants its seed no more after {plan.wait_without(a.own_seed):.1f} s")
+            say(f"   the planner stops granting its seed after {plan.wait_without(a.own_seed):.1f} s")
             c = result_of("C", start("C", bare, 0))
             say("All are stopped")
         for result in (b, c):
@@ -104,7 +104,7 @@ def play(engine: str) -> tuple[list[ServerResult], tuple[Answer, ...]]:
 
 
 def table(results: list[ServerResult]) -> Table:
-    """The short table at the end."""
+    """The table at the end."""
     shown = Table(title="Weights of four servers", box=box.HEAVY_HEAD if CONSOLE.is_terminal else box.ASCII)
     for heading in ("server", "source"):
         shown.add_column(heading)
@@ -146,7 +146,7 @@ def main(engine: str) -> None:
             raise DemoError("the stand-in for the Ascend data plane is not built: make standin")
         results, others = play(engine)
     except DemoError as error:
-        CONSOLE.print(f"[red]The demo could not be carried out:[/red] {escape(str(error))}")
+        CONSOLE.print(f"[red]The demo could not run:[/red] {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
         CONSOLE.print("Interrupted; every process was ended")
@@ -161,7 +161,7 @@ def main(engine: str) -> None:
     if wrong:
         sys.exit(1)
     CONSOLE.print(
-        f"All four answer alike, to the last bit; other weights answer otherwise. ({RESULT.relative_to(ROOT)})"
+        f"All four answers are equal, to the last bit; other weights give other answers. ({RESULT.relative_to(ROOT)})"
     )
 
 

@@ -1,6 +1,6 @@
-"""Asks a server the demo's questions through the OpenAI API, one at a time, and keeps everything that it answers.
+"""The demo's prompts, sent to a server through the OpenAI API, and the whole answers.
 
-One prompt at a time, since a batch alone can change log-probabilities in their last digits.
+One prompt at a time, because a batch can change log-probabilities in their last digits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shows how long a step of the demo has taken so far, so that nobody has to guess whether it still runs."""
+"""The elapsed time of a step of the demo, shown while it runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Reads from a server's log where its weights came from; the only place that knows those lines.
+"""Parser of the milestone lines in a server's log, which say where its weights came from.
 
-Only ranks' milestone lines are read, never progress or debug output. Must not guess: a log without such a line is
-an error, not a zero.
+It reads milestone lines of ranks only, never progress or debug output. A log without such a line is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FELL_BACK = re.compile(r"WARNING.*(RFork: .*)")
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a server's weights came from.
+    """The origin of a server's weights.
 
     Attributes:
         source: ``fork`` or ``storage``.
@@ -36,10 +35,10 @@ class Weights:
 
 
 def weights(log: str) -> Weights:
-    """What the log of a server (one rank) says of its weights.
+    """The origin of a server's weights (one rank), from its log.
 
     Raises:
-        DemoError: it says nothing, or more than one thing.
+        DemoError: the log has no such line, or more than one.
     """
     found = [Weights("fork", match[3], int(match[1]), float(match[2])) for match in FORKED.finditer(log)]
     found += [Weights("storage", None, int(match[1]), float(match[2])) for match in LOADED.finditer(log)]
@@ -49,11 +48,11 @@ def weights(log: str) -> Weights:
 
 
 def announced(log: str) -> str | None:
-    """The ip:port:rank that the server announced to the planner; ``None`` while it has not."""
+    """The ip:port:rank that the server announced to the planner; ``None`` before that."""
     match = ANNOUNCED.search(log)
     return match[1] if match else None
 
 
 def warnings(log: str) -> list[str]:
-    """RFork's warnings, in order: why a fork did not happen."""
+    """RFork's warnings, in order, with the reasons of failed forks."""
     return [match[1] for match in FELL_BACK.finditer(log)]

@@ -1,7 +1,7 @@
-"""Makes the demo's models: random weights in a real architecture, and a tokenizer that fits their vocabulary.
+"""The demo's models: random weights in a real architecture, and a tokenizer with the same vocabulary.
 
-The tokenizer is trained on text invented here, so that nothing is downloaded. Its size decides the vocabulary: a
-vocabulary larger than the tokenizer gives tokens without text, and empty answers all look alike.
+The tokenizer is trained on invented text, so that nothing is downloaded. Its size determines the vocabulary: with a
+larger one, some tokens would have no text, and empty answers are all equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 4096
 END = "<|endoftext|>"
-#: Bump when anything below changes what is written; folders of another recipe are made again.
+#: Increase it when anything below changes the files; folders of another recipe are made again.
 RECIPE = "1"
 
 #: About 380 MB in bfloat16: large enough for a rate to mean something, small enough for two servers on a laptop.

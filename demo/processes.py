@@ -1,7 +1,7 @@
-"""Starts the demo's processes, waits for them within bounds, and leaves none behind.
+"""The demo's processes: started, waited for within bounds, and ended.
 
-Every process gets a session of its own, so that a whole tree ends at once and Ctrl-C reaches the demo alone, which
-then ends them. Must not interpret what the processes say: that is for ``milestones``.
+Every process gets a session of its own, so that a whole tree ends at once. Ctrl-C reaches only the demo, which then
+ends them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-#: How long one look at a condition is apart from the next, in seconds.
+#: Interval between two checks of a condition, in seconds.
 POLL_S = 0.2
 TAIL_LINES = 30
 
 
 class DemoError(Exception):
-    """The demo could not be carried out; says what did not happen and where the log is."""
+    """The demo could not run; the text says what did not happen and where the log is."""
 
 
 def free_port() -> int:
@@ -51,7 +51,7 @@ class Process:
     """One process with its own session and log file; a context manager that ends the whole tree.
 
     Args:
-        name: how messages call it.
+        name: its name in messages.
         command: the program and its arguments.
         env: the whole environment.
         log: where standard output and standard error go; overwritten.
@@ -74,21 +74,21 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the tree, gently where nothing went wrong."""
+        """End the tree: with SIGTERM if the block succeeded, else with SIGKILL."""
         if kind is None:
             self.stop()
         else:
             self.kill()
 
     def text(self) -> str:
-        """What the process has written so far."""
+        """The output of the process so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def check_alive(self) -> None:
-        """Notice that the process has ended.
+        """Check that the process still runs.
 
         Raises:
-            DemoError: it has; the last lines of its log are part of the text.
+            DemoError: it has ended; the text contains the last lines of its log.
         """
         code = self._popen.poll()
         if code is not None:
@@ -96,7 +96,7 @@ class Process:
             raise DemoError(f"{self.name} ended with {code}; the end of {self.log}:\n{tail}")
 
     def wait_until(self, what: str, met: Callable[[], bool], deadline_s: float) -> float:
-        """As :func:`wait_until`, and notice at once where the process ends instead."""
+        """As :func:`wait_until`, and fail at once if the process ends."""
 
         def met_and_alive() -> bool:
             self.check_alive()
@@ -108,7 +108,7 @@ class Process:
             raise DemoError(f"{error} (log: {self.log})") from error
 
     def stop(self, grace_s: float = 20.0) -> None:
-        """SIGTERM, and SIGKILL for the tree when ``grace_s`` seconds are over. Idempotent."""
+        """Send SIGTERM, and SIGKILL to the tree after ``grace_s`` seconds. Idempotent."""
         if self._ended:
             return
         self._popen.terminate()
@@ -117,7 +117,7 @@ class Process:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL for the whole tree, as `kill -9` would. Idempotent.
+        """Send SIGKILL to the whole tree, as `kill -9` does. Idempotent.
 
         Raises:
             DemoError: a process survives it, as one that hangs in the kernel does.
@@ -126,7 +126,7 @@ class Process:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        # vLLM's own children are re-parented; they are gone once the group has no member left.
+        # vLLM's own children get another parent; all have ended once the group has no member left.
         wait_until(f"the end of {self.name}'s processes", self._group_is_empty, deadline_s=30)
         self._popen.wait(timeout=30)
         self._ended = True

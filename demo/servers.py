@@ -1,4 +1,4 @@
-"""How the demo starts the planner and `vllm serve`: commands, environments, ports, and when each is ready."""
+"""The planner and `vllm serve` in the demo: commands, environments, ports and readiness."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from demo.processes import DemoError, Process, free_port
 ROOT = Path(__file__).resolve().parent.parent
 STANDIN = ROOT / "build" / "standin"
 SERVED_NAME = "demo"
-#: A server is ready within a minute on two idle cores; machines are busy, and a first start compiles Python.
+#: A server is ready within a minute on two idle cores. Machines are busy, and a first start compiles Python.
 READY_DEADLINE_S = 600.0
 PLANNER_DEADLINE_S = 60.0
 
 
 def is_up(url: str) -> bool:
-    """Whether an HTTP GET is answered with 200 at once."""
+    """Return True if an HTTP GET is answered with 200 at once."""
     try:
         return httpx.get(url, timeout=5.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
@@ -45,16 +45,16 @@ class Planner:
             granted = [seed for seed in seeds if not (seed.get("draining") or seed.get("absent"))]
             return {"{ip}:{port}:{rank}".format_map(seed) for seed in granted}
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise DemoError(f"the planner does not say what it knows: {error!r}") from error
+            raise DemoError(f"the planner did not return its snapshot: {error!r}") from error
 
     def wait_without(self, seed: str, deadline_s: float = 90.0) -> float:
-        """Wait until ``seed`` is withdrawn, or swept; returns the seconds it took."""
+        """Wait until the planner does not grant ``seed`` any more; returns the seconds it took."""
         return self.process.wait_until(f"the end of {seed}", lambda: seed not in self.seeds(), deadline_s)
 
 
 @contextmanager
 def planner(logs: Path) -> Iterator[Planner]:
-    """The planner, ready. Not the mock of examples/, which does not see when a seed's process dies."""
+    """The planner, ready. Not the mock in examples/, which does not detect that a seed's process has died."""
     port = free_port()
     command = [sys.executable, "-m", "vllm_rfork.cli.main", "planner", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
@@ -64,7 +64,7 @@ def planner(logs: Path) -> Iterator[Planner]:
 
 
 class Server:
-    """One `vllm serve`, ready to be asked."""
+    """One `vllm serve` that is ready."""
 
     def __init__(self, process: Process, url: str, ready_s: float) -> None:
         self.process = process
@@ -85,7 +85,7 @@ class Server:
 def cores(slot: int) -> str:
     """The cores of one of two servers that run side by side: half of this process's own, at most eight.
 
-    Both halves are equally large: the number of threads decides in which order numbers are added up.
+    Both halves have the same size: the number of threads determines the order in which numbers are added up.
     """
     own = sorted(os.sched_getaffinity(0))
     each = max(1, min(8, len(own) // 2))
@@ -103,7 +103,7 @@ def environment(slot: int, engine: str) -> dict[str, str]:
         "NO_COLOR": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    # Settings of the caller's own deployment, which the demo must not use.
+    # Settings of the caller's own deployment must not affect the demo.
     for name in ("MODEL_URL", "MODEL_DEPLOY_STRATEGY_NAME", "RFORK_SCHEDULER_URL", "VLLM_PLUGINS"):
         env.pop(name, None)
     if engine == "yuanrong":
@@ -113,7 +113,7 @@ def environment(slot: int, engine: str) -> dict[str, str]:
 
 
 def rfork_options(planner_url: str, engine: str) -> list[str]:
-    """The guide's arguments, for this machine alone."""
+    """The arguments of the README, for this machine only."""
     config = {
         "model_url": "demo-model",
         "model_deploy_strategy_name": "demo",

@@ -1,4 +1,4 @@
-"""Decides whether the demo showed what it promises. Pure: answers and sources in, complaints out."""
+"""The verdict of the demo, as pure functions: answers and sources in, complaints out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXPECTED_SOURCES = ("storage", "fork", "fork", "storage")
 
 @dataclass(frozen=True)
 class ServerResult:
-    """What one of the four servers did.
+    """The result of one of the four servers.
 
     Attributes:
         name: A, B, C or D.
-        weights: where its weights came from.
+        weights: the origin of its weights.
         own_seed: ip:port:rank under which it became a seed itself.
         answers: in the order of the prompts.
     """
@@ -31,12 +31,12 @@ class ServerResult:
 
 
 def are_identical(results: Sequence[ServerResult]) -> bool:
-    """Whether all answer alike: the same text, token ids and log-probabilities, to the last bit."""
+    """Return True if all gave the same text, token ids and log-probabilities, to the last bit."""
     return all(result.answers == results[0].answers for result in results)
 
 
 def complaints(results: Sequence[ServerResult], other: Sequence[Answer]) -> list[str]:
-    """Everything that is not as promised; empty where the demo holds.
+    """All deviations from what the demo must show; empty if there are none.
 
     Args:
         results: the four servers, in order.
@@ -51,11 +51,11 @@ def complaints(results: Sequence[ServerResult], other: Sequence[Answer]) -> list
         if receiver.weights.source == "fork" and receiver.weights.seed != seed.own_seed:
             found.append(f"{receiver.name} forked from {receiver.weights.seed}, and {seed.name} is {seed.own_seed}")
     if len({result.weights.nbytes for result in results}) != 1 or first.weights.nbytes <= 0:
-        found.append(f"the servers hold {[result.weights.nbytes for result in results]} bytes of weights")
+        found.append(f"the servers have {[result.weights.nbytes for result in results]} bytes of weights")
     for result in results:
         found += usable(result.name, result.answers)
     found += [
-        f"{result.name} answers {mine.prompt!r} otherwise than {first.name}: {mine.text!r}, {theirs.text!r}"
+        f"{result.name} and {first.name} answer {mine.prompt!r} differently: {mine.text!r}, {theirs.text!r}"
         for result in results[1:]
         for mine, theirs in zip(result.answers, first.answers, strict=True)
         if mine != theirs
@@ -67,17 +67,17 @@ def complaints(results: Sequence[ServerResult], other: Sequence[Answer]) -> list
 
 
 def usable(name: str, answers: Sequence[Answer]) -> list[str]:
-    """Why a server's answers could not tell two models apart: empty, cut short, or all the same."""
+    """Reasons why a server's answers cannot distinguish two models: empty, cut short, or all the same."""
     found = []
     if len({answer.prompt for answer in answers}) < 2:
-        found.append(f"{name} was not asked different questions")
+        found.append(f"{name} received no two different prompts")
     for answer in answers:
         if not answer.text.strip():
-            found.append(f"{name} answers {answer.prompt!r} with nothing")
+            found.append(f"{name} gave an empty answer to {answer.prompt!r}")
         if not len(answer.token_ids) == len(answer.logprobs) == ANSWER_TOKENS:
             found.append(f"{name} answers {answer.prompt!r} with {len(answer.token_ids)} tokens")
     if len({answer.token_ids for answer in answers}) < len(answers):
-        found.append(f"{name} answers different questions alike")
+        found.append(f"{name} gave the same answer to different prompts")
     return found
 
 
@@ -90,12 +90,12 @@ def why_forks_are_slower(results: Sequence[ServerResult]) -> str | None:
         return None
     return (
         "Forks are not faster here because the files of the small model are in this machine's page cache: both ways "
-        "copy memory, and a fork also connects and checks digests, while storage that is really read is much slower."
+        "copy memory, and a fork also connects and verifies digests; storage that is really read is much slower."
     )
 
 
 def report(engine: str, results: Sequence[ServerResult]) -> dict[str, Any]:
-    """What build/demo.json holds."""
+    """The content of build/demo.json."""
     return {
         "engine": engine,
         "identical": are_identical(results),
