@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured in one run, beside what a user would otherwise do and beside the machine's own rates."""
+"""Benchmarks: ratios to the default loader and to the machine's own rates, measured in one run."""

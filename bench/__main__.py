@@ -1,4 +1,4 @@
-"""``make bench``: prints what a fork costs and gains on this machine, and writes ``build/bench/bench.json``."""
+"""``make bench``: cost and gain of a fork on this machine, as tables and in ``build/bench/bench.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bench import checkpoint, memory, weights
 
-#: Stages that cost the same however large the weights are.
+#: Stages whose cost does not depend on the size of the weights.
 FIXED = ("planner", "metadata", "pairing", "registration", "connect", "epoch")
 OUT = Path("build/bench")
 

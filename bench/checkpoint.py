@@ -1,4 +1,4 @@
-"""Checkpoints to measure with: real architectures, written directly as safetensors, since only their size matters."""
+"""Checkpoints for measurements: real architectures, written directly as safetensors. Only their size matters."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 #: About 2.1 GB in bfloat16, with the proportions of a small dense model.
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "vocab_size": 32768}
-#: About 2000 tensors of hardly any size: what is left is the cost of having many.
+#: About 2000 tiny tensors, to measure the cost of their number.
 MANY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 155, "vocab_size": 256}
 
 
 def write(folder: Path, shape: dict[str, int]) -> int:
-    """Write a Qwen2 of ``shape`` with random weights, unless it is there; returns the bytes of its weight file."""
+    """Write a Qwen2 of ``shape`` with random weights, unless it exists; returns the bytes of its weight file."""
     import torch
     from safetensors.torch import save_file
 
@@ -41,7 +41,7 @@ def write(folder: Path, shape: dict[str, int]) -> int:
     save_file(
         {name: torch.empty(size, dtype=torch.bfloat16).uniform_(-0.1, 0.1) for name, size in _tensors(config)}, weights
     )
-    marker.write_text(json.dumps(config))  # last, so that an interrupted run is begun anew
+    marker.write_text(json.dumps(config))  # last, so that an interrupted run starts again
     return weights.stat().st_size
 
 

@@ -1,8 +1,8 @@
-"""``python -m bench.cuda_ipc``: the engine cuda_ipc beside a raw copy, across GPUs and namespaces of one host.
+"""``python -m bench.cuda_ipc``: the engine cuda_ipc and a raw copy, across GPUs and namespaces of one host.
 
 The parent process is the seed: tensors on the first GPU. Each receiver is a process of its own, in the namespaces and
-with the visible GPUs that its row names. It reports how long it took to open, register, connect and read, whether the
-bytes are equal, and the rate of one raw copy of the same length in the same process. Needs torch with CUDA, and root
+with the visible GPUs that its row names. It reports the seconds to open, register, connect and read, the equality of
+the bytes, and the rate of one raw copy of the same length in the same process. Needs torch with CUDA, and root
 for the rows with ``unshare``.
 """
 
@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 def tensors(count: int, nbytes: int, device: str, *, random: bool) -> list[Any]:
-    """``count`` tensors of about ``nbytes`` together, of lengths that differ."""
+    """``count`` tensors of different lengths, about ``nbytes`` together."""
     import torch
 
     torch.manual_seed(1)
@@ -52,7 +52,7 @@ def tensors(count: int, nbytes: int, device: str, *, random: bool) -> list[Any]:
 
 
 def sums(of: Sequence[Any]) -> list[int]:
-    """One checksum a tensor, over a sample of its bytes and its whole in 64-bit words."""
+    """One checksum a tensor, over its 64-bit words."""
     import torch
 
     return [int(each[: each.numel() // 8 * 8].view(torch.int64).sum()) for each in of]
@@ -64,55 +64,55 @@ def regions(of: Sequence[Any]) -> list[Region]:
 
 
 def receive(path: Path) -> dict[str, Any]:
-    """What one receiver measures; ``path`` is the file that the seed wrote."""
+    """Measure as one receiver; ``path`` is the file that the seed wrote."""
     import torch
 
-    told = json.loads(path.read_text())
+    setting = json.loads(path.read_text())
     device = f"cuda:{torch.cuda.device_count() - 1}"
     torch.cuda.set_device(device)
-    local = tensors(told["count"], told["nbytes"], device, random=False)
+    local = tensors(setting["count"], setting["nbytes"], device, random=False)
     torch.cuda.synchronize()
     engine, marks = CudaIpcEngine(), [time.perf_counter()]
     engine.open(EngineConfig(device=device))
     marks.append(time.perf_counter())
     engine.register(regions(local))
     marks.append(time.perf_counter())
-    engine.connect(told["endpoint"], 30.0)
+    engine.connect(setting["endpoint"], 30.0)
     marks.append(time.perf_counter())
     batch: list[Segment] = []
     size = 0
-    for here, (address, nbytes) in zip(regions(local), told["regions"], strict=True):
+    for here, (address, nbytes) in zip(regions(local), setting["regions"], strict=True):
         if size + nbytes > engine.limits.max_batch_nbytes:
-            engine.read(told["endpoint"], batch, 60.0)
+            engine.read(setting["endpoint"], batch, 60.0)
             batch, size = [], 0
         batch.append(Segment(here.address, address, nbytes))
         size += nbytes
-    engine.read(told["endpoint"], batch, 60.0)
+    engine.read(setting["endpoint"], batch, 60.0)
     marks.append(time.perf_counter())
-    total = sum(nbytes for _, nbytes in told["regions"])
+    total = sum(nbytes for _, nbytes in setting["regions"])
     names = ("open_s", "register_s", "connect_s", "read_s")
     result: dict[str, Any] = {name: marks[n + 1] - marks[n] for n, name in enumerate(names)}
-    result |= {"gb_s": total / result["read_s"] / 1e9, "equal": sums(local) == told["sums"]}
+    result |= {"gb_s": total / result["read_s"] / 1e9, "equal": sums(local) == setting["sums"]}
     engine.close()
-    result["raw_gb_s"] = raw_rate(told, device)
+    result["raw_gb_s"] = raw_rate(setting, device)
     return result
 
 
-def raw_rate(told: dict[str, Any], device: str) -> float:
+def raw_rate(setting: dict[str, Any], device: str) -> float:
     """GB/s of the best of three copies of one large allocation, by the driver alone."""
     import torch
 
-    into = torch.empty(told["raw_nbytes"], dtype=torch.uint8, device=device)
+    into = torch.empty(setting["raw_nbytes"], dtype=torch.uint8, device=device)
     driver = Driver(int(device.partition(":")[2]))
     best = 0.0
     with driver.current("read"):
-        address, stream = driver.open_handle(bytes.fromhex(told["raw_handle"])), driver.new_stream()
+        address, stream = driver.open_handle(bytes.fromhex(setting["raw_handle"])), driver.new_stream()
         for _ in range(3):
             started = time.perf_counter()
-            driver.copy(stream, into.data_ptr(), address, told["raw_nbytes"])
+            driver.copy(stream, into.data_ptr(), address, setting["raw_nbytes"])
             while not driver.is_idle(stream):
                 pass
-            best = max(best, told["raw_nbytes"] / (time.perf_counter() - started) / 1e9)
+            best = max(best, setting["raw_nbytes"] / (time.perf_counter() - started) / 1e9)
         driver.close_handle(address)
         driver.destroy_stream(stream)
     return best
@@ -149,7 +149,7 @@ def main() -> int:
         with driver.current("open"):
             base, _ = driver.allocation_of(raw[0].data_ptr())
             handle = driver.export(base)
-        told = {
+        setting = {
             "count": count,
             "nbytes": nbytes,
             "endpoint": endpoint,
@@ -159,7 +159,7 @@ def main() -> int:
             "raw_nbytes": raw[0].numel(),
         }
         arguments.work.parent.mkdir(parents=True, exist_ok=True)
-        arguments.work.write_text(json.dumps(told))
+        arguments.work.write_text(json.dumps(setting))
         for name, wrapper in ROWS.items():
             command = [part.format(last=last) for part in wrapper]
             command += [sys.executable, "-m", "bench.cuda_ipc", "--receive", str(arguments.work)]

@@ -1,8 +1,7 @@
-"""What digests cost on a device: ``python -m bench.digest --device cuda``, beside a plain sum and a copy.
+"""The cost of digests on a device, compared with a plain sum and a copy: ``python -m bench.digest --device cuda``.
 
-Prints GB/s, and how many times as long as the plain sum over the same tensors each takes, in the same run; one span,
-spans of 64 MiB, and spans as a dense model of 7B parameters has them. Before that it checks that the device's digests
-are the processor's.
+Prints GB/s and the ratio to a plain sum over the same tensors, in the same run, for one span, for spans of 64 MiB, and
+for the spans of a dense model of 7B parameters. Before that it checks that the device's digests equal the processor's.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def spans(memory: torch.Tensor) -> dict[str, Sequence[torch.Tensor]]:
 
 
 def check(device: torch.device) -> None:
-    """Raises RuntimeError where the device's digests are not the processor's."""
+    """Raise RuntimeError if the device's digests differ from the processor's."""
     here = torch.randint(0, 256, (9_000_001,), dtype=torch.uint8)
     there = here.to(device)
     for offset in (0, 8, 3):
@@ -42,7 +41,7 @@ def check(device: torch.device) -> None:
         if digest.digests(parts) != digest.digests(
             [there[offset:], there[offset : offset + 70_000], there[offset : offset + 7]]
         ):
-            raise RuntimeError(f"digests on {device} are not those on the processor")
+            raise RuntimeError(f"digests on {device} differ from those on the processor")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The machine's own rates, to hold the others against: copies, first touches, digests, plain sums."""
+"""The machine's own rates, for comparison: copies, first touches, digests, plain sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from vllm_rfork.model import digest
 
-#: As large as a matrix of a model of 7B parameters.
+#: The size of a matrix of a model of 7B parameters.
 SPAN_NBYTES = 32 << 20
 
 
@@ -26,7 +26,7 @@ def median_s(action: Callable[[], object], runs: int) -> float:
 
 
 def rates(nbytes: int, runs: int) -> dict[str, float]:
-    """GB/s on ``nbytes`` bytes of host memory, by what is done with them; one thread except where said."""
+    """GB/s on ``nbytes`` bytes of host memory, by operation; one thread unless the name says otherwise."""
     source = torch.empty(nbytes, dtype=torch.uint8).fill_(7)
     target = torch.empty(nbytes, dtype=torch.uint8).fill_(1)
     threads = torch.get_num_threads()

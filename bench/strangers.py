@@ -1,8 +1,8 @@
-"""What callers without a token can take of a planner and a seed service: ``python -m bench.strangers``.
+"""Load from callers without a token, on a planner and a seed service: ``python -m bench.strangers``.
 
 Everything runs on the loopback of this machine, bounded in connections and seconds. ``--root`` measures another
-checkout with the same load. Prints one line for each kind of load: memory before and at the most, whether somebody else
-is answered meanwhile, and how much was logged.
+checkout with the same load. Prints one line for each kind of load: memory before and at its peak, whether a new caller
+is answered meanwhile, and the size of the log.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ asyncio.run(main())
 
 
 class Server:
-    """One process under load. ``log`` counts what it wrote."""
+    """One process under load, its memory and its log."""
 
     def __init__(self, root: Path, command: list[str], folder: Path) -> None:
         self._log = folder / f"log-{time.monotonic_ns()}"
@@ -52,7 +52,7 @@ class Server:
         self.mark()
 
     def mark(self) -> None:
-        """What there is now is what was before the load."""
+        """Take the present values as those before the load."""
         self.most_mb = self.before_mb = self.rss_mb()
         self.most_kernel_mb = self.kernel_mb()
         self._log_nbytes = self._log.stat().st_size
@@ -73,12 +73,12 @@ class Server:
 
     @staticmethod
     def kernel_mb() -> float:
-        """What the kernel holds for TCP on this machine, in MB."""
+        """Memory of the kernel for TCP on this machine, in MB."""
         line = next(x for x in Path("/proc/net/sockstat").read_text().splitlines() if x.startswith("TCP:"))
         return int(line.split()[-1]) * resource.getpagesize() / 1e6
 
     def watch(self, seconds: float) -> None:
-        """Keep the load up for so long, and note the most memory."""
+        """Keep the load up for ``seconds`` and record the peak memory."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.most_mb = max(self.most_mb, self.rss_mb())
@@ -86,7 +86,7 @@ class Server:
             time.sleep(0.1)
 
     def others_are_answered(self, request: bytes = HEALTH, timeout_s: float = 5.0) -> bool:
-        """Whether a newcomer gets an answer of status 200."""
+        """Return True if a new caller is answered with status 200."""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout_s) as sock:
             sock.settimeout(timeout_s)
             sock.sendall(request)
@@ -120,7 +120,7 @@ def connect(port: int, count: int, sent: bytes = b"") -> list[socket.socket]:
             sock.connect(("127.0.0.1", port))
             sock.setblocking(False)
             sock.send(sent)
-        except OSError:  # refused, or closed already: what the load is about
+        except OSError:  # refused, or closed already, which is the purpose of the load
             sock.close()
             continue
         socks.append(sock)
@@ -154,7 +154,7 @@ class Loads:
         return Server(self._root, command, self._folder)
 
     def unread(self) -> None:
-        """Pipelined answers that nobody reads, on as many connections as there may be."""
+        """Pipelined answers that nobody reads, on as many connections as the limit permits."""
         server = self._planner("--max-connections", "2000")
         with held(server.port, 2000, PAGE * 500):
             server.watch(40)
@@ -162,7 +162,7 @@ class Loads:
         server.end("2,000 connections read no answer, limit 2,000", answered)
 
     def idle(self) -> None:
-        """Connections that send nothing, as many as there may be."""
+        """Connections that send nothing, as many as the limit permits."""
         server = self._planner("--max-connections", "2000")
         with held(server.port, 2000):
             server.watch(2)
@@ -181,7 +181,7 @@ class Loads:
         server.end("20 snapshots of 50,000 seeds are not read", answered)
 
     def handshakes(self) -> None:
-        """TLS handshakes that do not go on."""
+        """TLS handshakes that stop after the first bytes."""
         cert, key = self._folder / "cert.pem", self._folder / "key.pem"
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
         subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
@@ -192,7 +192,7 @@ class Loads:
         server.end("9,000 TLS handshakes do not go on, limit 1,000", answered)
 
     def descriptors(self) -> None:
-        """More connections than the process may have descriptors."""
+        """More connections than descriptors of the process."""
         for loop in ("uvloop", "asyncio"):
             server = self._planner(open_files=110, uvloop=loop == "uvloop")
             with held(server.port, 300):
@@ -220,7 +220,7 @@ class Loads:
         server.end("65 connections to a seed service send nothing", answered)
 
     def rate(self) -> None:
-        """What honest callers get: a connection for each call, as workers make them."""
+        """Rate of a legitimate caller with a connection for each call, as workers have."""
         server = self._planner()
         best = 0.0
         for _ in range(5):
@@ -232,15 +232,15 @@ class Loads:
                 connection.close()
                 calls += 1
             best = max(best, calls / (time.perf_counter() - began))
-        server.end(f"one honest caller, {best:.0f} calls/s, each on a connection of its own", True)
+        server.end(f"one legitimate caller, {best:.0f} calls/s, each on a connection of its own", True)
 
 
 def main() -> None:
-    """Run the loads that were asked for, or all."""
+    """Run the loads named on the command line, or all."""
     names = [name for name, value in vars(Loads).items() if callable(value) and not name.startswith("_")]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("loads", nargs="*", choices=[[], *names], help="default: all")
-    parser.add_argument("--root", type=Path, default=HERE, help="the checkout to measure")
+    parser.add_argument("--root", type=Path, default=HERE, help="checkout to measure")
     given = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,10 +1,10 @@
-"""What being read costs a serving instance: time per token idle, and while a peer reads its weights without pause.
+"""Time per token of a serving instance, idle and while a peer reads its weights continuously.
 
 ``python -m bench.undisturbed --model FOLDER`` on any platform that vLLM serves on. The seed serves in this process;
-the peer is a process of its own that reads all of the weights again and again through the same engine, which is more
-than any fleet asks: a fork reads them once. Idle and read turns alternate. Also prints what an idle seed costs in
-processor time, and what verification costs a fork: reads without digests, with digests beside them, and with digests
-after them, in turns. Not part of ``make bench``: it says nothing about a machine without accelerators.
+the peer is a process of its own that reads all of the weights repeatedly through the same engine. That is more load
+than any fleet causes: a fork reads them once. Idle and read turns alternate. Also prints the processor time of an idle
+seed, and the cost of verification: reads without digests, with digests in parallel, and with digests afterwards, in
+turns. Not part of ``make bench``, because it needs an accelerator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 #: Token steps per turn, and turns of each kind.
 STEPS, TURNS = 300, 4
-#: Reads of each kind for what verification costs.
+#: Reads of each kind, to measure the cost of verification.
 READS = 7
 IDLE_S = 10.0
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--engine", default="nixl")
-    parser.add_argument("--reader-device", default="cuda:1", help="where the peer puts what it reads")
+    parser.add_argument("--reader-device", default="cuda:1", help="device of the peer's buffer")
     parser.add_argument("--llm", default="{}", help="more of vLLM's engine arguments, as JSON")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(file.parent)
     planner.stop()
     nbytes = seed.manifest.nbytes
-    manager.withdraw_all("the bench is over")
+    manager.withdraw_all("the benchmark is over")
     return {
         "nbytes": nbytes,
         "read_gb_per_s": [round(rate, 1) for rate in rates],
@@ -129,7 +129,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def share_of_a_core() -> float:
-    """What this process, vLLM's threads included, takes of one core while nobody asks it anything."""
+    """Share of one core that this idle process uses, vLLM's threads included."""
     began, used = time.monotonic(), time.process_time()
     time.sleep(IDLE_S)
     return (time.process_time() - used) / (time.monotonic() - began)
@@ -192,7 +192,7 @@ def read_for_ever(file: Path, engine_name: str, device: str) -> None:
 
 
 def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any) -> dict[str, Any]:
-    """Median seconds of a whole read by what is done about digests; ``first`` is the first one beside a read."""
+    """Median seconds of a whole read, by when digests are computed; ``first`` is the first read of each kind."""
     from types import SimpleNamespace
 
     from vllm_rfork.devices.registry import device_side
@@ -222,7 +222,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
         if how == "beside":
             check.finish(expected)
         elif how == "after" and digest.digests(span.data for span in spans) != list(expected.values()):
-            raise RuntimeError("what was read is not what the seed vouched for")
+            raise RuntimeError("the bytes read do not have the seed's digests")
         seconds = time.perf_counter() - began
         check.close()
         return seconds

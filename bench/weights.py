@@ -1,6 +1,6 @@
-"""The weights phase side by side: the default loader from page cache, and forks through each engine.
+"""Comparison of the weights phase: the default loader from page cache, and forks through each engine.
 
-Runs are interleaved, so that a machine whose speed drifts is unfair to nobody; medians are compared.
+Runs are interleaved, so that a change in the machine's speed affects all of them; medians are compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Worker:
         )
 
     def load(self, *, keep: bool = False) -> dict[str, Any]:
-        """Have it load once; ``keep`` lets it keep the model and become a seed."""
+        """Order one load; with ``keep`` the worker keeps the model and becomes a seed."""
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise RuntimeError("the worker has no pipes")
@@ -52,7 +52,7 @@ class Worker:
         raise RuntimeError(f"worker {self.name} ended; its log is {self._log.name}")
 
     def end(self) -> None:
-        """Let it withdraw and exit."""
+        """Let the worker withdraw and exit."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:

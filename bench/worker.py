@@ -1,7 +1,7 @@
-"""One worker process of the benchmark: loads the model as often as it is told to, and says what it took.
+"""One worker process of the benchmark: loads the model on each order and reports the seconds.
 
-Orders come as JSON lines on standard input, answers go out as lines that begin with ``BENCH``. A load is timed
-around ``load_weights`` alone: what comes before and after it is the same with and without a fork.
+Orders arrive as JSON lines on standard input; answers are lines that begin with ``BENCH``. Only ``load_weights`` is
+timed, because what precedes and follows it is the same with and without a fork.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def peak_rss_nbytes() -> int:
-    """The largest resident size that this process has had."""
+    """Peak resident size of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
@@ -23,7 +23,7 @@ def peak_rss_nbytes() -> int:
 
 
 def main() -> None:
-    """Serve orders until standard input ends."""
+    """Execute orders until standard input ends."""
     from vllm.model_executor.model_loader import base_loader, default_loader
 
     from tests.vllm import engine_process
