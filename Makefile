@@ -4,22 +4,22 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENGINE ?= nixl
 # More arguments for pytest: make unit PYTEST_ARGS="-k key"
 PYTEST_ARGS ?=
-# How many processes `make test` deals the tests out to; tests/conftest.py says how
+# Number of processes for the tests of `make test`; tests/conftest.py distributes them
 PYTEST_PROCESSES ?= 2
-# Let vLLM take its other code paths on CPU: make test TEST_CPU=avx512 (no AMX) or avx2; see tests/processor
+# Make vLLM use its other code paths on CPU: make test TEST_CPU=avx512 (no AMX) or avx2; see tests/processor
 TEST_CPU ?=
 # More arguments for the benchmarks
 BENCH_ARGS ?=
 # Arguments for the model zoo: make zoo ZOO_ARGS="--only llama,qwen3" writes no document
 ZOO_ARGS ?= --write docs/zoo.md
-# More arguments for the events
+# More arguments for the events, such as "--write docs/zoo.md"
 EVENTS_ARGS ?=
 
 BIN := .venv/bin
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
 
-# Nothing here talks to a model hub or reports usage, and nothing of the caller's Python leaks in.
+# No access to a model hub, no usage reports, and no influence of the caller's Python.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
@@ -33,7 +33,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-setup: ## bring .venv to requirements/lock.txt; every other target does it by itself
+setup: ## install requirements/lock.txt into .venv; every other target does this first
 	@$(PYTHON) scripts/set_up.py
 
 test: lint types contracts standin ## everything CI runs: lint, types, import contracts, all tests
@@ -43,14 +43,14 @@ lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup ## let ruff mend what it can
+format: setup ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 types: setup ## mypy, strict
 	$(BIN)/mypy $(wildcard $(TYPED))
 
-contracts: setup ## import-linter: who may import whom
+contracts: setup ## import-linter: the layers in .importlinter
 	$(BIN)/lint-imports
 
 standin: setup ## build the host stand-in for the Ascend data plane
@@ -60,35 +60,35 @@ wheel: setup ## build the wheel into build/wheel
 	rm -rf build/wheel
 	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel . > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 
-unit: setup standin ## the tests that start no vLLM
+unit: setup standin ## tests that start no vLLM
 	$(BIN)/python -m pytest --ignore=tests/vllm --ignore=tests/gpu $(PYTEST_ARGS)
 
-vllm-tests: setup standin ## the tests that load models in real vLLM
+vllm-tests: setup standin ## tests that load models in real vLLM
 	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
-bench: setup standin ## weights phase: default loader, forks and memcpy side by side
+bench: setup standin ## weights phase of the default loader and of forks, compared with memcpy
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-bench-planner: setup ## one planner process beside the mock: cycles, heartbeats, waiting receivers, Redis
+bench-planner: setup ## one planner process compared with the mock: cycles, heartbeats, waiting receivers, Redis
 	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)
 
-bench-digest: setup ## digests beside a plain sum and a copy: make bench-digest BENCH_ARGS="--device cuda --gib 8"
+bench-digest: setup ## digests compared with a plain sum and a copy: BENCH_ARGS="--device cuda --gib 8"
 	$(BIN)/python -m bench.digest $(BENCH_ARGS)
 
-zoo: setup ## fork one model of every kind and hold it against a default load; writes docs/zoo.md
+zoo: setup ## fork one model of every kind and compare it with a default load; writes docs/zoo.md
 	$(BIN)/python -m zoo $(ZOO_ARGS)
 
-events: setup ## what befalls seeds and receivers, on whole engines: make events EVENTS_ARGS="--write docs/zoo.md"
+events: setup ## end-to-end lifecycle scenarios: sleep, reload, weight update, kill
 	$(BIN)/python -m zoo.events $(EVENTS_ARGS)
 
-versions: setup ## read published vLLM and vLLM-Ascend wheels again: do they have what this package relies on?
+versions: setup ## read published vLLM and vLLM-Ascend wheels and check what this package needs from them
 	$(BIN)/python -m versions
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi
 	@$(BIN)/python -m demo --engine $(ENGINE)
 
-clean: ## remove what was built
+clean: ## remove build results
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 distclean: clean ## remove .venv as well
