@@ -51,7 +51,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from vllm_rfork.manifest.schema import encode_manifest
     from vllm_rfork.plugin import register
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
     from zoo.planner import Planner, eventually
 
     register()  # for checkouts that are not installed; else vLLM has done it
@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     options = {"skip_tokenizer_init": True, "max_model_len": 2048, "max_num_seqs": 4, **json.loads(arguments.llm)}
     llm = LLM(model=arguments.model, load_format="rfork", model_loader_extra_config=extra, **options)
-    (seed,) = manager.wait_until_started(120)
+    (seed,) = manager().seeds(120)
     eventually(lambda: seed.address, "the seed is announced", 120)
 
     def turn() -> list[float]:
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(file.parent)
     planner.stop()
     nbytes = seed.manifest.nbytes
-    manager.withdraw_all("the benchmark is over")
+    manager().withdraw("the benchmark is over", last=True)
     return {
         "nbytes": nbytes,
         "read_gb_per_s": [round(rate, 1) for rate in rates],

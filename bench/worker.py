@@ -29,7 +29,7 @@ def main() -> None:
     from tests.vllm import engine_process
     from vllm_rfork import loader
     from vllm_rfork.load import plan
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
     setting: dict[str, Any] = json.loads(sys.argv[1])
     rfork = setting["load_format"] == "rfork"
@@ -71,7 +71,7 @@ def main() -> None:
                 "peak_nbytes": peak_rss_nbytes(),
             }
             if order["keep"]:
-                answer["announced"] = [str(seed.address) for seed in manager.wait_until_started(120)]
+                answer["announced"] = [str(seed.address) for seed in manager().seeds(120)]
                 answer["peak_nbytes"] = peak_rss_nbytes()
                 took["model"] = model
             else:
@@ -80,7 +80,7 @@ def main() -> None:
             del model, config
             gc.collect()
             print("BENCH " + json.dumps(answer), flush=True)
-    manager.withdraw_all("the benchmark is over")
+    manager().withdraw("the benchmark is over", last=True)
 
 
 if __name__ == "__main__":

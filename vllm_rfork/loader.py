@@ -21,14 +21,16 @@ from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
 from vllm_rfork.fork.progress import forking_progress
 from vllm_rfork.fork.session import Target
+from vllm_rfork.load.outcome import NotASeed, outcome_of
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.model.tensors import Collection
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
+from vllm_rfork.vllm_compat.worker_hooks import withdraw_before_changes
 
 logger = worker_logger(__name__)
 
@@ -149,8 +151,15 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
     def _become_seed(plan: LoadPlan, model: nn.Module) -> None:
         """Publish what was loaded. The model is complete by now: what fails here costs the seed, not the start."""
         try:
+            generation = manager().generation
             plan.settle(model)
-            manager.become_seed(plan, model)
+            outcome = outcome_of(plan, model)
+            if isinstance(outcome, NotASeed):
+                logger.log(outcome.level, "this worker is not a seed: %s", outcome.reason)
+                plan.attempt.close()
+                return
+            withdraw_before_changes(manager())
+            manager().publish(outcome, generation)
         except Exception as error:  # noqa: BLE001 - looking at a model runs code that is not ours
             logger.warning("this worker is not a seed: %s: %s", type(error).__name__, error)
             plan.attempt.close()

@@ -142,9 +142,9 @@ def act(part: Part, connection: Connection) -> None:
             connection.send(answer)
             if name == "serve":
                 commands.serve_for_ever()
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
-    manager.withdraw_all("the events are over")
+    manager().withdraw("the events are over", last=True)
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else the resource tracker complains
     sys.stdout.flush()
     os._exit(0)  # engines take their time to go, and have nothing left to do
@@ -187,11 +187,11 @@ class _Commands:
 
     def seeds(self, timeout_s: float) -> list[SeedFacts]:
         """Those of this process, once none is on its way."""
-        from vllm_rfork.seeding import manager
+        from vllm_rfork.seeding.manager import manager
 
         return [
             SeedFacts(str(seed.address), seed.manifest.seed_key, seed.manifest.fingerprint, seed.manifest.epoch)
-            for seed in manager.wait_until_started(timeout_s)
+            for seed in manager().seeds(timeout_s)
             if seed.address
         ]
 
@@ -246,9 +246,9 @@ class _Commands:
 
     def alter(self) -> str:
         """Turn one bit of the largest tensor that the seed offers; returns its name. Twice is as before."""
-        from vllm_rfork.seeding import manager
+        from vllm_rfork.seeding.manager import manager
 
-        (seed,) = manager.wait_until_started(1.0)
+        (seed,) = manager().seeds(1.0)
         spans = seed.keep.spans
         number = max(range(len(spans)), key=lambda number: int(spans[number].data.numel()))
         data = spans[number].data

@@ -128,9 +128,9 @@ def play(order: Order, connection: Connection) -> None:
     connection.send(dataclasses.replace(report, lines=lines.lines))
     with contextlib.suppress(EOFError):
         connection.recv()
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
-    manager.withdraw_all("the zoo is done with it")
+    manager().withdraw("the zoo is done with it", last=True)
     alive.clear()
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else the resource tracker complains
     sys.stdout.flush()
@@ -139,7 +139,7 @@ def play(order: Order, connection: Connection) -> None:
 
 def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
     from vllm_rfork.plugin import register
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
     register()  # what vLLM's plugin entry point does in every process
     if order.port:
@@ -177,7 +177,7 @@ def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
         answers = [] if order.asks == LOAD else _ask(alive[0], order)
     if order.drafts and order.asks != LOAD:
         answers.append(("drafts", drafted))
-    seeds = [str(seed.address) for seed in manager.wait_until_started(120) if seed.address]
+    seeds = [str(seed.address) for seed in manager().seeds(120) if seed.address]
     return Report(loads=loads, answers=answers, seeds=seeds, storage_s=watch.storage_s)
 
 
@@ -261,11 +261,11 @@ def _meet_at(port: int) -> None:
 
 def _of_a_worker(worker: Any) -> Report:
     """What this worker of vLLM's own executor saw; it was forked from a process that was being watched."""
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
     del worker
     ((watch, lines),) = _watching
-    seeds = [str(seed.address) for seed in manager.wait_until_started(120) if seed.address]
+    seeds = [str(seed.address) for seed in manager().seeds(120) if seed.address]
     return Report(loads=watch.finish(), seeds=seeds, storage_s=watch.storage_s, lines=lines.lines)
 
 

@@ -41,6 +41,13 @@ def tree(tmp_path: Path) -> Path:
         ("planner/__init__.py", "import vllm_rfork.clients", "The planner side imports nothing from the worker side"),
         ("fork/transfer.py", "import vllm_rfork.seeding", "Imports point down only"),
         ("clients/planner.py", "import vllm_rfork.planner", "Imports point down only"),
+        ("seeding/seed.py", "import vllm_rfork.load", "Imports point down only"),
+        ("seeding/seed.py", "import vllm_rfork.devices", "A seed knows no tensor, model or device"),
+        (
+            "load/outcome.py",
+            "import vllm_rfork.seeding.manager",
+            "A load knows no seed but the data that it publishes",
+        ),
         ("newcomer.py", "", "Imports point down only"),
     ],
 )

@@ -164,11 +164,11 @@ def seed(planner: Planner, model_a: Path) -> Iterator[SeedProcess]:
 @pytest.fixture
 def no_seeds() -> Iterator[None]:
     """No seed of an earlier test in this process, and none of this one's after it."""
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
-    manager.withdraw_all("a test begins")
+    manager().withdraw("a test begins", last=True)
     yield
-    manager.withdraw_all("a test is over")
+    manager().withdraw("a test is over", last=True)
     eventually(lambda: not open_engines(), "every engine is closed")
 
 

@@ -19,7 +19,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     from vllm import LLM, SamplingParams
 
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
     from vllm_rfork.vllm_compat.amx import request_amx_tiles
 
     request_amx_tiles()  # the default loader needs it as well
@@ -36,7 +36,7 @@ def main() -> None:
         max_num_seqs=4,
         **arguments.get("changes", {}),
     )
-    seeds = [str(seed.address) for seed in manager.wait_until_started(60)]
+    seeds = [str(seed.address) for seed in manager().seeds(60)]
     say({"seeds": seeds})
 
     def answers(max_tokens: int) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 def main() -> None:
     from tests.vllm import engine_process
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
     arguments: dict[str, Any] = json.loads(sys.argv[1])
     model = Path(arguments["model"])
@@ -22,11 +22,11 @@ def main() -> None:
         model, load_format="rfork", extra=arguments["extra"], **arguments.get("changes", {})
     )
     loaded = engine_process.load_digested(config)
-    seeds = manager.wait_until_started(60)
+    seeds = manager().seeds(60)
     said = {"seeds": [str(seed.address) for seed in seeds], "loaded": loaded.before, "processed": loaded.after}
     print("SEED " + json.dumps(said), flush=True)
     sys.stdin.read()
-    manager.withdraw_all("told to end")
+    manager().withdraw("told to end", last=True)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from tests.vllm.engine_process import load, vllm_config
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.load import plan
-from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.load.outcome import CapturedTensors
 from vllm_rfork.model import digest, relocation
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.worker_hooks import Change, Changes
 
@@ -117,14 +117,14 @@ def layout(request: pytest.FixtureRequest) -> str:
 @contextlib.contextmanager
 def serving(device: Device) -> Iterator[None]:
     """Work is queued until the last moment before a seed checks its bytes: it has begun to serve meanwhile."""
-    recheck = LoadPlan.recheck
+    recheck = CapturedTensors.recheck
 
-    def busy(self: LoadPlan) -> None:
+    def busy(self: CapturedTensors) -> None:
         device.queue("serving")
         recheck(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoadPlan, "recheck", busy)
+        patch.setattr(CapturedTensors, "recheck", busy)
         yield
 
 
@@ -134,7 +134,7 @@ def test_a_seed_waits_before_it_takes_addresses_and_before_it_checks_its_bytes(
     extra = extra_for(planner.url, model_url=f"order of a seed, {layout}", rfork_layout=layout)
     with serving(device):
         load(vllm_config(model_a, load_format="rfork", extra=extra))
-        (seed,) = manager.wait_until_started(30)
+        (seed,) = manager().seeds(30)
     assert seed.address
     assert device.early == []
     # The test sees all of it: what was captured, what was registered, and what was checked last.
@@ -153,7 +153,7 @@ def test_a_receiver_waits_before_it_takes_addresses_to_be_written_to(
 
     extra = extra_for(planner.url, model_url=f"order of a receiver, {layout}", rfork_layout=layout)
     load(vllm_config(model_a, load_format="rfork", extra=extra))
-    manager.wait_until_started(30)
+    manager().seeds(30)
     monkeypatch.setattr(
         BaseModelLoader, "create_model", device.queueing("construction", BaseModelLoader.create_model), raising=False
     )
@@ -174,10 +174,10 @@ def test_a_seed_that_comes_back_waits_for_what_the_change_has_queued(
     model: torch.nn.Module = load(
         vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="order of a return"))
     )
-    (old,) = manager.wait_until_started(30)
+    (old,) = manager().seeds(30)
     with serving(device):
-        Changes(manager._Guard()).run(Change("weights are updated"), device.queue, "an update")
-        eventually(lambda: [seed for seed in manager.wait_until_started(30) if seed.address], "there is a seed again")
+        Changes(manager()).run(Change("weights are updated"), device.queue, "an update")
+        eventually(lambda: [seed for seed in manager().seeds(30) if seed.address], "there is a seed again")
     assert device.early == []
     assert device.between("an update", "registered") == ["an update", "waited", "addresses", "registered"]
     assert device.between("serving", "digested") == ["serving", "waited", "digested"]

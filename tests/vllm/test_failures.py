@@ -475,7 +475,8 @@ def test_a_fork_that_takes_too_long_gives_up(
 def test_a_taken_port_is_passed_over_and_the_model_is_correct(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner
 ) -> None:
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
+    from vllm_rfork.seeding.publication import INSTANCES_OF_HOST, PORTS_OF_INSTANCE
 
     with socket.socket() as taken, nothing_left_behind():
         taken.bind(("127.0.0.1", 0))
@@ -485,17 +486,17 @@ def test_a_taken_port_is_passed_over_and_the_model_is_correct(
         if port > 65000:
             pytest.fail("the machine's ephemeral ports lie above what rfork_seed_port_base takes")
         loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
-        (seed,) = manager.wait_until_started(30)
+        (seed,) = manager().seeds(30)
         listens_at = seed.address.port if seed.address else None
-        manager.withdraw_all("test is over")
+        manager().withdraw("test is over", last=True)
     assert loaded.before == default_a.before
     # The ports of further instances on this host, unless all of them are in use as well: then any, with a WARNING.
-    further = [port + manager.PORTS_OF_INSTANCE * number for number in range(1, manager.INSTANCES_OF_HOST)]
+    further = [port + PORTS_OF_INSTANCE * number for number in range(1, INSTANCES_OF_HOST)]
     assert listens_at in further or any(str(port) in line and "in use" in line for line in rfork_log.warnings)
 
 
 def test_a_heartbeat_that_is_refused_is_one_warning(model_a: Path, default_a: Any, rfork_log: LogRecords) -> None:
-    from vllm_rfork.seeding import manager
+    from vllm_rfork.seeding.manager import manager
 
     async def refuse_beats(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=404 if request.path == "/get_seed" else 503)
@@ -503,10 +504,10 @@ def test_a_heartbeat_that_is_refused_is_one_warning(model_a: Path, default_a: An
     with fakes.http_server(refuse_beats) as url, nothing_left_behind():
         extra = extra_for(url, rfork_heartbeat_interval_sec=0.2)
         loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
-        manager.wait_until_started(30)
+        manager().seeds(30)
         eventually(lambda: any("503" in line for line in rfork_log.warnings), "the refusal is logged")
         time.sleep(1.0)  # several beats: the property is that they add no line
-        manager.withdraw_all("test is over")
+        manager().withdraw("test is over", last=True)
     assert loaded.before == default_a.before
     assert len([line for line in rfork_log.warnings if "announced" in line]) == 1
 

@@ -66,9 +66,7 @@ def test_no_memory_for_digests_costs_the_seed_and_not_the_start(
     assert any("not a seed" in line and "OutOfMemoryError" in line for line in rfork_log.warnings)
 
 
-@pytest.mark.parametrize(
-    "where", ["vllm_rfork.loader.LoadPlan.settle", "vllm_rfork.seeding.manager.withdraw_before_changes"]
-)
+@pytest.mark.parametrize("where", ["vllm_rfork.loader.LoadPlan.settle", "vllm_rfork.loader.withdraw_before_changes"])
 def test_an_unexpected_error_after_the_load_costs_the_seed_and_not_the_start(
     where: str, model_a: Path, default_a: Any, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork.config import parse_config
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key
-from vllm_rfork.seeding.manager import seed_ports
+from vllm_rfork.seeding.publication import seed_ports
 from vllm_rfork.vllm_compat.fingerprint.facts import fingerprint_facts
 from vllm_rfork.vllm_compat.worker_identity import worker_identity
 

@@ -19,7 +19,7 @@ from tests.vllm.faults import held_up_recheck
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.errors import SeedError
 from vllm_rfork.load import plan
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 from vllm_rfork.seeding.seed import Seed
 from vllm_rfork.vllm_compat.worker_hooks import Change, Changes
 
@@ -31,7 +31,7 @@ NORM = "model.norm.weight"
 @pytest.fixture
 def changes() -> Changes:
     """What a worker's wrapped methods tell."""
-    return Changes(manager._Guard())
+    return Changes(manager())
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def only_seed() -> Seed:
     """The one seed of this process, once it is announced."""
-    found = eventually(lambda: [seed for seed in manager.wait_until_started(30) if seed.address], "there is a seed")
+    found = eventually(lambda: [seed for seed in manager().seeds(30) if seed.address], "there is a seed")
     (seed,) = found
     return seed
 
@@ -81,7 +81,7 @@ def test_after_a_change_that_left_the_bytes_it_is_a_seed_again_in_another_epoch(
     during: list[Any] = []
 
     def look() -> None:
-        during.append((manager.wait_until_started(1), key in str(planner.snapshot())))
+        during.append((manager().seeds(1), key in str(planner.snapshot())))
         with pytest.raises(SeedError):
             confirm(old, address, epoch)
 
@@ -140,14 +140,14 @@ def test_changed_bytes_stay_away_and_keep_no_memory(
     kept = weakref.ref(old.keep.spans[linear.span].data)
     changes.run(Change("weights are updated"), lambda: model.get_parameter(NORM).data.add_(1))
     eventually(lambda: rfork_log.warnings, "it is said")
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     (warning,) = rfork_log.warnings
     assert "not a seed again" in warning
     assert NORM in warning
     assert "changed" not in str(planner.snapshot())
     eventually(lambda: gc.collect() is not None and kept() is None, "the loaded tensors are let go")
     changes.run(Change("weights are updated"), lambda: model.get_parameter(NORM).data.sub_(1))
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     assert len(rfork_log.warnings) == 1, "said once"
 
 
@@ -189,11 +189,11 @@ def test_a_later_change_may_bring_the_bytes_back(
 
     changes.run(Change("the worker goes to sleep", begins="asleep"), lose)
     changes.run(Change("weights are reloaded"), nothing)
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     assert rfork_log.warnings == [], "it sleeps: nobody looks at its memory"
     changes.run(Change("the worker wakes up", ends=("asleep",)), nothing)
     eventually(lambda: rfork_log.warnings, "the bytes are not there yet")
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     changes.run(Change("weights are reloaded"), lambda: norm.data.copy_(right))
     assert contents(only_seed()) == contents(old)
 
@@ -214,7 +214,7 @@ def test_tensors_that_are_not_what_they_were_are_named(
     model, _ = loaded(model_a, planner, "other tensors")
     changes.run(Change("weights are reloaded"), spoil, model)
     eventually(lambda: rfork_log.warnings, "it is said")
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     assert said in rfork_log.warnings[0]
 
 
@@ -253,7 +253,8 @@ def test_a_return_that_meets_the_next_change_waits_for_the_one_after(
     changes.run(Change("weights are updated"), nothing)
     assert checking.wait(60)
 
-    (returning,) = manager._seeds
+    returning = manager().slots[0].seed
+    assert returning is not None
     next_change = threading.Thread(target=changes.run, args=(Change("weights are reloaded"), nothing))
     next_change.start()
     eventually(returning._withdrawing.is_set, "the return is told")
@@ -279,7 +280,7 @@ def test_there_is_no_coming_back_after_the_last_change(
     else:
         changes.run(Change("weights are updated"), lambda: changes.run(shut_down, nothing))
     changes.run(Change("weights are updated"), nothing)
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     eventually(lambda: gc.collect() is not None and kept() is None, "the loaded tensors are let go")
     assert "for good" not in str(planner.snapshot())
     assert digests_of(model)

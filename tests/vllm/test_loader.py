@@ -16,7 +16,8 @@ from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, ex
 from tests.vllm.engine_process import digests_of, distributed, free_port, load, load_digested, vllm_config
 from vllm_rfork import plugin
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
+from vllm_rfork.seeding.publication import seed_ports
 
 pytestmark = pytest.mark.vllm
 
@@ -161,8 +162,8 @@ def test_loaders_that_build_models_themselves_are_delegated_to_whole(
     eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
     extra = extra_for(planner.url, model_url=key, rfork_fallback_load_format="whole")
     loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra))
-    manager.wait_until_started(30)
-    manager.withdraw_all("test is over")
+    manager().seeds(30)
+    manager().withdraw("test is over", last=True)
     assert loaded.before == default_a.before
     assert loaded.after == default_a.after
     if key == "tiny":
@@ -233,7 +234,7 @@ def test_the_order_of_ports_keeps_target_and_draft_apart() -> None:
 
     settings = parse_config({"rfork_seed_port_base": 9000}, {}).settings
     ports = {
-        manager.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))[0]
+        seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))[0]
         for rank in range(4)
         for draft in (False, True)
     }
@@ -246,7 +247,7 @@ def test_further_instances_on_a_host_have_ports_of_the_documented_range() -> Non
 
     def ports(base: int, rank: int, *, draft: bool = False) -> list[int]:
         settings = parse_config({"rfork_seed_port_base": base}, {}).settings
-        return manager.seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))
+        return seed_ports(settings, WorkerIdentity("kv_both", 0, 0, local_rank=rank, is_draft=draft))
 
     assert ports(20000, 0) == [20000, 20032, 20064, 20096, 20128, 20160, 20192, 20224]
     every = [port for rank in range(16) for draft in (False, True) for port in ports(20000, rank, draft=draft)]

@@ -32,7 +32,7 @@ from vllm_rfork.manifest import pairing
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.model import digest, traversal
 from vllm_rfork.model.python_state import apply_state
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -60,7 +60,7 @@ class Fleet:
 
     def seed(self, **changes: Any) -> nn.Module:
         model: nn.Module = load(vllm_config(self._model, load_format="rfork", extra=self._extra, **changes))
-        (seed,) = manager.wait_until_started(30)
+        (seed,) = manager().seeds(30)
         assert seed.address, self._log.warnings
         return model
 
@@ -68,7 +68,7 @@ class Fleet:
         """A worker that loads and does not offer what it has; it says why in one WARNING."""
         self._log.records.clear()
         load(vllm_config(self._model, load_format="rfork", extra=self._extra))
-        assert manager.wait_until_started(30) == []
+        assert manager().seeds(30) == []
         (warning,) = self._log.warnings
         assert "not a seed" in warning
         assert cause in warning
@@ -411,7 +411,7 @@ def test_epoch(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> 
     read, norm = MemoryEngine.read, seed.get_parameter(NORM)
 
     def meanwhile(self: MemoryEngine, endpoint: str, batch: Any, timeout_s: float) -> None:
-        (offered,) = manager.wait_until_started(1)
+        (offered,) = manager().seeds(1)
         service = offered._parts.service
         assert service is not None
         service.suspend("weights are updated")  # the first step of a withdrawal; the engine is not closed yet
@@ -421,7 +421,7 @@ def test_epoch(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(MemoryEngine, "read", meanwhile)
     refused(one.fork(), "no longer vouches for its weights")
 
-    manager.withdraw_all("the next seed")
+    manager().withdraw("the next seed", last=True)
     seed = one.seed()
     norm = seed.get_parameter(NORM)
 
@@ -440,7 +440,7 @@ def test_fingerprint(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatc
     assert one.seed() is not None
     refused(one.fork(**other), "fingerprint")
 
-    manager.withdraw_all("the next seed")
+    manager().withdraw("the next seed", last=True)
     monkeypatch.setattr(plan, "build_fingerprint", lambda facts: "all the same")
     # A second guard behind the first: what constructors have chosen.
     monkeypatch.setattr(pairing, "built_differences", lambda local, remote: [])

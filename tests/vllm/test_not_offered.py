@@ -13,7 +13,7 @@ from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.faults import scrambled, with_attribute
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
 from vllm_rfork.load import plan
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat.storage_loader import never_a_seed, quantizes_online
 
 pytestmark = pytest.mark.vllm
@@ -33,7 +33,7 @@ def test_weights_that_post_processing_wrote_to_are_not_offered(
     monkeypatch.setattr(base_loader, "process_weights_after_loading", writing)
     extra = extra_for(planner.url, model_url="written-to")
     load(vllm_config(model_a, load_format="rfork", extra=extra))
-    assert not [seed for seed in manager.wait_until_started(30) if seed.address]
+    assert not [seed for seed in manager().seeds(30) if seed.address]
     assert any("not a seed" in line and "model.norm.weight" in line for line in rfork_log.warnings)
     assert "written-to" not in str(planner.snapshot())
 
@@ -66,7 +66,7 @@ def test_where_weights_are_not_kept_twice_replaced_ones_mean_no_seed(
     loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
     assert loaded.before == default_a.before
     assert loaded.after == default_a.after
-    assert not [each for each in manager.wait_until_started(30) if each.address]
+    assert not [each for each in manager().seeds(30) if each.address]
     assert any("not a seed" in line and "qkv_proj.weight" in line for line in rfork_log.warnings)
     assert not open_engines()
 
@@ -84,14 +84,14 @@ def test_where_weights_are_not_kept_twice_untouched_ones_are_offered(
     key = "tiny" if how == "forked" else "in-place"
     model = load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
     try:
-        (mine,) = [each for each in manager.wait_until_started(30) if each.address]
+        (mine,) = [each for each in manager().seeds(30) if each.address]
         eventually(lambda: str(mine.address) in planner.seeds(), "it is announced")
         registered = {(region.address, region.nbytes) for region in mine.manifest.regions}
         weight = model.get_parameter("model.norm.weight")
         assert (weight.data_ptr(), weight.nbytes) in registered
         assert rfork_log.warnings == []
     finally:
-        manager.withdraw_all("test is over")
+        manager().withdraw("test is over", last=True)
 
 
 def test_bytes_that_were_not_checked_are_not_passed_on(
@@ -101,7 +101,7 @@ def test_bytes_that_were_not_checked_are_not_passed_on(
     """Whoever switches the check off runs a risk of their own, not of others."""
     monkeypatch.setattr(MemoryEngine, "read", scrambled(MemoryEngine.read))
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, rfork_verify="off")))
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     assert any("forked" in line for line in rfork_log.texts())
 
 
@@ -120,7 +120,7 @@ def test_a_value_that_loading_replaces_by_an_object_is_not_offered(
     monkeypatch.setattr(Qwen2ForCausalLM, "__init__", with_attribute(Qwen2ForCausalLM.__init__, "scheme", None))
     monkeypatch.setattr(Qwen2ForCausalLM, "load_weights", replacing)
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="replaces a value")))
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     assert any("not a seed" in line and "scheme" in line for line in rfork_log.warnings), rfork_log.warnings
 
 
@@ -171,7 +171,7 @@ def test_a_worker_whose_experts_move_loads_and_offers_nothing(
     config.parallel_config.enable_eplb = True  # dense: nothing moves, and the setting alone decides
     loaded = load_digested(config)
     assert loaded.before == default_a.before
-    assert manager.wait_until_started(1) == []
+    assert manager().seeds(1) == []
     (warning,) = rfork_log.warnings
     assert "not a seed" in warning
     assert "enable_eplb" in warning

@@ -10,7 +10,7 @@ import pytest
 
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, load, vllm_config
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 
 pytestmark = pytest.mark.vllm
 
@@ -32,11 +32,11 @@ def receiver(planner: Planner, model: Path, role: str) -> Any:
 def producer(planner: Planner, model_a: Path) -> Iterator[Any]:
     """The model of a producer that is a seed in this process."""
     loaded = load(configured(model_a, planner, "kv_producer"))
-    (seed,) = [each for each in manager.wait_until_started(30) if "$roles$" in each.manifest.seed_key]
+    (seed,) = [each for each in manager().seeds(30) if "$roles$" in each.manifest.seed_key]
     assert seed.manifest.seed_key == "tiny$roles$kv_producer$0$0"
     eventually(lambda: str(seed.address) in planner.seeds(), "the seed is announced")
     yield loaded
-    manager.withdraw_all("test is over")
+    manager().withdraw("test is over", last=True)
 
 
 def test_a_worker_forks_from_its_own_role_and_the_planner_knows_nothing_for_another(

@@ -21,7 +21,7 @@ from tests.vllm.engine_process import digests_of, load, vllm_config
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.load import plan
 from vllm_rfork.model.python_state import state_of
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
 
 pytestmark = pytest.mark.vllm
@@ -65,8 +65,8 @@ def accelerated(runtime_allowed: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def fleet(planner: Planner) -> Iterator[Planner]:
     """The shared planner without anybody's seeds for this test's key."""
     yield planner
-    manager.wait_until_started(30)
-    manager.withdraw_all("test is over")
+    manager().seeds(30)
+    manager().withdraw("test is over", last=True)
 
 
 def options(planner: Planner, name: str, **more: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def options(planner: Planner, name: str, **more: Any) -> dict[str, Any]:
 
 def seed_in_this_process(model: Path, extra: dict[str, Any]) -> nn.Module:
     loaded: nn.Module = load(vllm_config(model, load_format="rfork", extra=extra))
-    (seed,) = [each for each in manager.wait_until_started(30) if each.manifest.seed_key.startswith("tiny")]
+    (seed,) = [each for each in manager().seeds(30) if each.manifest.seed_key.startswith("tiny")]
     eventually(lambda: seed.address, "the seed is announced")
     return loaded
 
@@ -107,12 +107,11 @@ def test_a_receiver_that_forked_serves_the_next_one(
     extra = options(fleet, "runtime chain")
     seed_in_this_process(model_a, extra)
     forked = load(vllm_config(model_a_without_weights, load_format="rfork", extra=extra))
-    manager.wait_until_started(30)
+    manager().seeds(30)
     addresses = [line.split(" from seed ")[1].split(",")[0] for line in rfork_log.texts() if " from seed " in line]
-    for each in list(manager._seeds):
+    for each in manager().seeds():
         if str(each.address) == addresses[0]:  # the one that read storage
             each.withdraw("it goes first")
-            manager._seeds.remove(each)
     again = load(vllm_config(model_a_without_weights, load_format="rfork", extra=extra))
     forks = [line for line in rfork_log.texts() if line.startswith("RFork: forked ")]
     assert len(forks) == 2
@@ -336,7 +335,7 @@ def test_a_seed_without_a_manifest_is_exchanged_before_the_model_is_touched(
 ) -> None:
     extra = options(fleet, "no manifest")
     seed_in_this_process(model_a, extra)
-    for each in manager._seeds:
+    for each in manager().seeds():
         each._parts.service.suspend("the test says so")
     dummies: list[Any] = []
     monkeypatch.setattr(storage_loader, "fill_with_dummies", lambda *args: dummies.append(args))
@@ -476,7 +475,7 @@ def test_memory_that_no_engine_can_register_is_neither_written_to_nor_offered(
         seen = load(vllm_config(model_a, load_format="rfork", extra=extra))
 
     assert digests_of(told) == digests_of(seen) == digests_of(wanted)
-    assert manager.wait_until_started(30) == []
+    assert manager().seeds(30) == []
     assert [line for line in rfork_log.texts() if "falling back" in line and "weights lie in a pool" in line]
     assert len([line for line in rfork_log.texts() if "not a seed" in line and "weights lie in a pool" in line]) == 1
     assert len([line for line in rfork_log.texts() if "not a seed" in line and "segments expand" in line]) == 1

@@ -12,9 +12,13 @@ from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
 from tests.vllm.faults import held_up_recheck
 from vllm_rfork.engines.memory import MemoryEngine, open_engines
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import SeedManager, manager
 
 pytestmark = pytest.mark.vllm
+
+
+def withdraw() -> None:
+    manager().withdraw("weights are updated", last=True)
 
 
 def test_no_seed_comes_after_a_withdrawal_that_met_it_while_it_was_made(
@@ -22,23 +26,24 @@ def test_no_seed_comes_after_a_withdrawal_that_met_it_while_it_was_made(
 ) -> None:
     """The bytes may have changed since: what was captured before the withdrawal must never be announced."""
     making, go_on = threading.Event(), threading.Event()
-    make = manager._make
+    make = SeedManager._make
 
     def slowly(*args: Any) -> Any:
         making.set()
         assert go_on.wait(60)
         return make(*args)
 
-    monkeypatch.setattr(manager, "_make", slowly)
+    monkeypatch.setattr(SeedManager, "_make", staticmethod(slowly))
     extra = extra_for(planner.url, model_url="withdrawn while made")
     load(vllm_config(model_a, load_format="rfork", extra=extra))
     assert making.wait(60)
-    starting = list(manager._starting)
-    manager.withdraw_all("weights are updated")
+    starting = manager().slots
+    manager().withdraw("weights are updated", last=True)
     go_on.set()
     for each in starting:
+        assert each.thread is not None
         each.thread.join(60)
-    assert manager.wait_until_started(1) == []
+    assert manager().seeds(1) == []
     eventually(lambda: not open_engines(), "the engine is closed")
 
 
@@ -51,13 +56,15 @@ def test_a_withdrawal_does_not_wait_for_all_of_a_start(
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="withdrawn while checked")))
     assert checking.wait(60)
     # It is in the list by now, where the withdrawal finds it.
-    (seed,) = manager._seeds
-    withdrawal = threading.Thread(target=manager.withdraw_all, args=("weights are updated",))
+    (slot,) = manager().slots
+    seed = slot.seed
+    assert seed is not None
+    withdrawal = threading.Thread(target=withdraw)
     withdrawal.start()
     eventually(seed._withdrawing.is_set, "the withdrawal has begun")
     go_on.set()
     withdrawal.join(60)
-    assert manager.wait_until_started(5) == []
+    assert manager().seeds(5) == []
     eventually(lambda: not open_engines(), "the engine is closed")
 
 
@@ -78,15 +85,16 @@ def test_a_withdrawal_is_bounded_where_a_start_never_ends(
     extra = extra_for(planner.url, model_url="hangs while registering", **bounds)
     load(vllm_config(model_a, load_format="rfork", extra=extra))
     assert registering.wait(60)
-    starting = list(manager._starting)
-    withdrawal = threading.Thread(target=manager.withdraw_all, args=("weights are updated",), daemon=True)
+    starting = manager().slots
+    withdrawal = threading.Thread(target=withdraw, daemon=True)
     withdrawal.start()
     withdrawal.join(60)
     returned = not withdrawal.is_alive()
     go_on.set()
     for each in starting:
+        assert each.thread is not None
         each.thread.join(60)
     assert returned
-    assert manager.wait_until_started(1) == []
+    assert manager().seeds(1) == []
     assert not any("announced" in line for line in rfork_log.texts())
     eventually(lambda: not open_engines(), "the engine is closed")

@@ -12,7 +12,7 @@ import pytest
 from tests.vllm import models
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, load_digested, vllm_config
-from vllm_rfork.seeding import manager
+from vllm_rfork.seeding.manager import manager
 from vllm_rfork.seeding.seed import Seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
@@ -46,10 +46,10 @@ def test_names_that_give_one_key_do_not_give_one_fingerprint(
         return extra_for(planner.url, rfork_seed_key_separator=separator, **names)
 
     seed_model = load(vllm_config(model_a, load_format="rfork", extra=extra(first)))
-    (seed,) = manager.wait_until_started(30)
+    (seed,) = manager().seeds(30)
     eventually(lambda: str(seed.address) in planner.seeds(), "the seed is announced")
     loaded = load_digested(vllm_config(model_b, load_format="rfork", extra=extra(second)))
-    keys = {str(each.manifest.seed_key) for each in manager.wait_until_started(30)}
+    keys = {str(each.manifest.seed_key) for each in manager().seeds(30)}
     assert len(keys) == 1, "the keys stay as they are published"
     assert loaded.before == default_b.before, "the second serves its own weights"
     warned = [line for line in rfork_log.warnings if "rfork_seed_key_separator" in line]
@@ -63,7 +63,7 @@ def test_names_that_give_one_key_do_not_give_one_fingerprint(
 
 def seed_of(planner: Planner) -> Seed:
     """The one seed of this process, announced and free."""
-    (seed,) = manager.wait_until_started(30)
+    (seed,) = manager().seeds(30)
     eventually(lambda: str(seed.address) in planner.seeds() and planner.leases() == 0, "the seed is announced")
     return seed
 
@@ -136,7 +136,7 @@ def test_the_same_checkpoint_in_another_packaging_and_no_files_at_all_fork(
     loaded = load_digested(vllm_config(folder, load_format="rfork", extra=extra))
     assert forked_from(seed, rfork_log)
     assert loaded.before == default_a.before
-    (passed_on,) = [each for each in manager.wait_until_started(30) if each is not seed]
+    (passed_on,) = [each for each in manager().seeds(30) if each is not seed]
     assert passed_on.manifest.checkpoint == seed.manifest.checkpoint
     assert list(passed_on.manifest.checkpoint or {}) == ["weights"]
     said = [line for line in rfork_log.texts() if "packaged in another way" in line]
@@ -162,7 +162,7 @@ def test_another_draft_of_the_same_shape_is_not_forked(
         return dataclasses.replace(config, model_config=config.speculative_config.draft_model_config)
 
     kept = [load(target("first")), load(of_draft("first"))]
-    seeds = {each.manifest.seed_key.endswith("draft"): each for each in manager.wait_until_started(30)}
+    seeds = {each.manifest.seed_key.endswith("draft"): each for each in manager().seeds(30)}
     assert set(seeds) == {True, False}
     eventually(lambda: {str(each.address) for each in seeds.values()} <= set(planner.seeds()), "both are announced")
     expected = load_digested(of_draft("second", "auto"))

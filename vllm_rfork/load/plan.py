@@ -39,7 +39,7 @@ from vllm_rfork.model.python_state import (
     state_in,
     state_of,
 )
-from vllm_rfork.model.tensors import Collection, account, apply_inline, check_inline, names_in, with_inline
+from vllm_rfork.model.tensors import Collection, account, apply_inline, check_inline, with_inline
 from vllm_rfork.model.traversal import Leaf, Plain, walk
 from vllm_rfork.model.verification import ArrivalCheck, get_ready, spans_to_check
 from vllm_rfork.net.advertise import advertise_host
@@ -556,10 +556,6 @@ class LoadPlan:
             return self._loaded.nbytes
         return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
-    def published_checkpoint(self) -> dict[str, str] | None:
-        """The identity of the checkpoint that the weights come from, for the seed; may wait for storage."""
-        return self.files.published()
-
     def seed_manifest(self) -> Manifest:
         """What this worker offers.
 
@@ -571,23 +567,6 @@ class LoadPlan:
         return self.collection.manifest(
             digests=self.digests, state=self.state, state_gone=self.state_gone, **self.manifest_identity()
         )
-
-    def recheck(self) -> None:
-        """Prove that nothing has written to the captured memory since; version counters do not see all writes.
-
-        Raises:
-            ForkError: names the tensors that changed.
-        """
-        if self.collection is None:
-            raise ForkError("no weights were captured")
-        device_side(self.device).synchronize()
-        found = digest.digests(span.data for span in self.collection.spans)
-        wrong = digest.differing(dict(enumerate(found)), dict(enumerate(self.digests)))
-        if wrong:
-            raise ForkError(
-                f"since they were captured, {len(wrong)} tensors of the {self.layout} layout have been written to: "
-                f"{names_in(self.collection, wrong)}"
-            )
 
 
 class _Incoming:

@@ -1,304 +1,269 @@
-"""The seeds of this process: begun after a load, withdrawn before their bytes change, back when they are the same.
+"""The seeds of this process: started after a load, withdrawn before their bytes change, resumed if the bytes are equal.
 
-Once withdrawn, a seed is gone for good, and with it its epoch and its addresses. What may come is another seed, under
-an epoch of its own, after the worker has found every tensor that it vouched for and digested it anew.
+A withdrawn seed never serves again, and its epoch and addresses are invalid from then on. A resumed slot starts another
+seed in a new epoch, after every published tensor has been found and digested again.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 import threading
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import msgspec
 
-from vllm_rfork.config import Settings
-from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError
-from vllm_rfork.load import plan as plans
-from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.model.relocation import Vouched
-from vllm_rfork.model.tensors import Collection
-from vllm_rfork.net.advertise import listen_host
-from vllm_rfork.seed_key import WorkerIdentity
-from vllm_rfork.seeding.seed import Seed, SeedConfig
+from vllm_rfork.seeding.publication import Publication, PublishedTensors
+from vllm_rfork.seeding.seed import Seed
+from vllm_rfork.seeding.slot import Slot, SlotEvent, SlotState
 from vllm_rfork.threads.native import native_thread
-from vllm_rfork.vllm_compat.worker_hooks import withdraw_before_changes
 
 logger = worker_logger(__name__)
 
-
-@dataclass(eq=False)
-class _Start:
-    """A seed on its way, or there. Once ``withdrawn``, what was captured for it may have changed: it must not come.
-
-    Attributes:
-        vouched: what it offers.
-        found: for a return, the tensors and the digests that they must have.
-        after: the start before this one, whose thread must have ended.
-        changes: how many withdrawals there had been when this was found to be good.
-        off_device: set when the start asks nothing of the device any more.
-    """
-
-    plan: LoadPlan
-    vouched: Vouched
-    found: tuple[Collection, list[str]] | None = None
-    after: _Start | None = None
-    changes: int = 0
-    off_device: threading.Event = field(default_factory=threading.Event)
-    thread: threading.Thread = field(init=False)
-    withdrawn: str = ""
-
-    def begin(self) -> None:
-        """Run in the background, unless a change has begun meanwhile."""
-        self.thread = native_thread(_start, "rfork-seed", (self.plan, self))
-        with _lock:
-            if self.changes == _withdrawals.count:
-                _starting.append(self)
-                self.thread.start()
-                return
-            self.found = None
-            if _withdrawals.may_return:
-                _absent.append(self)
-        self.plan.attempt.close()
-
-
-@dataclass
-class _Withdrawals:
-    """How often the seeds of this process have been withdrawn, and whether they may return after the last time."""
-
-    count: int = 0
-    may_return: bool = True
-
-
-_seeds: list[Seed] = []
-_starting: list[_Start] = []
-#: Withdrawn for a change, and not back yet.
-_absent: list[_Start] = []
-_withdrawals = _Withdrawals()
-_lock = threading.Lock()
-
-#: ``rfork_seed_port_base`` and the 255 ports after it: 16 ranks with a draft each, for 8 instances on one host.
-PORTS_OF_INSTANCE = 32
-INSTANCES_OF_HOST = 8
-_LAST_PORT = 65535
-
 #: How long, in seconds, capturing graphs waits for seeds that are being started: registering and digesting take less.
 LEAVES_DEVICE_WITHIN_S = 5.0
+#: How long, in seconds, a withdrawal waits for the thread of a start that it met.
+_JOIN_S = 1.0
 
 
-class _Guard:
-    """What the worker's methods tell."""
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """One attempt to start a seed.
+
+    Attributes:
+        tensors: where they are now.
+        generation: the manager's, when they were found; valid until the next withdrawal.
+        returning: a seed has been withdrawn before, and this one replaces it.
+        before: the thread of the start before this one, which may still use the engine.
+    """
+
+    tensors: PublishedTensors
+    generation: int
+    returning: bool
+    before: threading.Thread | None
+    off_device: threading.Event
+
+
+class _StillStarting(ForkError):
+    """The start before this one hangs."""
+
+
+class SeedManager:
+    """All seeds of one process, one slot for each published model (target and draft).
+
+    Implements ``vllm_compat``'s listener for changes of weights. ``generation`` counts withdrawals: whatever was
+    captured or found before one must not be published after it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots: list[Slot] = []
+        self._generation = 0
+        self._may_return = True
+        self._reason = ""  # of the last withdrawal
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots that are not GONE."""
+        with self._lock:
+            return tuple(self._slots)
+
+    def seeds(self, wait_s: float = 0.0) -> list[Seed]:
+        """The seeds that are serving, after waiting up to ``wait_s`` seconds for each that is being started."""
+        for slot in self.slots:
+            if slot.state is SlotState.STARTING and slot.thread is not None:
+                slot.thread.join(wait_s)
+        return [slot.seed for slot in self.slots if slot.state is SlotState.SERVING and slot.seed is not None]
+
+    @property
+    def generation(self) -> int:
+        """The number of withdrawals so far."""
+        return self._generation
+
+    def publish(self, publication: Publication, generation: int | None = None) -> None:
+        """Start a seed in the background.
+
+        ``generation``: of the moment when the tensors were captured. If weights have changed since, the seed starts
+        after the change, or never if there is no return from it.
+        """
+        slot = Slot(publication)
+        with self._lock:
+            captured = self._generation if generation is None else generation
+            if captured == self._generation or self._may_return:
+                self._slots.append(slot)
+            begun = self._begin(slot, publication.tensors, captured, returning=False)
+        if not begun:
+            _give_up(publication)
+            publication.tensors.release()
 
     def withdraw(self, reason: str, *, last: bool) -> None:
-        withdraw_all(reason, may_return=not last)
+        """Withdraw every seed and wait until no receiver can get its addresses any more.
+
+        Unless this is the ``last`` change, :meth:`come_back` will be called when it is over; until then, tensors that
+        are kept beside the model stay. Otherwise they are dropped.
+        """
+        with self._lock:
+            self._generation += 1
+            self._may_return, self._reason = not last, reason
+            met = [slot for slot in self._slots if slot.state in (SlotState.STARTING, SlotState.SERVING)]
+            seeds = [slot.seed for slot in met if slot.seed is not None]
+            for slot in list(self._slots) if last else met:
+                self._move(slot, SlotEvent.ENDED if last else SlotEvent.WITHDRAWN)
+        for seed in seeds:
+            seed.withdraw(reason)
+        for slot in met:
+            if slot.thread is not None and slot.thread is not threading.current_thread():
+                slot.thread.join(_JOIN_S)  # it announces nothing any more
 
     def leaves_device_alone(self) -> bool:
-        with _lock:
-            starting = [start for start in _starting if start.plan.device.type != "cpu"]
+        """Wait a little for seeds that are being started; False if one may still need the device."""
+        with self._lock:
+            starting = [
+                slot.off_device
+                for slot in self._slots
+                if slot.state is SlotState.STARTING and slot.publication and slot.publication.captures_graphs
+            ]
         deadline = time.monotonic() + LEAVES_DEVICE_WITHIN_S
-        return all(start.off_device.wait(max(0.0, deadline - time.monotonic())) for start in starting)
+        return all(off_device.wait(max(0.0, deadline - time.monotonic())) for off_device in starting)
 
     def come_back(self) -> None:
-        come_back()
+        """Start the suspended seeds again, in the background, if their bytes are the same.
 
+        Call it when a change is over. Finding the tensors is done here, while nothing can change the model; digesting
+        them is not. Logs one WARNING for each seed that cannot return.
+        """
+        with self._lock:
+            generation = self._generation
+            suspended = [
+                (slot, slot.publication)
+                for slot in self._slots
+                if slot.state is SlotState.SUSPENDED and slot.publication is not None
+            ]
+        for slot, publication in suspended:
+            try:
+                tensors = publication.tensors.relocate()
+            except ForkError as error:
+                logger.warning("this worker is not a seed again: %s: %s", type(error).__name__, error)
+                if not publication.tensors.recoverable:
+                    self._end(slot)
+            except Exception:
+                # Whatever happens to the seed, the worker's method has done its work.
+                logger.exception("this worker is not a seed again")
+                self._end(slot)
+            else:
+                with self._lock:
+                    self._begin(slot, tensors, generation, returning=True)
 
-def become_seed(plan: LoadPlan, model: Any) -> None:
-    """Offer what ``plan`` has captured of ``model``, in the background: the worker goes on starting meanwhile.
+    def _begin(self, slot: Slot, tensors: PublishedTensors, generation: int, *, returning: bool) -> bool:
+        """Start a seed in the background, or return False if another change has begun meanwhile. The lock is held."""
+        publication = slot.publication
+        if generation != self._generation or slot.state is not SlotState.SUSPENDED or publication is None:
+            return False
+        start = _Start(tensors, generation, returning, slot.thread, threading.Event())
+        slot.move(SlotEvent.RESUMED)
+        slot.off_device = start.off_device
+        slot.thread = native_thread(self._run, "rfork-seed", (slot, publication, start))
+        slot.thread.start()
+        return True
 
-    Logs one WARNING with the reason where that is not possible; never raises a ForkError.
-    """
-    if plan.no_seed_reason or plan.collection is None:
-        level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
-        reason = plan.attempt.told.once(plan.no_seed_reason or "no weights were captured")
-        logger.log(level, "this worker is not a seed: %s", reason)
-        plan.attempt.close()
-        return
-    withdraw_before_changes(_Guard())
-    keeps = plan.device.type in plans.KEEPS_LOADED
-    vouched = Vouched.of(plan.seed_manifest(), plan.collection, model, keeps=keeps)
-    _Start(plan, vouched, changes=_withdrawals.count).begin()
-
-
-def come_back() -> None:
-    """Be the seeds again that a change has withdrawn, in the background, as far as the bytes are what they were.
-
-    Called where the change is over. Finding the tensors is done here, while nothing can change the model; digesting
-    them is not. Logs one WARNING for each that cannot come back.
-    """
-    with _lock:
-        absent, _absent[:] = list(_absent), []
-        changes = _withdrawals.count
-    for start in absent:
+    def _run(self, slot: Slot, publication: Publication, start: _Start) -> None:
+        """Start a seed; the guard of a background thread: serving goes on without a seed, whatever fails here."""
         try:
-            found = start.vouched.again()
+            self._start(slot, publication, start)
         except ForkError as error:
-            _stays_away(start, error, changes)
+            self._failed(slot, publication, start, error)
         except Exception:
-            # Whatever becomes of the seed, the worker's method has done its work.
-            logger.exception("this worker is not a seed again")
-        else:
-            _Start(start.plan, start.vouched, found, start, changes).begin()
+            logger.exception("this worker is not a seed")
+            self._failed(slot, publication, start, None)
+        finally:
+            start.off_device.set()
+            publication.intent.end()
+            start.tensors.release()
 
-
-def _stays_away(start: _Start, error: ForkError, changes: int) -> None:
-    logger.warning("this worker is not a seed again: %s: %s", type(error).__name__, error)
-    if start.vouched.kept is not None or start.vouched.hopeless:
-        start.vouched.forget()  # no memory is kept for what will hardly be
-        return
-    with _lock:
-        # A later change may bring the bytes back: after a deep sleep, weights are loaded again.
-        if changes == _withdrawals.count or _withdrawals.may_return:
-            _absent.append(start)
-
-
-def _start(plan: LoadPlan, start: _Start) -> None:
-    try:
-        device_side(plan.device).use()
-        if start.found is not None:
-            _prepare_return(plan, start, *start.found)
-        if plan.reopen_engine:
-            plan.attempt.reopen_engine()
-        seed = _make(plan, start.off_device)
-        with _lock:
-            # From here on a withdrawal finds the seed; an earlier one has left word.
-            withdrawn = start.withdrawn
-            if not withdrawn:
-                _seeds.append(seed)
-        if withdrawn:
-            seed.withdraw(withdrawn)
-        try:
-            address = seed.start()  # refuses where it has been withdrawn
-        except BaseException:
-            with _lock:
-                _seeds[:] = [each for each in _seeds if each is not seed]
-            raise
-        if start.after is not None:
+    def _start(self, slot: Slot, publication: Publication, start: _Start) -> None:
+        publication.set_device()
+        if start.returning:
+            self._wait_for_the_last(publication, start)
+        seed = self._make(publication, start)
+        with self._lock:
+            # From here on a withdrawal finds the seed; an earlier one has raised the generation.
+            current = start.generation == self._generation
+            if current:
+                slot.seed = seed
+        if not current:
+            seed.withdraw(self._reason)
+        address = seed.start()  # raises if it has been withdrawn
+        with self._lock:
+            if start.generation == self._generation:
+                self._move(slot, SlotEvent.STARTED)
+        if start.returning:
             logger.info("this worker is a seed again, at %s in a new epoch: its bytes are the same", address)
-    except ForkError as error:
-        _failed(plan, start, error)
-    except Exception:
-        # The guard of a background thread: serving goes on without being a seed.
-        logger.exception("this worker is not a seed")
-        _failed(plan, start, None)
-    finally:
-        start.off_device.set()
-        plan.attempt.end_intent()
-        plan.collection, start.found, start.after = None, None, None
+
+    def _wait_for_the_last(self, publication: Publication, start: _Start) -> None:
+        """Wait until the start before this one has ended.
+
+        Raises:
+            ForkError: it hangs, or another change has begun.
+        """
+        if start.before is not None:
+            start.before.join(publication.config.ready_timeout_s + publication.config.request_timeout_s)
+            if start.before.is_alive():
+                raise _StillStarting("the start of the seed before it still hangs")
+        if start.generation != self._generation:
+            raise ForkError(self._reason)
+
+    @staticmethod
+    def _make(publication: Publication, start: _Start) -> Seed:
+        engine = publication.engine.hand_over()
+        return Seed(
+            config=publication.config,
+            manifest=msgspec.structs.replace(start.tensors.manifest, checkpoint=publication.checkpoint()),
+            engine=engine,
+            keep=start.tensors.keep,
+            recheck=start.tensors.recheck,
+            # An earlier announcement has fulfilled the intent, or it was taken back.
+            intent="" if start.returning else publication.intent.token,
+            off_device=start.off_device,
+        )
+
+    def _failed(self, slot: Slot, publication: Publication, start: _Start, error: ForkError | None) -> None:
+        """Settle a start that failed. After a withdrawal the slot is suspended already, and may return."""
+        _give_up(publication)
+        with self._lock:
+            withdrawn = start.generation != self._generation
+            if not withdrawn:
+                retry = start.returning and error is not None and start.tensors.recoverable
+                retry = retry and not isinstance(error, _StillStarting)
+                self._move(slot, SlotEvent.RETRY_LATER if retry else SlotEvent.ENDED)
+        if withdrawn:
+            logger.info("this worker is not a seed now: %s", self._reason)
+        elif error is not None:
+            again = " again" if start.returning else ""
+            logger.warning(
+                "this worker is not a seed%s: %s: %s", again, type(error).__name__, publication.told.once(error)
+            )
+
+    def _end(self, slot: Slot) -> None:
+        with self._lock:
+            if slot.state is SlotState.SUSPENDED:
+                self._move(slot, SlotEvent.ENDED)
+
+    def _move(self, slot: Slot, event: SlotEvent) -> None:
+        """Enter the next state; the lock is held."""
+        slot.move(event)
+        if slot.state is SlotState.GONE:
+            self._slots.remove(slot)
 
 
-def _prepare_return(plan: LoadPlan, start: _Start, collection: Collection, digests: list[str]) -> None:
-    """Let the plan hold what was found again, once the thread that used it last has ended.
-
-    Raises:
-        ForkError: that thread hangs; or another change has begun.
-    """
-    settings = plan.settings
-    before = start.after
-    while before is not None and before.thread.ident is None:  # it never began
-        before = before.after
-    if before is not None:
-        before.thread.join(settings.rfork_seed_timeout_sec + settings.rfork_request_timeout_sec)
-        if before.thread.is_alive():
-            start.vouched.forget()
-            raise ForkError("the start of the seed before it still hangs")
-    if start.withdrawn:
-        raise ForkError(start.withdrawn)
-    plan.collection, plan.digests = collection, digests
-    plan.reopen_engine = True  # the engine before belonged to the seed before, and was closed with it
-    plan.attempt.intent = ""  # it was fulfilled, or taken back
+def _give_up(publication: Publication) -> None:
+    """Close the engine and take the intent back: this publication has no seed now."""
+    publication.engine.close()
+    publication.intent.take_back()
 
 
-def _failed(plan: LoadPlan, start: _Start, error: ForkError | None) -> None:
-    """The seed does not come. Withdrawn by a change, it may later; failing by itself, it may where nothing is kept."""
-    plan.attempt.close()
-    with _lock:
-        withdrawn = start.withdrawn
-        if not withdrawn:
-            _starting[:] = [each for each in _starting if each is not start]
-    if withdrawn:
-        logger.info("this worker is not a seed now: %s", withdrawn)
-    elif start.found is not None and error is not None:
-        _stays_away(start, error, start.changes)
-    elif error is not None:
-        logger.warning("this worker is not a seed: %s: %s", type(error).__name__, plan.attempt.told.once(error))
-
-
-def _make(plan: LoadPlan, off_device: threading.Event) -> Seed:
-    settings = plan.settings
-    port, *other_ports = seed_ports(settings, plan.identity)
-    config = SeedConfig(
-        planner_url=settings.rfork_scheduler_url,
-        credentials=plan.attempt.credentials,
-        bind_host=listen_host(settings.rfork_seed_bind_host, plan.advertise_host),
-        advertise_host=plan.advertise_host,
-        port=port,
-        other_ports=tuple(other_ports),
-        rank=plan.identity.tp_rank,
-        request_timeout_s=settings.rfork_request_timeout_sec,
-        ready_timeout_s=settings.rfork_seed_timeout_sec,
-        heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
-        labels=plan.attempt.labels,
-        slots=settings.rfork_seed_slots or None,
-        facts=plan.attempt.facts,
-    )
-    return Seed(
-        config=config,
-        manifest=msgspec.structs.replace(plan.seed_manifest(), checkpoint=plan.published_checkpoint()),
-        engine=plan.attempt.hand_over_engine(),
-        keep=plan.collection,
-        recheck=plan.recheck,
-        intent=plan.attempt.intent,
-        off_device=off_device,
-    )
-
-
-def seed_ports(settings: Settings, identity: WorkerIdentity) -> list[int]:
-    """The seed service's ports in the order in which they are tried; 0 for a random one.
-
-    Each local rank and role of an instance has one of its own; further instances on the host, whose local ranks begin
-    at 0 as well, move up by ``PORTS_OF_INSTANCE``.
-    """
-    base = settings.rfork_seed_port_base
-    if not base:
-        return [0]
-    first = base + 2 * identity.local_rank + int(identity.is_draft)
-    ports = [first + PORTS_OF_INSTANCE * number for number in range(INSTANCES_OF_HOST)]
-    return [first] + [port for port in ports[1:] if port <= _LAST_PORT]
-
-
-def withdraw_all(reason: str, *, may_return: bool = False) -> None:
-    """Withdraw every seed of this process and wait until no receiver is given its addresses any more.
-
-    ``may_return``: :func:`come_back` will be called when ``reason`` is over; until then, what a seed keeps beside the
-    model stays. Otherwise all of it is let go.
-    """
-    with _lock:
-        _withdrawals.count += 1
-        _withdrawals.may_return = may_return
-        seeds, _seeds[:] = list(_seeds), []
-        starting, _starting[:] = list(_starting), []
-        for start in starting:
-            start.withdrawn = reason
-        if may_return:
-            _absent.extend(start for start in starting if not start.vouched.hopeless)
-        else:
-            _absent.clear()
-    for seed in seeds:
-        seed.withdraw(reason)
-    for start in starting:
-        if start.thread is not threading.current_thread():
-            start.thread.join(timeout=1.0)  # tidier for what comes; it announces nothing any more
-
-
-def wait_until_started(timeout_s: float) -> list[Seed]:
-    """Wait for seeds that are being started, for at most ``timeout_s`` seconds each; returns all live ones."""
-    with _lock:
-        starting = list(_starting)
-    for start in starting:
-        start.thread.join(timeout_s)
-    with _lock:
-        return list(_seeds)
+@functools.cache
+def manager() -> SeedManager:
+    """The manager of this process."""
+    return SeedManager()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,34 +22,11 @@ from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.event_loop import BackgroundTask, background
 from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seeding.publication import SeedConfig
 
 logger = worker_logger(__name__)
-
-
-@dataclass(frozen=True)
-class SeedConfig:
-    """How the seed reaches the world; all times in seconds.
-
-    ``port`` 0 means random; ``other_ports`` are tried in order where it is in use. ``slots`` None leaves the number to
-    the planner.
-    """
-
-    planner_url: str
-    credentials: Credentials
-    bind_host: str
-    advertise_host: str
-    port: int
-    rank: int
-    request_timeout_s: float
-    ready_timeout_s: float
-    heartbeat_interval_s: float
-    labels: str = ""
-    slots: int | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
-    other_ports: tuple[int, ...] = ()
 
 
 @dataclass
@@ -70,7 +47,8 @@ class Seed:
         manifest: without endpoint and epoch; both are made here.
         engine: open; the seed owns it from now on and closes it when it ends.
         keep: whatever keeps the manifest's memory alive; dropped at the end.
-        recheck: raises ForkError where the bytes are not the manifest's any more; run before announcing.
+        recheck: raises ForkError if the bytes are not the manifest's any more; run before announcing, dropped at the
+            end because it refers to the memory as well.
         off_device: set when :meth:`start` asks nothing of the device any more.
     """
 
@@ -78,7 +56,7 @@ class Seed:
     manifest: Manifest
     engine: TransferEngine
     keep: Any
-    recheck: Callable[[], None]
+    recheck: Callable[[], None] | None
     intent: str = ""
     off_device: threading.Event = field(default_factory=threading.Event)
     _parts: _Parts = field(default_factory=_Parts)
@@ -114,7 +92,8 @@ class Seed:
         if not self.engine.registered_nbytes:  # a worker that forked has registered already, to be written to
             self.engine.register(self.manifest.regions)
         self._go_on()
-        self.recheck()
+        if self.recheck is not None:
+            self.recheck()
         self.off_device.set()
         self._go_on()
         epoch = uuid.uuid4().hex
@@ -196,6 +175,7 @@ class Seed:
             self.keep = None
         else:
             _given_up.append((self.engine, self.keep))
+        self.recheck = None
 
     def _attempt(self, what: str, action: Callable[[], object]) -> bool:
         """Whether ``action`` worked; cleaning up goes on where it did not, and the log says why."""

@@ -1,0 +1,168 @@
+"""The result of a load for ``seeding``: a publication, or the reason why this worker does not become a seed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_rfork.devices.registry import device_side
+from vllm_rfork.engines.base import TransferEngine
+from vllm_rfork.errors import ForkError
+from vllm_rfork.fork.session import Attempt
+from vllm_rfork.load import plan as plans
+from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.model import digest
+from vllm_rfork.model.relocation import Vouched
+from vllm_rfork.model.tensors import Collection, names_in
+from vllm_rfork.net.advertise import listen_host
+from vllm_rfork.seeding.publication import Publication, PublishedTensors, SeedConfig, seed_ports
+
+
+@dataclass(frozen=True)
+class NotASeed:
+    """``reason``: for the log. ``level``: INFO if it was asked for, WARNING otherwise."""
+
+    reason: str
+    level: int
+
+
+def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
+    """The publication of what ``plan`` has captured of ``model``, or the reason why there is none."""
+    if plan.no_seed_reason or plan.collection is None:
+        level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
+        return NotASeed(plan.attempt.told.once(plan.no_seed_reason or "no weights were captured"), level)
+    keeps = plan.device.type in plans.KEEPS_LOADED
+    header = {"state": plan.state, "state_gone": plan.state_gone, **plan.manifest_identity()}
+    manifest = plan.collection.manifest(digests=plan.digests, **header)
+    vouched = Vouched.of(manifest, plan.collection, model, keeps=keeps)
+    return Publication(
+        role="draft" if plan.identity.is_draft else "target",
+        config=_seed_config(plan),
+        tensors=CapturedTensors(plan.device, header, plan.collection, plan.digests, vouched),
+        engine=_Engine(plan.attempt, reopen=plan.reopen_engine),
+        intent=_Intent(plan.attempt),
+        checkpoint=plan.files.published,
+        set_device=device_side(plan.device).use,
+        captures_graphs=plan.device.type != "cpu",
+        told=plan.attempt.told,
+    )
+
+
+def _seed_config(plan: LoadPlan) -> SeedConfig:
+    settings, attempt = plan.settings, plan.attempt
+    port, *other_ports = seed_ports(settings, plan.identity)
+    return SeedConfig(
+        planner_url=settings.rfork_scheduler_url,
+        credentials=attempt.credentials,
+        bind_host=listen_host(settings.rfork_seed_bind_host, plan.advertise_host),
+        advertise_host=plan.advertise_host,
+        port=port,
+        other_ports=tuple(other_ports),
+        rank=plan.identity.tp_rank,
+        request_timeout_s=settings.rfork_request_timeout_sec,
+        ready_timeout_s=settings.rfork_seed_timeout_sec,
+        heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
+        labels=attempt.labels,
+        slots=settings.rfork_seed_slots or None,
+        facts=attempt.facts,
+    )
+
+
+class CapturedTensors:
+    """:class:`~vllm_rfork.seeding.publication.PublishedTensors` that a load has captured.
+
+    Args:
+        header: the manifest's fields that do not come from tensors.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        header: Mapping[str, Any],
+        collection: Collection,
+        digests: Sequence[str],
+        vouched: Vouched,
+    ) -> None:
+        self._device, self._header, self._digests, self._vouched = device, header, digests, vouched
+        self._collection: Collection | None = collection
+        self.manifest: Manifest = collection.manifest(digests=digests, **header)
+
+    @property
+    def keep(self) -> Any:
+        """See the protocol."""
+        return self._collection
+
+    @property
+    def recoverable(self) -> bool:
+        """See the protocol."""
+        return self._vouched.kept is None and not self._vouched.hopeless
+
+    def recheck(self) -> None:
+        """Prove that nothing has written to the memory since it was captured; version counters miss some writes.
+
+        Raises:
+            ForkError: names the tensors that changed.
+        """
+        if self._collection is None:
+            raise ForkError("the tensors have been released")
+        device_side(self._device).synchronize()
+        found = digest.digests(span.data for span in self._collection.spans)
+        wrong = digest.differing(dict(enumerate(found)), dict(enumerate(self._digests)))
+        if wrong:
+            raise ForkError(
+                f"{len(wrong)} tensors of the {self.manifest.layout} layout have been written to since they were "
+                f"captured: {names_in(self._collection, wrong)}"
+            )
+
+    def relocate(self) -> PublishedTensors:
+        """See the protocol."""
+        return CapturedTensors(self._device, self._header, *self._vouched.again(), self._vouched)
+
+    def release(self) -> None:
+        """See the protocol."""
+        self._collection = None
+
+
+class _Engine:
+    """:class:`~vllm_rfork.seeding.publication.SeedEngine` of a worker's fork session."""
+
+    def __init__(self, attempt: Attempt, *, reopen: bool) -> None:
+        self._attempt, self._reopen = attempt, reopen
+
+    def hand_over(self) -> TransferEngine:
+        """See the protocol."""
+        if self._reopen:
+            self._attempt.reopen_engine()
+        self._reopen = True  # a seed closes its engine when it ends
+        return self._attempt.hand_over_engine()
+
+    def close(self) -> None:
+        """See the protocol."""
+        self._reopen = True
+        self._attempt.close_engine()
+
+
+class _Intent:
+    """:class:`~vllm_rfork.seeding.publication.Intent` of a worker's fork session."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+
+    @property
+    def token(self) -> str:
+        """See the protocol."""
+        return self._attempt.intent
+
+    def end(self) -> None:
+        """See the protocol."""
+        self._attempt.end_intent()
+
+    def take_back(self) -> None:
+        """See the protocol."""
+        self._attempt.take_back_intent()
