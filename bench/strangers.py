@@ -27,11 +27,11 @@ SNAPSHOT = b"GET /debug/snapshot?limit=100000 HTTP/1.1\r\nHost: x\r\n\r\n"
 _SEED = """
 import asyncio
 from vllm_rfork.manifest.schema import Manifest
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 async def main():
     made = Manifest(seed_key="k", fingerprint="f", epoch="e", layout="runtime", engine="nixl", endpoint="x",
                     regions=(), spans=(), tensors=())
-    service = SeedService(seed_key="k", offer=Offer(made), bind_host="127.0.0.1")
+    service = SeedService(made, bind_host="127.0.0.1")
     await service.start()
     print(f"listens on http://127.0.0.1:{service.port}", flush=True)
     await asyncio.Event().wait()

@@ -1,9 +1,8 @@
-"""Announces a seed, keeps it announced, and takes it back.
+"""Announcement of one seed: repeated as long as the seed serves, then withdrawn.
 
-One coroutine that owns its cleanup: however :meth:`Heartbeat.run` ends, the seed is withdrawn. Beside the beats it
-keeps a presence connection open (``presence``), by which the planner sees when this process dies. A planner that is
-away or refuses costs one line in the log when it starts and one when it is over; a planner that lost its state
-hears of the seed again with the next beat. Must not know what makes a seed trustworthy: it asks.
+However :meth:`Heartbeat.run` ends, the seed is withdrawn. Beside the beats it keeps a presence connection open
+(``clients/presence.py``), which breaks when this process dies. A planner that does not answer costs one line in the log
+when it begins and one when it is over; a planner that lost its state gets the announcement with the next beat.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ logger = worker_logger(__name__)
 _EARLIEST = 0.8
 #: After a failed beat the next one comes after this share of the interval: planners forget a seed after two.
 _AFTER_FAILURE = 1 / 3
-#: What a withdrawal waits for a beat that is under way, in seconds. One that takes longer is given up: the bytes are
-#: about to change, and a planner that is so slow forgets the seed in its own time.
+#: How long, in seconds, a withdrawal waits for a beat that is under way. A longer one is cancelled: the bytes are about
+#: to change, and the planner forgets a seed whose beats stop.
 _PATIENCE_S = 0.5
 _CANCEL_AGAIN_S = 0.1
 
@@ -39,7 +38,6 @@ class Heartbeat:
         client: of the planner to announce to.
         interval_s: longest time between two beats in seconds.
         fingerprint, epoch, slots, labels, intent: see :meth:`PlannerClient.announce`.
-        still_vouching: asked before every beat; when it says no the seed is withdrawn and :meth:`run` ends.
         clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
 
@@ -55,7 +53,6 @@ class Heartbeat:
         slots: int | None = None,
         labels: str = "",
         intent: str = "",
-        still_vouching: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -69,7 +66,6 @@ class Heartbeat:
         self._slots = slots
         self._labels = labels
         self._intent = intent
-        self._still_vouching = still_vouching
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
@@ -90,38 +86,35 @@ class Heartbeat:
 
     @property
     def announced(self) -> bool:
-        """Whether the planner took the latest beat."""
+        """Whether the planner accepted the latest beat."""
         return self._announced
 
     async def run(self) -> None:
-        """Announce at once, then beat until cancelled, withdrawn or no longer vouched for; withdraw at the end."""
+        """Announce at once, then beat until cancelled or withdrawn; withdraw at the end."""
         self._attending = asyncio.create_task(self._presence.run())
         try:
             while not self._over.is_set():
                 started_at = self._clock()
                 self._beat_now.clear()
-                if not self._still_vouching():
-                    logger.info("seed %s can no longer vouch for its weights", self.seed)
-                    break
                 await self._beat()
                 await self._pause(self._delay_s() - (self._clock() - started_at))
         finally:
             try:
                 await self.withdraw()
             except PlannerError as error:
-                logger.warning("seed %s could not be withdrawn; the planner has to find out: %s", self.seed, error)
+                logger.warning("seed %s could not be withdrawn; the planner forgets it later: %s", self.seed, error)
 
     async def withdraw(self) -> Outcome:
-        """Take the seed back and end :meth:`run`; no beat follows. Repeating it returns the first outcome.
+        """Withdraw the seed and end :meth:`run`; no beat follows. A second call returns the first outcome.
 
         Takes at most the client's ``request_timeout_s`` and half a second.
 
         Returns:
-            ``DRAINING`` where a receiver is still reading from the seed.
+            ``DRAINING`` if a receiver is still reading from the seed.
 
         Raises:
-            PlannerError: the planner could not be told. No beat follows all the same, so that the planner forgets
-                the seed in its own time; a later call tries again.
+            PlannerError: the planner did not confirm it. Still no beat follows, so the planner forgets the seed after
+                a minute; a later call tries again.
         """
         self._over.set()
         async with self._withdrawing:
@@ -130,7 +123,7 @@ class Heartbeat:
                     self._withdrawn = await self._withdraw_once()
                     self._announced = False
             finally:
-                # Last: a connection that breaks before would be taken for a process that died.
+                # Last: to the planner, a connection that breaks earlier is a process that died.
                 await self._end_presence()
             return self._withdrawn
 
@@ -138,7 +131,7 @@ class Heartbeat:
         attending, self._attending = self._attending, None
         if attending is not None:
             while not attending.done():
-                # Again: a library below may lose a cancellation, as asyncio.wait_for() does until Python 3.12.
+                # In a loop: a library below may lose a cancellation, as asyncio.wait_for() does until Python 3.12.
                 attending.cancel()
                 await asyncio.wait({attending}, timeout=_CANCEL_AGAIN_S)
             if not attending.cancelled() and (error := attending.exception()) is not None:
@@ -154,7 +147,7 @@ class Heartbeat:
             return Outcome.UNKNOWN
         announcing = self._announcing
         if announcing is not None:
-            # Were it handled after the withdrawal, the seed would be back.
+            # If the planner handled it after the withdrawal, the seed would be back.
             await asyncio.wait({announcing}, timeout=_PATIENCE_S)
             announcing.cancel()
         outcome = await self._client.withdraw(self.seed_key, self.seed)
@@ -170,7 +163,7 @@ class Heartbeat:
         await asyncio.wait({announcing})
         self._announcing = None
         if not announcing.cancelled():
-            announcing.result()  # raises what no planner's failure explains
+            announcing.result()  # raises any error that is not a planner's
 
     async def _announce(self) -> None:
         try:
@@ -193,7 +186,7 @@ class Heartbeat:
             logger.info("seed %s is announced again, after %s", self.seed, counted(self._missed, "missed beat"))
         elif self._first:
             logger.info("seed %s announced, key %s", self.seed, self.seed_key)
-        # Another state, or a planner that was away: it may be another one, with other calls.
+        # After another state, or missed beats, it may be another planner, with other calls.
         state = self._client.state_of(self.seed)
         self._presence.announced(other_planner=bool(self._missed) or state != self._state)
         self._state = state
@@ -206,7 +199,7 @@ class Heartbeat:
         return longest_s * (_EARLIEST + (1 - _EARLIEST) * self._jitter())
 
     async def _pause(self, delay_s: float) -> None:
-        """Sleep, or less where the seed is withdrawn or a beat is wanted meanwhile."""
+        """Sleep for ``delay_s``, or until the seed is withdrawn or a beat is wanted."""
         sleeping = asyncio.ensure_future(self._sleep(max(0.0, delay_s)))
         over = asyncio.ensure_future(self._over.wait())
         wanted = asyncio.ensure_future(self._beat_now.wait())

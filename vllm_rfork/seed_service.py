@@ -1,8 +1,8 @@
-"""A seed's HTTP service: where its weights lie, whose they are, and whether that is still true.
+"""HTTP service of one seed: its manifest, its epoch and its health.
 
-One service per worker process and role, on a port of its own. It hands out addresses and never weights. What it
-says holds for one epoch: :meth:`SeedService.suspend` is called before the bytes change, and from the moment it
-returns no address is given out any more. Must not import torch or vLLM, nor know what makes a seed trustworthy.
+One service per worker process and role, on a port of its own. It returns addresses of weights and never weights.
+Every answer is for one epoch: :meth:`SeedService.suspend` is called before the bytes change, and once it has returned,
+no receiver gets an address any more.
 """
 
 from __future__ import annotations
@@ -20,83 +20,175 @@ from vllm_rfork import messages
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.manifest.legacy import InstalledBase, info_payload, shape_payload
 from vllm_rfork.manifest.schema import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
-from vllm_rfork.messages import BadMessage
+from vllm_rfork.messages import BadMessage, SeedAddress
 from vllm_rfork.net.bearer import equal
-from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.server import BoundedServer, Bounds, Reply, Tls
 from vllm_rfork.net.tls_errors import ssl_error
 
 logger = worker_logger(__name__)
 
 _JSON = "application/json"
-#: The manifest versions that can be written, newest last. A reader states the newest that it reads; one that
-#: states none is of the time before it was stated.
+#: The manifest versions that can be written, newest last. A reader states the newest that it reads; one that states
+#: none is older than the parameter.
 ENCODERS: Mapping[int, Callable[[Manifest], bytes]] = {MANIFEST_VERSION: encode_manifest}
 _UNSTATED_VERSION = 1
+#: Answers to legacy receivers, which read no manifest: there is nothing for them, and they load from storage.
+_LEGACY_ANSWERS = {
+    messages.SEED_INFO: '{"rfork_transfer_engine_info":null}',
+    messages.SEED_SHAPE_INFO: '{"rfork_transfer_engine_shape_info":null}',
+}
 _PROBE_PAUSE_S = 0.05
-#: Packets to an address that this host cannot reach may simply vanish; nobody should wait long for them.
+#: Packets to an address that this host cannot reach may be dropped without an answer; do not wait long for one.
 _ADVERTISED_TIMEOUT_S = 2.0
-#: Where a service on every address answers its own host.
+#: The address at which a service on every address answers its own host.
 _OWN_HOST = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What a seed has to give in one epoch.
-
-    ``installed_base`` is for receivers that know no manifest; None turns them away, and they load from storage.
-    """
-
-    manifest: Manifest
-    installed_base: InstalledBase | None = None
-
-
-@dataclass(frozen=True)
-class _Offered:
-    """An offer, encoded once: a thousand receivers cost no more than their bytes on the wire."""
+class _Encoded:
+    """A manifest, encoded once: a thousand receivers cost no more than their bytes on the wire."""
 
     fingerprint: str
     headers: tuple[tuple[str, str], ...]
     manifests: Mapping[int, bytes]
     epoch: bytes
-    info: bytes
-    shapes: bytes
+
+    @classmethod
+    def of(cls, manifest: Manifest, encoders: Mapping[int, Callable[[Manifest], bytes]]) -> _Encoded:
+        """Encode ``manifest`` in every version. Raises SeedError if it is longer than receivers accept."""
+        bodies = {version: encode(manifest) for version, encode in encoders.items()}
+        longest_nbytes = max(map(len, bodies.values()))
+        if longest_nbytes > MAX_MANIFEST_NBYTES:
+            raise SeedError(
+                f"the manifest takes {longest_nbytes} bytes, receivers accept {MAX_MANIFEST_NBYTES}",
+                retry_elsewhere=False,
+            )
+        return cls(
+            fingerprint=manifest.fingerprint,
+            headers=(
+                (messages.EPOCH, messages.encode_text(manifest.epoch)),
+                (messages.FINGERPRINT, messages.encode_text(manifest.fingerprint)),
+            ),
+            manifests=bodies,
+            epoch=msgspec.json.encode({"status": "ok", "epoch": manifest.epoch}),
+        )
 
 
 @dataclass(frozen=True)
 class _Suspended:
     reason: str
 
+    def __str__(self) -> str:
+        return f"this seed is suspended: {self.reason}"
+
+
+class _Calls:
+    """Answers the calls of one seed's service.
+
+    ``state`` is replaced as a whole and read once per request, so that no answer is for two states.
+    """
+
+    def __init__(
+        self, seed_key: str, encoded: _Encoded, credentials: Credentials, facts: Mapping[str, str] | None
+    ) -> None:
+        self.state: _Encoded | _Suspended = encoded
+        self._seed_key = seed_key
+        self._credentials = credentials
+        self._facts = msgspec.json.encode(dict(facts or {}))
+        self._paths: dict[str, Callable[[web.BaseRequest], Reply]] = {
+            messages.SEED_HEALTH: self._health,
+            messages.SEED_MANIFEST: self._manifest,
+            messages.SEED_EPOCH: self._epoch,
+            messages.SEED_FACTS: self._worker_facts,
+        }
+
+    async def answer(self, request: web.BaseRequest) -> Reply:
+        """The answer to any request."""
+        if not self._credentials.admit(request.headers.get("Authorization", "")):
+            return Reply(401, "missing or wrong token", headers=(("WWW-Authenticate", "Bearer"),))
+        if request.path == messages.SEED_FETCH:
+            return Reply(200, '{"status":"ok"}', _JSON)
+        if request.path not in self._paths and request.path not in _LEGACY_ANSWERS:
+            return Reply(404, "no such call")
+        keys = request.query.getall(messages.SEED_KEY_PARAM, [])
+        if len(keys) != 1:
+            return Reply(400, f"exactly one {messages.SEED_KEY_PARAM} is needed")
+        return self._answer_for_key(request, keys[0])
+
+    def _answer_for_key(self, request: web.BaseRequest, key: str) -> Reply:
+        if request.path in _LEGACY_ANSWERS:
+            return Reply(200, _LEGACY_ANSWERS[request.path], _JSON)
+        if not equal(key, self._seed_key):
+            return Reply(400, "this is not the seed of that key")
+        return self._paths[request.path](request)
+
+    def _health(self, request: web.BaseRequest) -> Reply:
+        state = self.state
+        return Reply(400, str(state)) if isinstance(state, _Suspended) else Reply(200, "")
+
+    def _worker_facts(self, request: web.BaseRequest) -> Reply:
+        """They are the worker's and the same in every epoch: also while it is suspended."""
+        return Reply(200, self._facts, _JSON)
+
+    def _epoch(self, request: web.BaseRequest) -> Reply:
+        state = self.state
+        if isinstance(state, _Suspended):
+            return Reply(409, str(state))
+        return Reply(200, state.epoch, _JSON, state.headers)
+
+    def _manifest(self, request: web.BaseRequest) -> Reply:
+        state = self.state
+        if isinstance(state, _Suspended):
+            return Reply(409, str(state))
+        theirs = messages.header(request.headers, messages.FINGERPRINT)
+        if theirs is not None and not equal(theirs, messages.encode_text(state.fingerprint)):
+            return Reply(
+                409,
+                f"this seed's fingerprint is {state.fingerprint}, not the receiver's: versions, dtype, quantization, "
+                "sizes or layout differ",
+                headers=state.headers,
+            )
+        stated = request.query.get(messages.MANIFEST_VERSION_PARAM, str(_UNSTATED_VERSION))
+        try:
+            newest = messages.integer(stated, messages.MANIFEST_VERSION_PARAM, minimum=0, kind="parameter")
+        except BadMessage as error:
+            return Reply(400, f"{error}: it is the newest manifest version that the receiver reads")
+        readable = [version for version in state.manifests if version <= newest]
+        if not readable:
+            return Reply(406, f"this seed writes manifest versions {sorted(state.manifests)}, not {newest}")
+        body = state.manifests[max(readable)]
+        return Reply(200, body, _JSON, state.headers, still_true=lambda: self.state is state)
+
 
 class SeedService:
-    """The service of one seed. ``start`` and ``stop`` belong to one event loop; the rest to any thread.
+    """The service of one seed. ``start`` and ``stop`` belong to one event loop; ``suspend`` to any thread.
 
     Args:
-        seed_key: the only key it answers to.
-        offer: what it serves from the start.
+        manifest: complete, with endpoint and epoch; the service answers for its seed key only.
         bind_host: address or name to listen on.
         port: 0 takes a free one.
-        other_ports: tried in this order where ``port`` is in use; after the last a free one is taken.
-        token: demanded as ``Authorization: Bearer`` on every call; the installed base sends none.
-        credentials: token and TLS, in place of ``token``.
-        advertised_host: where receivers reach it; its certificate must be good for that, or for ``seed_name``.
+        other_ports: tried in this order if ``port`` is in use; after the last a free one is taken.
+        credentials: token, demanded of every caller, and TLS.
+        advertised_host: the host that receivers connect to; the certificate must be valid for it, or for
+            ``rfork_seed_tls_name``.
         ready_timeout_s: ``rfork_seed_timeout_sec``.
-        bounds: what callers may take.
-        facts: what is behind the fingerprint, for people; bounded by who made them (``manifest/facts.py``).
+        bounds: limits for callers.
+        facts: the facts behind the fingerprint, for people, already bounded (``manifest/facts.py``).
         encoders: replaced in tests.
+
+    Raises:
+        SeedError: the manifest is longer than receivers accept.
     """
 
     def __init__(
         self,
+        manifest: Manifest,
         *,
-        seed_key: str,
-        offer: Offer,
         bind_host: str = "0.0.0.0",  # noqa: S104 - rfork_seed_bind_host's documented default: peers are elsewhere
         port: int = 0,
         other_ports: Sequence[int] = (),
-        token: str | None = None,
         credentials: Credentials | None = None,
         advertised_host: str = "",
         ready_timeout_s: float = 30.0,
@@ -104,35 +196,22 @@ class SeedService:
         facts: Mapping[str, str] | None = None,
         encoders: Mapping[int, Callable[[Manifest], bytes]] = ENCODERS,
     ) -> None:
-        self.seed_key = seed_key
+        self.seed_key = manifest.seed_key
         self.bind_host = bind_host
         self.port = port
         self._other_ports = other_ports
-        self._credentials = credentials or Credentials(Options(token=token or ""))
+        self._credentials = credentials or Credentials()
         self._advertised_host = advertised_host
         self._ready_timeout_s = ready_timeout_s
-        self._encoders = encoders
-        self._facts = msgspec.json.encode(dict(facts or {}))
-        self._server = BoundedServer(self._handle, bounds or Bounds(), _tls(self._credentials))
-        # Replaced as a whole and read once per request, so that no answer mixes two epochs.
-        self._state: _Offered | _Suspended = self._encoded(offer)
-        self._paths: dict[str, Callable[[web.BaseRequest, bool], Reply]] = {
-            messages.SEED_HEALTH: self._health,
-            messages.SEED_INFO: self._info,
-            messages.SEED_SHAPE_INFO: self._shape_info,
-            messages.SEED_MANIFEST: self._manifest,
-            messages.SEED_EPOCH: self._epoch,
-            messages.SEED_FACTS: self._tell_facts,
-        }
-
-    # --- life ----------------------------------------------------------------------------------------------------
+        self._calls = _Calls(self.seed_key, _Encoded.of(manifest, encoders), self._credentials, facts)
+        self._server = BoundedServer(self._calls.answer, bounds or Bounds(), _tls(self._credentials))
 
     async def start(self) -> int:
         """Listen, and return the port once the service answers its own health check.
 
         Raises:
-            SeedError: the address is taken or not ours, or there is no answer within ``ready_timeout_s``;
-                nothing is left listening.
+            SeedError: the address is taken or belongs to another host, or there is no answer within
+                ``ready_timeout_s``; nothing is left listening.
         """
         await self._listen()
         try:
@@ -143,6 +222,15 @@ class SeedService:
         scheme = "http" if self._credentials.server_context() is None else "https"
         logger.info("seed service answers %s on %s:%d for key %s", scheme, self.bind_host, self.port, self.seed_key)
         return self.port
+
+    def suspend(self, reason: str) -> None:
+        """Refuse every receiver from now on; answers that are being written break off."""
+        self._calls.state = _Suspended(reason)
+
+    async def stop(self) -> None:
+        """Stop listening and drop every connection. Stopping twice does nothing."""
+        self.suspend("the seed has stopped")
+        await self._server.stop()
 
     async def _listen(self) -> None:
         """Listen on the first port that is free, and set :attr:`port`. Raises SeedError."""
@@ -168,63 +256,17 @@ class SeedService:
                 logger.info("Port %d is in use; the seed service listens on port %d", ports[0], port)
             return
 
-    async def stop(self) -> None:
-        """Stop listening and drop every connection. Stopping twice does nothing."""
-        self.suspend("the seed has stopped")
-        await self._server.stop()
-
-    def suspend(self, reason: str) -> None:
-        """Refuse every receiver from now on; answers that are being written break off."""
-        self._state = _Suspended(reason)
-
-    def resume(self, offer: Offer) -> None:
-        """Serve ``offer``, which must be of a new epoch."""
-        self._state = self._encoded(offer)
-
-    async def check_advertised(self) -> None:
-        """Ask oneself under the announced address, once, and log a WARNING where that does not work.
-
-        Not an error: behind NAT, peers may reach an address that this host itself does not.
-        """
-        host = self._advertised_host
-        if not host or self._answers_as(host):
-            return
-        client = SeedClient(
-            request_timeout_s=min(_ADVERTISED_TIMEOUT_S, self._ready_timeout_s), credentials=self._credentials
-        )
-        try:
-            healthy = await client.healthy(messages.SeedAddress(host, self.port, 0), self.seed_key)
-            problem = "" if healthy else "another service answers there"
-        except SeedError as error:
-            problem = str(error)
-        if problem:
-            logger.warning(
-                "The seed service cannot be reached at its announced address %s, port %d, from this host: %s. If other "
-                "hosts cannot reach it either, set rfork_seed_advertise_host and rfork_seed_bind_host",
-                host,
-                self.port,
-                problem,
-            )
-
-    def _answers_as(self, host: str) -> bool:
-        """The health check of the start has asked at ``host`` already."""
-        return host == _OWN_HOST.get(self.bind_host, self.bind_host)
-
     async def _wait_until_ready(self) -> None:
-        """Ask oneself over TCP, as a receiver would."""
-        host = _OWN_HOST.get(self.bind_host, self.bind_host)
+        """Send health checks over TCP, as a receiver would, until one succeeds. Raises SeedError."""
         deadline = time.monotonic() + self._ready_timeout_s
         last: SeedError | None = None
         while (left_s := deadline - time.monotonic()) > 0:
-            client = SeedClient(
-                request_timeout_s=left_s, credentials=self._credentials, certified_name=self._advertised_host
-            )
             try:
-                if await client.healthy(messages.SeedAddress(host, self.port, 0), self.seed_key):
+                if await self._is_healthy(self._own_host, left_s, certified_name=self._advertised_host):
                     return
             except SeedError as error:
                 last = error
-                if ssl_error(error) is not None:  # receivers would see the same, and waiting does not change it
+                if ssl_error(error) is not None:  # receivers would fail alike, and waiting does not change it
                     raise SeedError(
                         f"the seed service's TLS would be refused by receivers: {error}", retry_elsewhere=False
                     ) from error
@@ -235,106 +277,35 @@ class SeedService:
             retry_elsewhere=False,
         ) from last
 
-    def _encoded(self, offer: Offer) -> _Offered:
-        manifest = offer.manifest
-        if manifest.seed_key != self.seed_key:
-            raise ValueError(f"an offer of key {manifest.seed_key!r} to the service of {self.seed_key!r}")
-        bodies = {version: encode(manifest) for version, encode in self._encoders.items()}
-        longest_nbytes = max(map(len, bodies.values()))
-        if longest_nbytes > MAX_MANIFEST_NBYTES:
-            raise SeedError(
-                f"the manifest takes {longest_nbytes} bytes, receivers accept {MAX_MANIFEST_NBYTES}",
-                retry_elsewhere=False,
-            )
-        return _Offered(
-            fingerprint=manifest.fingerprint,
-            headers=(
-                (messages.EPOCH, messages.encode_text(manifest.epoch)),
-                (messages.FINGERPRINT, messages.encode_text(manifest.fingerprint)),
-            ),
-            manifests=bodies,
-            epoch=msgspec.json.encode({"status": "ok", "epoch": manifest.epoch}),
-            info=info_payload(offer.installed_base),
-            shapes=shape_payload(offer.installed_base),
+    async def check_advertised(self) -> None:
+        """Send one health check to the announced address, and log a WARNING if it fails.
+
+        This is not an error: behind NAT, peers may reach an address that this host itself does not.
+        """
+        host = self._advertised_host
+        if not host or host == self._own_host:  # the start has sent its health check there
+            return
+        problem = "another service answers there"
+        try:
+            if await self._is_healthy(host, min(_ADVERTISED_TIMEOUT_S, self._ready_timeout_s)):
+                return
+        except SeedError as error:
+            problem = str(error)
+        logger.warning(
+            "The seed service cannot be reached at its announced address %s, port %d, from this host: %s. If other "
+            "hosts cannot reach it either, set rfork_seed_advertise_host and rfork_seed_bind_host",
+            host,
+            self.port,
+            problem,
         )
 
-    # --- answers -------------------------------------------------------------------------------------------------
+    async def _is_healthy(self, host: str, timeout_s: float, certified_name: str = "") -> bool:
+        client = SeedClient(request_timeout_s=timeout_s, credentials=self._credentials, certified_name=certified_name)
+        return await client.healthy(SeedAddress(host, self.port, 0), self.seed_key)
 
-    async def _handle(self, request: web.BaseRequest) -> Reply:
-        if not self._credentials.admit(request.headers.get("Authorization", "")):
-            return Reply(401, "missing or wrong token", headers=(("WWW-Authenticate", "Bearer"),))
-        if request.path == messages.SEED_FETCH:
-            return Reply(200, '{"status":"ok"}', _JSON)
-        answer = self._paths.get(request.path)
-        if answer is None:
-            return Reply(404, "no such call")
-        keys = request.query.getall(messages.SEED_KEY_PARAM, [])
-        if len(keys) != 1:
-            return Reply(400, f"exactly one {messages.SEED_KEY_PARAM} is needed")
-        return answer(request, equal(keys[0], self.seed_key))
-
-    def _health(self, request: web.BaseRequest, ours: bool) -> Reply:
-        if not ours:
-            return _not_ours()
-        state = self._state
-        return Reply(400, _refusal(state)) if isinstance(state, _Suspended) else Reply(200, "")
-
-    def _info(self, request: web.BaseRequest, ours: bool) -> Reply:
-        state = self._state
-        if not ours or isinstance(state, _Suspended):
-            return Reply(200, info_payload(None), _JSON)
-        return Reply(200, state.info, _JSON, still_true=lambda: self._state is state)
-
-    def _shape_info(self, request: web.BaseRequest, ours: bool) -> Reply:
-        state = self._state
-        if not ours or isinstance(state, _Suspended):
-            return Reply(200, shape_payload(None), _JSON)
-        return Reply(200, state.shapes, _JSON, still_true=lambda: self._state is state)
-
-    def _tell_facts(self, request: web.BaseRequest, ours: bool) -> Reply:
-        """They are the worker's, whatever its epoch: also while it is suspended."""
-        return Reply(200, self._facts, _JSON) if ours else _not_ours()
-
-    def _epoch(self, request: web.BaseRequest, ours: bool) -> Reply:
-        state = self._state
-        if not ours:
-            return _not_ours()
-        if isinstance(state, _Suspended):
-            return Reply(409, _refusal(state))
-        return Reply(200, state.epoch, _JSON, state.headers)
-
-    def _manifest(self, request: web.BaseRequest, ours: bool) -> Reply:
-        state = self._state
-        if not ours:
-            return _not_ours()
-        if isinstance(state, _Suspended):
-            return Reply(409, _refusal(state))
-        theirs = messages.header(request.headers, messages.FINGERPRINT)
-        if theirs is not None and not equal(theirs, messages.encode_text(state.fingerprint)):
-            return Reply(
-                409,
-                f"this seed's fingerprint is {state.fingerprint}, not the receiver's: versions, dtype, quantization, "
-                "sizes or layout differ",
-                headers=state.headers,
-            )
-        stated = request.query.get(messages.MANIFEST_VERSION_PARAM, str(_UNSTATED_VERSION))
-        try:
-            newest = messages.integer(stated, messages.MANIFEST_VERSION_PARAM, minimum=0, kind="parameter")
-        except BadMessage as error:
-            return Reply(400, f"{error}: it is the newest manifest version that the receiver reads")
-        readable = [version for version in state.manifests if version <= newest]
-        if not readable:
-            return Reply(406, f"this seed writes manifest versions {sorted(state.manifests)}, not {newest}")
-        body = state.manifests[max(readable)]
-        return Reply(200, body, _JSON, state.headers, still_true=lambda: self._state is state)
-
-
-def _not_ours() -> Reply:
-    return Reply(400, "this is not the seed of that key")
-
-
-def _refusal(state: _Suspended) -> str:
-    return f"this seed no longer vouches for its weights: {state.reason}"
+    @property
+    def _own_host(self) -> str:
+        return _OWN_HOST.get(self.bind_host, self.bind_host)
 
 
 def _tls(credentials: Credentials) -> Tls | None:

@@ -21,7 +21,7 @@ from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.event_loop import BackgroundTask, background
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 
 
 def manifest(key: str, epoch: str) -> Manifest:
@@ -45,7 +45,7 @@ class Role:
         self.key, self.interval_s = key, interval_s
         credentials = Credentials(Options(ca_file=ca_file))
         self.client = PlannerClient(planner, request_timeout_s=5.0, credentials=credentials)
-        self.service = SeedService(seed_key=key, offer=Offer(manifest(key, "epoch-1")), bind_host="127.0.0.1")
+        self.service = SeedService(manifest(key, "epoch-1"), bind_host="127.0.0.1")
         self.address = SeedAddress("127.0.0.1", background().call(self.service.start(), 30), 0)
         self.beats: list[tuple[Heartbeat, BackgroundTask]] = []
         self.announce("epoch-1")
@@ -61,7 +61,9 @@ class Role:
         task.wait(10)
 
     def resume(self, epoch: str) -> None:
-        self.service.resume(Offer(manifest(self.key, epoch)))
+        background().call(self.service.stop(), 10)
+        self.service = SeedService(manifest(self.key, epoch), bind_host="127.0.0.1", port=self.address.port)
+        background().call(self.service.start(), 30)
         self.announce(epoch)
 
     def withdraw(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.flow.memory_seed import KEY, NBYTES, attempt_of, contents, digest_of, manifest_of
+from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of
 from tests.unit.interop_planners import serve
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
@@ -21,7 +21,7 @@ from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.fork.session import Attempt, Target
 from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Manifest
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 from vllm_rfork.selftest.buffers import Buffer
 
 WITHIN_S = 60.0
@@ -55,8 +55,8 @@ class Fleet:
         manifest = manifest_of(self.buffer, digest_of(self.buffer))
         self.engine.register(manifest.regions)
         served = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
-        offer = Offer(Manifest(**{**served, "epoch": "e1", "endpoint": self.engine.endpoint}))
-        self.service = SeedService(seed_key=KEY, offer=offer, bind_host="127.0.0.1")
+        made = Manifest(**{**served, "epoch": "e1", "endpoint": self.engine.endpoint})
+        self.service = SeedService(made, bind_host="127.0.0.1")
         self.grants = 1
         self.reports: list[dict[str, str]] = []
         self.reported = asyncio.Event()

@@ -23,7 +23,7 @@ from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.app import PlannerProcess
 from vllm_rfork.planner.http.auth import Tokens
 from vllm_rfork.planner.settings import settings_from
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 from vllm_rfork.selftest.buffers import Buffer
 
 OWN = {"options.model.dtype": "bfloat16", "hf_config.tie_word_embeddings": "true", "torch": "2.9"}
@@ -38,8 +38,8 @@ def attempt_at(url: str) -> Attempt:
 async def seed(facts: Mapping[str, str], fingerprint: str) -> AsyncIterator[SeedAddress]:
     manifest = manifest_of(Buffer("cpu", NBYTES))
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
-    offer = Offer(Manifest(**{**fields, "fingerprint": fingerprint, "epoch": "e1", "endpoint": "nowhere"}))
-    service = SeedService(seed_key=KEY, offer=offer, bind_host="127.0.0.1", facts=facts)
+    made = Manifest(**{**fields, "fingerprint": fingerprint, "epoch": "e1", "endpoint": "nowhere"})
+    service = SeedService(made, bind_host="127.0.0.1", facts=facts)
     try:
         yield SeedAddress("127.0.0.1", await service.start(), 0)
     finally:

@@ -28,6 +28,7 @@ class FakePlanner(PlannerClient):
     def __init__(self) -> None:
         super().__init__("http://unused")
         self.problem = ""
+        self.mistake: Exception | None = None
         self.calls: list[str] = []
         self.announced_with: dict[str, Any] = {}
         self.gate: asyncio.Event | None = None
@@ -53,6 +54,8 @@ class FakePlanner(PlannerClient):
         if self.gate is not None:
             await self.gate.wait()
         self.calls.append("announce")
+        if self.mistake is not None:
+            raise self.mistake
         if self.problem:
             raise PlannerError(self.problem)
 
@@ -177,32 +180,14 @@ async def test_it_withdraws_however_it_ends() -> None:
     assert planner.calls == ["announce", "withdraw"]
 
 
-async def test_it_asks_before_each_beat_and_withdraws_when_the_answer_is_no() -> None:
+async def test_an_error_that_is_no_planners_ends_it_and_withdraws_too() -> None:
     planner, virtual = FakePlanner(), VirtualTime()
-    vouching = True
-    async with running(heartbeat(planner, virtual, still_vouching=lambda: vouching), virtual) as task:
+    async with running(heartbeat(planner, virtual), virtual) as task:
+        planner.mistake = RuntimeError("a mistake in this package")
         await virtual.advance(INTERVAL_S)
-        vouching = False
-        await virtual.advance(INTERVAL_S)
-        await task
-    assert planner.calls == ["announce", "announce", "withdraw"]
-
-
-async def test_a_seed_that_cannot_vouch_from_the_start_is_never_announced() -> None:
-    planner, virtual = FakePlanner(), VirtualTime()
-    async with running(heartbeat(planner, virtual, still_vouching=lambda: False), virtual) as task:
-        await task
-    assert planner.calls == []
-
-
-async def test_a_callback_that_fails_withdraws_too() -> None:
-    planner, virtual = FakePlanner(), VirtualTime()
-    answers = iter([True])
-    async with running(heartbeat(planner, virtual, still_vouching=lambda: next(answers)), virtual) as task:
-        await virtual.advance(INTERVAL_S)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="a mistake"):
             await task
-    assert planner.calls == ["announce", "withdraw"]
+    assert planner.calls == ["announce", "announce", "withdraw"]
 
 
 async def test_presence_follows_the_first_announcement_and_ends_after_the_withdrawal() -> None:

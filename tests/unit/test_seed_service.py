@@ -21,13 +21,13 @@ from tests.sockets import read_all
 from vllm_rfork import messages
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest.legacy import InstalledBase
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.advertise import listen_host
 from vllm_rfork.net.connections import Phase
+from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.server import Bounds
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 
 KEY = "/models/q$prod$kv_both$0$0"
 TOKEN = "s3cret-token"
@@ -49,16 +49,15 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**fields)
 
 
-def offer(**changes: Any) -> Offer:
-    made = manifest(**changes)
-    return Offer(made, InstalledBase.from_manifest(made, "10.0.0.1:7000"))
-
-
 @contextlib.asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[SeedService]:
-    service = SeedService(
-        **{"seed_key": KEY, "offer": offer(), "bind_host": "127.0.0.1", "ready_timeout_s": 10.0, **options}
-    )
+async def serving(served: Manifest | None = None, *, token: str = "", **options: Any) -> AsyncIterator[SeedService]:
+    options = {
+        "bind_host": "127.0.0.1",
+        "ready_timeout_s": 10.0,
+        "credentials": Credentials(Options(token=token)),
+        **options,
+    }
+    service = SeedService(served or manifest(), **options)
     await service.start()
     try:
         yield service
@@ -93,22 +92,15 @@ async def test_health_says_whose_seed_it_is() -> None:
         assert (await get(service, messages.SEED_HEALTH, key=None))[0] == 400
 
 
-async def test_the_installed_base_gets_its_entries_for_this_key_only() -> None:
+@pytest.mark.parametrize("key", [KEY, "another"])
+async def test_legacy_receivers_are_told_that_there_is_nothing_for_them(key: str) -> None:
     async with serving() as service:
-        status, text = await get(service, messages.SEED_INFO)
-        assert status == 200
-        assert json.loads(text) == {"rfork_transfer_engine_info": ["10.0.0.1:7000", {"w": [4096, 6, 2]}]}
-        assert json.loads((await get(service, messages.SEED_SHAPE_INFO))[1]) == {
-            "rfork_transfer_engine_shape_info": {"w": [2, 3]}
-        }
-        for path in (messages.SEED_INFO, messages.SEED_SHAPE_INFO):
-            status, text = await get(service, path, key="another")
-            assert (status, list(json.loads(text).values())) == (200, [None])
-
-
-async def test_a_seed_with_nothing_for_the_installed_base_says_so_with_null() -> None:
-    async with serving(offer=Offer(manifest())) as service:
-        assert await get(service, messages.SEED_INFO) == (200, '{"rfork_transfer_engine_info":null}')
+        for path, name in (
+            (messages.SEED_INFO, "rfork_transfer_engine_info"),
+            (messages.SEED_SHAPE_INFO, "rfork_transfer_engine_shape_info"),
+        ):
+            assert await get(service, path, key=key) == (200, f'{{"{name}":null}}')
+            assert (await get(service, path, key=None))[0] == 400
 
 
 async def test_fetch_seed_answers_ok_without_a_key() -> None:
@@ -118,7 +110,7 @@ async def test_fetch_seed_answers_ok_without_a_key() -> None:
 
 @pytest.mark.parametrize("key", ["模型$生产 環境", "a+b c&d=e#f?g/h%20", "ключ" * 500, 'quote"$back\\slash'])
 async def test_any_key_survives_the_query_string(key: str) -> None:
-    async with serving(seed_key=key, offer=Offer(manifest(seed_key=key))) as service:
+    async with serving(manifest(seed_key=key)) as service:
         assert (await get(service, messages.SEED_HEALTH, key=key))[0] == 200
         assert (await get(service, messages.SEED_HEALTH, key=key + "x"))[0] == 400
 
@@ -189,15 +181,10 @@ async def test_a_manifest_is_encoded_once_however_many_read_it() -> None:
     assert encoded == 1
 
 
-async def test_an_offer_of_another_key_is_a_mistake_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="key"):
-        SeedService(seed_key="other", offer=offer())
+# --- a suspended seed ------------------------------------------------------------------------------------------------
 
 
-# --- a seed that can no longer vouch ---------------------------------------------------------------------------------
-
-
-async def test_a_suspended_seed_refuses_everything_at_once_and_comes_back_under_a_new_epoch() -> None:
+async def test_a_suspended_seed_refuses_everything_at_once_and_the_next_has_another_epoch() -> None:
     async with serving() as service:
         seed = SeedAddress("127.0.0.1", service.port, 0)
         service.suspend("weights are being reloaded")
@@ -211,7 +198,7 @@ async def test_a_suspended_seed_refuses_everything_at_once_and_comes_back_under_
         with pytest.raises(SeedError, match="reloaded"):
             await SeedClient().confirm_epoch(seed, KEY, "epoch-1")
 
-        service.resume(offer(epoch="epoch-2"))
+    async with serving(manifest(epoch="epoch-2"), port=service.port):
         assert (await SeedClient().manifest(seed, KEY, "f1")).epoch == "epoch-2"
         with pytest.raises(SeedError, match="epoch-2"):
             await SeedClient().confirm_epoch(seed, KEY, "epoch-1")
@@ -240,14 +227,14 @@ def request_for(path: str, *more: str, key: str = KEY) -> bytes:
 
 async def test_a_manifest_that_is_being_sent_breaks_off_when_it_stops_being_true() -> None:
     big = padded(24 * 1024 * 1024)
-    async with serving(offer=Offer(big)) as service:
+    async with serving(big) as service:
         async with slow_reader(service, request_for(messages.SEED_MANIFEST)) as sock:
             head = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1024), 30)
             assert head.startswith(b"HTTP/1.1 200")
             service.suspend("sleep")
             received = head + await read_all(sock)
         assert len(received) < len(encode_manifest(big))
-        service.resume(Offer(big))
+    async with serving(big) as service:
         async with slow_reader(service, request_for(messages.SEED_MANIFEST)) as sock:
             whole = await read_all(sock)
         assert decode_manifest(whole.partition(b"\r\n\r\n")[2]) == big
@@ -258,7 +245,7 @@ async def test_a_manifest_too_large_for_any_receiver_is_refused_before_it_is_off
 ) -> None:
     monkeypatch.setattr("vllm_rfork.seed_service.MAX_MANIFEST_NBYTES", 1000)
     with pytest.raises(SeedError, match="1000"):
-        SeedService(seed_key=KEY, offer=Offer(padded(2000)))
+        SeedService(padded(2000))
 
 
 # --- start and stop --------------------------------------------------------------------------------------------------
@@ -267,7 +254,7 @@ async def test_a_manifest_too_large_for_any_receiver_is_refused_before_it_is_off
 async def test_a_taken_port_is_an_error_that_names_host_and_port_and_leaves_nothing_behind() -> None:
     async with serving() as first:
         before = open_sockets()
-        second = SeedService(seed_key=KEY, offer=offer(), bind_host="127.0.0.1", port=first.port)
+        second = SeedService(manifest(), bind_host="127.0.0.1", port=first.port)
         with pytest.raises(SeedError, match=rf"127\.0\.0\.1:{first.port}"):
             await second.start()
         await second.stop()
@@ -303,11 +290,11 @@ async def test_where_the_whole_range_is_taken_a_random_port_is_used_with_a_warni
 @pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 0), ("no-such-host.invalid", 0), ("127.0.0.1", 70000)])
 async def test_an_address_that_cannot_be_had_is_a_seed_error(host: str, port: int) -> None:
     with pytest.raises(SeedError, match=host):
-        await SeedService(seed_key=KEY, offer=offer(), bind_host=host, port=port).start()
+        await SeedService(manifest(), bind_host=host, port=port).start()
 
 
 async def test_start_waits_until_the_service_answers_and_gives_up_in_time() -> None:
-    service = SeedService(seed_key=KEY, offer=offer(), bind_host="127.0.0.1", ready_timeout_s=0.3)
+    service = SeedService(manifest(), bind_host="127.0.0.1", ready_timeout_s=0.3)
     service.suspend("never ready")
     before = open_sockets()
     with pytest.raises(SeedError, match="rfork_seed_timeout_sec"):
@@ -352,9 +339,7 @@ async def test_an_announced_address_that_is_not_the_service_is_warned_of_once(
             assert part in warning
     caplog.clear()
     async with serving() as service:
-        other = SeedService(
-            seed_key="another", offer=offer(seed_key="another"), bind_host="127.0.0.9", port=service.port
-        )
+        other = SeedService(manifest(seed_key="another"), bind_host="127.0.0.9", port=service.port)
         await other.start()
         service._advertised_host = "127.0.0.9"
         await service.check_advertised()
@@ -373,7 +358,7 @@ def ipv6_works() -> bool:
 
 async def test_stop_frees_the_port_drops_the_callers_and_may_be_repeated() -> None:
     before = open_sockets()
-    async with serving(offer=Offer(padded(8 * 1024 * 1024))) as service:
+    async with serving(padded(8 * 1024 * 1024)) as service:
         port = service.port
         async with slow_reader(service, request_for(messages.SEED_MANIFEST)) as sock:
             await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1024), 30)
@@ -493,8 +478,8 @@ async def test_endless_headers_cost_next_to_nothing() -> None:
 
 
 async def test_a_caller_that_goes_on_sending_is_cut_off() -> None:
-    big = Offer(padded(24 * 1024 * 1024))
-    async with serving(offer=big, bounds=Bounds(head_timeout_s=3600, answer_timeout_s=3600)) as service:
+    big = padded(24 * 1024 * 1024)
+    async with serving(big, bounds=Bounds(head_timeout_s=3600, answer_timeout_s=3600)) as service:
         more = request_for(messages.SEED_HEALTH) * 200_000
         for begun, rest in ((b"GET /", b"a" * len(more)), (request_for(messages.SEED_MANIFEST), more)):
             async with slow_reader(service, begun) as sock:
@@ -507,7 +492,7 @@ async def test_an_answer_may_take_longer_than_a_request() -> None:
     big = padded(24 * 1024 * 1024)
     request_ = request_for(messages.SEED_MANIFEST)
     async with (
-        serving(offer=Offer(big), bounds=Bounds(head_timeout_s=1.0)) as service,
+        serving(big, bounds=Bounds(head_timeout_s=1.0)) as service,
         slow_reader(service, request_) as sock,
     ):
         begun_at = asyncio.get_running_loop().time()
@@ -522,8 +507,8 @@ async def test_a_caller_that_never_finishes_its_request_is_dropped(begun: bytes)
 
 
 async def test_a_caller_that_never_reads_is_dropped_and_costs_little_memory_meanwhile() -> None:
-    big = Offer(padded(24 * 1024 * 1024))
-    async with serving(offer=big, bounds=Bounds(answer_timeout_s=2.0)) as service:
+    big = padded(24 * 1024 * 1024)
+    async with serving(big, bounds=Bounds(answer_timeout_s=2.0)) as service:
         before = resident_nbytes()
         async with contextlib.AsyncExitStack() as stack:
             socks = [
@@ -568,8 +553,8 @@ async def test_idle_connections_do_not_keep_callers_out() -> None:
 
 
 async def test_more_requests_at_once_than_allowed_are_sent_away() -> None:
-    big = Offer(padded(24 * 1024 * 1024))
-    async with serving(offer=big, bounds=Bounds(max_connections=2, answer_timeout_s=3600)) as service:
+    big = padded(24 * 1024 * 1024)
+    async with serving(big, bounds=Bounds(max_connections=2, answer_timeout_s=3600)) as service:
         async with contextlib.AsyncExitStack() as stack:
             socks = [
                 await stack.enter_async_context(slow_reader(service, request_for(messages.SEED_MANIFEST)))
@@ -609,7 +594,8 @@ async def test_with_a_token_nothing_is_told_without_it() -> None:
 async def test_facts_are_told_to_whoever_may_have_the_manifest() -> None:
     """By key and token, and also while the seed is suspended: they are the worker's, not the epoch's."""
     facts = {"options.model.dtype": "bfloat16", "torch": "2.9"}
-    service = SeedService(seed_key=KEY, offer=Offer(manifest()), bind_host="127.0.0.1", token=TOKEN, facts=facts)
+    credentials = Credentials(Options(token=TOKEN))
+    service = SeedService(manifest(), bind_host="127.0.0.1", credentials=credentials, facts=facts)
     address = SeedAddress("127.0.0.1", await service.start(), 0)
     try:
         client = SeedClient(token=TOKEN)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.authority import Authority
-from tests.unit.test_seed_service import KEY, TOKEN, get, manifest, offer, serving, until
+from tests.unit.test_seed_service import KEY, TOKEN, get, manifest, serving, until
 from vllm_rfork import messages
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.errors import PlannerError, SeedError
@@ -91,7 +91,7 @@ async def test_a_certificate_for_the_announced_address_needs_no_common_name(auth
 
 async def test_a_large_manifest_arrives_whole(fleet: Credentials) -> None:
     state = {f"layer.{number}": "x" * 1000 for number in range(3000)}
-    async with serving(credentials=fleet, offer=offer(state=state)) as service:
+    async with serving(manifest(state=state), credentials=fleet) as service:
         client = SeedClient(credentials=fleet)
         found = await client.manifest(SeedAddress("127.0.0.1", service.port, 0), KEY, "f1")
         assert found == manifest(state=state)
@@ -194,9 +194,7 @@ async def test_a_certificate_that_no_receiver_would_take_is_found_out_at_the_sta
         (authority.issue("old", names=(NAME,), days=-1), "renew"),
     ):
         credentials = own(cert, ca_file=authority.file, seed_tls="require", seed_name=NAME)
-        service = SeedService(
-            seed_key=KEY, offer=offer(), bind_host="127.0.0.1", credentials=credentials, ready_timeout_s=600.0
-        )
+        service = SeedService(manifest(), bind_host="127.0.0.1", credentials=credentials, ready_timeout_s=600.0)
         with pytest.raises(SeedError, match=f"refused by receivers.*{wanted}"):
             await asyncio.wait_for(service.start(), 30)
 
@@ -270,7 +268,7 @@ async def test_stopping_leaves_no_task_no_socket_and_no_port(fleet: Credentials)
 async def test_what_no_longer_holds_breaks_off_in_the_middle(fleet: Credentials) -> None:
     """A seed that withdraws must not let a slow reader finish its addresses."""
     state = {f"layer.{number}": "x" * 1000 for number in range(20_000)}
-    async with serving(credentials=fleet, offer=offer(state=state)) as service:
+    async with serving(manifest(state=state), credentials=fleet) as service:
         context = fleet.client_context()
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port, ssl=context, server_hostname=NAME)
         writer.write(

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_seed_service import KEY, manifest
 from vllm_rfork import messages
-from vllm_rfork.manifest.legacy import InstalledBase
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 
 PATHS = [
     messages.SEED_HEALTH,
@@ -84,9 +83,7 @@ class Served:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        made = manifest()
-        offer = Offer(made, InstalledBase.from_manifest(made, "10.0.0.1:7000"))
-        self._service = SeedService(seed_key=KEY, offer=offer, bind_host="127.0.0.1", facts={"a": "b"})
+        self._service = SeedService(manifest(), bind_host="127.0.0.1", facts={"a": "b"})
         self.port = asyncio.run_coroutine_threadsafe(self._service.start(), self._loop).result(20)
 
     def stop(self) -> None:

@@ -23,7 +23,7 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.event_loop import BackgroundTask, background
-from vllm_rfork.seed_service import Offer, SeedService
+from vllm_rfork.seed_service import SeedService
 from vllm_rfork.seeding.publication import SeedConfig
 
 logger = worker_logger(__name__)
@@ -103,8 +103,7 @@ class Seed:
             config.planner_url, request_timeout_s=config.request_timeout_s, credentials=config.credentials
         )
         service = SeedService(
-            seed_key=self.manifest.seed_key,
-            offer=Offer(self.manifest),
+            self.manifest,
             bind_host=config.bind_host,
             port=config.port,
             other_ports=config.other_ports,
