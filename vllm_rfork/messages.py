@@ -44,6 +44,8 @@ ADD_INTENT = "/rfork_intent"
 #: A seed's presence, with the headers of ``add_seed``. The planner answers after a while; until then the open
 #: connection shows that the seed's process lives.
 PRESENCE = "/rfork_presence"
+#: The last word of an answer to it that was streamed: ask again at once, announce first, or ask again after a pause.
+PRESENCE_AGAIN, PRESENCE_UNKNOWN, PRESENCE_LATER = "again", "unknown", "later"
 #: Planner: 200 while it takes new requests, 503 while it starts, drains or cannot reach its store.
 READYZ = "/readyz"
 #: Planner: Prometheus metrics.
@@ -110,6 +112,8 @@ SIDE = "RFORK-SIDE"
 SIDES = ("seed", "receiver", "unknown")
 #: ``put_seed``: engine and lane of the bytes, such as ``nixl/rdma``.
 LANE = "RFORK-LANE"
+#: Presence: the client reads an answer that comes in pieces, so the planner may keep the request by sending bytes.
+STREAM = "RFORK-STREAM"
 
 MAX_KEY_LENGTH = 2048  #: characters of a seed key before encoding; header lines stay under aiohttp's 8190 bytes
 MAX_HEADER_LENGTH = 8000

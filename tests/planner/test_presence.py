@@ -12,6 +12,7 @@ import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
 from tests.planner.test_api import ADD, Client, eventually, planner
+from vllm_rfork import messages
 from vllm_rfork.planner.http import presence
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.store.base import Announcement, Granted, LimitReached, Missed, Queued, UnknownSeed
@@ -246,14 +247,78 @@ async def test_a_broken_connection_is_noticed_at_once(how: str, caplog: pytest.L
 async def test_a_request_is_answered_before_proxies_give_up_and_followed_by_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert presence.HOLD_S < 60.0
+    assert presence.SILENT_S <= 20.0
     async with planner() as client:
-        monkeypatch.setattr(client.planner.presence, "_hold_s", 0.1)
+        monkeypatch.setattr(client.planner.presence, "_silent_s", 0.1)
         assert await client.add() == 200
         for _ in range(3):
             assert await client.call("POST", "/rfork_presence", **ADD) != ()
             assert not await absent(client)
         assert (await client.call("POST", "/rfork_presence", **ADD))[0::2] == (200, "again\n")
+
+
+async def read_while_held(client: Client) -> tuple[bytes, float]:
+    """The beginning of a streamed answer, its first two bytes included, and the time between the two in seconds."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.planner.port)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {**ADD, messages.STREAM: "1"}.items())
+    writer.write(f"POST /rfork_presence HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: 0\r\n\r\n".encode())
+    head = await reader.readuntil(b"1\r\n\n\r\n")
+    first_at = asyncio.get_running_loop().time()
+    head += await reader.readuntil(b"1\r\n\n\r\n")
+    try:
+        return head, asyncio.get_running_loop().time() - first_at
+    finally:
+        writer.close()
+
+
+async def test_a_client_that_reads_pieces_gets_bytes_in_place_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner() as client:
+        monkeypatch.setattr(client.planner.presence, "_silent_s", 0.5)
+        assert await client.add() == 200
+        head, silent_s = await read_while_held(client)
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"X-Accel-Buffering: no" in head, "nginx passes the bytes on"
+        assert silent_s <= 0.5
+        assert not await absent(client)
+        await eventually(lambda: len(client.planner.presence) == 0)
+        await until_absent(client)
+
+
+async def until_absent(client: Client) -> None:
+    while not await absent(client):
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("how", "word"), [("held long", "again"), ("dropped", "unknown"), ("closed", "later"), ("lost", "later")]
+)
+async def test_a_streamed_answer_ends_with_the_word_that_the_status_would_have_said(
+    how: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with planner(drain_sec=5) as client:
+        room = client.planner.presence
+        monkeypatch.setattr(room, "_silent_s", 0.2)
+        monkeypatch.setattr(room, "_hold_s", 0.6 if how == "held long" else 60.0)
+        assert await client.add() == 200
+        asking = asyncio.create_task(client.call("POST", "/rfork_presence", **ADD, **{messages.STREAM: "1"}))
+        await eventually(lambda: any(each.begun for each in room._due))
+        if how == "dropped":
+            assert await client.status("POST", "/remove_seed", **ADD) == 200
+        elif how == "closed":
+            client.planner.api.ready = False
+            room.close()
+        elif how == "lost":
+            room._lost()
+        status, _, text = await asyncio.wait_for(asking, 30)
+        assert status == 200
+        assert text.split() == [word]
+        assert room._due == {}
+
+
+async def test_no_request_is_held_for_longer_than_its_connection_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner(max_wait_sec=0) as client:
+        assert client.planner.connections is not None
+        assert client.planner.presence._hold_s < client.planner.connections.limits.held_s
 
 
 async def test_an_unknown_seed_is_to_be_announced_first() -> None:

@@ -134,7 +134,7 @@ class PlannerProcess:
         server_tls = self._tls
         tls = None if server_tls is None else Tls(lambda: server_tls.context)
         limits = self._limits()
-        self.presence.share(limits.connections)
+        self.presence.share(limits.connections, limits.held_s - _HELD_MARGIN_S / 6)
         self.connections = Connections(web_server, limits, self._seldom, tls)
         sweeper: asyncio.Task[None] | None = None
         try:

@@ -21,7 +21,7 @@ from vllm_rfork.messages import BadMessage, header
 from vllm_rfork.planner.http import dashboard, valid_json
 from vllm_rfork.planner.http.auth import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.http.openapi import description
-from vllm_rfork.planner.http.presence import Presence
+from vllm_rfork.planner.http.presence import Presence, StreamedAnswer
 from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.resolver import Unresolved
@@ -243,20 +243,28 @@ class Api:
         return web.Response(text="ok\n")
 
     # --- ours ----------------------------------------------------------------------------------------------------
-    async def presence(self, request: web.BaseRequest) -> web.Response:
-        """Hold the request for as long as the seed's process lives, or until the seed should ask again."""
+    async def presence(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Hold the request while the seed's process lives, or until the seed should ask again."""
         announcement = self._announcement(request.headers)
         await self._check_address(request, announcement.seed.host)
         if not self.ready:
             raise Closing
+        answer = StreamedAnswer(request)
+        streams = header(request.headers, messages.STREAM) is not None
         try:
-            await self._presence.hold(announcement, request.transport)
+            await self._presence.hold(announcement, request.transport, answer if streams else None)
         except UnknownSeed as error:  # not 404, which an older planner answers that has no such call
+            if answer.begun:
+                return await answer.end(messages.PRESENCE_UNKNOWN)
             raise Refused(409, str(error)) from error
+        except (StoreUnavailable, Closing):
+            if answer.begun:
+                return await answer.end(messages.PRESENCE_LATER)
+            raise
         except LimitReached as error:
             self._metrics.refused("limit")
             raise Refused(429, str(error), {"Retry-After": "60"}) from error
-        return web.Response(text="again\n")
+        return await answer.end(messages.PRESENCE_AGAIN)
 
     async def intent(self, request: web.BaseRequest) -> web.Response:
         """Announce, renew or take back an intent."""

@@ -1,14 +1,18 @@
-"""Presence connections: requests that this process holds open for as long as the seeds' processes live.
+"""Presence connections: requests that the planner holds open while the seeds' processes live.
 
 The kernel closes a connection when its process dies, however it dies. A held request whose connection breaks makes its
 seed absent at once; one that is answered makes it absent unless the next request follows within a grace. Nothing here
-outlives the process: seeds ask again where the planner is new.
+outlives the planner's process: seeds send new requests to a new planner.
+
+No connection is silent for longer than :data:`SILENT_S`. A client that states it (``RFORK-STREAM``) gets a byte in time
+and keeps its request for minutes; any other gets its answer by then, and asks again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import random
@@ -16,14 +20,21 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from aiohttp import web
+
 from vllm_rfork.planner.store.base import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.waiting_room import Closing
 
 logger = logging.getLogger(__name__)
 
-#: A request is answered after this and at least four fifths of it, in seconds: proxies give up after 60 s of silence.
-HOLD_S = 50.0
+#: Longest silence on a presence connection, in seconds; proxies and NATs close those that are silent for longer.
+SILENT_S = 20.0
+#: A request is answered after this, and at least four fifths of it, in seconds. One without bytes meanwhile is answered
+#: after :data:`SILENT_S`.
+HOLD_S = 300.0
 _SOONEST = 0.8
+#: Connections that get their byte before other work of the event loop has its turn.
+_BATCH = 50
 #: Of all connections, those that may be presence: the other calls must always find some.
 SHARE = 0.5
 #: A host that vanishes closes nothing. Its kernel is asked, and is counted dead after 10 + 3 * 5 seconds of silence. A
@@ -33,12 +44,41 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_
 AGAIN, UNKNOWN, LOST, LEAVE = "again", "unknown", "lost", "leave"
 
 
+class StreamedAnswer:
+    """The answer to a held request: bytes while it is held, then a word. For HTTP it is one answer with status 200."""
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self._request = request
+        self._response: web.StreamResponse | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a byte was sent, so that no other status can be."""
+        return self._response is not None
+
+    async def beat(self) -> None:
+        """Send one byte. Raises OSError if the connection is gone."""
+        if self._response is None:
+            # nginx collects an answer before it passes it on, unless it is told otherwise.
+            headers = {"Content-Type": "text/plain", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            self._response = web.StreamResponse(headers=headers)
+            await self._response.prepare(self._request)
+        await self._response.write(b"\n")
+
+    async def end(self, word: str) -> web.StreamResponse:
+        """Send ``word`` and return the answer, which is complete."""
+        if self._response is None:
+            return web.Response(text=word + "\n")
+        await self._response.write(f"{word}\n".encode())
+        return self._response
+
+
 class Presence:
     """The presence requests of this process. Belongs to one event loop.
 
     Args:
         max_connections: of the whole planner; ``SHARE`` of them are for presence.
-        jitter: a number from 0 to 1; replaced in tests, as is ``hold_s``.
+        hold_s, silent_s, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
 
     def __init__(
@@ -47,27 +87,40 @@ class Presence:
         max_connections: int,
         *,
         hold_s: float = HOLD_S,
+        silent_s: float = SILENT_S,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
-        self.share(max_connections)
         self._hold_s = hold_s
+        self.share(max_connections)
+        self._silent_s = silent_s
         self._jitter = jitter
+        # Streamed answers and when their next byte is due, the first due first.
+        self._due: dict[StreamedAnswer, float] = {}
+        self._beating: asyncio.Task[None] | None = None
         self._held: dict[str, asyncio.Future[str]] = {}
         self._count = 0
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         store.lost = self._lost
 
     def __len__(self) -> int:
         return self._count
 
-    def share(self, max_connections: int) -> None:
-        """Take ``SHARE`` of ``max_connections``, which may be fewer than were asked for."""
+    def share(self, max_connections: int, longest_s: float = HOLD_S) -> None:
+        """Use ``SHARE`` of ``max_connections``, which may be fewer than were asked for, each ``longest_s`` at most."""
         self.limit = max(1, int(max_connections * SHARE))
+        self._hold_s = min(self._hold_s, longest_s)
 
-    async def hold(self, announcement: Announcement, transport: asyncio.BaseTransport | None) -> None:
+    async def hold(
+        self,
+        announcement: Announcement,
+        transport: asyncio.BaseTransport | None,
+        streamed: StreamedAnswer | None = None,
+    ) -> None:
         """Hold a request of the announced seed; returns when it is to be answered with "again".
+
+        ``streamed`` gets its bytes meanwhile; without it the request is held for :data:`SILENT_S` at most.
 
         Cancelled when the connection of ``transport`` breaks: the seed is absent from then on.
 
@@ -93,7 +146,7 @@ class Presence:
         self._count += 1
         word, answered = "", False
         try:
-            word = await self._answer(answer)
+            word = await self._answer(answer, streamed)
             answered = True
         finally:
             self._count -= 1
@@ -125,12 +178,45 @@ class Presence:
             return
         await self._leave(announcement, number, answered=False)
 
-    async def _answer(self, answer: asyncio.Future[str]) -> str:
-        held_s = self._hold_s * (_SOONEST + (1 - _SOONEST) * self._jitter())
+    async def _answer(self, answer: asyncio.Future[str], streamed: StreamedAnswer | None) -> str:
+        longest_s = self._hold_s if streamed is not None else min(self._hold_s, self._silent_s)
+        if streamed is not None:
+            self._due[streamed] = self._next_byte_at()
+            if self._beating is None:
+                self._beating = self._in_background(self._beat())
         try:
-            return await asyncio.wait_for(answer, held_s)
+            return await asyncio.wait_for(answer, longest_s * (_SOONEST + (1 - _SOONEST) * self._jitter()))
         except asyncio.TimeoutError:
             return AGAIN
+        finally:
+            if streamed is not None:
+                self._due.pop(streamed, None)
+
+    def _next_byte_at(self) -> float:
+        return asyncio.get_running_loop().time() + self._silent_s * _SOONEST
+
+    async def _beat(self) -> None:
+        """Send each streamed answer its bytes, until there is none left."""
+        tick_s = min(1.0, self._silent_s * (1 - _SOONEST) / 2)
+        try:
+            while self._due:
+                await asyncio.sleep(tick_s)
+                await self._send_due_bytes()
+        finally:
+            self._beating = None
+
+    async def _send_due_bytes(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for sent in itertools.count(1):
+            streamed, due_at = next(iter(self._due.items()), (None, 0.0))
+            if streamed is None or due_at > now:
+                return
+            del self._due[streamed]
+            self._due[streamed] = self._next_byte_at()
+            with contextlib.suppress(OSError):  # the connection is gone, and its request is about to be cancelled
+                await streamed.beat()
+            if sent % _BATCH == 0:
+                await asyncio.sleep(0)
 
     async def _leave(self, announcement: Announcement, number: int, *, answered: bool) -> None:
         try:
@@ -139,7 +225,7 @@ class Presence:
             logger.debug("The end of a presence connection was not noted: %s", error)
 
     def seed_dropped(self, name: str) -> None:
-        """The seed called ``name`` is not known any more: let its worker announce it again, if it lives."""
+        """The seed called ``name`` is not known any more: its worker has to announce it again, if it lives."""
         answer = self._held.get(name)
         if answer is not None and not answer.done():
             answer.set_result(UNKNOWN)
@@ -158,10 +244,11 @@ class Presence:
             if not answer.done():
                 answer.set_result(word)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _watch_host(transport: asyncio.BaseTransport | None) -> None:
