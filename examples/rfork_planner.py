@@ -13,6 +13,7 @@ are ignored. A name may be spelled SEED_KEY or SEED-KEY (nginx drops underscores
     POST /renew_seed_lease   the receiver is still reading
     POST /put_seed           the receiver is done
     POST /remove_seed        a seed withdraws: 200 gone, 409 still being read (draining, gets no new lease)
+    POST /rfork_presence     a seed keeps this request open; if its connection breaks, its process is dead
     GET  /healthz            {"status": "ok"}
     GET  /debug/snapshot     everything this planner knows, as JSON
 
@@ -50,6 +51,8 @@ class Seed:
     seen_at: float
     granted_at: float = 0.0
     draining: bool = False
+    presence: int = 0  # number of the latest presence request
+    absent: bool = False  # whose connection broke: not granted until the next heartbeat or request
     leases: dict[str, float] = dataclasses.field(default_factory=dict)  # user id -> expires at
 
 
@@ -87,12 +90,27 @@ class Planner:
         if seed is None:
             log.info("seed %s:%d:%d announced under key %r", *address, key)
             seed = self.seeds[address] = Seed(*address, key=key, seen_at=0.0)
-        seed.key, seed.seen_at = key, self.clock()
+        seed.key, seed.seen_at, seed.absent = key, self.clock(), False
+
+    async def attend(self, address: Address, key: str, held_s: float) -> int:
+        """Hold a seed's request; cancelled if its connection breaks. The status: 200 ask again, 409 announce first."""
+        seed = self.seeds.get(address)
+        if seed is None or seed.key != key:
+            return 409
+        seed.absent, seed.presence = False, seed.presence + 1
+        mine = seed.presence
+        try:
+            await asyncio.sleep(held_s)
+        except asyncio.CancelledError:
+            seed.absent = seed.presence == mine  # else another request has taken over
+            raise
+        return 200
 
     def get(self, key: str) -> tuple[Seed, str] | None:
         """The seed of ``key`` with a free slot that waited longest for a receiver, and a new lease; or None."""
         self.sweep()
-        free = [s for s in self.seeds.values() if s.key == key and not s.draining and len(s.leases) < self.slots]
+        seeds = [s for s in self.seeds.values() if s.key == key and not s.draining and not s.absent]
+        free = [seed for seed in seeds if len(seed.leases) < self.slots]
         if not free:
             return None
         seed = min(free, key=lambda s: (len(s.leases), s.granted_at))
@@ -177,8 +195,11 @@ def seed_address(request: web.Request) -> Address:
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def make_app(planner: Planner, sweep_every_s: float = 5.0) -> web.Application:
-    """The aiohttp application around ``planner``."""
+def make_app(planner: Planner, sweep_every_s: float = 5.0, presence_s: float = 15.0) -> web.Application:
+    """The aiohttp application around ``planner``; to be run with ``handler_cancellation``.
+
+    ``presence_s``: how long a presence request is held; proxies close connections that are silent for longer than 20 s.
+    """
     routes = web.RouteTableDef()
 
     @routes.post("/add_seed")
@@ -220,6 +241,11 @@ def make_app(planner: Planner, sweep_every_s: float = 5.0) -> web.Application:
         status = planner.remove(seed_address(request), key)
         return web.Response(status=status, text={200: "removed", 404: "no such seed", 409: "draining"}[status] + "\n")
 
+    @routes.post("/rfork_presence")
+    async def presence(request: web.Request) -> web.Response:
+        status = await planner.attend(seed_address(request), header(request, "SEED_KEY"), presence_s)
+        return web.Response(status=status, text={200: "again", 409: "announce it first"}[status] + "\n")
+
     @routes.get("/healthz")
     async def healthz(request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -254,6 +280,7 @@ def describe(seed: Seed, now: float) -> dict[str, Any]:
         user: None if expires == float("inf") else round(expires - now, 3) for user, expires in seed.leases.items()
     }
     fields = {"key": seed.key, "ip": seed.ip, "port": seed.port, "rank": seed.rank, "draining": seed.draining}
+    fields |= {"absent": seed.absent, "present": seed.presence > 0 and not seed.absent}
     return {**fields, "seen_sec_ago": round(now - seed.seen_at, 3), "leases": leases}
 
 
@@ -271,7 +298,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     planner = Planner(args.lease_ttl_sec, args.slots, args.stale_after_sec)
-    web.run_app(make_app(planner, args.sweep_every_sec), host=args.host, port=args.port, access_log=None)
+    app = make_app(planner, args.sweep_every_sec)
+    web.run_app(app, host=args.host, port=args.port, access_log=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":

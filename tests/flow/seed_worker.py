@@ -41,9 +41,9 @@ def manifest(key: str, epoch: str) -> Manifest:
 class Role:
     """One seed of this worker: the target's or the draft's."""
 
-    def __init__(self, planner: str, key: str, interval_s: float, ca_file: str) -> None:
+    def __init__(self, planner: str, key: str, interval_s: float, options: Options) -> None:
         self.key, self.interval_s = key, interval_s
-        credentials = Credentials(Options(ca_file=ca_file))
+        credentials = Credentials(options)
         self.client = PlannerClient(planner, request_timeout_s=5.0, credentials=credentials)
         self.service = SeedService(manifest(key, "epoch-1"), bind_host="127.0.0.1")
         self.address = SeedAddress("127.0.0.1", background().call(self.service.start(), 30), 0)
@@ -97,8 +97,8 @@ def allow_descriptors(soft: int) -> None:
 def main() -> None:
     options = json.loads(sys.argv[1])
     know_names(options.get("names", {}))
-    interval_s, ca_file = options["interval_s"], options.get("ca_file", "")
-    roles = [Role(options["planner"], key, interval_s, ca_file) for key in options["keys"]]
+    own = Options(ca_file=options.get("ca_file", ""), token=options.get("token", ""))
+    roles = [Role(options["planner"], key, options["interval_s"], own) for key in options["keys"]]
     for line in sys.stdin:
         order, _, argument = line.strip().partition(" ")
         for role in roles:

@@ -33,7 +33,10 @@ def unshare() -> tuple[str, ...]:
         command = (found or "", *flags, "--pid", "--fork", "--kill-child")
         if found and subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
             return command
-    pytest.skip("this machine lets nobody have a pid namespace of its own")
+    pytest.fail(
+        "this test kills the first process of a pid namespace, and this machine has none for it: run as root, or allow "
+        "user namespaces (sysctl kernel.unprivileged_userns_clone=1, or --security-opt seccomp=unconfined for docker)"
+    )
 
 
 async def present(planner: Planner, worker: Worker) -> None:
@@ -50,27 +53,38 @@ async def absent_after_s(planner: Planner, killed_at: float) -> float:
     return took_s
 
 
-async def test_a_container_that_is_killed_with_its_first_process_is_no_seed_any_more(planner: Planner) -> None:
+#: Starts of a worker that may be needed to see one death within a second: other tests share this machine's processors.
+ATTEMPTS = 5
+
+
+async def test_a_container_that_is_killed_with_its_first_process_is_no_seed_after_a_second(planner: Planner) -> None:
     """The kernel ends every process of the pid namespace at once: whatever should tell the planner is dead as well."""
     await planner.start()
-    with working(planner, KEY, DRAFT_KEY, interval_s=30.0, before=(*unshare(), *STARTS_ANOTHER)) as worker:
-        await present(planner, worker)
-        (first,) = psutil.Process(worker.process.pid).children()
-        assert worker.pid != first.pid, "in its own namespace, and not the first there"
-        killed_at = time.monotonic()
-        first.kill()
-        # A second on an idle machine; the bound tells it from the 60 s after which a seed is stale.
-        assert await absent_after_s(planner, killed_at) < 20.0
-    assert {seed["absent"] for seed in (await planner.seeds()).values()} == {True}, "known, and not granted"
+    took_s: list[float] = []
+    while len(took_s) < ATTEMPTS and (not took_s or min(took_s) > 1.0):
+        with working(planner, KEY, DRAFT_KEY, interval_s=30.0, before=(*unshare(), *STARTS_ANOTHER)) as worker:
+            await present(planner, worker)
+            (first,) = psutil.Process(worker.process.pid).children()
+            assert worker.pid != first.pid, "in its own namespace, and not the first there"
+            killed_at = time.monotonic()
+            first.kill()
+            took_s.append(await absent_after_s(planner, killed_at))
+        assert {seed["absent"] for seed in (await planner.seeds()).values()} == {True}, "known, and not granted"
+    assert max(took_s) < 20.0, "far below the 60 s after which a seed is stale"
+    assert min(took_s) < 1.0
 
 
-async def test_a_process_that_is_killed_is_no_seed_any_more_and_comes_back_as_another(planner: Planner) -> None:
+async def test_a_process_that_is_killed_is_no_seed_after_a_second_and_comes_back_as_another(planner: Planner) -> None:
     await planner.start()
-    with working(planner, interval_s=30.0) as worker:
-        await present(planner, worker)
-        killed_at = time.monotonic()
-        worker.process.kill()
-        assert await absent_after_s(planner, killed_at) < 20.0
+    took_s: list[float] = []
+    while len(took_s) < ATTEMPTS and (not took_s or min(took_s) > 1.0):
+        with working(planner, interval_s=30.0) as worker:
+            await present(planner, worker)
+            killed_at = time.monotonic()
+            worker.process.kill()
+            took_s.append(await absent_after_s(planner, killed_at))
+    assert max(took_s) < 20.0
+    assert min(took_s) < 1.0
     with working(planner, interval_s=30.0) as worker:
         await present(planner, worker)
         assert (await planner.lease()).seed == worker.seeds[0]

@@ -90,9 +90,22 @@ class Planner:
 
 
 class MockPlanner(Planner):
-    """The one of ``examples/``: a planner of the installed base, without presence."""
+    """The one of ``examples/``."""
 
-    program = (str(ROOT / "examples" / "rfork_planner.py"),)
+    program: tuple[str, ...] = (str(ROOT / "examples" / "rfork_planner.py"),)
+
+
+class OldMockPlanner(MockPlanner):
+    """The same without presence, as planners of the installed base are."""
+
+    program = (
+        "-c",
+        "import sys; sys.path.insert(0, 'examples'); import rfork_planner as mock\n"
+        "post = mock.web.RouteTableDef.post\n"
+        "def other(table, path, **more):\n"
+        "    return (lambda call: call) if path == '/rfork_presence' else post(table, path, **more)\n"
+        "mock.web.RouteTableDef.post = other; mock.main()",
+    )
 
 
 class Worker:
@@ -277,7 +290,7 @@ async def test_an_orderly_end_leaves_neither_seed_nor_service(planner: Planner) 
 
 
 async def test_with_a_planner_that_has_no_presence_a_killed_seed_is_stale_in_the_end() -> None:
-    planner = MockPlanner("--stale-after-sec", "8", "--sweep-every-sec", "0.1")
+    planner = OldMockPlanner("--stale-after-sec", "8", "--sweep-every-sec", "0.1")
     await planner.start()
     try:
         with working(planner) as worker:
@@ -289,6 +302,23 @@ async def test_with_a_planner_that_has_no_presence_a_killed_seed_is_stale_in_the
             await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
             worker.obey("withdraw")
             assert await planner.knows(), "withdrawn as ever"
+    finally:
+        planner.kill()
+        planner.reserved.close()
+
+
+async def test_the_mock_planner_sees_the_end_of_a_process_as_well() -> None:
+    planner = MockPlanner()
+    await planner.start()
+    try:
+        with working(planner, interval_s=30.0) as worker:
+            await until(lambda: planner.knows(*worker.seeds), "the seed is announced")
+            await planner.client.release(await planner.lease())
+            await until(planner.attended, "the seed has its connection")
+            worker.process.kill()
+            await until(planner.knows, "the seed is absent")
+            with pytest.raises(NoSeedAvailable):
+                await planner.lease()
     finally:
         planner.kill()
         planner.reserved.close()

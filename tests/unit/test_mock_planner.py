@@ -311,6 +311,8 @@ async def test_health_and_snapshot() -> None:
                     "port": 8080,
                     "rank": 0,
                     "draining": False,
+                    "absent": False,
+                    "present": False,
                     "seen_sec_ago": 5.0,
                     "leases": {lease["USER_ID"]: 55.0},
                 }

@@ -225,6 +225,61 @@ async def test_what_the_planner_answers(status: int, headers: dict[str, str], at
             assert await calling == attended
 
 
+@pytest.mark.parametrize(
+    ("pieces", "attended"),
+    [
+        ([b"\n", b"\n", b"again\n"], AGAIN),
+        ([b"\n", b"unknown\n"], NOT_KNOWN),
+        ([b"\n", b"later\n"], None),
+        ([b"\n"], None),
+        ([b"anything that other planners answer"], AGAIN),
+    ],
+)
+async def test_an_answer_in_pieces_ends_with_a_word(pieces: list[bytes], attended: Attended | None) -> None:
+    """Once the first piece has come, no status can say it. An answer without a word has broken off."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.headers[messages.STREAM] == "1"
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+        return response
+
+    app = web.Application()
+    app.router.add_post("/rfork_presence", answer)
+    async with serve(app) as url:
+        calling = PlannerClient(url).attend("k", SEED)
+        if attended is None:
+            with pytest.raises(PlannerError):
+                await calling
+        else:
+            assert await calling == attended
+
+
+async def test_a_connection_that_is_silent_for_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_rfork.net.client.MAX_SILENCE_S", 0.3)
+    ended = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for _ in range(3):  # longer than the bound in all
+            await response.write(b"\n")
+            await asyncio.sleep(0.2)
+        await ended.wait()
+        return response
+
+    app = web.Application()
+    app.router.add_post("/rfork_presence", answer)
+    async with serve(app) as url:
+        started_at = asyncio.get_running_loop().time()
+        with pytest.raises(PlannerError, match=r"silent for 0\.3 s"):
+            await PlannerClient(url).attend("k", SEED)
+        assert asyncio.get_running_loop().time() - started_at > 0.6
+        ended.set()
+
+
 async def broken_by(end: Callable[[asyncio.StreamWriter], None]) -> None:
     """A planner that ends the connection by itself while it holds the request."""
 

@@ -38,7 +38,9 @@ RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 WITHDRAW_PAUSES_S = (0.1, 0.3)
 
 #: Bound of a presence request in seconds: planners answer within a minute.
-ATTEND_TIMEOUT_S = 90.0
+ATTEND_TIMEOUT_S = 900.0
+#: Bytes of a presence request's answer: one every 20 s, and a word.
+_MAX_ATTEND_NBYTES = 4096
 
 #: Seconds between two questions to a planner that is away while a receiver waits.
 RETURN_PAUSE_S = 1.0
@@ -334,14 +336,15 @@ class PlannerClient:
     async def attend(
         self, seed_key: str, seed: SeedAddress, *, fingerprint: str = "", labels: str = "", epoch: str = ""
     ) -> Attended:
-        """Keep a request open that shows that this process lives; returns when the planner answers it.
+        """Keep a request open while this process lives; returns when the planner answers it.
 
-        Planners answer within a minute, and at once where they do not hold it. Cancelling closes the connection, as
-        the end of the process does: the planner does not grant the seed from then on.
+        Planners answer within some minutes, and at once if they do not hold it. Cancelling closes the connection, as
+        the end of the process does: the planner then stops granting the seed.
 
         Raises:
-            PlannerError: the connection broke, could not be made within ``request_timeout_s``, or there was no answer
-                within ``ATTEND_TIMEOUT_S`` seconds; or the planner refused, or asks to come later.
+            PlannerError: the connection broke, could not be made within ``request_timeout_s``, or was silent for
+                ``MAX_SILENCE_S`` (``net/client.py``); there was no answer within ``ATTEND_TIMEOUT_S`` seconds; or the
+                planner refused, or asks to come later.
         """
         headers = {
             **self._key(seed_key, fingerprint),
@@ -349,6 +352,7 @@ class PlannerClient:
             messages.SEED_REFCNT: "0",
             **_given(messages.LABELS, labels),
             **_given(messages.EPOCH, epoch),
+            messages.STREAM: "1",
         }
         deadline = self._clock() + ATTEND_TIMEOUT_S
         answer = await self._call("POST", messages.PRESENCE, headers, deadline, self.request_timeout_s)
@@ -361,6 +365,12 @@ class PlannerClient:
         }.get(answer.status)
         if found is None:
             raise self._refused(messages.PRESENCE, answer)
+        if found is Attendance.AGAIN and answer.body:  # it may have come in pieces, after which no status can be sent
+            word = answer.body.split()[-1:]
+            if word in ([], [messages.PRESENCE_LATER.encode()]):
+                raise PlannerError(f"{self._name}: {messages.PRESENCE} ended, to be sent again later")
+            if word == [messages.PRESENCE_UNKNOWN.encode()]:
+                found = Attendance.NOT_KNOWN
         return Attended(found, _retry_after_s(answer))
 
     async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
@@ -510,7 +520,7 @@ class PlannerClient:
             self.base_url + path,
             headers=headers,
             timeout_s=left_s,
-            max_body_nbytes=max_body_nbytes,
+            max_body_nbytes=max_body_nbytes if connect_timeout_s is None else _MAX_ATTEND_NBYTES,
             connect_timeout_s=connect_timeout_s,
         )
 

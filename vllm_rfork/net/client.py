@@ -35,6 +35,9 @@ MAX_QUOTED_LENGTH = 200
 #: The text of a refusal explains, the status decides: wait no longer than this for the text.
 _TEXT_TIMEOUT_S = 1.0
 _MAX_TEXT_NBYTES = 4096
+#: Longest time in seconds without a byte on a connection that the other side holds open. Planners that send none before
+#: their answer, of earlier versions, answer within 50 s.
+MAX_SILENCE_S = 75.0
 
 #: All that aiohttp and the socket below it raise; ValueError for addresses and header values it cannot send.
 _FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
@@ -93,9 +96,9 @@ class BoundedHttp:
         The body of a 200 is read only up to ``max_body_nbytes``, and not at all where that is 0: such an answer
         lies in its status and headers. Of any other answer the beginning of the text is taken along.
         ``certified_name``, of an ``https`` address, is what the other side's certificate must hold in place of its
-        host. ``connect_timeout_s`` is for a request whose answer may take long: it bounds name resolution and
-        connecting, the kernel checks that the other host is there, and a forked child closes the connection, which
-        would else outlive this process.
+        host. ``connect_timeout_s`` is for a request that the other side holds open: it bounds name resolution and
+        connecting, :data:`MAX_SILENCE_S` bounds the time between two bytes, the kernel checks that the other host is
+        there, and a forked child closes its copy of the connection, which would otherwise outlive this process.
 
         Raises:
             ForkError: made by ``error``; no answer within ``timeout_s`` seconds, no connection, an answer that is
@@ -121,6 +124,8 @@ class BoundedHttp:
             # One clock for name resolution, connecting, headers and body; aiohttp's own timeouts are off.
             return await within(exchange, timeout_s)
         except asyncio.TimeoutError as error:
+            if isinstance(error, aiohttp.SocketTimeoutError):
+                raise self.error(f"{what} was silent for {MAX_SILENCE_S:g} s") from error
             if isinstance(error, aiohttp.ClientError):  # aiohttp's own bound, for connecting alone
                 raise self.error(f"{what} could not connect within {connect_timeout_s or timeout_s:.3g} s") from error
             raise self.error(f"{what} got no answer within {timeout_s:.3g} s") from error
@@ -149,7 +154,12 @@ class BoundedHttp:
         connect_timeout_s: float | None,
     ) -> Answer:
         session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_connect=None),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                connect=connect_timeout_s,
+                sock_connect=None,
+                sock_read=None if connect_timeout_s is None else MAX_SILENCE_S,
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             connector=_OneConnection(socket_factory=None if connect_timeout_s is None else long_lived_socket),

@@ -92,6 +92,7 @@ _SCHEMAS: dict[str, tuple[_Data, str]] = {
         "Whose failure it was: a receiver's own counts against no seed.",
     ),
     messages.LANE: ({"type": "string", "maxLength": 64}, "Engine and lane that the bytes took."),
+    messages.STREAM: ({"type": "string", "enum": ["1"]}, "The client reads an answer that comes in pieces."),
 }
 
 _SEED_NAME = (messages.SEED_IP, messages.SEED_PORT)
@@ -266,12 +267,12 @@ def _paths() -> dict[str, dict[str, _Data]]:
 def _presence() -> _Data:
     presence = _call(
         "presence",
-        "Held for as long as the seed's process lives, about 50 s at a time. A seed whose connection breaks is not "
-        "granted until it is heard of again.",
+        "Held while the seed's process lives: 20 s at a time, or, with RFORK-STREAM, some minutes with a line break "
+        "every 20 s and a word at the end. A seed whose connection breaks is not granted until it asks again.",
         _text("Ask again, at once."),
         "400 403 409 429 503",
         needs=[messages.SEED_KEY, *_SEED_NAME],
-        takes=_ANNOUNCED,
+        takes=[*_ANNOUNCED, messages.STREAM],
     )
     presence["responses"]["409"] = _text("The seed is not known: announce it, then ask again.")
     presence["responses"]["429"] = _text("Too many are held: the seed lives by its heartbeats.", _RETRY_AFTER)
