@@ -270,6 +270,8 @@ class SeedService:
                     raise SeedError(
                         f"the seed service's TLS would be refused by receivers: {error}", retry_elsewhere=False
                     ) from error
+            if isinstance(state := self._calls.state, _Suspended):  # refuses its own health check, too
+                raise SeedError(f"withdrawn before it was ready: {state.reason}", retry_elsewhere=False)
             await asyncio.sleep(_PROBE_PAUSE_S)
         raise SeedError(
             f"the seed service on {self.bind_host}:{self.port} did not answer its own health check within "

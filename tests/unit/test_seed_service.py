@@ -293,9 +293,20 @@ async def test_an_address_that_cannot_be_had_is_a_seed_error(host: str, port: in
         await SeedService(manifest(), bind_host=host, port=port).start()
 
 
-async def test_start_waits_until_the_service_answers_and_gives_up_in_time() -> None:
+async def test_a_start_ends_at_once_where_the_seed_is_withdrawn_meanwhile() -> None:
+    """A worker's method that changes the weights waits for this start; the suspended service refuses itself as well."""
+    service = SeedService(manifest(), bind_host="127.0.0.1", ready_timeout_s=600.0)
+    service.suspend("weights are reloaded")
+    with pytest.raises(SeedError, match="withdrawn before it was ready: weights are reloaded"):
+        await asyncio.wait_for(service.start(), 60)
+
+
+async def test_start_waits_until_the_service_answers_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def healthy(self: SeedClient, seed: SeedAddress, seed_key: str) -> bool:
+        return False
+
+    monkeypatch.setattr(SeedClient, "healthy", healthy)
     service = SeedService(manifest(), bind_host="127.0.0.1", ready_timeout_s=0.3)
-    service.suspend("never ready")
     before = open_sockets()
     with pytest.raises(SeedError, match="rfork_seed_timeout_sec"):
         await service.start()
