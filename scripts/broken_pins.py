@@ -1,7 +1,7 @@
 """Print the lines of a lock file that an environment does not satisfy; runs on that environment's own Python.
 
-A distribution counts as broken where it is missing, of another version, or has lost files that its RECORD lists:
-an install that was interrupted leaves such a one behind, and pip takes it for installed. Standard library only.
+A distribution is broken if it is missing, has another version, or lacks files that its RECORD lists: an interrupted
+install leaves such a distribution, and pip considers it installed. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ PIN = re.compile(
 
 
 def pins(lock: str) -> dict[str, tuple[str, str]]:
-    """Name to (version, whole line), for the lines of ``lock`` that apply to this processor.
+    """Map each name to (version, whole line), for the lines of ``lock`` that apply to this processor.
 
     Raises:
-        ValueError: a line is neither a comment nor an exact pin, so the lock would not be complete.
+        ValueError: a line is neither a comment nor an exact pin.
     """
     found: dict[str, tuple[str, str]] = {}
     for line in lock.splitlines():
@@ -36,7 +36,7 @@ def pins(lock: str) -> dict[str, tuple[str, str]]:
 
 
 def is_whole(dist: metadata.Distribution) -> bool:
-    """Whether every file that the distribution brought is still there; compiled caches come and go."""
+    """Return True if every file of the distribution exists, compiled caches aside."""
     files = dist.files
     return bool(files) and all(
         file.suffix == ".pyc" or Path(str(dist.locate_file(file))).exists() for file in files or ()
@@ -44,7 +44,7 @@ def is_whole(dist: metadata.Distribution) -> bool:
 
 
 def broken(lock: str) -> list[str]:
-    """The lines of ``lock`` to install again."""
+    """List the lines of ``lock`` to install again."""
     lines = []
     for name, (version, line) in pins(lock).items():
         try:

