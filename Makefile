@@ -16,6 +16,7 @@ ZOO_ARGS ?= --write docs/zoo.md
 EVENTS_ARGS ?=
 
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
 
@@ -27,7 +28,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,8 +37,11 @@ help: ## list the targets
 setup: ## install requirements/lock.txt into .venv; every other target does this first
 	@$(PYTHON) scripts/set_up.py
 
-test: lint types contracts standin ## everything CI runs: lint, types, import contracts, all tests
-	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+test: lint types contracts standin ## lint, types, import contracts and every test that is not marked long
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-long: setup standin ## the tests marked long: slow, and seldom the first to fail; CI runs them after `make test`
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.standin.build import build, environment
 from tests.vllm import models
 from vllm_rfork.engines.memory import open_engines
 from zoo.planner import FleetPlanner, Planner, eventually
@@ -25,27 +29,83 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def vllm_imported() -> Iterator[None]:
-    """A server from which processes are forked that have imported vLLM already; one thread each."""
-    with fork_server(threads=1):
+    """A fork server: its processes start with vLLM imported, have one thread each and can use the Ascend stand-in."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(build()).items():
+                patch.setenv(name, value)
+            stack.enter_context(fork_server(threads=1))
         yield
 
 
-class LineProcess:
-    """A module in a process of its own that says JSON lines after a marker and takes lines as orders."""
+class ForkedModule:
+    """``python -m module argument`` in a process of the fork server, with the parts of Popen that tests use."""
 
-    def __init__(self, module: str, argument: str, *, marker: str, env: dict[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, argument],
-            cwd=ROOT,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, module: str, argument: str) -> None:
+        self.args = (module, argument)
+        context = multiprocessing.get_context("forkserver")
+        (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+        ends = Connection(read_in, writable=False), Connection(write_out, readable=False)
+        self._process = context.Process(target=_run_module, args=(module, argument, *ends), daemon=True)
+        self._process.start()
+        for end in ends:
+            end.close()
+        self.stdin, self.stdout = os.fdopen(write_in, "w"), os.fdopen(read_out)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(list(self.args), timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _run_module(module: str, argument: str, stdin: Connection, stdout: Connection) -> None:
+    os.dup2(stdin.fileno(), 0)
+    sys.stdin = os.fdopen(0)
+    for number in (1, 2):
+        os.dup2(stdout.fileno(), number)
+    stdin.close()
+    stdout.close()
+    sys.argv = [module, argument]
+    runpy.run_module(module, run_name="__main__")
+
+
+class LineProcess:
+    """A module in a process of its own that prints JSON lines after a marker and reads lines as orders.
+
+    ``forked`` is for tests that have the fixture ``vllm_imported``: the process starts in a second instead of twenty.
+    """
+
+    def __init__(
+        self, module: str, argument: str, *, marker: str, env: dict[str, str] | None = None, forked: bool = False
+    ) -> None:
+        self.process: subprocess.Popen[str] | ForkedModule
+        if forked:
+            self.process = ForkedModule(module, argument)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, argument],
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         self._marker = marker
         self._answers: list[dict[str, Any]] = []
         self._log: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -89,16 +149,20 @@ class LineProcess:
                 self.process.wait(20)
         self.process.kill()
         self.process.wait()
+        self._reader.join(10)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
 
 
 class SeedProcess(LineProcess):
     """``seed_main`` in a process of its own."""
 
-    def __init__(
-        self, model: Path, extra: dict[str, Any], *, env: dict[str, str] | None = None, **changes: Any
-    ) -> None:
+    def __init__(self, model: Path, extra: dict[str, Any], *, forked: bool = False, **changes: Any) -> None:
         arguments = json.dumps({"model": str(model), "extra": extra, "changes": changes})
-        super().__init__("tests.vllm.seed_main", arguments, marker="SEED ", env=env)
+        super().__init__("tests.vllm.seed_main", arguments, marker="SEED ", forked=forked)
 
     @property
     def said(self) -> dict[str, Any]:

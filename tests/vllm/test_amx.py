@@ -72,6 +72,7 @@ def test_this_process_has_them_once_it_has_made_a_configuration(model_a: Path) -
     assert permitted() is torch.cpu._is_amx_tile_supported()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processor", ["this one", "avx512"])
 def test_a_spawned_engine_core_answers_a_short_prompt_first_with_the_default_loader(
@@ -103,6 +104,7 @@ print("FOUND", json.dumps(found))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processor", "torch_level"), [("avx512", ("AVX512", "AVX2", "DEFAULT")), ("avx2", ("AVX2",))])
 def test_vllm_takes_its_other_paths_on_an_emulated_processor(processor: str, torch_level: tuple[str, ...]) -> None:
     """What ``make test TEST_CPU=...`` relies on; the first level that this processor has is torch's."""

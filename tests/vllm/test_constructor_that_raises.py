@@ -12,7 +12,7 @@ import pytest
 
 from tests.vllm.conftest import ROOT, extra_for
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_an_activation_that_the_model_does_not_have_is_the_last_thing_said(model_a: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.vllm.conftest import LineProcess, LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load_digested, vllm_config
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_imported")]
 
 
 class Engine(LineProcess):
@@ -21,7 +21,7 @@ class Engine(LineProcess):
 
     def __init__(self, model: Path, load_format: str, extra: dict[str, Any]) -> None:
         arguments = {"model": str(model), "load_format": load_format, "extra": extra}
-        super().__init__("tests.vllm.llm_main", json.dumps(arguments), marker="LLM ")
+        super().__init__("tests.vllm.llm_main", json.dumps(arguments), marker="LLM ", forked=True)
 
     def call(self, *what: object) -> dict[str, Any]:
         return self.order("call " + json.dumps(what))

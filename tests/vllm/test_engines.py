@@ -8,28 +8,26 @@ from typing import Any
 
 import pytest
 
-from tests.standin.build import build, environment
 from tests.vllm.conftest import Planner, SeedProcess, eventually, extra_for
 
 pytestmark = pytest.mark.vllm
 
 
-def engine_environment(engine: str) -> dict[str, str]:
-    """What a process needs around it to open ``engine`` on this machine."""
-    return dict(environment(build())) if engine == "yuanrong" else {}
-
-
 @pytest.mark.parametrize("engine", ["nixl", "yuanrong"])
 def test_forks_of_forks_are_the_default_loaders_model(
-    engine: str, fleet_planner: Planner, model_a: Path, model_a_without_weights: Path, default_a: Any
+    engine: str,
+    vllm_imported: None,
+    fleet_planner: Planner,
+    model_a: Path,
+    model_a_without_weights: Path,
+    default_a: Any,
 ) -> None:
     planner = fleet_planner
     extra = extra_for(planner.url, model_url=f"chain-{engine}", rfork_engine=engine, rfork_heartbeat_interval_sec=2.0)
-    env = engine_environment(engine)
     processes: list[SeedProcess] = []
 
     def started(model: Path) -> SeedProcess:
-        process = SeedProcess(model, extra, env=env)
+        process = SeedProcess(model, extra, forked=True)
         processes.append(process)
         said = process.wait()
         assert said["loaded"] == default_a.before
