@@ -8,8 +8,10 @@ TEST_CPU emulates a lesser processor in all of them: see ``processor/sitecustomi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the two groups that take longest first."""
     items.sort(key=lambda item: FIRST.get(group(item.nodeid), len(FIRST)))
+
+
+@pytest.fixture(autouse=True)
+def propagating_loggers() -> Iterator[None]:
+    """Undo ``log_through_vllm`` after each test: under vLLM's logger, ``caplog`` would see no line of later tests."""
+    yield
+    logging.getLogger("vllm_rfork").parent = logging.root

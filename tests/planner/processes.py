@@ -47,6 +47,7 @@ class PlannerUnderTest:
     def kill(self) -> None:
         """As a machine that loses power."""
         self.process.kill()
+        self._rest()
         self.process.wait()
 
     def stop(self) -> int:
@@ -62,7 +63,9 @@ class PlannerUnderTest:
 
     def _rest(self) -> None:
         assert self.process.stderr is not None
-        self.log += list(self.process.stderr)
+        if not self.process.stderr.closed:
+            self.log += list(self.process.stderr)
+            self.process.stderr.close()
 
 
 async def call(session: aiohttp.ClientSession, method: str, url: str, **headers: str) -> tuple[int, dict[str, str]]:
