@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from zoo import report
+from zoo import results
+from zoo.case import Case, from_file
 from zoo.catalogue import CATALOGUE
 from zoo.planner import ROOT, FleetPlanner
+from zoo.processes import fork_server, platform_facts
 from zoo.run import Row, Setting, run
-from zoo.specimen import Specimen, from_file
-from zoo.stage import fork_server, platform_facts
 
 
 def main() -> int:
@@ -42,20 +42,20 @@ def main() -> int:
     arguments = parser.parse_args()
 
     if arguments.render:
-        _show(report.merged([report.load(path) for path in arguments.render]), arguments.write)
+        _show(results.merged([results.load(path) for path in arguments.render]), arguments.write)
         return 0
-    specimens = CATALOGUE if arguments.models is None else from_file(arguments.models, CATALOGUE)
+    cases = CATALOGUE if arguments.models is None else from_file(arguments.models, CATALOGUE)
     if arguments.only:
         wanted = arguments.only.split(",")
-        known = {specimen.name: specimen for specimen in specimens}
+        known = {case.name: case for case in cases}
         if unknown := [name for name in wanted if name not in known]:
             parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(known)}")
-        specimens = [known[name] for name in wanted]
+        cases = [known[name] for name in wanted]
     if arguments.list:
-        for specimen in specimens:
-            print(f"{specimen.name:18} {specimen.covers}")
+        for case in cases:
+            print(f"{case.name:18} {case.covers}")
         return 0
-    specimens = [specimen.scaled(arguments.scale) for specimen in specimens]
+    cases = [case.scaled(arguments.scale) for case in cases]
     started = time.monotonic()
     arguments.work.mkdir(parents=True, exist_ok=True)
     with fork_server(threads=arguments.threads or max(1, (os.cpu_count() or 1) // 2)):
@@ -74,19 +74,19 @@ def main() -> int:
                 timeout_s=arguments.timeout,
             )
             jobs = arguments.jobs or (min(2, os.cpu_count() or 1) if facts["platform"] == "cpu" else 1)
-            rows = _all(specimens, setting, jobs)
+            rows = _all(cases, setting, jobs)
         finally:
             planner.stop()
-    outcome = report.Outcome(facts, [dataclasses.asdict(row) for row in rows], time.monotonic() - started)
+    outcome = results.Outcome(facts, [dataclasses.asdict(row) for row in rows], time.monotonic() - started)
     (arguments.work / "zoo.json").write_text(json.dumps(dataclasses.asdict(outcome), indent=1), encoding="utf-8")
     _show(outcome, arguments.write)
     return 1 if any(row.failures for row in rows) else 0
 
 
-def _show(outcome: report.Outcome, document: Path | None) -> None:
-    print(report.table(outcome))
+def _show(outcome: results.Outcome, document: Path | None) -> None:
+    print(results.table(outcome))
     if document:
-        report.replace(document, outcome)
+        results.replace(document, outcome)
 
 
 def _options(given: list[str]) -> dict[str, object]:
@@ -94,9 +94,9 @@ def _options(given: list[str]) -> dict[str, object]:
     return {name: json.loads(value) for name, _, value in pairs}
 
 
-def _all(specimens: list[Specimen], setting: Setting, jobs: int) -> list[Row]:
+def _all(cases: list[Case], setting: Setting, jobs: int) -> list[Row]:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_timed, specimen, setting): specimen for specimen in specimens}
+        futures = {pool.submit(_timed, case, setting): case for case in cases}
         for done in concurrent.futures.as_completed(futures):
             row, seconds = done.result()
             print(
@@ -107,9 +107,9 @@ def _all(specimens: list[Specimen], setting: Setting, jobs: int) -> list[Row]:
     return [future.result()[0] for future in futures]
 
 
-def _timed(specimen: Specimen, setting: Setting) -> tuple[Row, float]:
+def _timed(case: Case, setting: Setting) -> tuple[Row, float]:
     started = time.monotonic()
-    return run(specimen, setting), time.monotonic() - started
+    return run(case, setting), time.monotonic() - started
 
 
 if __name__ == "__main__":

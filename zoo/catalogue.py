@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.roles import EMBED
-from zoo.specimen import Specimen
+from zoo.case import Case
+from zoo.workers import EMBED
 
 #: Shapes that kernels of every platform take: heads of 32, widths that are multiples of 128.
 SMALL: dict[str, Any] = {
@@ -73,11 +73,11 @@ NOT_INSPECTED = {"without-torchvision": "failed to be inspected"}
 NO_GATHER = {"cpu": "vLLM's CPU build cannot bring tokens to experts of another rank (all_gatherv)"}
 READS_HEADERS = "vLLM asks the headers of the weight files which layers are quantized"
 
-CATALOGUE: list[Specimen] = [
-    Specimen("llama", "grouped heads, untied head", "LlamaForCausalLM", SMALL),
-    Specimen("qwen2-tied", "biases, tied embeddings", "Qwen2ForCausalLM", {**SMALL, "tie_word_embeddings": True}),
-    Specimen("qwen3", "norms on queries and keys", "Qwen3ForCausalLM", HEADS_OF_32),
-    Specimen(
+CATALOGUE: list[Case] = [
+    Case("llama", "grouped heads, untied head", "LlamaForCausalLM", SMALL),
+    Case("qwen2-tied", "biases, tied embeddings", "Qwen2ForCausalLM", {**SMALL, "tie_word_embeddings": True}),
+    Case("qwen3", "norms on queries and keys", "Qwen3ForCausalLM", HEADS_OF_32),
+    Case(
         "gemma3",
         "two rotary bases, interleaved windows, tied",
         "Gemma3ForCausalLM",
@@ -89,7 +89,7 @@ CATALOGUE: list[Specimen] = [
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
-    Specimen(
+    Case(
         "phi",
         "partial rotary, biases everywhere",
         "PhiForCausalLM",
@@ -97,8 +97,8 @@ CATALOGUE: list[Specimen] = [
         refused={"phi-by-transformers": "lm_head.bias: only the seed has it"},
         why="vLLM's Transformers backend makes the head's bias when it meets one in the files, not before",
     ),
-    Specimen("phi3", "weights fused in the checkpoint", "Phi3ForCausalLM", SMALL),
-    Specimen(
+    Case("phi3", "weights fused in the checkpoint", "Phi3ForCausalLM", SMALL),
+    Case(
         "opt",
         "old style: learned positions, ReLU",
         "OPTForCausalLM",
@@ -114,7 +114,7 @@ CATALOGUE: list[Specimen] = [
             "eos_token_id": None,
         },
     ),
-    Specimen(
+    Case(
         "gpt2",
         "old style: transposed weights, tied",
         "GPT2LMHeadModel",
@@ -128,22 +128,22 @@ CATALOGUE: list[Specimen] = [
             "eos_token_id": None,
         },
     ),
-    Specimen("mistral-window", "sliding window", "MistralForCausalLM", {**HEADS_OF_32, "sliding_window": 16}),
-    Specimen("mixtral", "experts", "MixtralForCausalLM", {**SMALL, "num_local_experts": 4}),
-    Specimen(
+    Case("mistral-window", "sliding window", "MistralForCausalLM", {**HEADS_OF_32, "sliding_window": 16}),
+    Case("mixtral", "experts", "MixtralForCausalLM", {**SMALL, "num_local_experts": 4}),
+    Case(
         "qwen3-moe",
         "experts, small ones",
         "Qwen3MoeForCausalLM",
         QWEN3_MOE,
     ),
-    Specimen(
+    Case(
         "deepseek-v2",
         "MLA, shared and routed experts",
         "DeepseekV2ForCausalLM",
         {**MLA, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
     ),
-    Specimen("deepseek-v3", "MLA, experts with a bias on routing", "DeepseekV3ForCausalLM", DEEPSEEK_V3),
-    Specimen(
+    Case("deepseek-v3", "MLA, experts with a bias on routing", "DeepseekV3ForCausalLM", DEEPSEEK_V3),
+    Case(
         "mamba",
         "state space, no attention",
         "MambaForCausalLM",
@@ -159,7 +159,7 @@ CATALOGUE: list[Specimen] = [
         },
         cannot_answer={"cpu": "vLLM's CPU build has no kernel for it"},
     ),
-    Specimen(
+    Case(
         "lfm2",
         "hybrid: short convolutions and attention",
         "Lfm2ForCausalLM",
@@ -173,7 +173,7 @@ CATALOGUE: list[Specimen] = [
             "block_multiple_of": 32,
         },
     ),
-    Specimen(
+    Case(
         "qwen3-next",
         "hybrid: gated delta net, attention, experts",
         "Qwen3NextForCausalLM",
@@ -190,7 +190,7 @@ CATALOGUE: list[Specimen] = [
             "linear_value_head_dim": 128,
         },
     ),
-    Specimen(
+    Case(
         "paligemma",
         "multimodal: SigLIP tower, projector, Gemma",
         "PaliGemmaForConditionalGeneration",
@@ -211,7 +211,7 @@ CATALOGUE: list[Specimen] = [
         cannot_run={"without-torchvision": "No module named 'torchvision'"},
         why="its image processor needs it",
     ),
-    Specimen(
+    Case(
         "qwen2-audio",
         "multimodal: audio tower, projector, Qwen2",
         "Qwen2AudioForConditionalGeneration",
@@ -233,7 +233,7 @@ CATALOGUE: list[Specimen] = [
         media="audio",
         media_token=AUDIO,
     ),
-    Specimen(
+    Case(
         "llava",
         "multimodal: CLIP tower, projector, Llama",
         "LlavaForConditionalGeneration",
@@ -250,7 +250,7 @@ CATALOGUE: list[Specimen] = [
         cannot_run=NOT_INSPECTED,
         why="its code imports torchvision",
     ),
-    Specimen(
+    Case(
         "qwen2-vl",
         "multimodal: tower with rotary positions",
         "Qwen2VLForConditionalGeneration",
@@ -281,7 +281,7 @@ CATALOGUE: list[Specimen] = [
         cannot_run=NOT_INSPECTED,
         why="its code imports torchvision",
     ),
-    Specimen(
+    Case(
         "bert",
         "embedding model, encoder only",
         "BertModel",
@@ -290,7 +290,7 @@ CATALOGUE: list[Specimen] = [
         asks=EMBED,
         engine_arguments={"runner": "pooling", "skip_tokenizer_init": False},
     ),
-    Specimen(
+    Case(
         "qwen3-embedding",
         "embedding model made of a decoder",
         "Qwen3ForCausalLM",
@@ -299,7 +299,7 @@ CATALOGUE: list[Specimen] = [
         asks=EMBED,
         engine_arguments={"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False},
     ),
-    Specimen(
+    Case(
         "draft-pair",
         "a target and a draft model",
         "LlamaForCausalLM",
@@ -310,7 +310,7 @@ CATALOGUE: list[Specimen] = [
         },
         models=2,
     ),
-    Specimen(
+    Case(
         "eagle-pair",
         "a target and an EAGLE head that shares its embeddings",
         "LlamaForCausalLM",
@@ -322,7 +322,7 @@ CATALOGUE: list[Specimen] = [
         models=2,
         not_in_checkpoint=(("EagleLlamaForCausalLM", "model.embed_tokens.weight"),),
     ),
-    Specimen(
+    Case(
         "mimo-mtp",
         "a target and its MTP layer",
         "Qwen2ForCausalLM",
@@ -331,7 +331,7 @@ CATALOGUE: list[Specimen] = [
         engine_arguments={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
         models=2,
     ),
-    Specimen(
+    Case(
         "deepseek-mtp",
         "MLA and experts, with an MTP layer",
         "DeepseekV3ForCausalLM",
@@ -340,7 +340,7 @@ CATALOGUE: list[Specimen] = [
         engine_arguments={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
         models=2,
     ),
-    Specimen(
+    Case(
         "llama-lora",
         "a LoRA adapter on the forked base",
         "LlamaForCausalLM",
@@ -349,10 +349,10 @@ CATALOGUE: list[Specimen] = [
         engine_arguments={"enable_lora": True, "max_lora_rank": 8},
         adapter=True,
     ),
-    Specimen("llama-int8", "compressed-tensors W8A8", "LlamaForCausalLM", SMALL, finish=("int8",)),
-    Specimen("llama-gptq", "GPTQ, four bits", "LlamaForCausalLM", SMALL, finish=("gptq",), needs_files=READS_HEADERS),
-    Specimen("llama-awq", "AWQ, four bits", "LlamaForCausalLM", SMALL, finish=("awq",), needs_files=READS_HEADERS),
-    Specimen(
+    Case("llama-int8", "compressed-tensors W8A8", "LlamaForCausalLM", SMALL, finish=("int8",)),
+    Case("llama-gptq", "GPTQ, four bits", "LlamaForCausalLM", SMALL, finish=("gptq",), needs_files=READS_HEADERS),
+    Case("llama-awq", "AWQ, four bits", "LlamaForCausalLM", SMALL, finish=("awq",), needs_files=READS_HEADERS),
+    Case(
         "llama-fp8",
         "FP8, a scale per tensor",
         "LlamaForCausalLM",
@@ -361,8 +361,8 @@ CATALOGUE: list[Specimen] = [
         cannot_run={"cpu": "_C::static_scaled_fp8_quant()"},
         why="the CPU build has no such kernel",
     ),
-    Specimen("llama-fp8-channels", "FP8, a scale per channel", "LlamaForCausalLM", SMALL, finish=("fp8-channels",)),
-    Specimen(
+    Case("llama-fp8-channels", "FP8, a scale per channel", "LlamaForCausalLM", SMALL, finish=("fp8-channels",)),
+    Case(
         "llama-fp8-blocks",
         "FP8, a scale per block",
         "LlamaForCausalLM",
@@ -371,18 +371,16 @@ CATALOGUE: list[Specimen] = [
         cannot_run={"cpu-without-amx": "Failed to find a kernel that can implement the ScaledMM linear layer"},
         why="its kernels need AMX",
     ),
-    Specimen("llama-tp2", "tensor parallel: two ranks", "LlamaForCausalLM", SMALL, ranks=2),
-    Specimen(
+    Case("llama-tp2", "tensor parallel: two ranks", "LlamaForCausalLM", SMALL, ranks=2),
+    Case(
         "qwen2-tied-tp2",
         "tensor parallel, tied embeddings",
         "Qwen2ForCausalLM",
         {**SMALL, "tie_word_embeddings": True},
         ranks=2,
     ),
-    Specimen(
-        "mixtral-tp2", "tensor parallel, experts", "MixtralForCausalLM", {**SMALL, "num_local_experts": 4}, ranks=2
-    ),
-    Specimen(
+    Case("mixtral-tp2", "tensor parallel, experts", "MixtralForCausalLM", {**SMALL, "num_local_experts": 4}, ranks=2),
+    Case(
         "qwen3-moe-ep2",
         "expert parallel: two ranks, each with half the experts",
         "Qwen3MoeForCausalLM",
@@ -391,7 +389,7 @@ CATALOGUE: list[Specimen] = [
         ranks=2,
         cannot_answer={"cpu": "vLLM's CPU kernel crashes (cpu_fused_moe) where experts are on another rank"},
     ),
-    Specimen(
+    Case(
         "llama-pp2",
         "pipeline parallel: two ranks, a layer each",
         "LlamaForCausalLM",
@@ -400,7 +398,7 @@ CATALOGUE: list[Specimen] = [
         ranks=2,
         executor=True,
     ),
-    Specimen(
+    Case(
         "llama-tp2-nodes",
         "tensor parallel over two nodes, a rank each",
         "LlamaForCausalLM",
@@ -409,7 +407,7 @@ CATALOGUE: list[Specimen] = [
         ranks=2,
         executor=True,
     ),
-    Specimen(
+    Case(
         "llama-dp2",
         "data parallel: two engines with equal weights, each from any seed",
         "LlamaForCausalLM",
@@ -417,7 +415,7 @@ CATALOGUE: list[Specimen] = [
         ranks=2,
         replicas=2,
     ),
-    Specimen(
+    Case(
         "mixtral-dp2",
         "data parallel: two ranks, each with half of every expert",
         "MixtralForCausalLM",
@@ -426,7 +424,7 @@ CATALOGUE: list[Specimen] = [
         ranks=2,
         cannot_answer=NO_GATHER,
     ),
-    Specimen(
+    Case(
         "qwen3-moe-dp2-ep2",
         "data and expert parallel: two ranks, each with half the experts",
         "Qwen3MoeForCausalLM",
@@ -435,7 +433,7 @@ CATALOGUE: list[Specimen] = [
         ranks=2,
         cannot_answer=NO_GATHER,
     ),
-    Specimen(
+    Case(
         "qwen3-moe-dp2-tp2",
         "data, tensor and expert parallel: four ranks, an expert each",
         "Qwen3MoeForCausalLM",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import quantize
-from zoo.specimen import Specimen
+from zoo.case import Case
 
 #: Bump when anything here changes what is written; folders of another recipe are made again.
 RECIPE = "1"
@@ -21,10 +21,10 @@ SEED = 1
 MARKER = "zoo-recipe.json"
 
 
-def make(specimen: Specimen, folder: Path) -> None:
-    """Write ``specimen`` into ``folder``: the model, and ``draft``, ``adapter`` below it where it has them."""
+def make(case: Case, folder: Path) -> None:
+    """Write ``case`` into ``folder``: the model, and ``draft``, ``adapter`` below it where it has them."""
     marker = folder / MARKER
-    recipe = json.dumps([RECIPE, specimen.recipe()])
+    recipe = json.dumps([RECIPE, case.recipe()])
     if marker.exists() and marker.read_text(encoding="utf-8") == recipe:
         return
     import transformers
@@ -33,12 +33,12 @@ def make(specimen: Specimen, folder: Path) -> None:
     disable_progress_bar()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model_class = getattr(transformers, specimen.model_class)
-    save(model_class, model_class.config_class(**specimen.settings), folder, SEED, device=maker_device())
-    for step in specimen.finish:
+    model_class = getattr(transformers, case.model_class)
+    save(model_class, model_class.config_class(**case.settings), folder, SEED, device=maker_device())
+    for step in case.finish:
         STEPS[step](folder)
-    if specimen.config_changes:
-        _change_config(folder, specimen.config_changes)
+    if case.config_changes:
+        _change_config(folder, case.config_changes)
     marker.write_text(recipe, encoding="utf-8")  # last, so that an interrupted run is begun anew
 
 

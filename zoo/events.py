@@ -1,10 +1,10 @@
-"""``python -m zoo.events``: what befalls seeds and receivers in their lives, on real engines of whatever platform.
+"""``python -m zoo.events``: scenarios in the lives of seeds and receivers, on real engines of any platform.
 
-Sleep mode, expandable segments, reloads, updates, caches that are reset, old epochs, a seed that is killed while it is
-read, a byte that is altered, and what a fork costs in memory. One line per check: its name, what is expected, what was
-seen, and ``ok``, ``FAILED`` or ``not here``; ends with 1 where one has failed. ``events_sheet.CHECKS`` has all of them.
+Sleep mode, expandable segments, reloads, updates, cache resets, old epochs, a seed killed while it is read, an altered
+byte, and the memory that a fork needs. Each check prints one line: its name, what is expected, what was seen, and
+``ok``, ``FAILED`` or ``not here``. The exit status is 1 if one failed. ``scenario_results.CHECKS`` lists all checks.
 
-Every engine is a process of its own (``zoo.events_worker``); independent ones start at the same time.
+Each engine is a process of its own (``zoo.scenario_worker``); independent ones start at the same time.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo import checkpoints, events_scenarios, events_sheet
+from zoo import checkpoints, scenario_results, scenarios
+from zoo.case import Case
 from zoo.catalogue import CATALOGUE
-from zoo.events_sheet import Sheet
-from zoo.events_stage import Stage
 from zoo.planner import ROOT, FleetPlanner, Planner
-from zoo.specimen import Specimen
-from zoo.stage import fork_server, in_a_process, platform_facts
+from zoo.processes import fork_server, in_a_process, platform_facts
+from zoo.scenario_engines import Stage
+from zoo.scenario_results import Sheet
 
 
 def main() -> int:
     """Run every scenario; 1 where a check has failed."""
     arguments = _parse()
     if arguments.render:
-        outcome = events_sheet.load(arguments.render)
-        print(events_sheet.table(outcome))
+        outcome = scenario_results.load(arguments.render)
+        print(scenario_results.table(outcome))
         if arguments.write:
-            events_sheet.replace(arguments.write, outcome)
+            scenario_results.replace(arguments.write, outcome)
         return 0
     began = time.monotonic()
     sheet = Sheet(lambda text: print(text, flush=True))
@@ -49,20 +49,20 @@ def main() -> int:
         planner = FleetPlanner()
         try:
             stage = _stage(arguments, sheet, planner, facts)
-            events_scenarios.default_load(stage)
+            scenarios.default_load(stage)
             if stage.default.answers:
-                _together(stage, events_scenarios.SCENARIOS)
+                _together(stage, scenarios.SCENARIOS)
         finally:
             planner.stop()
     rows = [dataclasses.asdict(row) for row in sheet.rows()]
-    outcome = events_sheet.Outcome(facts, rows, time.monotonic() - began)
+    outcome = scenario_results.Outcome(facts, rows, time.monotonic() - began)
     for row in sheet.rows():
         if row.seen == "not reached":
             print(row)
     print(f"{outcome.count()} in {outcome.seconds:.0f} s; logs in {arguments.work / 'logs'}")
     (arguments.work / "events.json").write_text(json.dumps(dataclasses.asdict(outcome), indent=1), encoding="utf-8")
     if arguments.write:
-        events_sheet.replace(arguments.write, outcome)
+        scenario_results.replace(arguments.write, outcome)
     return 1 if outcome.failed else 0
 
 
@@ -85,28 +85,28 @@ def _parse() -> argparse.Namespace:
 
 def _stage(arguments: argparse.Namespace, sheet: Sheet, planner: Planner, facts: dict[str, Any]) -> Stage:
     on_cpu = facts["platform"] == "cpu"
-    (llama,) = (specimen for specimen in CATALOGUE if specimen.name == "llama")
-    specimen = llama.scaled(arguments.scale or (1 if on_cpu else 16))
+    (llama,) = (case for case in CATALOGUE if case.name == "llama")
+    case = llama.scaled(arguments.scale or (1 if on_cpu else 16))
     folder, other = (arguments.work.resolve() / name for name in ("model", "other"))
     log = arguments.work / "logs" / "make"
-    in_a_process(checkpoints.make, specimen, folder, log=log)
-    in_a_process(make_other, specimen, other, log=log)
+    in_a_process(checkpoints.make, case, folder, log=log)
+    in_a_process(make_other, case, other, log=log)
     starting = threading.Semaphore(arguments.jobs or (2 if on_cpu else 4))
     return Stage(sheet, planner, facts, arguments, folder, other, starting)
 
 
-def make_other(specimen: Specimen, folder: Path) -> None:
+def make_other(case: Case, folder: Path) -> None:
     """The same model with other weights."""
     import transformers
 
     if (folder / "config.json").exists():
         recipe = (folder / checkpoints.MARKER).read_text(encoding="utf-8")
-        if recipe == specimen.recipe():
+        if recipe == case.recipe():
             return
-    model_class = getattr(transformers, specimen.model_class)
-    config = model_class.config_class(**specimen.settings)
+    model_class = getattr(transformers, case.model_class)
+    config = model_class.config_class(**case.settings)
     checkpoints.save(model_class, config, folder, checkpoints.SEED + 1, device=checkpoints.maker_device())
-    (folder / checkpoints.MARKER).write_text(specimen.recipe(), encoding="utf-8")
+    (folder / checkpoints.MARKER).write_text(case.recipe(), encoding="utf-8")
 
 
 def _together(stage: Stage, scenarios: Sequence[Callable[[Stage], None]]) -> None:

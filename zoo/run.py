@@ -1,4 +1,4 @@
-"""Takes one specimen through its three loads and judges what came of it.
+"""Takes one case through its three loads and judges what came of it.
 
 The order is fixed: the default loader's model first, then a worker that loads from storage and becomes a seed, then a
 worker that forks from it and has no weight files. A refusal that was listed beforehand is held against the default
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from zoo import checkpoints
+from zoo.case import Case, listed
 from zoo.observe import Load
 from zoo.planner import Planner, eventually, meeting_port
-from zoo.roles import ENGINE_ARGUMENTS, LEADER, LOAD, Order, Report
-from zoo.specimen import Specimen, listed
-from zoo.stage import RoleFailed, in_a_process, instance
+from zoo.processes import RoleFailed, in_a_process, instance
+from zoo.workers import ENGINE_ARGUMENTS, LEADER, LOAD, Order, Report
 
 #: Places and indices of adapters, made after the base model; what is in them before there is an adapter means nothing.
 NOT_COMPARED = re.compile(r"^lora_manager\.|\.punica_wrapper\.")
@@ -34,7 +34,7 @@ FORKED, REFUSED, NOT_RUN, FAILED = "forked", "refused", "not run", "failed"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What holds for all specimens of one run.
+    """What holds for all cases of one run.
 
     Attributes:
         traits: the platform's.
@@ -58,7 +58,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Reports:
-    """What the three instances of one specimen reported, by rank."""
+    """What the three instances of one case reported, by rank."""
 
     default: list[Report]
     seeds: list[Report]
@@ -67,7 +67,7 @@ class Reports:
 
 @dataclasses.dataclass
 class Row:
-    """What came of one specimen. ``failures`` is empty where it came as it should; bytes and tensors are of all ranks
+    """What came of one case. ``failures`` is empty where it came as it should; bytes and tensors are of all ranks
     and models; ``fork_s`` and ``storage_s`` are the slowest rank's."""
 
     name: str
@@ -89,11 +89,11 @@ class Row:
     failures: list[str] = dataclasses.field(default_factory=list)
 
 
-def run(specimen: Specimen, setting: Setting) -> Row:
-    """Make, load, fork and compare ``specimen``; never raises for what goes wrong with it."""
-    row = Row(specimen.name, specimen.covers, FAILED, ranks=specimen.ranks)
+def run(case: Case, setting: Setting) -> Row:
+    """Make, load, fork and compare ``case``; never raises for what goes wrong with it."""
+    row = Row(case.name, case.covers, FAILED, ranks=case.ranks)
     try:
-        _run(specimen, setting, row)
+        _run(case, setting, row)
     except (RoleFailed, AssertionError) as error:
         row.failures.append(str(error))
     if row.failures:
@@ -101,21 +101,21 @@ def run(specimen: Specimen, setting: Setting) -> Row:
     return row
 
 
-def _run(specimen: Specimen, setting: Setting, row: Row) -> None:
-    folder = setting.work / "models" / specimen.name
+def _run(case: Case, setting: Setting, row: Row) -> None:
+    folder = setting.work / "models" / case.name
     logs = setting.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob(f"{specimen.name}.*"):
+    for old in logs.glob(f"{case.name}.*"):
         old.unlink()
-    in_a_process(checkpoints.make, specimen, folder, log=logs / f"{specimen.name}.make")
-    quiet = listed(specimen.cannot_answer, setting.traits)
-    row.asks, row.note = (specimen.asks, specimen.needs_files) if quiet is None else (LOAD, quiet)
+    in_a_process(checkpoints.make, case, folder, log=logs / f"{case.name}.make")
+    quiet = listed(case.cannot_answer, setting.traits)
+    row.asks, row.note = (case.asks, case.needs_files) if quiet is None else (LOAD, quiet)
 
-    default = _load(specimen, setting, folder, "default", row.asks)
-    cannot = listed(specimen.cannot_run, setting.traits)
+    default = _load(case, setting, folder, "default", row.asks)
+    cannot = listed(case.cannot_run, setting.traits)
     said = "; ".join(report.error for report in default if report.error)
     if cannot is not None:
-        row.outcome, row.reason, row.note = NOT_RUN, cannot, specimen.why
+        row.outcome, row.reason, row.note = NOT_RUN, cannot, case.why
         if not said:
             row.failures.append("listed as what vLLM cannot load here, and it loads")
         elif cannot not in said:
@@ -128,46 +128,46 @@ def _run(specimen: Specimen, setting: Setting, row: Row) -> None:
     row.nbytes, row.tensors = sum(load.nbytes for load in loads), sum(load.tensors for load in loads)
     row.storage_s = max(report.storage_s for report in default)
     if row.asks != LOAD:
-        _check_meaning(specimen, default[0].answers, row)
+        _check_meaning(case, default[0].answers, row)
 
-    refused = listed(specimen.refused, setting.traits)
+    refused = listed(case.refused, setting.traits)
     bare = folder
-    if refused is None and not specimen.needs_files:
-        bare = setting.work / "bare" / specimen.name
+    if refused is None and not case.needs_files:
+        bare = setting.work / "bare" / case.name
         shutil.rmtree(bare, ignore_errors=True)
         checkpoints.without_weights(folder, bare)
-        if specimen.adapter:
+        if case.adapter:
             shutil.copytree(folder / "adapter", bare / "adapter", dirs_exist_ok=True)
-    with instance(_order(specimen, setting, folder, "seed", LOAD), specimen.ranks, meeting_port()) as seed:
+    with instance(_order(case, setting, folder, "seed", LOAD), case.ranks, meeting_port()) as seed:
         seeds = seed.reports(setting.timeout_s)
-        row.failures += _differences(specimen, "the seed", default, seeds, layout="", used=False)
+        row.failures += _differences(case, "the seed", default, seeds, layout="", used=False)
         if refused is None:
-            _check_seeds(specimen, setting, seeds)
-        forks = _load(specimen, setting, bare, "fork", row.asks)
-    _judge(specimen, refused, Reports(default, seeds, forks), row)
+            _check_seeds(case, setting, seeds)
+        forks = _load(case, setting, bare, "fork", row.asks)
+    _judge(case, refused, Reports(default, seeds, forks), row)
 
 
-def _check_meaning(specimen: Specimen, answers: list[Any], row: Row) -> None:
+def _check_meaning(case: Case, answers: list[Any], row: Row) -> None:
     """That equal answers mean something: they differ from prompt to prompt and with the adapter, and drafts come."""
     if len({repr(answer) for answer in answers}) < len(answers):
         row.failures.append("different prompts get the same answer, so that equal ones mean nothing")
-    if specimen.models > 1 and len({repr(step) for step in answers[-1][1]}) < 2:
+    if case.models > 1 and len({repr(step) for step in answers[-1][1]}) < 2:
         row.failures.append("the draft proposes nothing, or always the same")
 
 
-def _load(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: str) -> list[Report]:
-    with instance(_order(specimen, setting, folder, role, asks), specimen.ranks, meeting_port()) as running:
+def _load(case: Case, setting: Setting, folder: Path, role: str, asks: str) -> list[Report]:
+    with instance(_order(case, setting, folder, role, asks), case.ranks, meeting_port()) as running:
         return running.reports(setting.timeout_s)
 
 
-def _order(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: str) -> Order:
-    arguments = {**ENGINE_ARGUMENTS, **specimen.arguments(folder), **setting.engine_arguments, "model": str(folder)}
-    if specimen.models > 1:
+def _order(case: Case, setting: Setting, folder: Path, role: str, asks: str) -> Order:
+    arguments = {**ENGINE_ARGUMENTS, **case.arguments(folder), **setting.engine_arguments, "model": str(folder)}
+    if case.models > 1:
         arguments.setdefault("async_scheduling", False)  # else drafts stay on the device, where nobody sees them
     if role != "default":
         arguments["load_format"] = "rfork"
         arguments["model_loader_extra_config"] = {
-            "model_url": specimen.name,
+            "model_url": case.name,
             "model_deploy_strategy_name": "zoo",
             "rfork_scheduler_url": setting.planner.url,
             "rfork_seed_advertise_host": "127.0.0.1",
@@ -178,29 +178,29 @@ def _order(specimen: Specimen, setting: Setting, folder: Path, role: str, asks: 
     return Order(
         engine_arguments=arguments,
         asks=asks,
-        log=str(setting.work / "logs" / f"{specimen.name}.{role}"),
-        adapter=str(folder / "adapter") if specimen.adapter and asks != LOAD else "",
-        media=specimen.media if asks != LOAD else "",
-        media_token=specimen.media_token,
-        drafts=specimen.models > 1,
-        replicas=specimen.replicas,
-        workers=LEADER if specimen.executor else "",
+        log=str(setting.work / "logs" / f"{case.name}.{role}"),
+        adapter=str(folder / "adapter") if case.adapter and asks != LOAD else "",
+        media=case.media if asks != LOAD else "",
+        media_token=case.media_token,
+        drafts=case.models > 1,
+        replicas=case.replicas,
+        workers=LEADER if case.executor else "",
         environment=setting.seed_environment if role == "seed" else setting.receiver_environment,
     )
 
 
-def _check_seeds(specimen: Specimen, setting: Setting, seeds: list[Report]) -> None:
+def _check_seeds(case: Case, setting: Setting, seeds: list[Report]) -> None:
     """Each rank has a seed for each of its models, at an address of its own."""
     if said := "; ".join(report.error for report in seeds if report.error):
         raise RoleFailed(f"the seed failed: {said}")
     addresses = [address for report in seeds for address in report.seeds]
-    if len(set(addresses)) != specimen.models * specimen.ranks:
+    if len(set(addresses)) != case.models * case.ranks:
         why = "; ".join(text for report in seeds for level, text in report.lines if level != "INFO")
-        raise RoleFailed(f"{len(set(addresses))} seeds for {specimen.models * specimen.ranks} models: {why}")
+        raise RoleFailed(f"{len(set(addresses))} seeds for {case.models * case.ranks} models: {why}")
     eventually(lambda: set(addresses) <= set(setting.planner.seeds()), "the seeds are announced", 60.0)
 
 
-def _judge(specimen: Specimen, refused: str | None, reports: Reports, row: Row) -> None:
+def _judge(case: Case, refused: str | None, reports: Reports, row: Row) -> None:
     matches = [match for report in reports.forks for _, text in report.lines if (match := _FORKED.match(text))]
     row.layout = ", ".join(dict.fromkeys(match["layout"] for match in matches))
     row.engine = ", ".join(dict.fromkeys(match["engine"] for match in matches))
@@ -208,20 +208,20 @@ def _judge(specimen: Specimen, refused: str | None, reports: Reports, row: Row) 
     warnings = [text for report in (*reports.seeds, *reports.forks) for level, text in report.lines if level != "INFO"]
     said = "; ".join(report.error for report in (*reports.seeds, *reports.forks) if report.error)
     if refused is not None:
-        row.outcome, row.reason, row.note = REFUSED, refused, specimen.why
+        row.outcome, row.reason, row.note = REFUSED, refused, case.why
         if matches:
             row.failures.append("listed as refused, and it forks")
         elif not any(refused in text for text in warnings):
             row.failures.append(f"listed as refused because of {refused!r}, but the log says: {'; '.join(warnings)}")
     else:
         row.outcome = FORKED
-        if len(matches) != specimen.models * specimen.ranks:
+        if len(matches) != case.models * case.ranks:
             row.failures.append(
-                f"{len(matches)} of {specimen.models * specimen.ranks} models were forked: {'; '.join(warnings)}"
+                f"{len(matches)} of {case.models * case.ranks} models were forked: {'; '.join(warnings)}"
             )
     if said:
         raise RoleFailed(f"a load failed: {said}; {'; '.join(row.failures)}")
-    different = _differences(specimen, "the fork", reports.default, reports.forks, layout=row.layout)
+    different = _differences(case, "the fork", reports.default, reports.forks, layout=row.layout)
     if row.outcome == FORKED and row.layout == "checkpoint":
         # What no checkpoint gives a value is the seed's all the same.
         for seed, fork in zip(reports.seeds, reports.forks, strict=True):
@@ -238,7 +238,7 @@ def _judge(specimen: Specimen, refused: str | None, reports: Reports, row: Row) 
 
 
 def _differences(
-    specimen: Specimen, who: str, default: list[Report], others: list[Report], *, layout: str, used: bool = True
+    case: Case, who: str, default: list[Report], others: list[Report], *, layout: str, used: bool = True
 ) -> list[str]:
     """Where models are not the default loader's, rank by rank and model by model."""
     found = []
@@ -247,7 +247,7 @@ def _differences(
             found.append(f"rank {rank}: {who} loaded {len(theirs.loads)} models, the default loader {len(ours.loads)}")
             continue
         for expected, load in zip(ours.loads, theirs.loads, strict=True):
-            ignored = frozenset(name for model, name in specimen.not_in_checkpoint if model == expected.architecture)
+            ignored = frozenset(name for model, name in case.not_in_checkpoint if model == expected.architecture)
             texts = differences(expected, load, layout=layout, used=used, ignored=ignored)
             found += [f"rank {rank}: {who}: {text}" for text in texts]
     return found

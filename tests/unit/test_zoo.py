@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from zoo import report, run, specimen
+from zoo import case, results, run
+from zoo.case import Case
 from zoo.catalogue import CATALOGUE
 from zoo.observe import Load
-from zoo.roles import GENERATE, Report
 from zoo.run import FORKED, REFUSED, Reports, Row
-from zoo.specimen import Specimen
+from zoo.workers import GENERATE, Report
 
 LINE = (
     "INFO",
     "RFork: forked 12 bytes (0.00 GB) in 0.25 s (0.00 GB/s) from seed 1:2:0, engine=nixl layout={} (stages)",
 )
-MODEL = Specimen("m", "all", "LlamaForCausalLM")
+MODEL = Case("m", "all", "LlamaForCausalLM")
 LOAD = Load("Llama", {"w": "a", "b": "b"}, 2, 12, {"w": "c"}, {"scale": 1.0})
 
 
 def judged(
-    fork: Report, *, refused: str | None = None, what: Specimen = MODEL, seed: Load = LOAD, layout: str = "checkpoint"
+    fork: Report, *, refused: str | None = None, what: Case = MODEL, seed: Load = LOAD, layout: str = "checkpoint"
 ) -> Row:
     """What the zoo makes of ``fork``, with a default load and a seed that are as they should be."""
     fork = dataclasses.replace(fork, lines=[(level, text.format(layout)) for level, text in fork.lines])
@@ -115,9 +115,9 @@ def test_the_catalogue_covers_what_was_promised_and_lists_few_exceptions() -> No
 
 
 def test_reasons_go_by_trait() -> None:
-    assert specimen.listed({"cpu-without-amx": "why"}, frozenset({"cpu", "cpu-without-amx"})) == "why"
-    assert specimen.listed({"cpu-without-amx": "why"}, frozenset({"cpu"})) is None
-    assert specimen.listed({"any": "why"}, frozenset()) == "why"
+    assert case.listed({"cpu-without-amx": "why"}, frozenset({"cpu", "cpu-without-amx"})) == "why"
+    assert case.listed({"cpu-without-amx": "why"}, frozenset({"cpu"})) is None
+    assert case.listed({"any": "why"}, frozenset()) == "why"
 
 
 def test_wider_models_keep_the_size_of_their_heads() -> None:
@@ -133,16 +133,16 @@ def test_wider_models_keep_the_size_of_their_heads() -> None:
 def test_models_of_a_file_are_like_those_of_the_catalogue(tmp_path: Path) -> None:
     file = tmp_path / "models.json"
     file.write_text(json.dumps([{"name": "big", "like": "llama", "settings": {"hidden_size": 4096}, "ranks": 2}]))
-    (big,) = specimen.from_file(file, CATALOGUE)
+    (big,) = case.from_file(file, CATALOGUE)
     assert (big.name, big.ranks, big.settings["hidden_size"], big.settings["vocab_size"]) == ("big", 2, 4096, 256)
     for wrong in ({"like": "no-such"}, {"like": "llama", "colour": 1}):
         file.write_text(json.dumps([wrong]))
         with pytest.raises(ValueError, match="none of"):
-            specimen.from_file(file, CATALOGUE)
+            case.from_file(file, CATALOGUE)
 
 
 def test_the_shipped_file_of_large_models_can_be_read() -> None:
-    models = specimen.from_file(Path(specimen.__file__).parent / "large.json", CATALOGUE)
+    models = case.from_file(Path(case.__file__).parent / "large.json", CATALOGUE)
     assert {model.ranks for model in models} == {1, 2}
     assert all(model.recipe() for model in models)
 
@@ -152,7 +152,7 @@ def test_a_table_replaces_that_of_its_platform_and_leaves_the_others(tmp_path: P
     rows = [dataclasses.asdict(judged(good())), dataclasses.asdict(judged(good(answers=[[1, 3]])))]
     document = tmp_path / "zoo.md"
     for platform, shown in (("cpu", rows[:1]), ("cuda", rows), ("cpu", rows)):
-        report.replace(document, report.Outcome({**facts, "platform": platform}, shown, 60.0))
+        results.replace(document, results.Outcome({**facts, "platform": platform}, shown, 60.0))
     text = document.read_text()
     assert "2026-01-02" in text
     assert text.startswith("# The model zoo")
@@ -168,10 +168,10 @@ def test_runs_on_one_platform_can_be_shown_as_one(tmp_path: Path) -> None:
     )
     facts = {"date": "2026-01-02", "platform": "cuda", "vllm": "1"}
     for number, rows in enumerate((one, two)):
-        outcome = report.Outcome({**facts, "date": f"2026-01-0{number}"}, rows, 60.0)
+        outcome = results.Outcome({**facts, "date": f"2026-01-0{number}"}, rows, 60.0)
         (tmp_path / f"{number}.json").write_text(json.dumps(dataclasses.asdict(outcome)))
-    both = report.merged([report.load(tmp_path / f"{number}.json") for number in (0, 1)])
+    both = results.merged([results.load(tmp_path / f"{number}.json") for number in (0, 1)])
     assert [(row["name"], row["outcome"]) for row in both.rows] == [("a", "failed"), ("b", "forked"), ("c", "forked")]
     assert both.seconds == 120.0
     with pytest.raises(ValueError, match="different platforms"):
-        report.merged([both, dataclasses.replace(both, facts={**facts, "vllm": "2"})])
+        results.merged([both, dataclasses.replace(both, facts={**facts, "vllm": "2"})])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zoo import events_sheet as sheets
-from zoo.events_sheet import CHECKS, FAILED, MORE_AT_REST, NOT_HERE, OK, NotHere, Outcome, Sheet, Wrong
+from zoo import scenario_results as sheets
 from zoo.observe import Load
+from zoo.scenario_results import CHECKS, FAILED, MORE_AT_REST, NOT_HERE, OK, NotHere, Outcome, Sheet, Wrong
 
 LOAD = Load("Llama", {"w": "a"}, 1, 12, {"w": "c"}, {"scale": 1.0})
 FORK = ("INFO", "RFork: forked 12 bytes (0.00 GB) in 0.2 s (1 GB/s) from seed 1:2:0, engine=nixl layout=runtime (x)")
@@ -153,9 +153,7 @@ def test_the_table_of_a_platform_takes_the_place_of_its_last_one(tmp_path: Path)
 
 def test_every_check_has_its_scenario() -> None:
     """A check that no scenario makes would be reported as not reached for ever."""
-    code = "".join(
-        (Path(sheets.__file__).parent / f"events_{part}.py").read_text(encoding="utf-8") for part in ("scenarios",)
-    )
+    code = (Path(sheets.__file__).parent / "scenarios.py").read_text(encoding="utf-8")
     groups = ("sleep mode: ", "expandable segments", "weight update: ", "sleep of a seed: ", "reload: ")
     for name in CHECKS:
         group = next((group for group in groups if name.startswith(group)), "")

@@ -22,7 +22,7 @@ from tests.standin.build import build, environment
 from tests.vllm import models
 from vllm_rfork.engines.memory import open_engines
 from zoo.planner import FleetPlanner, Planner, eventually
-from zoo.stage import fork_server
+from zoo.processes import fork_server
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import hashlib
 from multiprocessing.connection import Connection
 from typing import Any
 
-from zoo import roles
-from zoo.roles import Order, Report
+from zoo import workers
+from zoo.workers import Order, Report
 
 
 @dataclasses.dataclass
@@ -53,7 +53,7 @@ def play(order: Order, connection: Connection) -> None:
     seen = Seen()
     _look(seen)
     _fail_drafts(seen)
-    roles.play(order, _With(connection, seen))  # type: ignore[arg-type]
+    workers.play(order, _With(connection, seen))  # type: ignore[arg-type]
 
 
 def _look(seen: Seen) -> None:

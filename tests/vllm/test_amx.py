@@ -21,7 +21,7 @@ from tests.vllm.conftest import LineProcess, LogRecords
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork import plugin
 from vllm_rfork.vllm_compat.amx import request_amx_tiles
-from zoo.stage import in_a_process
+from zoo.processes import in_a_process
 
 pytestmark = pytest.mark.vllm
 

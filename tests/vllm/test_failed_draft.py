@@ -11,7 +11,7 @@ import pytest
 
 from tests.vllm.conftest import extra_for
 from tests.vllm.draft_process import Seen, play
-from zoo.roles import ENGINE_ARGUMENTS, GENERATE, Order, Report
+from zoo.workers import ENGINE_ARGUMENTS, GENERATE, Order, Report
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

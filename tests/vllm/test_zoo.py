@@ -8,12 +8,12 @@ import pytest
 
 from zoo.catalogue import CATALOGUE
 from zoo.planner import Planner
+from zoo.processes import platform_facts
 from zoo.run import FORKED, REFUSED, Row, Setting, run
-from zoo.stage import platform_facts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-BY_NAME = {specimen.name: specimen for specimen in CATALOGUE}
+BY_NAME = {case.name: case for case in CATALOGUE}
 
 
 #: MLA with experts; quantized; a draft beside its target; a refusal.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.planner import ROOT
-from zoo.roles import FOLLOWER, LEADER, Order, Report, play
+from zoo.workers import FOLLOWER, LEADER, Order, Report, play
 
 #: For every role. Dynamo is off since vLLM compiles a helper of its sampler even where models are not compiled.
 ENVIRONMENT = {

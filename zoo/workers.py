@@ -49,7 +49,7 @@ class Order:
         engine_arguments: vLLM's, ``model`` and ``load_format`` among them.
         asks: one of GENERATE, EMBED, LOAD.
         adapter: folder of a LoRA adapter that is asked as well; empty for none.
-        media, media_token: see ``Specimen``.
+        media, media_token: see ``Case``.
         log: file that takes everything this process prints.
         environment: set before anything is loaded.
         drafts: note what a draft proposes, too: without it, a draft's weights have no part in any answer.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoo.roles import GENERATE
+from zoo.workers import GENERATE
 
 #: Settings that are widths, by the names that architectures use for them: what ``scaled`` multiplies.
 WIDTHS = frozenset(
@@ -29,7 +29,7 @@ WIDTHS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Specimen:
+class Case:
     """One row of the table.
 
     Attributes:
@@ -40,7 +40,7 @@ class Specimen:
         finish: names of steps in ``checkpoints.STEPS`` that turn the saved model into what is loaded, in order.
         config_changes: what config.json gets besides; nested where the value is a mapping.
         engine_arguments: vLLM's, besides the common ones. ``{folder}`` in a text stands for the model's folder.
-        asks: see ``roles.Order``.
+        asks: see ``workers.Order``.
         adapter: a LoRA adapter is asked as well.
         media: ``image`` or ``audio``: one goes with one more prompt, at the place of the token ``media_token``.
         models: how many models one worker loads: 2 with a draft.
@@ -59,7 +59,7 @@ class Specimen:
 
         why: what stands behind such a listing, in words.
 
-    ``refused``, ``cannot_run`` and ``cannot_answer`` go by trait of the platform, see ``stage.platform_facts``;
+    ``refused``, ``cannot_run`` and ``cannot_answer`` go by trait of the platform, see ``processes.platform_facts``;
     ``any`` is everywhere.
     """
 
@@ -92,7 +92,7 @@ class Specimen:
             sort_keys=True,
         )
 
-    def scaled(self, factor: int) -> Specimen:
+    def scaled(self, factor: int) -> Case:
         """The same model ``factor`` times as wide; heads keep their size, so that there are more of them."""
 
         def wider(settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,15 +121,15 @@ def listed(reasons: dict[str, str], traits: frozenset[str]) -> str | None:
     return next((reason for trait, reason in reasons.items() if trait == "any" or trait in traits), None)
 
 
-def from_file(path: Path, catalogue: list[Specimen]) -> list[Specimen]:
-    """Specimens that a JSON file describes: a list of objects, each with ``name`` and ``like`` (a specimen of the
-    catalogue), and any field of :class:`Specimen` that differs. Mappings are merged over those of ``like``.
+def from_file(path: Path, catalogue: list[Case]) -> list[Case]:
+    """Specimens that a JSON file describes: a list of objects, each with ``name`` and ``like`` (a case of the
+    catalogue), and any field of :class:`Case` that differs. Mappings are merged over those of ``like``.
 
     Raises:
-        ValueError: no such specimen or field; the text names it.
+        ValueError: no such case or field; the text names it.
     """
-    known = {specimen.name: specimen for specimen in catalogue}
-    fields = {field.name for field in dataclasses.fields(Specimen)}
+    known = {case.name: case for case in catalogue}
+    fields = {field.name for field in dataclasses.fields(Case)}
     found = []
     for entry in json.loads(path.read_text(encoding="utf-8")):
         like = known.get(entry.get("like", ""))

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from zoo.events_updates import register_updates
 from zoo.observe import Load, watching
-from zoo.roles import Order, _ask, _innermost, _Lines, recorded
+from zoo.scenario_updates import register_updates
+from zoo.workers import Order, _ask, _innermost, _Lines, recorded
 
 #: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.fork.transfer``, and which call of it.
 #: The first request is the manifest's, the second asks whether its epoch still holds; all on the loading thread.

@@ -1,6 +1,6 @@
 """The engines of ``python -m zoo.events``: what each is told to be, and how it is started, spoken to and ended.
 
-Must not import torch or vLLM; every engine is a process of its own, forked from ``zoo.stage``'s server.
+Must not import torch or vLLM; every engine is a process of its own, forked from ``zoo.processes``'s server.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo import events_sheet
-from zoo.events_sheet import Sheet, Wrong
-from zoo.events_updates import BACKEND
-from zoo.events_worker import Part, Started, act
+from zoo import scenario_results
 from zoo.planner import Planner
-from zoo.roles import ENGINE_ARGUMENTS, GENERATE, Order
-from zoo.stage import RoleFailed
+from zoo.processes import RoleFailed
+from zoo.scenario_results import Sheet, Wrong
+from zoo.scenario_updates import BACKEND
+from zoo.scenario_worker import Part, Started, act
+from zoo.workers import ENGINE_ARGUMENTS, GENERATE, Order
 
 
 @dataclasses.dataclass
@@ -84,8 +84,8 @@ class Stage:
 
     def right(self, started: Started, who: str) -> str:
         """That ``started`` holds and answers what the default load does, in words."""
-        layout = events_sheet.layout_of(started.lines)
-        return events_sheet.equal(
+        layout = scenario_results.layout_of(started.lines)
+        return scenario_results.equal(
             (self.default.loads, self.default.answers), (started.loads, started.answers), layout, who
         )
 
@@ -129,7 +129,7 @@ class Actor:
             Wrong: its start went by without coming there.
         """
         if isinstance(saw := self.wait(timeout_s), Started):
-            raise Wrong(f"it never came there: {saw.error or events_sheet.warnings(saw.lines)}")
+            raise Wrong(f"it never came there: {saw.error or scenario_results.warnings(saw.lines)}")
 
     def go(self) -> None:
         """Let it go on where it has stopped."""

@@ -10,12 +10,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
-from zoo import events_sheet
-from zoo.events_sheet import NotHere, Wrong
-from zoo.events_stage import Actor, Stage, actor, started
-from zoo.events_worker import BEFORE_EPOCH, BEFORE_READ, EXPANDABLE, Look, Part, SeedFacts, Started, look
+from zoo import scenario_results
 from zoo.planner import eventually, free_port
-from zoo.stage import RoleFailed
+from zoo.processes import RoleFailed
+from zoo.scenario_engines import Actor, Stage, actor, started
+from zoo.scenario_results import NotHere, Wrong
+from zoo.scenario_worker import BEFORE_EPOCH, BEFORE_READ, EXPANDABLE, Look, Part, SeedFacts, Started, look
 
 #: What ``rfork_engine`` says of memory that it cannot keep.
 POOL, VARIABLE, EXPANDED = "(enable_sleep_mode)", "makes memory expandable", "lie in expandable segments"
@@ -40,7 +40,7 @@ def default_load(stage: Stage) -> None:
 
 def sleep_mode(stage: Stage) -> None:
     """A worker whose weights lie in a pool that is unmapped while it sleeps."""
-    checks = [name for name in events_sheet.CHECKS if name.startswith("sleep mode: ")]
+    checks = [name for name in scenario_results.CHECKS if name.startswith("sleep mode: ")]
     part = Part(stage.order("sleep mode", llm={"enable_sleep_mode": True}))
     if stage.on_cpu:
         saw = Started()
@@ -148,7 +148,7 @@ def _reload_under_a_receiver(stage: Stage, running: Actor, first: SeedFacts) -> 
                 raise Wrong(not_stopped)
             receiver.go()
             saw = receiver.wait(timeout_s)
-            seen.append(events_sheet.refused(saw.lines, "is in epoch"))
+            seen.append(scenario_results.refused(saw.lines, "is in epoch"))
         with sheet.check("old epoch: default loader") as seen:
             seen.append(stage.right(saw, "the receiver"))
     return now
@@ -167,10 +167,10 @@ def _change(
     now = before
     with stage.sheet.check(f"{name}: withdrawal") as seen:
         looks = change()
-        seen += [events_sheet.withdrawn(one.granted, one.refusal) for one in looks]
+        seen += [scenario_results.withdrawn(one.granted, one.refusal) for one in looks]
     with stage.sheet.check(f"{name}: return") as seen:
         now = _seed(running.tell(stage.timeout_s, "seeds", stage.timeout_s), running.tell(stage.timeout_s, "lines"))
-        seen.append(events_sheet.returned(before.epoch, now.epoch))
+        seen.append(scenario_results.returned(before.epoch, now.epoch))
         if at_once:
             _granted(stage, now)
         _same_answers(stage, running)
@@ -190,7 +190,7 @@ def _fork_after(stage: Stage, now: SeedFacts) -> None:
         saw = Started()
         with stage.sheet.check("fork after all of this") as seen:
             _, saw = stack.enter_context(started(stage, Part(stage.order("fork", key="life"))))
-            seen.append(events_sheet.forked(saw.lines, now.address))
+            seen.append(scenario_results.forked(saw.lines, now.address))
             seen.append(stage.right(saw, "the fork"))
             _seed(saw.seeds, saw.lines)
         _memory(stage, saw, "memory at rest", "fork and seed at rest", peak=False)
@@ -201,12 +201,12 @@ def _other_weights(stage: Stage, running: Actor, before: SeedFacts) -> None:
     sheet, timeout_s, url = stage.sheet, stage.timeout_s, stage.planner.url
     with sheet.check("other weights: withdrawal") as seen:
         looks = running.tell(timeout_s, "update", str(stage.other), url, before)
-        seen += [events_sheet.withdrawn(one.granted, one.refusal) for one in looks]
+        seen += [scenario_results.withdrawn(one.granted, one.refusal) for one in looks]
     with sheet.check("other weights: away") as seen:
         if found := running.tell(timeout_s, "seeds", timeout_s):
             raise Wrong(f"it is a seed: {found}")
-        seen.append(events_sheet.withdrawn(*dataclasses.astuple(look(url, before))))
-        seen.append(events_sheet.said(running.tell(timeout_s, "lines"), events_sheet.STAYS_AWAY))
+        seen.append(scenario_results.withdrawn(*dataclasses.astuple(look(url, before))))
+        seen.append(scenario_results.said(running.tell(timeout_s, "lines"), scenario_results.STAYS_AWAY))
         if running.tell(timeout_s, "answers") == stage.default.answers:
             raise Wrong("the answers are the old ones")
     with sheet.check("right weights again") as seen:
@@ -217,13 +217,13 @@ def _other_weights(stage: Stage, running: Actor, before: SeedFacts) -> None:
             if found:
                 raise Wrong(f"it is a seed: {found}")
             raise NotHere("answers as before, and no seed: what a CPU seed kept beside its packed weights is let go")
-        seen.append(events_sheet.returned(before.epoch, _seed(found, running.tell(timeout_s, "lines")).epoch))
+        seen.append(scenario_results.returned(before.epoch, _seed(found, running.tell(timeout_s, "lines")).epoch))
 
 
 def broken_seeds(stage: Stage) -> None:
     """A seed whose memory is altered after its digest, mended, and killed while it serves and is read."""
     with contextlib.ExitStack() as stack:
-        names = [name for name in events_sheet.CHECKS if name.startswith(("altered", "seed killed"))]
+        names = [name for name in scenario_results.CHECKS if name.startswith(("altered", "seed killed"))]
         names += [*_of("expandable segments, by call"), "memory after a fallback"]
         with _all_fail(stage, names):
             running, saw = stack.enter_context(
@@ -245,7 +245,7 @@ def _altered(stage: Stage, running: Actor) -> None:
             name = running.tell(timeout_s, "alter")
             order = stage.order("altered", key="broken", options={"rfork_become_seed": False})
             _, saw = stack.enter_context(started(stage, Part(order)))
-            text = events_sheet.refused(saw.lines, "VerificationError")
+            text = scenario_results.refused(saw.lines, "VerificationError")
             seen.append(text)
             if name not in text:
                 raise Wrong(f"{name} was altered, and is not named")
@@ -272,7 +272,7 @@ def _killed(stage: Stage, running: Actor, seed: SeedFacts) -> None:
             saw = receiver.wait(timeout_s)
             if saw.error:
                 raise Wrong(saw.error)
-            seen.append(events_sheet.refused(saw.lines, ""))
+            seen.append(scenario_results.refused(saw.lines, ""))
             seen.append(f"answered {time.monotonic() - began:.1f} s after the kill")
         with sheet.check("seed killed: default loader") as seen:
             seen.append(stage.right(saw, "the receiver"))
@@ -282,7 +282,7 @@ def _killed(stage: Stage, running: Actor, seed: SeedFacts) -> None:
 
 
 def _of(name: str) -> list[str]:
-    return [check for check in events_sheet.CHECKS if check.startswith(f"{name}: ")]
+    return [check for check in scenario_results.CHECKS if check.startswith(f"{name}: ")]
 
 
 def _refused(stage: Stage, name: str, saw: Started, reason: str) -> None:
@@ -291,9 +291,9 @@ def _refused(stage: Stage, name: str, saw: Started, reason: str) -> None:
     with stage.sheet.check(as_seed) as seen:
         if saw.seeds:
             raise Wrong(f"it is a seed: {saw.seeds}")
-        seen.append(events_sheet.not_a_seed(saw.lines, reason))
+        seen.append(scenario_results.not_a_seed(saw.lines, reason))
     with stage.sheet.check(as_receiver) as seen:
-        seen.append(events_sheet.refused(saw.lines, reason))
+        seen.append(scenario_results.refused(saw.lines, reason))
     with stage.sheet.check(right) as seen:
         seen.append(stage.right(saw, "it"))
         if saw.blocks:
@@ -320,7 +320,7 @@ def _all_fail(stage: Stage, names: list[str]) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - every failure is a row, and other scenarios go on
         for name in names:
-            stage.sheet.put(name, f"{type(error).__name__}: {error}", events_sheet.FAILED)
+            stage.sheet.put(name, f"{type(error).__name__}: {error}", scenario_results.FAILED)
 
 
 def _port() -> int:
@@ -337,9 +337,9 @@ def _forgotten(stage: Stage, seed: SeedFacts) -> bool:
     )
 
 
-def _seed(seeds: list[SeedFacts], lines: events_sheet.Lines) -> SeedFacts:
+def _seed(seeds: list[SeedFacts], lines: scenario_results.Lines) -> SeedFacts:
     if len(seeds) != 1:
-        raise Wrong(f"{len(seeds)} seeds: {events_sheet.warnings(lines)}")
+        raise Wrong(f"{len(seeds)} seeds: {scenario_results.warnings(lines)}")
     return seeds[0]
 
 
@@ -360,9 +360,9 @@ def _memory(stage: Stage, saw: Started, name: str, what: str, *, peak: bool) -> 
         if saw.memory is None or stage.default.memory is None:
             raise Wrong("nothing was measured")
         ours, theirs = stage.default.memory, saw.memory
-        bound = events_sheet.MORE_AT_PEAK if peak else events_sheet.MORE_AT_REST
+        bound = scenario_results.MORE_AT_PEAK if peak else scenario_results.MORE_AT_REST
         pair = (ours.peak, theirs.peak) if peak else (ours.allocated, theirs.allocated)
-        seen.append(events_sheet.no_more(what, *pair, bound))
+        seen.append(scenario_results.no_more(what, *pair, bound))
 
 
 #: They know nothing of each other and run at the same time, after :func:`default_load`.
