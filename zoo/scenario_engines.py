@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo import scenario_results
+from zoo import checkpoints, scenario_results
+from zoo.case import Case
+from zoo.catalogue import CATALOGUE
 from zoo.planner import Planner
-from zoo.processes import RoleFailed
+from zoo.processes import RoleFailed, in_a_process
 from zoo.scenario_results import Sheet, Wrong
 from zoo.scenario_updates import BACKEND
 from zoo.scenario_worker import Part, Started, act
@@ -69,7 +71,7 @@ class Stage:
                 "rfork_seed_bind_host": "127.0.0.1",
                 "rfork_heartbeat_interval_sec": 1.0,
                 "rfork_engine": self.arguments.engine,
-                **_options(self.arguments.option),
+                **plugin_options(self.arguments.option),
                 **more.get("options", {}),
             }
         devices = self.arguments.seed_devices if on_seeds else self.arguments.receiver_devices
@@ -88,6 +90,33 @@ class Stage:
         return scenario_results.equal(
             (self.default.loads, self.default.answers), (started.loads, started.answers), layout, who
         )
+
+
+def made(arguments: argparse.Namespace, sheet: Sheet, planner: Planner, facts: dict[str, Any]) -> Stage:
+    """Make the checkpoints and the stage of a run; at most ``--jobs`` engines start at once, by default 4, on CPU 2."""
+    on_cpu = facts["platform"] == "cpu"
+    (llama,) = (case for case in CATALOGUE if case.name == "llama")
+    case = llama.scaled(arguments.scale or (1 if on_cpu else 16))
+    folder, other = (arguments.work.resolve() / name for name in ("model", "other"))
+    log = arguments.work / "logs" / "make"
+    in_a_process(checkpoints.make, case, folder, log=log)
+    in_a_process(_make_other, case, other, log=log)
+    starting = threading.Semaphore(arguments.jobs or (2 if on_cpu else 4))
+    return Stage(sheet, planner, facts, arguments, folder, other, starting)
+
+
+def _make_other(case: Case, folder: Path) -> None:
+    """Make the same model with other weights."""
+    import transformers
+
+    if (folder / "config.json").exists():
+        recipe = (folder / checkpoints.MARKER).read_text(encoding="utf-8")
+        if recipe == case.recipe():
+            return
+    model_class = getattr(transformers, case.model_class)
+    config = model_class.config_class(**case.settings)
+    checkpoints.save(model_class, config, folder, checkpoints.SEED + 1, device=checkpoints.maker_device())
+    (folder / checkpoints.MARKER).write_text(case.recipe(), encoding="utf-8")
 
 
 class Actor:
@@ -192,6 +221,7 @@ def started(stage: Stage, part: Part, times: float = 1.0) -> Iterator[tuple[Acto
         yield running, saw
 
 
-def _options(given: list[str]) -> dict[str, object]:
+def plugin_options(given: list[str]) -> dict[str, Any]:
+    """Parse the arguments of ``--option``."""
     pairs = (text.partition("=") for text in given)
     return {name: json.loads(value) for name, _, value in pairs}

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +108,34 @@ class Row:
 
 
 class Sheet:
-    """The rows so far, from any thread; each is said as it comes."""
+    """The rows so far, from any thread; a reader can wait for one."""
 
-    def __init__(self, say: Callable[[str], object] = print) -> None:
-        self._say = say
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
         self._rows: dict[str, Row] = {}
+        self._closed = False
 
     def put(self, name: str, seen: str, verdict: str) -> None:
         """One row, once: what comes later to the same name is dropped."""
         row = Row(name, CHECKS[name], " ".join(seen.split()), verdict)
-        with self._lock:
-            if name not in self._rows:
-                self._rows[name] = row
-                self._say(str(row))
+        with self._changed:
+            self._rows.setdefault(name, row)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let every waiting reader have its row: no other row comes."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def wait(self, name: str) -> Row:
+        """Return a row once it is there, or, if the sheet is closed without it, a failed one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or name in self._rows)
+            return self._row(name)
+
+    def _row(self, name: str) -> Row:
+        return self._rows.get(name) or Row(name, CHECKS[name], "not reached", FAILED)
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[list[str]]:
@@ -139,7 +153,7 @@ class Sheet:
 
     def rows(self) -> list[Row]:
         """Every check in order; those that were not reached have failed."""
-        return [self._rows.get(name) or Row(name, expected, "not reached", FAILED) for name, expected in CHECKS.items()]
+        return [self._row(name) for name in CHECKS]
 
 
 def said(lines: Lines, part: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from pathlib import Path
 
@@ -19,8 +20,7 @@ FACTS = dict.fromkeys(("platform", "date", "device", "vllm", "torch", "transform
 
 
 def test_a_row_says_what_was_seen_and_what_became_of_it() -> None:
-    said: list[str] = []
-    sheet = Sheet(said.append)
+    sheet = Sheet()
     with sheet.check("seed") as seen:
         seen.append("it\nis there")
     with sheet.check("caches reset") as seen:
@@ -35,11 +35,11 @@ def test_a_row_says_what_was_seen_and_what_became_of_it() -> None:
     assert (rows["caches reset"].verdict, rows["caches reset"].seen) == (FAILED, "one; two")
     assert rows["memory at rest"].verdict == NOT_HERE
     assert (rows["default load"].verdict, rows["default load"].seen) == (FAILED, "KeyError: 'answers'")
-    assert said[0] == f"seed | expected: {CHECKS['seed']} | seen: it is there | ok"
+    assert str(rows["seed"]) == f"seed | expected: {CHECKS['seed']} | seen: it is there | ok"
 
 
 def test_what_was_not_reached_has_failed_and_a_row_stands() -> None:
-    sheet = Sheet(lambda text: None)
+    sheet = Sheet()
     sheet.put("seed", "there", OK)
     sheet.put("seed", "the scenario broke later", FAILED)
     rows = sheet.rows()
@@ -49,9 +49,20 @@ def test_what_was_not_reached_has_failed_and_a_row_stands() -> None:
     assert Outcome({}, [dataclasses.asdict(row) for row in rows], 1.0).failed
 
 
+def test_a_reader_gets_a_row_once_it_is_there_and_a_failed_one_where_none_comes() -> None:
+    sheet = Sheet()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        seed, memory = pool.submit(sheet.wait, "seed"), pool.submit(sheet.wait, "memory at rest")
+        sheet.put("seed", "there", OK)
+        assert seed.result(60).verdict == OK
+        assert not memory.done()
+        sheet.close()
+        assert (memory.result(60).verdict, memory.result().seen) == (FAILED, "not reached")
+
+
 def test_a_name_that_no_list_has_is_an_error() -> None:
     with pytest.raises(KeyError):
-        Sheet(lambda text: None).put("sead", "there", OK)
+        Sheet().put("sead", "there", OK)
 
 
 @pytest.mark.parametrize(
