@@ -62,6 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def propagating_loggers() -> Iterator[None]:
-    """Undo ``log_through_vllm`` after each test: under vLLM's logger, ``caplog`` would see no line of later tests."""
+    """Let ``caplog`` see the package's lines although an earlier test has put its loggers below vLLM's."""
+    ours = logging.getLogger("vllm_rfork")
+    parent = ours.parent
+    ours.parent = logging.root
+    ours.setLevel(ours.level)  # forgets which levels were enabled
     yield
-    logging.getLogger("vllm_rfork").parent = logging.root
+    ours.parent = parent
+    ours.setLevel(ours.level)

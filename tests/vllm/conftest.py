@@ -27,6 +27,11 @@ from zoo.processes import fork_server
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def propagating_loggers() -> None:
+    """Leave the package's loggers below vLLM's, where ``plugin.register`` has put them."""
+
+
 @pytest.fixture(scope="session")
 def vllm_imported() -> Iterator[None]:
     """A fork server: its processes start with vLLM imported, have one thread each and can use the Ascend stand-in."""
@@ -158,11 +163,11 @@ class LineProcess:
 
 
 class SeedProcess(LineProcess):
-    """``seed_main`` in a process of its own."""
+    """``seed_main`` in a process of the fork server; see the fixture ``vllm_imported``."""
 
-    def __init__(self, model: Path, extra: dict[str, Any], *, forked: bool = False, **changes: Any) -> None:
+    def __init__(self, model: Path, extra: dict[str, Any], **changes: Any) -> None:
         arguments = json.dumps({"model": str(model), "extra": extra, "changes": changes})
-        super().__init__("tests.vllm.seed_main", arguments, marker="SEED ", forked=forked)
+        super().__init__("tests.vllm.seed_main", arguments, marker="SEED ", forked=True)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -216,7 +221,7 @@ def fleet_planner() -> Iterator[Planner]:
 
 
 @pytest.fixture(scope="session")
-def seed(planner: Planner, model_a: Path) -> Iterator[SeedProcess]:
+def seed(vllm_imported: None, planner: Planner, model_a: Path) -> Iterator[SeedProcess]:
     """A worker that loaded model A from storage and is announced."""
     process = SeedProcess(model_a, extra_for(planner.url, rfork_heartbeat_interval_sec=2.0))
     process.wait()

@@ -27,7 +27,7 @@ def test_forks_of_forks_are_the_default_loaders_model(
     processes: list[SeedProcess] = []
 
     def started(model: Path) -> SeedProcess:
-        process = SeedProcess(model, extra, forked=True)
+        process = SeedProcess(model, extra)
         processes.append(process)
         said = process.wait()
         assert said["loaded"] == default_a.before

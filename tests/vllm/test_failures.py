@@ -424,7 +424,12 @@ def test_another_dtype_is_never_paired(model_a: Path, rfork_log: LogRecords, see
 
 
 def test_a_seed_killed_while_it_is_read(
-    model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
+    vllm_imported: None,
+    model_a: Path,
+    default_a: Any,
+    rfork_log: LogRecords,
+    planner: Planner,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm_rfork.engines.memory import MemoryEngine
 
