@@ -19,6 +19,8 @@ BIN := .venv/bin
 PYTEST = $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
+# Branches of the package that the tests of `make test` reach, with those of its processes; the floor is a little below
+COVERAGE := --cov --cov-report= --cov-fail-under=80
 
 # No access to a model hub, no usage reports, and no influence of the caller's Python.
 export HF_HUB_OFFLINE := 1
@@ -38,7 +40,7 @@ setup: ## install requirements/lock.txt into .venv; every other target does this
 	@$(PYTHON) scripts/set_up.py
 
 test: lint types contracts standin ## lint, types, import contracts and every test that is not marked long
-	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+	$(PYTEST) -m "not long" $(if $(PYTEST_ARGS),,$(COVERAGE)) $(PYTEST_ARGS)
 
 test-long: setup standin ## the tests marked long: slow, and seldom the first to fail; CI runs them after `make test`
 	$(PYTEST) -m long $(PYTEST_ARGS)

@@ -96,6 +96,7 @@ class Thread:
             asyncio.run_coroutine_threadsafe(self._context.__anext__(), self.loop).result(20)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
+        self.loop.close()
 
     def send(self, method: str, path: str, headers: dict[str, str], *, reads: bool = True) -> tuple[int, bytes]:
         """Status and body; status 0 where the call is held, or ended without an answer."""

@@ -90,6 +90,7 @@ class Served:
         asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result(20)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     def send(self, request: bytes, timeout_s: float = 10.0) -> bytes:
         """The answer to ``request``; empty where there is none in time, or the connection is closed instead."""
