@@ -1,4 +1,4 @@
-"""What the zoo knows about one model: how it is made, how it is asked, and what must come of it. Plain data."""
+"""A model case of the zoo: how its checkpoint is made, how it is prompted, and the expected outcome. Plain data."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Case:
     """One row of the table.
 
     Attributes:
-        name: what ``--only`` selects and the seed key is made of.
-        covers: what about it is worth a row, in a few words.
-        model_class: the class of transformers that makes the weights.
+        name: selected by ``--only``, and part of the seed key.
+        covers: the reason for the row, in a few words.
+        model_class: the transformers class that makes the weights.
         settings: its configuration, without what ``COMMON`` gives.
         finish: names of steps in ``checkpoints.STEPS`` that turn the saved model into what is loaded, in order.
-        config_changes: what config.json gets besides; nested where the value is a mapping.
-        engine_arguments: vLLM's, besides the common ones. ``{folder}`` in a text stands for the model's folder.
+        config_changes: additions to config.json; mappings are merged.
+        engine_arguments: vLLM's, in addition to the common ones. ``{folder}`` in a text is the model's folder.
         asks: see ``workers.Order``.
-        adapter: a LoRA adapter is asked as well.
-        media: ``image`` or ``audio``: one goes with one more prompt, at the place of the token ``media_token``.
+        adapter: also answer prompts with a LoRA adapter.
+        media: ``image`` or ``audio``: one more prompt has one, at the position of the token ``media_token``.
         models: how many models one worker loads: 2 with a draft.
         ranks: workers of one instance; tensor-parallel, unless ``engine_arguments`` say pipeline_parallel_size or
             data_parallel_size. Of a dense model with replicas, as many as those.
@@ -50,17 +50,16 @@ class Case:
             from any seed.
         executor: vLLM's own executor starts the workers, on as many nodes as ``engine_arguments`` say (nnodes), each a
             process of this host; else every worker is launched by itself, as torchrun does.
-        needs_files: why even a fork needs the weight files at hand; empty where it does without.
+        needs_files: why even a fork needs the weight files; empty if it does not.
         not_in_checkpoint: class of the model and name of each tensor that no checkpoint gives a value, since something
             replaces it later; what they are as loaded is not held against the default load, only against the seed.
-        refused: why this must not fork; a part of what the log must say.
-        cannot_run: a part of what vLLM itself says when it cannot load this at all.
-        cannot_answer: why vLLM can load this and not run it; it is then loaded and compared only.
+        refused: why the fork must be refused; a part of the expected log line.
+        cannot_run: a part of vLLM's own error if it cannot load this at all.
+        cannot_answer: why vLLM can load but not run this; it is then only loaded and compared.
+        why: an explanation of such an entry.
 
-        why: what stands behind such a listing, in words.
-
-    ``refused``, ``cannot_run`` and ``cannot_answer`` go by trait of the platform, see ``processes.platform_facts``;
-    ``any`` is everywhere.
+    ``refused``, ``cannot_run`` and ``cannot_answer`` are by trait of the platform, see ``processes.platform_facts``;
+    ``any`` applies everywhere.
     """
 
     name: str
@@ -86,14 +85,14 @@ class Case:
     why: str = ""
 
     def recipe(self) -> str:
-        """Everything that shapes its files, as text: folders of another recipe are made again."""
+        """Everything that determines its files, as text: a folder with another recipe is made again."""
         return json.dumps(
             [self.model_class, self.settings, self.finish, self.config_changes],
             sort_keys=True,
         )
 
     def scaled(self, factor: int) -> Case:
-        """The same model ``factor`` times as wide; heads keep their size, so that there are more of them."""
+        """Return the same model ``factor`` times as wide; heads keep their size, so there are more of them."""
 
         def wider(settings: dict[str, Any]) -> dict[str, Any]:
             return {
@@ -106,7 +105,7 @@ class Case:
         return dataclasses.replace(self, settings=wider(self.settings))
 
     def arguments(self, folder: Path) -> dict[str, Any]:
-        """``engine_arguments`` with the folder put in."""
+        """Return ``engine_arguments`` with the folder filled in."""
 
         def filled(value: Any) -> Any:
             if isinstance(value, dict):
@@ -117,12 +116,12 @@ class Case:
 
 
 def listed(reasons: dict[str, str], traits: frozenset[str]) -> str | None:
-    """The reason that holds on a platform with these traits; None where there is none."""
+    """Return the reason that applies to a platform with these traits, or None."""
     return next((reason for trait, reason in reasons.items() if trait == "any" or trait in traits), None)
 
 
 def from_file(path: Path, catalogue: list[Case]) -> list[Case]:
-    """Specimens that a JSON file describes: a list of objects, each with ``name`` and ``like`` (a case of the
+    """Read cases from a JSON file: a list of objects, each with ``name`` and ``like`` (a case of the
     catalogue), and any field of :class:`Case` that differs. Mappings are merged over those of ``like``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The models of the zoo, and beforehand what must come of each."""
+"""The models of the zoo, each with its expected outcome."""
 
 from __future__ import annotations
 

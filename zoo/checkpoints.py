@@ -1,4 +1,4 @@
-"""Makes checkpoints of real architectures with random weights, by transformers' own classes and fixed seeds.
+"""Make checkpoints of real architectures with random weights, with transformers' own classes and fixed seeds.
 
 Runs in a process of its own; the folder of a model that is there already is used again.
 """
@@ -22,7 +22,7 @@ MARKER = "zoo-recipe.json"
 
 
 def make(case: Case, folder: Path) -> None:
-    """Write ``case`` into ``folder``: the model, and ``draft``, ``adapter`` below it where it has them."""
+    """Write ``case`` into ``folder``: the model, with its ``draft`` and ``adapter`` in subfolders."""
     marker = folder / MARKER
     recipe = json.dumps([RECIPE, case.recipe()])
     if marker.exists() and marker.read_text(encoding="utf-8") == recipe:
@@ -43,7 +43,7 @@ def make(case: Case, folder: Path) -> None:
 
 
 def save(model_class: Any, config: Any, folder: Path, seed: int, *, device: str = "cpu") -> Path:
-    """Random weights for ``config`` in bfloat16, as safetensors, in ``folder``."""
+    """Save random bfloat16 weights for ``config`` as safetensors in ``folder``."""
     import torch
 
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def save(model_class: Any, config: Any, folder: Path, seed: int, *, device: str 
 
 
 def without_weights(source: Path, folder: Path) -> Path:
-    """A copy of a model's folder, and of the folders below it, that has everything but the weights."""
+    """Copy a model's folder and its subfolders without the weights."""
     for file in source.rglob("*"):
         if file.suffix in {".json", ".txt", ".jinja"} and "safetensors" not in file.name:
             target = folder / file.relative_to(source)
@@ -79,7 +79,7 @@ def without_weights(source: Path, folder: Path) -> Path:
 
 
 def maker_device() -> str:
-    """Where to make and quantize random numbers: large models take minutes on a processor."""
+    """Return the device for random numbers and quantization: large models take minutes on a CPU."""
     from vllm.platforms import current_platform
 
     return "cpu" if current_platform.is_cpu() else str(current_platform.device_type)

@@ -1,4 +1,4 @@
-"""Looks at models while vLLM loads them: digests of every tensor, and every plain value, independent of the plugin.
+"""Observe models while vLLM loads them: digests of every tensor, and every plain value, independent of the plugin.
 
 The digests are SHA-256 over the elements, not the arithmetic that the plugin verifies with. What is looked at is
 what ``vllm_rfork.model.traversal`` reaches; that the walk reaches enough is what equal answers show.
@@ -38,14 +38,14 @@ class Load:
 
 
 class Watch:
-    """The loads that :func:`watching` has seen, oldest first."""
+    """The loads observed by :func:`watching`, oldest first."""
 
     def __init__(self) -> None:
         self._loads: list[tuple[weakref.ref[Any], Load]] = []
         self.storage_s = 0.0
 
     def begin(self, model: Any) -> None:
-        """Look at ``model`` as post-processing begins."""
+        """Digest ``model`` as post-processing begins."""
         tensors = {
             (tensor.data_ptr(), tensor.numel() * tensor.element_size())
             for tensor in (*model.parameters(), *model.buffers())
@@ -56,7 +56,7 @@ class Watch:
         self._loads.append((weakref.ref(model), load))
 
     def finish(self) -> list[Load]:
-        """Look again at every model that is still there; those that a loader gave up are left out."""
+        """Digest every model that still exists, and return the loads; models that a loader discarded are omitted."""
         loads = []
         for reference, load in self._loads:
             model = reference()

@@ -1,4 +1,4 @@
-"""Planners as processes, for tests and for the zoo: the mock of ``examples/`` and this package's own.
+"""Planner processes for tests and the zoo: the mock planner of ``examples/`` and this package's own.
 
 Must not import torch or vLLM.
 """
@@ -23,16 +23,16 @@ _T = TypeVar("_T")
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    """Return a TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def meeting_port() -> int:
-    """A free TCP port of 127.0.0.1 that nobody is given who asks the system for any, as engines and seeds do.
+    """Return a free TCP port of 127.0.0.1 outside the range from which the system assigns ports.
 
-    For a port that is bound much later than it is chosen.
+    For a port that is bound long after it was chosen: engines and seeds let the system assign theirs.
     """
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -42,10 +42,10 @@ def meeting_port() -> int:
 
 
 def eventually(condition: Callable[[], _T], what: str, timeout_s: float = 30.0) -> _T:
-    """What ``condition`` returns once it is true.
+    """Wait until ``condition`` returns a true value, and return it.
 
     Raises:
-        AssertionError: it is not true within ``timeout_s`` seconds.
+        AssertionError: it is still false after ``timeout_s`` seconds.
     """
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -82,16 +82,16 @@ class Planner:
         return False
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that it knows."""
+        """Return its whole state."""
         with urllib.request.urlopen(f"{self.url}/debug/snapshot", timeout=60) as answer:  # noqa: S310 - its own URL
             return dict(json.load(answer))
 
     def leases(self) -> int:
-        """How many leases are held."""
+        """Return the number of leases."""
         return sum(len(seed["leases"]) for seed in self.snapshot()["seeds"])
 
     def seeds(self) -> list[str]:
-        """``ip:port:rank`` of every seed whose process lives, as far as the planner knows."""
+        """Return ``ip:port:rank`` of every seed that the planner does not consider absent."""
         known = self.snapshot()["seeds"]
         return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in known if not seed.get("absent")]
 
@@ -101,7 +101,7 @@ class Planner:
         self.process.wait()
 
     def restart(self) -> None:
-        """End it and start it again on its port; it has forgotten everything."""
+        """Stop it and start it again on its port, without its state."""
         self.stop()
         self._start()
 
@@ -109,13 +109,13 @@ class Planner:
 class FleetPlanner(Planner):
     """This package's planner.
 
-    The mock knows no fingerprints, and ranks of data parallelism may share a seed key. It knows no presence either, and
-    grants a seed that was killed for another minute.
+    The mock ignores fingerprints, and data parallel ranks may share a seed key. It also ignores presence connections
+    and grants a killed seed for another minute.
     """
 
     def _command(self) -> list[str]:
         return ["-m", "vllm_rfork.cli.main", "planner"]
 
     def leases(self) -> int:
-        """How many leases are held."""
+        """Return the number of leases."""
         return len(self.snapshot()["leases"])

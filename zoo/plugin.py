@@ -81,7 +81,7 @@ class Models:
 
     @pytest.fixture(scope="session")
     def rows(self, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Row]]]:
-        """What comes of each selected case, ``--jobs`` at a time: by default two on CPU, else one."""
+        """The row of each selected case; ``--jobs`` cases run at once, by default two on CPU, else one."""
         arguments, cores = self.arguments, os.cpu_count() or 1
         items = (item for item in request.session.items if isinstance(item, pytest.Function))
         selected = [cast(Case, item.callspec.params["case"]) for item in items]

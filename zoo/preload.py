@@ -1,4 +1,4 @@
-"""Imported once in the fork server, so that each role starts within a second. Must not touch a device."""
+"""Imports of the fork server, so that each worker starts within a second. Must not initialize a device."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ for _name in (
 ):
     importlib.import_module(_name)
 
-# Every role inherits the permission, whichever loader it uses.
+# Every worker inherits the permission, whichever loader it uses.
 importlib.import_module("vllm_rfork.vllm_compat.amx").request_amx_tiles()
 
-# vLLM collects garbage twice in every load; what imports have made never is any, and looking at it takes a second.
+# vLLM collects garbage twice in every load; what imports have made is never garbage, and scanning it takes a second.
 gc.collect()
 gc.freeze()
 atexit.register(gc.unfreeze)  # else native modules complain of leaks

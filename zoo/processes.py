@@ -1,4 +1,4 @@
-"""Starts the zoo's processes, each forked from a server that has imported vLLM already.
+"""The zoo's processes, each forked from a server that has already imported vLLM.
 
 A process of its own per role keeps vLLM's process-wide caches out of the comparison; forking it from a server that
 has done the imports makes it start within a second. Must not import torch or vLLM itself.
@@ -36,12 +36,12 @@ ENVIRONMENT = {
 
 
 class RoleFailed(Exception):
-    """A process of the zoo ended or hung without a report; the text says which, and where its log is."""
+    """A process of the zoo ended or hung without a report; the text names it and its log."""
 
 
 @contextlib.contextmanager
 def fork_server(threads: int) -> Iterator[None]:
-    """Start the server with an environment that every role inherits; ``threads`` is each role's on the processor."""
+    """Start the server with an environment that every worker inherits, with ``threads`` CPU threads each."""
     changes = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     path = os.environ.get("PYTHONPATH")
     changes["PYTHONPATH"] = str(ROOT) if not path else f"{ROOT}{os.pathsep}{path}"
@@ -87,10 +87,10 @@ class Role:
         other.close()
 
     def report(self, timeout_s: float) -> Report:
-        """What it saw.
+        """Return its report.
 
         Raises:
-            RoleFailed: it ended without a word, or said nothing for ``timeout_s`` seconds.
+            RoleFailed: it ended without a report, or sent none within ``timeout_s`` seconds.
         """
         try:
             if self._connection.poll(timeout_s):
@@ -102,7 +102,7 @@ class Role:
         raise RoleFailed(f"no report within {timeout_s:g} s; see {self._order.log}")
 
     def end(self) -> None:
-        """Let it withdraw and go; kill it where it does not."""
+        """Let it withdraw and exit; kill it if it does not."""
         with contextlib.suppress(OSError):
             self._connection.send("end")
         self._process.join(15)
@@ -119,7 +119,7 @@ class Instance:
         self.roles = [Role(order) for order in orders]
 
     def reports(self, timeout_s: float) -> list[Report]:
-        """One report per rank.
+        """Return one report per rank.
 
         Raises:
             RoleFailed: see :meth:`Role.report`.
@@ -136,7 +136,7 @@ class Instance:
 
 @contextlib.contextmanager
 def instance(order: Order, ranks: int, port: int) -> Iterator[Instance]:
-    """An instance of ``ranks`` ranks that follow ``order``, ended at the end of the block; they meet at ``port``."""
+    """Run an instance of ``ranks`` ranks that follow ``order`` and rendezvous at ``port``; end it after the block."""
     orders = [order]
     if order.replicas > 1:
         orders = [
@@ -190,7 +190,7 @@ def instance(order: Order, ranks: int, port: int) -> Iterator[Instance]:
 
 
 def in_a_process(action: Callable[..., None], *arguments: Any, log: Path) -> None:
-    """Run ``action(*arguments)`` in a process of its own, with what it prints in ``log``.
+    """Run ``action(*arguments)`` in a process of its own; its output goes to ``log``.
 
     Raises:
         RoleFailed: it raised; the text is its error.
@@ -203,7 +203,7 @@ def in_a_process(action: Callable[..., None], *arguments: Any, log: Path) -> Non
     try:
         error: str = connection.recv()
     except EOFError:
-        error = "ended without a word"
+        error = "ended without a result"
     process.join()
     if error:
         raise RoleFailed(f"{error}; see {log}")
@@ -226,7 +226,7 @@ def _run(action: Callable[..., None], arguments: tuple[Any, ...], log: str, conn
 
 
 def platform_facts(work: Path) -> dict[str, Any]:
-    """Where this runs and on which versions, as vLLM sees it; asked in a process of its own.
+    """Collect the platform and the versions as vLLM sees them, in a process of its own.
 
     ``traits``: the platform's name, and what else of it decides what vLLM can run: ``cpu-without-amx``,
     ``without-torchvision``, ``phi-by-transformers`` (newer vLLM runs Phi by its Transformers backend).

@@ -1,4 +1,4 @@
-"""Rewrites a saved model's linear weights into the formats of quantized checkpoints, file by file.
+"""Convert a saved model's linear weights into the formats of quantized checkpoints, file by file.
 
 Real quantization of the random weights, so that scales and packed values are what kernels expect; nothing here aims
 at accuracy.
@@ -27,7 +27,7 @@ Tensors = dict[str, Any]
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    """Replace the tensors of each safetensors file of ``folder`` by what ``change`` makes of them."""
+    """Replace the tensors of each safetensors file in ``folder`` by the result of ``change``."""
     from safetensors.torch import load_file, save_file
 
     from zoo.checkpoints import maker_device
@@ -43,7 +43,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 def _each_linear(folder: Path, change: Callable[[str, Any], Tensors]) -> None:
-    """``change(prefix, weight)`` gives what replaces each linear layer's weight of shape [out, in]."""
+    """Replace each linear layer's weight, of shape [out, in], by the result of ``change(prefix, weight)``."""
 
     def all_of(tensors: Tensors) -> Tensors:
         found: Tensors = {}

@@ -1,4 +1,4 @@
-"""The table of a run, as Markdown; one per platform in one document, each replaced by the next run on it."""
+"""The results of a run as a Markdown table; a document has one per platform, which the next run there replaces."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-#: From this size on a rate means something, in bytes.
+#: Smallest model whose rates are meaningful, in bytes.
 LARGE_NBYTES = 100_000_000
 
-#: What a document begins with where there is none yet.
+#: The beginning of a new document.
 HEAD = """# The model zoo
 
 Every model below was made on the spot with random weights in a real architecture, and loaded three times, each in a
@@ -47,12 +47,12 @@ class Outcome:
 
 
 def load(path: Path) -> Outcome:
-    """What a run left in its ``zoo.json``."""
+    """Read the ``zoo.json`` of a run."""
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def merged(outcomes: list[Outcome]) -> Outcome:
-    """Several runs on one platform as one; of a model that was run twice, the later row.
+    """Merge runs on one platform; a later row replaces an earlier one of the same model.
 
     Raises:
         ValueError: they are not of one platform with one set of versions.
@@ -65,7 +65,7 @@ def merged(outcomes: list[Outcome]) -> Outcome:
 
 
 def table(outcome: Outcome) -> str:
-    """One section of the document."""
+    """Return one section of the document."""
     facts = outcome.facts
     count = {
         kind: sum(row["outcome"] == kind for row in outcome.rows) for kind in ("forked", "refused", "not run", "failed")
@@ -106,7 +106,7 @@ def table(outcome: Outcome) -> str:
 
 
 def _rates(rows: list[dict[str, Any]]) -> list[str]:
-    """What reading storage and forking took, for models that are large enough for it to mean something."""
+    """Return the rates of storage and fork for models that are large enough."""
     large = [row for row in rows if row["nbytes"] >= LARGE_NBYTES and row["fork_s"] and row["storage_s"]]
     if not large:
         return []
@@ -129,7 +129,7 @@ def _yes(value: bool | None) -> str:
 
 
 def replace(path: Path, outcome: Outcome) -> None:
-    """Put the table of ``outcome`` into the document at ``path``, in the place of its platform's last one."""
+    """Write the table of ``outcome`` into the document at ``path``, in place of its platform's last one."""
     text = path.read_text(encoding="utf-8") if path.exists() else HEAD
     begin, end = (f"<!-- {word} {outcome.facts['platform']} -->" for word in ("begin", "end"))
     section = f"{begin}\n\n{table(outcome)}\n{end}"

@@ -1,4 +1,4 @@
-"""Takes one case through its three loads and judges what came of it.
+"""Load one case three times, and compare the results.
 
 The order is fixed: the default loader's model first, then a worker that loads from storage and becomes a seed, then a
 worker that forks from it and has no weight files. A refusal that was listed beforehand is held against the default
@@ -20,9 +20,9 @@ from zoo.planner import Planner, eventually, meeting_port
 from zoo.processes import RoleFailed, in_a_process, instance
 from zoo.workers import ENGINE_ARGUMENTS, LEADER, LOAD, Order, Report
 
-#: Places and indices of adapters, made after the base model; what is in them before there is an adapter means nothing.
+#: Buffers and indices of adapters, made after the base model; their content is undefined until an adapter is loaded.
 NOT_COMPARED = re.compile(r"^lora_manager\.|\.punica_wrapper\.")
-#: How many differing names a failure tells.
+#: How many differing names a failure lists.
 NAMED = 4
 
 _FORKED = re.compile(
@@ -34,7 +34,7 @@ FORKED, REFUSED, NOT_RUN, FAILED = "forked", "refused", "not run", "failed"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What holds for all cases of one run.
+    """The settings of one run.
 
     Attributes:
         traits: the platform's.
@@ -58,7 +58,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Reports:
-    """What the three instances of one case reported, by rank."""
+    """The reports of the three instances of one case, by rank."""
 
     default: list[Report]
     seeds: list[Report]
@@ -67,8 +67,8 @@ class Reports:
 
 @dataclasses.dataclass
 class Row:
-    """What came of one case. ``failures`` is empty where it came as it should; bytes and tensors are of all ranks
-    and models; ``fork_s`` and ``storage_s`` are the slowest rank's."""
+    """The result of one case. ``failures`` is empty if it is as expected; bytes and tensors are those of all ranks and
+    models; ``fork_s`` and ``storage_s`` are the slowest rank's."""
 
     name: str
     covers: str
@@ -90,7 +90,7 @@ class Row:
 
 
 def run(case: Case, setting: Setting) -> Row:
-    """Make, load, fork and compare ``case``; never raises for what goes wrong with it."""
+    """Make, load, fork and compare ``case``. Errors become failures of the row."""
     row = Row(case.name, case.covers, FAILED, ranks=case.ranks)
     try:
         _run(case, setting, row)
@@ -148,7 +148,7 @@ def _run(case: Case, setting: Setting, row: Row) -> None:
 
 
 def _check_meaning(case: Case, answers: list[Any], row: Row) -> None:
-    """That equal answers mean something: they differ from prompt to prompt and with the adapter, and drafts come."""
+    """Check that equal answers are meaningful: they depend on the prompt and the adapter, and the draft proposes."""
     if len({repr(answer) for answer in answers}) < len(answers):
         row.failures.append("different prompts get the same answer, so that equal ones mean nothing")
     if case.models > 1 and len({repr(step) for step in answers[-1][1]}) < 2:
@@ -190,7 +190,7 @@ def _order(case: Case, setting: Setting, folder: Path, role: str, asks: str) -> 
 
 
 def _check_seeds(case: Case, setting: Setting, seeds: list[Report]) -> None:
-    """Each rank has a seed for each of its models, at an address of its own."""
+    """Check that each rank has a seed for each of its models, at its own address."""
     if said := "; ".join(report.error for report in seeds if report.error):
         raise RoleFailed(f"the seed failed: {said}")
     addresses = [address for report in seeds for address in report.seeds]
@@ -240,7 +240,7 @@ def _judge(case: Case, refused: str | None, reports: Reports, row: Row) -> None:
 def _differences(
     case: Case, who: str, default: list[Report], others: list[Report], *, layout: str, used: bool = True
 ) -> list[str]:
-    """Where models are not the default loader's, rank by rank and model by model."""
+    """List the differences from the default loader's models, rank by rank and model by model."""
     found = []
     for rank, (ours, theirs) in enumerate(zip(default, others, strict=True)):
         if len(ours.loads) != len(theirs.loads):
@@ -256,7 +256,7 @@ def _differences(
 def differences(
     expected: Load, load: Load, *, layout: str, used: bool = True, ignored: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Everything in which ``load`` is not ``expected``, in words.
+    """Describe every difference between ``load`` and ``expected``.
 
     Args:
         layout: with ``runtime`` the bytes come after post-processing, and what stood there before says nothing.

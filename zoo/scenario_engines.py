@@ -1,6 +1,6 @@
-"""The engines of ``python -m zoo.events``: what each is told to be, and how it is started, spoken to and ended.
+"""The engines of ``python -m zoo.events``: their orders, and how they are started, driven and ended.
 
-Must not import torch or vLLM; every engine is a process of its own, forked from ``zoo.processes``'s server.
+Must not import torch or vLLM: each engine is a process of its own, forked from the server of ``zoo.processes``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zoo.workers import ENGINE_ARGUMENTS, GENERATE, Order
 
 @dataclasses.dataclass
 class Stage:
-    """What holds for all scenarios of a run, and what they share."""
+    """The settings and the shared state of all scenarios of a run."""
 
     sheet: Sheet
     planner: Planner
@@ -43,16 +43,16 @@ class Stage:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the platform is a processor, which has neither pools nor expandable segments."""
+        """True on CPU, which has neither memory pools nor expandable segments."""
         return bool(self.facts["platform"] == "cpu")
 
     @property
     def timeout_s(self) -> float:
-        """Bound of each step, in seconds."""
+        """Limit of each step, in seconds."""
         return float(self.arguments.timeout)
 
     def order(self, name: str, *, load_format: str = "rfork", on_seeds: bool = False, **more: Any) -> Order:
-        """What a process called ``name`` is told; ``more``: ``key``, ``options``, ``llm``, ``environment``."""
+        """Return the order of the process ``name``; ``more``: ``key``, ``options``, ``llm``, ``environment``."""
         arguments = {
             **ENGINE_ARGUMENTS,
             "weight_transfer_config": {"backend": BACKEND},
@@ -85,7 +85,7 @@ class Stage:
         )
 
     def right(self, started: Started, who: str) -> str:
-        """That ``started`` holds and answers what the default load does, in words."""
+        """Describe how ``started`` equals the default load, in tensors and answers; raise Wrong if it does not."""
         layout = scenario_results.layout_of(started.lines)
         return scenario_results.equal(
             (self.default.loads, self.default.answers), (started.loads, started.answers), layout, who
@@ -133,12 +133,12 @@ class Actor:
         other.close()
 
     def wait(self, timeout_s: float) -> Any:
-        """The next thing that it says.
+        """Return its next message.
 
         Raises:
-            RoleFailed: it ended without a word, or said nothing for ``timeout_s`` seconds.
+            RoleFailed: it ended, or sent nothing for ``timeout_s`` seconds.
         """
-        if self._lost:  # an answer that comes late would be taken for the next one's
+        if self._lost:  # a late answer would be taken for the next one
             raise RoleFailed(self._lost)
         try:
             if self._connection.poll(timeout_s):
@@ -147,31 +147,31 @@ class Actor:
             self.process.join(5)
             self._lost = f"exit code {self.process.exitcode}; see {self._log}"
         else:
-            self._lost = f"nothing said within {timeout_s:g} s; see {self._log}"
+            self._lost = f"no message within {timeout_s:g} s; see {self._log}"
         raise RoleFailed(self._lost)
 
     def stopped(self, timeout_s: float) -> None:
-        """Wait until it stops where its part says.
+        """Wait until it stops at the point that its part defines.
 
         Raises:
             RoleFailed: as :meth:`wait`.
-            Wrong: its start went by without coming there.
+            Wrong: it started without reaching that point.
         """
         if isinstance(saw := self.wait(timeout_s), Started):
             raise Wrong(f"it never came there: {saw.error or scenario_results.warnings(saw.lines)}")
 
     def go(self) -> None:
-        """Let it go on where it has stopped."""
+        """Let it continue."""
         self._connection.send("go")
 
     def tell(self, timeout_s: float, command: str, *arguments: Any) -> Any:
-        """What it answers to a command.
+        """Send a command and return the answer.
 
         Raises:
             RoleFailed: as :meth:`wait`.
             Wrong: the command raised.
         """
-        with contextlib.suppress(OSError):  # it is gone, as waiting will say
+        with contextlib.suppress(OSError):  # it has ended, and waiting reports that
             self._connection.send((command, *arguments))
         kind, value = self.wait(timeout_s)
         if kind == "error":
@@ -179,13 +179,13 @@ class Actor:
         return value
 
     def kill(self) -> None:
-        """End it as the kernel would: it can say nothing any more."""
+        """Kill it without a chance to clean up."""
         if self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.join(10)
 
     def end(self) -> None:
-        """Let it withdraw and go; kill it where it does not."""
+        """Let it withdraw and exit; kill it if it does not."""
         with contextlib.suppress(OSError):
             self._connection.send("end")
         self.process.join(15)
@@ -197,7 +197,7 @@ class Actor:
 
 @contextlib.contextmanager
 def actor(part: Part) -> Iterator[Actor]:
-    """An engine that is ended at the end of the block."""
+    """Run an engine; end it after the block."""
     running = Actor(part)
     try:
         yield running
@@ -207,7 +207,7 @@ def actor(part: Part) -> Iterator[Actor]:
 
 @contextlib.contextmanager
 def started(stage: Stage, part: Part, times: float = 1.0) -> Iterator[tuple[Actor, Started]]:
-    """An engine and what it saw of its start, which had a turn.
+    """Run an engine, and yield it with its start; at most ``--jobs`` start at once.
 
     Raises:
         RoleFailed: it did not come up.

@@ -1,7 +1,4 @@
-"""What each event must lead to, and whether it did: names, expectations and judgements of ``python -m zoo.events``.
-
-Plain data and pure functions: it starts nothing and knows no vLLM.
-"""
+"""The checks of ``python -m zoo.events``: their names, expectations and verdicts. Plain data and pure functions."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ MORE_AT_REST, MORE_AT_PEAK = 2 << 20, 40_000_000
 _RIGHT = "right: every tensor and every answer is the default load's"
 _NOT_A_SEED = "not a seed, with the reason in the log"
 _NO_FORK = "no fork, with the reason in the log"
-_WITHDRAWN = "before it begins the planner grants nothing, and the service does not vouch"
+_WITHDRAWN = "before it begins, the planner grants nothing and the service refuses"
 _BACK = "a seed again, in a new epoch"
 
-#: Every check by name, in order, with what is expected.
+#: Every check by name, in order, with its expectation.
 CHECKS: dict[str, str] = {
     "default load": "loads and answers differently to different prompts",
     "sleep mode: as a seed": _NOT_A_SEED,
@@ -42,10 +39,10 @@ CHECKS: dict[str, str] = {
     "expandable segments, by call: as a seed": _NOT_A_SEED,
     "expandable segments, by call: as a receiver": _NO_FORK,
     "expandable segments, by call: default loader": _RIGHT,
-    "seed": "offered by the planner, vouched for by the service",
+    "seed": "granted by the planner, confirmed by the service",
     "reload: withdrawal": _WITHDRAWN,
     "reload: return": _BACK,
-    "old epoch: over HTTP": "at the same address the service names its new epoch, and a client refuses the old one",
+    "old epoch: over HTTP": "at the same address the service returns its new epoch, and a client rejects the old one",
     "old epoch: a receiver that holds it": "refused for its epoch, and never reads",
     "old epoch: default loader": _RIGHT,
     "weight update: withdrawal": _WITHDRAWN,
@@ -67,36 +64,36 @@ CHECKS: dict[str, str] = {
     "seed killed: the planner": "grants it to nobody, within 10 s",
 }
 
-#: What a document's section begins with where there is none yet.
+#: The beginning of a new section.
 HEAD = """## Events
 
-What befalls seeds and receivers, on whole engines of one Llama with random weights, a process each: `make events`, or
-`python -m zoo.events` with the zoo's options and `--write` with this page. *Not here* is what the platform does not
-have, in its own words. *Right* is a load or a fork whose every tensor has the default load's SHA-256 and whose tokens
-and log-probabilities are the same to the last bit.
+End-to-end lifecycle scenarios of seeds and receivers, on engines of one Llama with random weights, a process each:
+`make events`, or `python -m zoo.events` with the zoo's options and `--write` with this page. *Not here* is what the
+platform lacks, in its own words. *Right* is a load or a fork whose every tensor has the default load's SHA-256 and
+whose tokens and log-probabilities are the same to the last bit.
 """
 
-#: How a worker says that it has forked.
+#: The log line of a completed fork.
 FORKED = re.compile(r"RFork: forked (?P<nbytes>\d+) bytes .* from seed (?P<seed>\S+), .* layout=(?P<layout>\w+)")
 FELL_BACK, NO_SEED, STAYS_AWAY = "falling back to load_format=", "this worker is not a seed: ", "not a seed again: "
 
-#: A service that has stopped, as aiohttp says it.
+#: The error of aiohttp for a service that has stopped.
 _ABSENT = re.compile(r"seed http\S+: GET failed: ClientConnectorError: .*")
 
 Lines = list[tuple[str, str]]
 
 
 class Wrong(Exception):
-    """What was seen is not what was expected; the text is what was seen."""
+    """An observation that differs from the expectation; the text is the observation."""
 
 
 class NotHere(Exception):
-    """This platform has no such thing; the text says so in its own words."""
+    """The platform lacks the feature; the text is its own message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One check: its name, what was expected, what was seen, and one of OK, FAILED, NOT_HERE."""
+    """One check: its name, the expectation, the observation, and one of OK, FAILED, NOT_HERE."""
 
     name: str
     expected: str
@@ -116,20 +113,20 @@ class Sheet:
         self._closed = False
 
     def put(self, name: str, seen: str, verdict: str) -> None:
-        """One row, once: what comes later to the same name is dropped."""
+        """Add a row; a second row of the same name is dropped."""
         row = Row(name, CHECKS[name], " ".join(seen.split()), verdict)
         with self._changed:
             self._rows.setdefault(name, row)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let every waiting reader have its row: no other row comes."""
+        """Wake all waiting readers: no more rows follow."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def wait(self, name: str) -> Row:
-        """Return a row once it is there, or, if the sheet is closed without it, a failed one."""
+        """Return a row once it exists; if the sheet is closed without it, a failed one."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or name in self._rows)
             return self._row(name)
@@ -139,7 +136,7 @@ class Sheet:
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[list[str]]:
-        """The row of what happens inside, which says what it sees by appending; never raises what went wrong there."""
+        """Make the row of the block, which appends its observations. Errors in the block become a failed row."""
         seen: list[str] = []
         try:
             yield seen
@@ -152,15 +149,15 @@ class Sheet:
             self.put(name, "; ".join(dict.fromkeys(seen)), OK)
 
     def rows(self) -> list[Row]:
-        """Every check in order; those that were not reached have failed."""
+        """Return every check in order; those that were not reached have failed."""
         return [self._row(name) for name in CHECKS]
 
 
 def said(lines: Lines, part: str) -> str:
-    """The first line of the log that has ``part`` in it.
+    """Return the first log line that contains ``part``.
 
     Raises:
-        Wrong: there is none; the text has all warnings.
+        Wrong: no line does; the text has all warnings.
     """
     for _, text in lines:
         if part in text:
@@ -169,15 +166,15 @@ def said(lines: Lines, part: str) -> str:
 
 
 def warnings(lines: Lines) -> str:
-    """Everything in the log that is more than information, in one line."""
+    """Join all log lines above INFO."""
     return "; ".join(text for level, text in lines if level != "INFO") or "no warning"
 
 
 def refused(lines: Lines, *parts: str) -> str:
-    """The line that says why a worker fell back; one of ``parts`` must be in it, and no fork may be in the log.
+    """Return the log line of a worker's fallback; it must contain one of ``parts``, and the log must not have a fork.
 
     Raises:
-        Wrong: it forked, or says something else.
+        Wrong: it forked, or the line has another reason.
     """
     if forks := [text for _, text in lines if FORKED.search(text)]:
         raise Wrong(f"it forked: {forks[0]}")
@@ -185,10 +182,10 @@ def refused(lines: Lines, *parts: str) -> str:
 
 
 def not_a_seed(lines: Lines, *parts: str) -> str:
-    """The line that says why a worker is not a seed; one of ``parts`` must be in it.
+    """Return the log line of a worker that is not a seed; it must contain one of ``parts``.
 
     Raises:
-        Wrong: it says no such thing, or something else.
+        Wrong: there is no such line, or it has another reason.
     """
     return _with_any(said(lines, NO_SEED), parts)
 
@@ -200,7 +197,7 @@ def _with_any(text: str, parts: tuple[str, ...]) -> str:
 
 
 def forked(lines: Lines, address: str) -> str:
-    """That a worker forked from the seed at ``address``, in words.
+    """Describe a worker's fork from the seed at ``address``.
 
     Raises:
         Wrong: it did not, or from another.
@@ -214,17 +211,17 @@ def forked(lines: Lines, address: str) -> str:
 
 
 def layout_of(lines: Lines) -> str:
-    """The layout that a worker forked in; empty where it did not fork."""
+    """Return the layout of a worker's fork; empty if it did not fork."""
     return next((match["layout"] for _, text in lines if (match := FORKED.search(text))), "")
 
 
 def equal(
     default: tuple[list[Load], list[Any]], other: tuple[list[Load], list[Any]], layout: str = "", who: str = "it"
 ) -> str:
-    """How much of two workers' loads and answers is equal, in words.
+    """Describe the equality of two workers' loads and answers.
 
     Raises:
-        Wrong: something is not, or there is nothing that could be compared.
+        Wrong: something differs, or there is nothing to compare.
     """
     (ours, asked), (theirs, answered) = default, other
     if len(ours) != len(theirs):
@@ -240,7 +237,7 @@ def equal(
 
 
 def withdrawn(granted: str, refusal: str) -> str:
-    """That a seed was withdrawn when somebody looked, in words.
+    """Describe the absence of a withdrawn seed.
 
     Raises:
         Wrong: the planner granted it, or the service vouched for it.
@@ -253,7 +250,7 @@ def withdrawn(granted: str, refusal: str) -> str:
 
 
 def returned(before: str, after: str) -> str:
-    """That the epoch is a new one, in words.
+    """Describe the change of the epoch.
 
     Raises:
         Wrong: there is none, or it is the old one.
@@ -266,7 +263,7 @@ def returned(before: str, after: str) -> str:
 
 
 def no_more(what: str, default: int, other: int, bound: int) -> str:
-    """That ``other`` bytes are at most ``bound`` more than ``default``, in words.
+    """Describe the difference between ``other`` and ``default`` bytes, which is at most ``bound``.
 
     Raises:
         Wrong: they are more.
@@ -287,7 +284,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether any check has."""
+        """True if any check has failed."""
         return any(row["verdict"] == FAILED for row in self.rows)
 
     def count(self) -> str:
@@ -297,12 +294,12 @@ class Outcome:
 
 
 def load(path: Path) -> Outcome:
-    """What a run left in its ``events.json``."""
+    """Read the ``events.json`` of a run."""
     return Outcome(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def table(outcome: Outcome) -> str:
-    """The rows of a run as Markdown."""
+    """Return the rows of a run as Markdown."""
     facts = outcome.facts
     lines = [
         f"### Events on {facts['platform']}",
@@ -321,7 +318,7 @@ def table(outcome: Outcome) -> str:
 
 
 def replace(path: Path, outcome: Outcome) -> None:
-    """Put the table of ``outcome`` into the document at ``path``, in the place of its platform's last one."""
+    """Write the table of ``outcome`` into the document at ``path``, in place of its platform's last one."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     begin, end = (f"<!-- {word} events {outcome.facts['platform']} -->" for word in ("begin", "end"))
     section = f"{begin}\n\n{table(outcome)}\n\n{end}"

@@ -1,4 +1,4 @@
-"""Weight updates for ``python -m zoo.events``, by vLLM's own weight transfer, with a folder in the trainer's place."""
+"""Weight updates for ``python -m zoo.events`` by vLLM's own weight transfer, with a folder as the trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BACKEND = "zoo-folder"
 
 
 def register_updates() -> None:
-    """Make vLLM know :data:`BACKEND`: updates that take the weights of a folder, in the checkpoint's names.
+    """Register :data:`BACKEND` with vLLM: updates that read the weights of a folder, under the checkpoint's names.
 
     vLLM's own backends need a trainer's process. To 0.24 the worker prepares and finishes the model, and a backend
     brings weights; later the backend does all of it.

@@ -1,4 +1,4 @@
-"""What one process of ``python -m zoo.events`` does: one real engine of vLLM, told step by step what befalls it.
+"""The worker process of ``python -m zoo.events``: one real vLLM engine that executes one command after another.
 
 It loads as it is ordered, reports, and then obeys: asks, reloads, updates, sleeps, alters a byte of its own. On the way
 it can be made to stop at a place of the fork until it is told to go on, so that something may happen to its seed right
@@ -32,7 +32,7 @@ EXPANDABLE = "expandable_segments:True"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a process is to do, besides its ``order``.
+    """Instructions of a process, in addition to its ``order``.
 
     Attributes:
         stops_at: one of the places above; the process then says ``stopped`` and waits for ``go``.
@@ -46,7 +46,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class SeedFacts:
-    """A seed of the process: where it is, whose, and in which epoch."""
+    """A seed of the process: its address, key and epoch."""
 
     address: str
     seed_key: str
@@ -56,7 +56,7 @@ class SeedFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that torch's caching allocator has given out: now, and at the most since the process began."""
+    """Bytes allocated by torch's caching allocator: now, and the maximum since the process started."""
 
     allocated: int
     peak: int
@@ -64,8 +64,8 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """What a process saw of its start; ``error`` is empty where vLLM came up. ``expandable`` and ``blocks`` count the
-    allocator's blocks."""
+    """The start of a process; ``error`` is empty if vLLM started. ``expandable`` and ``blocks`` count the allocator's
+    blocks."""
 
     error: str = ""
     seconds: float = 0.0
@@ -80,15 +80,15 @@ class Started:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What anybody can see of a seed: the one that the planner ``granted`` (empty: none), and why the service at its
-    address does not vouch for the epoch (empty: it does)."""
+    """A seed as seen from outside: the one that the planner ``granted`` (empty: none), and why the service at its
+    address refuses the epoch (empty: it confirms it)."""
 
     granted: str
     refusal: str
 
 
 def look(planner_url: str, seed: SeedFacts, timeout_s: float = 5.0) -> Look:
-    """Ask the planner for a seed of that key, give it back, and ask the service whether the epoch still holds.
+    """Request a seed of that key from the planner, release it, and ask the service to confirm the epoch.
 
     Raises:
         PlannerError: the planner does not answer.
@@ -118,7 +118,7 @@ def look(planner_url: str, seed: SeedFacts, timeout_s: float = 5.0) -> Look:
 
 
 def act(part: Part, connection: Connection) -> None:
-    """Start as ``part`` says, send :class:`Started`, and obey until ``end`` arrives or the other end is gone.
+    """Start as in ``part``, send :class:`Started`, and execute commands until ``end`` or the end of the connection.
 
     A command is a method's name of :class:`_Commands` with its arguments; its answer is ``("ok", value)`` or
     ``("error", text)``.
@@ -169,7 +169,7 @@ def _start(part: Part, connection: Connection, commands: _Commands) -> Started:
 
 
 class _Commands:
-    """See :func:`act`; whatever they raise is the answer."""
+    """The commands of :func:`act`; an exception is the answer."""
 
     def __init__(self, lines: _Lines) -> None:
         self.llm: Any = None
@@ -181,12 +181,12 @@ class _Commands:
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
     def answers(self, order: Order | None = None) -> list[Any]:
-        """To all prompts, with log-probabilities."""
+        """Answer all prompts, with log-probabilities."""
         self._order = order or self._order
         return _ask(self.llm, self._order) if self._order else []
 
     def seeds(self, timeout_s: float) -> list[SeedFacts]:
-        """Those of this process, once none is on its way."""
+        """Return the seeds of this process once none is starting."""
         from vllm_rfork.seeding.manager import manager
 
         return [
@@ -196,11 +196,11 @@ class _Commands:
         ]
 
     def lines(self) -> list[tuple[str, str]]:
-        """What the plugin has logged so far."""
+        """Return the plugin's log so far."""
         return list(self._lines.lines)
 
     def call(self, method: str, *arguments: Any) -> str:
-        """Call the worker's method through the engine; ``done``, or what it raised."""
+        """Call the worker's method through the engine; return ``done``, or the exception."""
         try:
             self.llm.collective_rpc(method, args=arguments)
         except Exception as error:  # noqa: BLE001 - whether the method works here is the caller's question
@@ -209,7 +209,7 @@ class _Commands:
         return "done"
 
     def reload(self, folder: str, planner_url: str, seed: SeedFacts) -> Look:
-        """Reload the weights from ``folder``; what anybody sees of ``seed`` when the worker begins to."""
+        """Reload the weights from ``folder``; return the outside view of ``seed`` when the worker begins."""
         looks: list[Look] = []
         runner = self._worker.model_runner
         reload = runner.reload_weights
@@ -226,8 +226,8 @@ class _Commands:
         return looks[0]
 
     def update(self, folder: str, planner_url: str, seed: SeedFacts) -> list[Look]:
-        """Update the weights to those of ``folder`` by vLLM's weight transfer; what anybody sees of ``seed`` when it
-        has begun, and before it is finished."""
+        """Update the weights to those of ``folder`` by vLLM's weight transfer; return the outside view of ``seed``
+        after the beginning and before the end."""
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         self.llm.collective_rpc("start_weight_update")
         looks = [look(planner_url, seed)]
@@ -237,7 +237,7 @@ class _Commands:
         return looks
 
     def reset_caches(self) -> list[str]:
-        """Forget what was cached of prompts and media; returns what was done."""
+        """Reset the caches of prompts and media; return the names of those that were reset."""
         done = []
         for name in ("reset_prefix_cache", "reset_mm_cache"):
             getattr(self.llm, name)()
@@ -245,7 +245,7 @@ class _Commands:
         return [*done, f"reset_encoder_cache {self.call('reset_encoder_cache')}"]
 
     def alter(self) -> str:
-        """Turn one bit of the largest tensor that the seed offers; returns its name. Twice is as before."""
+        """Flip one bit of the largest tensor that the seed publishes; return its name. A second call flips it back."""
         from vllm_rfork.seeding.manager import manager
 
         (seed,) = manager().seeds(1.0)
@@ -257,11 +257,11 @@ class _Commands:
         return next(str(entry.name) for entry in seed.keep.entries if entry.span == number)
 
     def serve(self) -> str:
-        """Answer this, and then prompts without end: see :meth:`serve_for_ever`."""
+        """Answer this, and then prompts forever: see :meth:`serve_for_ever`."""
         return "serving"
 
     def serve_for_ever(self) -> None:
-        """Until the process is killed."""
+        """Answer prompts until the process is killed."""
         while True:
             self.answers()
 
@@ -276,7 +276,7 @@ def _memory() -> Memory | None:
 
 
 def _blocks() -> tuple[int, int]:
-    """How many of the caching allocator's blocks are expandable, and how many there are."""
+    """Count the caching allocator's blocks: the expandable ones, and all."""
     import torch
 
     if not torch.cuda.is_available():
@@ -290,7 +290,7 @@ def _blocks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _stopping(place: tuple[str, int] | None, connection: Connection) -> Iterator[None]:
-    """Say ``stopped`` before that call of that function, and wait for a word."""
+    """Send ``stopped`` before that call of that function, and wait for a message."""
     if place is None:
         yield
         return
@@ -316,7 +316,7 @@ def _stopping(place: tuple[str, int] | None, connection: Connection) -> Iterator
 
 @contextlib.contextmanager
 def _expanding(wanted: bool) -> Iterator[None]:
-    """Let the memory of models lie in expandable segments, by a call that no variable shows.
+    """Allocate models in expandable segments, by a call that no environment variable shows.
 
     vLLM sets the allocator itself around a load, all of its options at once, so it is done inside.
     """

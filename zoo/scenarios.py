@@ -1,6 +1,6 @@
-"""What befalls the engines of ``python -m zoo.events``, one function per course of events.
+"""The lifecycle scenarios of ``python -m zoo.events``, one function each.
 
-Each puts a row into the sheet for every check that is its own, whatever goes wrong, and raises nothing.
+Each adds a row to the sheet for every check of its own, also after an error, and raises nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FIRST = 2.5
 
 
 def default_load(stage: Stage) -> None:
-    """What all others are held against; compiles what the platform compiles once."""
+    """Load the reference of all comparisons; compiles what the platform compiles once."""
     with (
         stage.sheet.check("default load") as seen,
         started(stage, Part(stage.order("default", load_format="auto")), FIRST) as (_, stage.default),
@@ -39,7 +39,7 @@ def default_load(stage: Stage) -> None:
 
 
 def sleep_mode(stage: Stage) -> None:
-    """A worker whose weights lie in a pool that is unmapped while it sleeps."""
+    """A worker whose weights are in a memory pool that is unmapped during sleep."""
     checks = [name for name in scenario_results.CHECKS if name.startswith("sleep mode: ")]
     part = Part(stage.order("sleep mode", llm={"enable_sleep_mode": True}))
     if stage.on_cpu:
@@ -61,7 +61,7 @@ def sleep_mode(stage: Stage) -> None:
 
 
 def expandable_by_variable(stage: Stage) -> None:
-    """The allocator is told by the environment, as its users do."""
+    """Expandable segments by environment variable, the usual way."""
     name = "expandable segments, by variable"
     if _no_allocator(stage, name):
         return
@@ -74,7 +74,7 @@ def expandable_by_variable(stage: Stage) -> None:
 
 
 def expandable_by_call(stage: Stage, key: str) -> None:
-    """Only the blocks themselves tell; needs a seed of ``key``, or nothing would be forked in any case."""
+    """Expandable segments that only the blocks show. Needs a seed of ``key``: without one, no fork would be tried."""
     name = "expandable segments, by call"
     if _no_allocator(stage, name):
         return
@@ -89,7 +89,7 @@ def expandable_by_call(stage: Stage, key: str) -> None:
 
 
 def life(stage: Stage) -> None:
-    """One seed through all that may happen to it, on one port, and two receivers."""
+    """All changes in the life of one seed, on one port, and two receivers."""
     sheet, timeout_s, url = stage.sheet, stage.timeout_s, stage.planner.url
     order = stage.order("life", on_seeds=True, options={"rfork_seed_port_base": _port()})
     saw = Started()
@@ -117,7 +117,7 @@ def life(stage: Stage) -> None:
 
 
 def _reload_under_a_receiver(stage: Stage, running: Actor, first: SeedFacts) -> SeedFacts:
-    """Reload while a receiver has the manifest and has not asked yet whether its epoch holds."""
+    """Reload after a receiver got the manifest and before it confirmed the epoch."""
     sheet, timeout_s, url = stage.sheet, stage.timeout_s, stage.planner.url
     holder = Part(
         stage.order("old epoch", key="life", options={"rfork_become_seed": False}),
@@ -163,7 +163,7 @@ def _change(
     *,
     at_once: bool = True,
 ) -> SeedFacts:
-    """Make a change that leaves the weights as they were; the seed that there is then."""
+    """Make a change that preserves the weights, and return the seed after it."""
     now = before
     with stage.sheet.check(f"{name}: withdrawal") as seen:
         looks = change()
@@ -178,7 +178,7 @@ def _change(
 
 
 def _sleep(stage: Stage, running: Actor, now: SeedFacts) -> list[Look]:
-    """Without sleep mode vLLM's worker unmaps nothing, and what a seed has to do is the same."""
+    """Without sleep mode vLLM's worker unmaps nothing, but a seed must act in the same way."""
     running.tell(stage.timeout_s, "call", "sleep", 1)
     asleep = look(stage.planner.url, now)
     running.tell(stage.timeout_s, "call", "wake_up")
@@ -221,7 +221,7 @@ def _other_weights(stage: Stage, running: Actor, before: SeedFacts) -> None:
 
 
 def broken_seeds(stage: Stage) -> None:
-    """A seed whose memory is altered after its digest, mended, and killed while it serves and is read."""
+    """A seed whose memory is altered after its digest, repaired, and killed while it serves and is read."""
     with contextlib.ExitStack() as stack:
         names = [name for name in scenario_results.CHECKS if name.startswith(("altered", "seed killed"))]
         names += [*_of("expandable segments, by call"), "memory after a fallback"]
@@ -286,7 +286,7 @@ def _of(name: str) -> list[str]:
 
 
 def _refused(stage: Stage, name: str, saw: Started, reason: str) -> None:
-    """The three checks of a worker whose memory no engine can keep."""
+    """Make the three checks of a worker whose memory no engine can register."""
     as_seed, as_receiver, right = (check for check in _of(name)[:3])
     with stage.sheet.check(as_seed) as seen:
         if saw.seeds:
@@ -301,7 +301,7 @@ def _refused(stage: Stage, name: str, saw: Started, reason: str) -> None:
 
 
 def _reason(error: str) -> str:
-    """What vLLM says in an error of its configuration, without what pydantic puts around it."""
+    """Return vLLM's message in a configuration error, without pydantic's frame."""
     return error.partition("Value error, ")[2].partition(" [type=")[0] or error
 
 
@@ -315,7 +315,7 @@ def _no_allocator(stage: Stage, name: str) -> bool:
 
 @contextlib.contextmanager
 def _all_fail(stage: Stage, names: list[str]) -> Iterator[None]:
-    """Where what happens inside raises, every one of ``names`` that has no row yet gets the error."""
+    """Fail every one of ``names`` that has no row yet if the block raises."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - every failure is a row, and other scenarios go on
@@ -324,12 +324,12 @@ def _all_fail(stage: Stage, names: list[str]) -> Iterator[None]:
 
 
 def _port() -> int:
-    """A free port that may be a base of ports: those end at 65000."""
+    """Return a free port that is a valid base of ports, which end at 65000."""
     return next(port for port in iter(free_port, 0) if port <= 65000)
 
 
 def _forgotten(stage: Stage, seed: SeedFacts) -> bool:
-    """Whether the planner will grant it to nobody: the lease of a receiver that still tries may keep it in its list."""
+    """Return True if the planner grants it to nobody; the lease of a receiver may keep it listed."""
     known = stage.planner.snapshot()["seeds"]
     ended = ("draining", "absent")
     return all(

@@ -1,6 +1,6 @@
-"""What one process of the zoo does: load one model as it is told, look at it, answer prompts, stay if it is a seed.
+"""The worker process of the zoo: it loads one model, digests it, answers prompts, and stays if it is a seed.
 
-Every role runs vLLM's own worker in this process, through vLLM's own executor, on whatever platform vLLM finds.
+Every worker runs vLLM's own worker in this process, through vLLM's own executor, on whatever platform vLLM finds.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from zoo.observe import Load, Watch, watching
 #: Prompts as token numbers below 256; unequal in length and content, so that their answers differ.
 PROMPTS = ([5, 9, 77, 130], [200, 3, 3, 8, 41], [17], list(range(40, 60)))
 
-#: How a model is asked: ``generate`` tokens, ``embed`` prompts, or only ``load`` it.
+#: Use of a model: ``generate`` tokens, ``embed`` prompts, or only ``load`` it.
 GENERATE, EMBED, LOAD = "generate", "embed", "load"
 
-#: Who has workers that vLLM's own executor started: see ``Order``.
+#: The nodes of an instance whose workers vLLM's own executor starts: see ``Order``.
 LEADER, FOLLOWER = "leader", "follower"
 
 #: vLLM's options for every model; small caches, so that several models fit beside each other.
@@ -43,7 +43,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What a process is to do.
+    """Instructions of a process.
 
     Attributes:
         engine_arguments: vLLM's, ``model`` and ``load_format`` among them.
@@ -75,10 +75,10 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a process saw: its loads, its answers, its seeds' addresses, and the plugin's log lines.
+    """The report of a process: its loads, its answers, its seeds' addresses, and the plugin's log lines.
 
-    ``error`` is empty where all went well; ``storage_s`` is what reading storage took, in seconds; ``workers`` are the
-    reports of an instance's workers, by rank, where those are processes of their own.
+    ``error`` is empty on success; ``storage_s`` is the duration of reading storage, in seconds; ``workers`` are the
+    reports of an instance's workers, by rank, if those are processes of their own.
     """
 
     loads: list[Load] = dataclasses.field(default_factory=list)
@@ -104,7 +104,7 @@ _watching: list[tuple[Watch, _Lines]] = []
 
 
 def recorded(order: Order) -> _Lines:
-    """Make this process print into its log, give it its environment, and keep what the plugin logs from now on."""
+    """Redirect this process's output into its log, set its environment, and record the plugin's log lines."""
     with open(order.log, "ab", buffering=0) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -115,7 +115,7 @@ def recorded(order: Order) -> _Lines:
 
 
 def play(order: Order, connection: Connection) -> None:
-    """Follow ``order``, send a :class:`Report`, and stay until something arrives or the other end is gone."""
+    """Follow ``order``, send a :class:`Report`, and stay until a message or the end of the connection."""
     lines = recorded(order)
     alive: list[Any] = []  # the engine
     with watching() as watch:
@@ -182,7 +182,7 @@ def _follow(order: Order, watch: Watch, alive: list[Any]) -> Report:
 
 
 def _ask(llm: Any, order: Order) -> list[Any]:
-    """Answers to all prompts, one at a time: batches alone can change logprobs."""
+    """Answer all prompts, one at a time: batches alone can change logprobs."""
     if order.asks == EMBED:
         return [
             list(llm.embed({"prompt_token_ids": prompt}, use_tqdm=False)[0].outputs.embedding) for prompt in PROMPTS
@@ -211,7 +211,7 @@ def _ask(llm: Any, order: Order) -> list[Any]:
 
 @contextlib.contextmanager
 def _noting_drafts() -> Iterator[list[Any]]:
-    """The tokens that a draft model proposes in each step, as vLLM's executor hands them to the scheduler."""
+    """Record the tokens that a draft model proposes in each step, as vLLM's executor passes them to the scheduler."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     noted: list[Any] = []
@@ -231,7 +231,7 @@ def _noting_drafts() -> Iterator[list[Any]]:
 
 
 def _medium(kind: str) -> Any:
-    """A picture of 56 by 56 pixels, or a tenth of a second of sound with its rate in Hz; always the same."""
+    """Return an image of 56 by 56 pixels, or 0.1 s of sound with its rate in Hz; always the same."""
     import numpy
 
     if kind == "audio":
@@ -243,7 +243,7 @@ def _medium(kind: str) -> Any:
 
 
 def _meet_at(port: int) -> None:
-    """Let the ranks of an instance that vLLM did not start itself meet at ``port``.
+    """Set the rendezvous ``port`` of the ranks of an instance that vLLM did not start itself.
 
     vLLM's external launcher would take the address from the environment, and its CPU worker names its shared memory
     after the address: several instances on one host would share it.
@@ -260,7 +260,7 @@ def _meet_at(port: int) -> None:
 
 
 def _of_a_worker(worker: Any) -> Report:
-    """What this worker of vLLM's own executor saw; it was forked from a process that was being watched."""
+    """Return the report of this worker of vLLM's own executor, which was forked from an observed process."""
     from vllm_rfork.seeding.manager import manager
 
     del worker
@@ -270,7 +270,7 @@ def _of_a_worker(worker: Any) -> Report:
 
 
 def _profile(worker: Any) -> None:
-    """Make a later pipeline stage's buffers: vLLM does so in this run, and leaves it out on CPU without compilation."""
+    """Make a later pipeline stage's buffers: vLLM does so in this run, but not on CPU without compilation."""
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
 
@@ -279,7 +279,7 @@ def _profile(worker: Any) -> None:
 
 
 def _fork_workers(order: Order) -> None:
-    """Let vLLM's executor fork its workers, with all that watches this process; on CPU it would spawn them.
+    """Let vLLM's executor fork its workers, with this process's observers; on CPU it would spawn them.
 
     A node of several on this host gets the device of its number.
     """
@@ -321,7 +321,7 @@ def _be_replica(index: int, count: int) -> None:
 
 
 def _innermost(error: BaseException) -> str:
-    """The error that began it, in one line."""
+    """Return the first cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
