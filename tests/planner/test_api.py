@@ -318,6 +318,15 @@ async def test_a_receiver_that_hangs_up_leaves_no_place_no_lease_and_no_intent()
         await client.lease()
 
 
+async def test_a_result_of_a_later_version_ends_the_lease_like_none() -> None:
+    async with planner(slots=1) as client:
+        await client.add()
+        for _ in range(2):
+            lease = await client.lease()
+            assert await client.status("POST", "/put_seed", **lease, **{"RFORK-RESULT": "partly"}) == 200
+        assert 'rfork_planner_forks_total{result="released"} 2.0' in (await client.call("GET", "/metrics"))[2]
+
+
 async def test_a_failed_fork_is_counted_and_another_seed_is_given() -> None:
     async with planner(failures_before_backoff=1, slots=1) as client:
         await client.add(5000)

@@ -54,7 +54,7 @@ async def test_the_policy_lets_the_page_run_its_own_texts_and_reach_its_own_plan
 
 
 def test_the_page_has_no_assets_of_others_and_writes_no_html_from_data() -> None:
-    folder = resources.files("vllm_rfork.planner") / "page"
+    folder = resources.files("vllm_rfork.planner.http") / "page"
     texts = {each.name: each.read_text(encoding="utf-8") for each in folder.iterdir()}
     assert set(texts) == {"index.html", "style.css", "script.js"}
     everything = "".join(texts.values()).replace("http://www.w3.org/2000/svg", "")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,42 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.test_api import Client, planner
-from vllm_rfork import messages
-from vllm_rfork.planner.http import api, openapi
+from vllm_rfork import __version__, messages
+from vllm_rfork.planner.http import api
+
+DESCRIPTION: dict[str, Any] = json.loads(
+    resources.files("vllm_rfork.planner.http").joinpath("openapi.json").read_text(encoding="utf-8")
+)
 
 METHODS = ("get", "post", "put", "delete", "patch", "head", "options")
 
 
+def resolved(node: Any) -> Any:
+    """``node`` with every reference to a component replaced by that component."""
+    if isinstance(node, list):
+        return [resolved(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" not in node:
+        return {name: resolved(each) for name, each in node.items()}
+    found: Any = DESCRIPTION
+    for name in node["$ref"].removeprefix("#/").split("/"):
+        found = found[name]
+    return resolved(found)
+
+
 def described() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Path, method and operation of every call."""
-    for path, methods in openapi.description()["paths"].items():
+    for path, methods in resolved(DESCRIPTION["paths"]).items():
         for method, operation in methods.items():
             assert method in METHODS
             yield path, method.upper(), operation
 
 
 def test_the_description_is_valid_openapi() -> None:
-    errors = list(OpenAPIV31SpecValidator(openapi.description()).iter_errors())
+    errors = list(OpenAPIV31SpecValidator(DESCRIPTION).iter_errors())
     assert [str(each) for each in errors] == []
+    assert DESCRIPTION["info"]["version"] == __version__
 
 
 async def test_every_call_of_the_planner_is_described_and_no_other() -> None:
@@ -45,7 +65,7 @@ async def test_every_call_of_the_planner_is_described_and_no_other() -> None:
         status, headers, text = await client.call("GET", messages.OPENAPI)
     assert {(path, method) for path, method, _ in described()} == routes
     assert (status, headers["Content-Type"].partition(";")[0]) == (200, "application/json")
-    assert json.loads(text) == openapi.description()
+    assert json.loads(text) == DESCRIPTION
 
 
 def header_names() -> dict[str, str]:
@@ -152,7 +172,7 @@ async def test_a_lease_is_answered_as_described() -> None:
 
 async def answers_as_described(client: Client, method: str, path: str, status: str, /, **sent: str) -> dict[str, str]:
     """The answer's headers, once status and headers are those of the description."""
-    operation = openapi.description()["paths"][path][method.lower()]
+    operation = resolved(DESCRIPTION["paths"][path])[method.lower()]
     needed = {each["name"] for each in operation["parameters"] if each["required"]}
     allowed = {each["name"] for each in operation["parameters"]}
     assert needed <= set(sent) <= allowed
@@ -177,10 +197,19 @@ async def test_a_key_that_is_no_text_leaves_the_snapshot_readable() -> None:
         assert list(msgspec.json.decode(text)["keys"]) == [r"\udcd7\udcf8"]
 
 
-@pytest.mark.parametrize("name", sorted(header_names()))
-def test_no_header_is_described_without_meaning(name: str) -> None:
-    header = header_names()[name]
-    if header in openapi._SCHEMAS:
-        schema, text = openapi._SCHEMAS[header]
-        assert text.endswith(".")
-        assert schema["type"] in {"string", "integer", "number"}
+@pytest.mark.parametrize("header", sorted(header_names().values()))
+def test_no_header_is_described_without_meaning(header: str) -> None:
+    schema = DESCRIPTION["components"]["schemas"][header]
+    assert schema["description"].endswith(".")
+    assert schema["type"] in {"string", "integer", "number"}
+
+
+def test_bounds_and_words_are_the_codes() -> None:
+    schemas = DESCRIPTION["components"]["schemas"]
+    assert schemas["SEED_KEY"]["maxLength"] == messages.MAX_KEY_LENGTH
+    assert schemas["RFORK-EXCLUDE"]["maxLength"] == messages.MAX_HEADER_LENGTH
+    assert schemas["RFORK-INTENT"]["maxLength"] == api.MAX_ID_LENGTH
+    assert schemas["RFORK-LANE"]["maxLength"] == api.MAX_LANE_LENGTH
+    assert schemas["RFORK-MISS"]["enum"] == list(messages.MISSES)
+    assert schemas["RFORK-SIDE"]["enum"] == list(messages.SIDES)
+    assert schemas["RFORK-RESULT"]["enum"] == [messages.RESULT_OK, messages.RESULT_FAILED]

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from tests.planner.policy_by_search import Candidate, choose
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.planner.policy import MAX_WEIGHT, POLICIES, TURNS, Candidate, choose, policy_named, score
+from vllm_rfork.planner.policy import MAX_WEIGHT, POLICIES, TURNS, policy_named, score
 from vllm_rfork.planner.store.indexes import Deadlines, RankedSet
 
 

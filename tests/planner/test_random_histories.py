@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.planner.conftest import Clock, Fleet, MakeFleet, seed
+from tests.planner.policy_by_search import Candidate, choose
 from tests.planner.redis_server import RedisServer
-from vllm_rfork.planner.policy import POLICIES, Candidate, choose, nic_of, policy_named
+from vllm_rfork.planner.policy import POLICIES, nic_of, policy_named
 from vllm_rfork.planner.store.base import Announcement, Granted, Outcome, Queued, Rules, StoreError
 from vllm_rfork.planner.store.fleet import ANY
 from vllm_rfork.planner.store.ledger import Ledger

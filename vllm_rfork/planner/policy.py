@@ -1,15 +1,14 @@
-"""Which seed a receiver is given: pure functions over plain values, no state, no clock, no I/O.
+"""The choice of a seed: pure functions over plain values.
 
-A policy is data: the label levels in which a nearby seed is preferred, and what makes one seed heavier than
-another within a level. Stores keep their candidates ordered by :func:`score` inside the buckets of
-:func:`buckets`, so that a choice costs the same with ten seeds and with fifty thousand; :func:`choose` is the
-same choice written as a plain search, and the contract tests hold every store against it.
+A policy is data: the label levels in which a nearby seed is preferred, and the weight that orders seeds within a
+level. Stores keep their candidates ordered by :func:`score` inside the buckets of :func:`buckets`, so that a choice
+costs the same with ten seeds and with fifty thousand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from vllm_rfork.errors import ConfigError
 
@@ -45,22 +44,6 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One seed as a policy sees it.
-
-    ``turn`` grows with every grant (and starts at the announcement's), ``nic_leases`` counts the leases of all
-    seeds behind the same network card, this one's included.
-    """
-
-    address: str
-    leases: int = 0
-    slots: int = 1
-    turn: int = 0
-    nic_leases: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-
 def policy_named(name: str) -> Policy:
     """The policy called ``name``.
 
@@ -93,26 +76,3 @@ def score(policy: Policy, *, leases: int, slots: int, nic_leases: int, turn: int
 def nic_of(host: str, labels: Mapping[str, str]) -> str:
     """The network card that a seed on ``host`` sends through; the whole host where no label says."""
     return f"{labels.get('host') or host}/{labels.get('nic', '')}"
-
-
-def choose(
-    policy: Policy,
-    receiver_labels: Mapping[str, str],
-    candidates: Iterable[Candidate],
-    exclude: Container[str] = frozenset(),
-) -> Candidate | None:
-    """The candidate a receiver is given, or None where every one is full or excluded.
-
-    Linear in the number of candidates: the definition that indexed stores must agree with.
-    """
-    free = [each for each in candidates if each.leases < each.slots and each.address not in exclude]
-    for bucket in buckets(policy, receiver_labels):
-        here = [each for each in free if bucket in buckets(policy, each.labels)]
-        if here:
-            return min(here, key=lambda each: _order(policy, each))
-    return None
-
-
-def _order(policy: Policy, each: Candidate) -> tuple[int, str]:
-    weight = score(policy, leases=each.leases, slots=each.slots, nic_leases=each.nic_leases, turn=each.turn)
-    return weight, each.address

@@ -13,6 +13,7 @@ import gzip
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
 
 from aiohttp import web
 
@@ -20,7 +21,6 @@ from vllm_rfork import __version__, messages
 from vllm_rfork.messages import BadMessage, header
 from vllm_rfork.planner.http import dashboard, valid_json
 from vllm_rfork.planner.http.auth import AddressCheck, Tokens, Trust
-from vllm_rfork.planner.http.openapi import description
 from vllm_rfork.planner.http.presence import Presence, StreamedAnswer
 from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.metrics import Metrics
@@ -87,6 +87,7 @@ class Api:
         self._tokens = tokens
         self._addresses = AddressCheck(_trust(settings, tokens))
         self._page = dashboard.load_page()
+        self._openapi = resources.files(__package__).joinpath("openapi.json").read_bytes()
         self._board = dashboard.Board(self._overview)
         self._snapshots = 0
         #: set by the owner once the planner takes requests, and cleared when it drains
@@ -329,8 +330,8 @@ class Api:
             self._snapshots -= 1
 
     async def openapi(self, _: web.BaseRequest) -> web.Response:
-        """All of these, described for programs."""
-        return _json(description())
+        """Return the description of all calls for programs."""
+        return web.Response(body=self._openapi, content_type="application/json")
 
     async def dashboard(self, request: web.BaseRequest) -> web.Response:
         """The page for people. It holds nothing of the fleet, and is the same for everybody."""
@@ -434,10 +435,8 @@ def _excluded(headers: Mapping[str, str]) -> frozenset[str]:
 
 def _outcome(headers: Mapping[str, str]) -> Outcome | None:
     result = header(headers, messages.RESULT)
-    if not result:
-        return None
     if result not in (messages.RESULT_OK, messages.RESULT_FAILED):
-        raise BadMessage(f"header {messages.RESULT} must be ok or failed, got {result[:40]!r}")
+        return None  # another word is a newer client's: the lease ends as if there were no result
     nbytes = header(headers, messages.NBYTES) or "0"
     side = header(headers, messages.SIDE) or ""
     return Outcome(
