@@ -18,6 +18,7 @@ from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Announcement, Granted, Queued, Rules, StillLeased
+from vllm_rfork.planner.store.grants import STALE_BATCH
 from vllm_rfork.planner.store.memory import SLICE, MemoryStore
 
 EXCLUDED = 256  # as many as a header may name
@@ -77,6 +78,23 @@ async def test_a_seed_that_goes_does_not_make_every_exclusion_of_every_waiting_r
     with at_most(3 * waiting):
         await fleet.store.intend("k", "loader", "", 0)
     assert len(fleet.settled) == 1, "one of them loads, the others wait for it"
+
+
+async def test_many_seeds_that_go_stale_at_once_are_dropped_in_turns_and_not_granted_meanwhile(fleet: Fleet) -> None:
+    """As a planner finds them that was paused for longer than ``stale_s``."""
+    for number in range(3 * STALE_BATCH):
+        await fleet.announce(number, key="stale")
+    fleet.clock.pass_(61)
+    left = [each.seeds for each in (await fleet.store.totals()).values()]
+    assert left == [2 * STALE_BATCH]
+    await fleet.announce(3 * STALE_BATCH - 1, key="stale")  # one that lives after all
+    granted = await fleet.ask(key="stale")
+    assert isinstance(granted, Granted)
+    assert granted.seed == seed(3 * STALE_BATCH - 1)
+    while await fleet.store.sweep() == 0:
+        assert fleet.kinds().count("seed_dropped") < 3 * STALE_BATCH
+    assert fleet.kinds().count("seed_dropped") == 3 * STALE_BATCH - 1
+    assert (await fleet.store.totals())["stale"].seeds == 1
 
 
 # --- snapshots -------------------------------------------------------------------------------------------------------

@@ -79,9 +79,9 @@ def test_the_bound_is_what_storage_takes(load_s: float | None, bound: float) -> 
         (MEASURED, Outlook(position=1, seeds=1, slots=1, loading_s=0.0), 10.0, BUSY),
         (MEASURED, Outlook(position=8, seeds=1, slots=1, loading_s=55.0, new_slots=8), 15.0, LOADING),
         # after a restart: seconds until the seed may be granted
-        (NOTHING, Outlook(position=1, held_slots=1, held_s=40.0), 40.0, RESTARTED),
-        (MEASURED, Outlook(position=1, held_slots=4, held_s=40.0), 40.0, RESTARTED),
-        (MEASURED, Outlook(position=6, held_slots=4, held_s=40.0), 45.0, RESTARTED),
+        (NOTHING, Outlook(position=1, withheld_slots=1, withheld_s=40.0), 40.0, RESTARTED),
+        (MEASURED, Outlook(position=1, withheld_slots=4, withheld_s=40.0), 40.0, RESTARTED),
+        (MEASURED, Outlook(position=6, withheld_slots=4, withheld_s=40.0), 45.0, RESTARTED),
         # nothing was measured
         (NOTHING, Outlook(position=3, seeds=1, slots=1), None, BUSY),
         (NOTHING, Outlook(position=3, loading_s=7.0), None, LOADING),
@@ -99,10 +99,10 @@ def test_the_expected_wait(times: KeyTimes, outlook: Outlook, expected_s: float 
         (NOTHING, Outlook(position=9, loading_s=0.0), 0.0, True, ""),
         (NOTHING, Outlook(position=9, loading_s=119.0), 119.0, True, ""),
         (NOTHING, Outlook(position=9, loading_s=120.0), 120.0, False, "it has waited 120 s, and the bound is 120 s"),
-        (NOTHING, Outlook(position=1, held_slots=1, held_s=60.0), 0.0, True, ""),
+        (NOTHING, Outlook(position=1, withheld_slots=1, withheld_s=60.0), 0.0, True, ""),
         (
             NOTHING,
-            Outlook(position=1, held_slots=1, held_s=300.0),
+            Outlook(position=1, withheld_slots=1, withheld_s=300.0),
             0.0,
             False,
             "the expected wait is 300 s, and the bound is 120 s",
@@ -119,12 +119,12 @@ def test_the_expected_wait(times: KeyTimes, outlook: Outlook, expected_s: float 
         ),
         (
             KeyTimes(load_s=20, loads=1),
-            Outlook(position=1, held_slots=1, held_s=60.0),
+            Outlook(position=1, withheld_slots=1, withheld_s=60.0),
             0.0,
             False,
             "the expected wait is 60 s, and reading storage takes 20 s",
         ),
-        (MEASURED, Outlook(position=1, held_slots=1, held_s=50.0), 0.0, True, ""),
+        (MEASURED, Outlook(position=1, withheld_slots=1, withheld_s=50.0), 0.0, True, ""),
         # who began to wait together with the loader waits on where that is late, up to the bound
         (MEASURED, Outlook(position=1, loading_s=75.0), 75.0, True, ""),
         (MEASURED, Outlook(position=1, loading_s=90.0), 90.0, False, "it has waited 90 s, and the bound is 90 s"),

@@ -16,8 +16,8 @@ from tests.planner.policy_by_search import Candidate, choose
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.policy import POLICIES, nic_of, policy_named
 from vllm_rfork.planner.store.base import Announcement, Granted, Outcome, Queued, Rules, StoreError
-from vllm_rfork.planner.store.fleet import ANY
-from vllm_rfork.planner.store.ledger import Ledger
+from vllm_rfork.planner.store.fleet_state import FleetState
+from vllm_rfork.planner.store.key_state import ANY
 from vllm_rfork.planner.store.memory import MemoryStore
 from vllm_rfork.planner.store.redis import RedisStore
 
@@ -111,7 +111,7 @@ async def test_what_is_written_is_what_the_leader_remembers(redis_server: RedisS
                 await _act(fleet, rng, step, clock, leases, tickets)
             if step % 80 == 79:
                 await fleet.store.sweep()
-                await stores[-1]._look()  # a sign of life, which also writes the clock
+                await stores[-1].leadership.look()  # a sign of life, which also writes the clock
                 before = await fleet.store.snapshot()
                 fleet = await successor()
                 assert _records(await fleet.store.snapshot()) == _records(before)
@@ -136,23 +136,24 @@ async def test_whatever_happens_every_index_agrees_with_the_records(number: int)
     assert leases
 
 
-def _check(books: Ledger) -> None:
-    asked = [each for each in books.leases.values() if each.question]
-    assert books.lease_of == {(each.question, each.key): each.user_id for each in asked}
-    assert len(books.lease_of) == len(asked)
-    for shelf in books.shelves.values():
+def _check(fleet: FleetState) -> None:
+    asked = [each for each in fleet.leases.values() if each.ticket]
+    assert fleet.lease_of == {(each.ticket, each.key): each.user_id for each in asked}
+    assert len(fleet.lease_of) == len(asked)
+    for key_state in fleet.keys.values():
         for print_ in (ANY, "", "f", "g"):
-            suit = [each for each in shelf.seeds.values() if print_ is ANY or each.fingerprint == print_]
-            serving = [each for each in suit if each.is_serving(books.now) and not each.absent]
-            held = [each for each in serving if books.now < each.held_until]
-            ready = [each for each in serving if each not in held]
-            assert shelf.ready[print_] == sum(each.slots for each in ready)
-            assert shelf.ready_seeds[print_] == len(ready)
-            assert shelf.held[print_] == sum(each.slots for each in held)
-        assert shelf.since.keys() == shelf.intents.keys()
-        assert {name: [each.number for each in line.values()] for name, line in shelf.lines.items()} == shelf.numbers
-        for place, waiter in enumerate(shelf.line(), start=1):
-            assert 1 <= shelf.position(waiter.ask, waiter.number) <= place
+            suit = [each for each in key_state.seeds.values() if print_ is ANY or each.fingerprint == print_]
+            serving = [each for each in suit if each.is_serving(fleet.now) and not each.absent]
+            withheld = [each for each in serving if fleet.now < each.recovering_until]
+            ready = [each for each in serving if each not in withheld]
+            assert key_state.ready[print_] == sum(each.slots for each in ready)
+            assert key_state.ready_seeds[print_] == len(ready)
+            assert key_state.withheld[print_] == sum(each.slots for each in withheld)
+        assert key_state.intent_since.keys() == key_state.intents.keys()
+        numbers = {name: [each.number for each in queue.values()] for name, queue in key_state.queues.items()}
+        assert numbers == key_state.numbers
+        for place, waiter in enumerate(key_state.waiters(), start=1):
+            assert 1 <= key_state.position(waiter.ask, waiter.number) <= place
 
 
 async def _act(
@@ -223,9 +224,7 @@ async def _act(
 
 
 async def _kill(store: RedisStore) -> None:
-    assert store._campaign is not None
-    store._campaign.cancel()
-    await asyncio.gather(store._campaign, return_exceptions=True)
+    await store.leadership.stop_looking()
 
 
 def _records(snapshot: dict[str, Any]) -> dict[str, Any]:

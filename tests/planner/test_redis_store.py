@@ -77,10 +77,7 @@ def redis_store(fleet: Fleet) -> RedisStore:
 
 async def freeze(fleet: Fleet) -> None:
     """As a process that the system has stopped: it shows no sign of life, and does not look around either."""
-    store = redis_store(fleet)
-    assert store._campaign is not None
-    store._campaign.cancel()
-    await asyncio.gather(store._campaign, return_exceptions=True)
+    await redis_store(fleet).leadership.stop_looking()
 
 
 async def until_leading(fleet: Fleet) -> Fleet:
@@ -153,8 +150,8 @@ async def test_a_silent_leader_is_replaced_and_a_living_one_is_not(replica: Repl
     leader = await replica(patience_s=0.6)  # beats ten times a second
     standby = await replica(patience_s=3.0)
     for _ in range(5):
-        before = redis_store(standby)._seen
-        while redis_store(standby)._seen == before:
+        before = redis_store(standby).leadership.seen
+        while redis_store(standby).leadership.seen == before:
             await asyncio.sleep(0.01)
         assert redis_store(leader).leads, "the standby has seen it live"
     await freeze(leader)
@@ -205,9 +202,9 @@ async def test_a_replica_closes_even_if_redis_refuses_at_that_moment(
 
     async def read_lock() -> object:
         asked.set()
-        return await store._records._ask(answer)
+        return await store.records._ask(answer)
 
-    monkeypatch.setattr(store._records, "read_lock", read_lock)
+    monkeypatch.setattr(store.records, "read_lock", read_lock)
     await asyncio.wait_for(asked.wait(), 30)
     await asyncio.sleep(0)
     answer.set_exception(ConnectionError())
@@ -256,7 +253,7 @@ async def test_a_successor_gives_every_lease_and_every_seed_its_full_time(replic
     lease = await leader.lease()
     await leader.store.intend("k", "loads", "", 60)
     leader.clock.pass_(50)
-    await redis_store(leader)._look()  # a sign of life, which also writes the fleet's clock
+    await redis_store(leader).leadership.look()  # a sign of life, which also writes the fleet's clock
     new = await successor_of(leader, replica)
     new.clock.pass_(59)
     await new.store.sweep()
@@ -599,13 +596,13 @@ async def test_a_replica_that_leads_no_longer_sends_its_seeds_to_the_next_leader
         with pytest.raises(StoreUnavailable):
             await leader.lease()
     else:  # Redis did not answer once
-        next_leader, term = leader, redis_store(leader)._term
+        next_leader, term = leader, redis_store(leader).leadership.term
         assert term is not None
         term._lose([], StoreUnavailable("Redis is not reachable"))
     with pytest.raises(StoreUnavailable):
         await asyncio.wait_for(held, 30)
     assert len(presence) == 0
-    await redis_store(next_leader)._look()
+    await redis_store(next_leader).leadership.look()
     again = asyncio.create_task(Presence(next_leader.store, 100).hold(announced, None))
     while not (await next_leader.seed_entry(1))["present"]:
         await asyncio.sleep(0.01)

@@ -8,6 +8,7 @@ from tests.planner.conftest import Fleet, MakeFleet, seed
 from vllm_rfork import messages
 from vllm_rfork.planner.store.base import Granted, Missed, UnknownLease
 from vllm_rfork.planner.store.lease_ids import LeaseIds, state_of
+from vllm_rfork.planner.store.redis import RedisStore
 
 # --- a stale seed ----------------------------------------------------------------------------------------------------
 
@@ -169,9 +170,8 @@ async def test_what_is_noted_is_bounded(make_fleet: MakeFleet) -> None:
 async def with_token(make_fleet: MakeFleet, *tokens: str, like: Fleet | None = None) -> Fleet:
     fleet = await make_fleet(like=like)
     fleet.store.lease_ids = LeaseIds(lambda: tokens)
-    term = getattr(fleet.store, "_term", None)
-    if term is not None:
-        term.memory.lease_ids = fleet.store.lease_ids
+    if isinstance(fleet.store, RedisStore):
+        fleet.store.leadership.leading().memory.lease_ids = fleet.store.lease_ids
     return fleet
 
 

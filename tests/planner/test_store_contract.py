@@ -839,7 +839,7 @@ async def test_labels_that_came_and_went_are_not_kept() -> None:
     await store.announce(Announcement(key="k", seed=seed(1), labels={"host": "stays"}))
     for number in range(50):
         await store.announce(Announcement(key="k", seed=seed(2), labels={"host": f"pod{number}"}))
-    held = store.begin().shelves["k"].pools
+    held = store.begin().keys["k"].pools
     assert {bucket for _, bucket in held} == {"host=stays", "host=pod49", EVERYWHERE}
 
 

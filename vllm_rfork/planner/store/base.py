@@ -94,6 +94,11 @@ class Rules:
         """How long the intent of ``ask`` is remembered unless it is renewed, in seconds."""
         return min(self.intent_ttl_s, TICKET_INTENT_TTL_S) if ask.keeps else self.intent_ttl_s
 
+    @property
+    def confirmation_s(self) -> float:
+        """How long a lease by ticket waits for its first renewal, and a place in the queue for its receiver."""
+        return min(self.confirm_s, self.lease_ttl_s)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:

@@ -1,30 +1,30 @@
-"""How long a receiver may wait for a seed: rules over the measured times of a key. No clock, no state, no I/O.
+"""Rules for how long a receiver waits for a seed, from the measured times of a key. No clock, no state, no I/O.
 
-Waiting is right while it is expected to be faster than reading storage. The expectation is simple on purpose, and it
-is made again every few seconds of a wait, so that an error of it costs little. ``docs/adr/0009-waiting.md`` has the
-reasons for each number.
+Waiting is right while it is expected to be faster than reading storage. The estimate is simple on purpose, and it is
+repeated every few seconds of a wait, so that an error costs little. ``docs/adr/0009-waiting.md`` gives the reason for
+each number.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_rfork.planner.store.records import Record
+from vllm_rfork.planner.store.journal import Record
 
 #: The weight of a new sample in a mean, once there are as many samples as make that weight.
 NEWEST = 0.2
-#: Where no fork of a key was measured: the share of a load from storage for which a fork is taken to hold its slot.
+#: If no fork of a key was measured, a fork is assumed to hold its slot for this share of a load from storage.
 FORK_SHARE = 0.25
-#: Waits up to this many seconds are never too long: against a start of vLLM they are short.
+#: Waits up to this many seconds are always worth it: a start of vLLM takes much longer.
 SHORT_S = 10.0
 #: Waiting and forking may take this share longer than reading storage took: that was measured with few readers, and
-#: those who are sent away together read together.
+#: receivers that are sent away together read together.
 EVEN_SHARE = 0.25
-#: A pending loader may be late by this share of its expected time, and by so many seconds at most.
+#: A pending loader may be late by this share of its expected time, and by this many seconds at most.
 LATE_SHARE, LATE_S = 0.5, 60.0
-#: A pending loader that is late is expected to need this share of its expected time still.
+#: A pending loader that is late is expected to need this share of its expected time more.
 OVERDUE_SHARE = 0.25
-#: A receiver that has forked carries leases itself after so many seconds at the earliest.
+#: A receiver that has forked accepts leases itself after this many seconds at the earliest.
 RIPENS_S = 10.0
 
 #: What a receiver waits for. On the wire.
@@ -33,13 +33,11 @@ BUSY, LOADING, RESTARTED = "busy", "loading", "restarted"
 
 @dataclass(slots=True)
 class KeyTimes(Record):
-    """The measured times of one key: means in seconds, and how many samples each is made of. 0 samples: unknown.
-
-    A store may keep them.
+    """The measured times of one key: means in seconds, and the number of samples of each. 0 samples: unknown.
 
     Attributes:
         hold_s, holds: from a lease's grant to its release: how long a fork occupies a slot.
-        fork_s, forks: how long a fork took, in the receiver's own words.
+        fork_s, forks: how long a fork took, as its receiver reported it.
         load_s, loads: from a pending loader's intent to its announcement as a seed.
     """
 
@@ -51,7 +49,7 @@ class KeyTimes(Record):
     loads: int = 0
 
     def add_fork(self, held_s: float, reported_s: float) -> None:
-        """A fork that ended well, or of which nothing was said: its lease lived ``held_s``; 0 reported: not said.
+        """Add a fork that succeeded or reported nothing. Its lease lived ``held_s``; 0 reported: unknown.
 
         A fork cannot take longer than its lease, whatever is reported.
         """
@@ -60,34 +58,34 @@ class KeyTimes(Record):
             self.fork_s, self.forks = _mean(self.fork_s, self.forks, min(reported_s, held_s))
 
     def add_load(self, load_s: float) -> None:
-        """A pending loader announced itself ``load_s`` after its intent."""
+        """Add a load: a pending loader was announced ``load_s`` after its intent."""
         self.load_s, self.loads = _mean(self.load_s, self.loads, load_s)
 
 
 def _mean(mean: float, count: int, sample: float) -> tuple[float, int]:
-    """The mean with one more sample: exact at first, later one that forgets."""
+    """Return the mean with one more sample: exact at first, later exponentially weighted."""
     weight = max(NEWEST, 1 / (count + 1))
     return mean + (sample - mean) * weight, count + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What one receiver has in prospect.
+    """The situation of one receiver.
 
     Attributes:
-        position: its place in the queue, from 1, among those who may take the same seeds.
-        seeds, slots: the seeds that suit it, all of them busy now, and the leases that they carry at once.
-        held_slots, held_s: the slots that are not granted before ``held_s`` seconds from now, after a restart.
-        loading_s: how long the oldest pending loader that suits has been loading; None: there is none.
-        new_slots: the leases that a seed carries which is still to come.
+        position: its place in the queue, from 1, among those that may use the same seeds.
+        seeds, slots: suitable seeds, all busy now, and the leases that they accept at once.
+        withheld_slots, withheld_s: slots that are granted only in ``withheld_s`` seconds, after a restart.
+        loading_s: how long the oldest suitable pending loader has been loading; None if there is none.
+        new_slots: the leases that a future seed accepts at once.
         grows: receivers of this key become seeds.
     """
 
     position: int
     seeds: int = 0
     slots: int = 0
-    held_slots: int = 0
-    held_s: float = 0.0
+    withheld_slots: int = 0
+    withheld_s: float = 0.0
     loading_s: float | None = None
     new_slots: int = 1
     grows: bool = False
@@ -95,14 +93,14 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to wait on, and what may be said of it.
+    """The decision whether a receiver waits on.
 
     Attributes:
-        waits: the receiver is to wait.
-        bound_s: the longest wait in all, in seconds from its start.
-        expected_s: the expected wait from now on; None: not known.
+        waits: the receiver should wait.
+        bound_s: the longest total wait, in seconds from its start.
+        expected_s: the expected wait from now on; None if unknown.
         reason: what it waits for: :data:`BUSY`, :data:`LOADING` or :data:`RESTARTED`.
-        text: why it does not wait, for people; empty where it does.
+        text: why it does not wait, for people; empty if it does.
     """
 
     waits: bool
@@ -113,9 +111,9 @@ class Verdict:
 
 
 def bound_s(times: KeyTimes, default_s: float, max_s: float) -> float:
-    """The longest wait of one start: what reading storage takes, and time for a loader that is late; in seconds.
+    """Return the longest wait of one start in seconds: the time of a load, and a margin for a loader that is late.
 
-    Where no load was measured: ``default_s``.
+    If no load was measured, it is ``default_s``.
     """
     if not times.loads:
         return min(default_s, max_s)
@@ -124,7 +122,7 @@ def bound_s(times: KeyTimes, default_s: float, max_s: float) -> float:
 
 
 def expected_wait_s(times: KeyTimes, outlook: Outlook) -> tuple[float | None, str]:
-    """The expected wait from now on in seconds, None where nothing was measured, and what is waited for."""
+    """Return the expected wait from now on in seconds (None if nothing was measured) and what is waited for."""
     hold_s = _hold_s(times)
     ways: list[tuple[float, str]] = []
     unknown = ""
@@ -136,10 +134,10 @@ def expected_wait_s(times: KeyTimes, outlook: Outlook) -> tuple[float | None, st
         unknown = BUSY
     elif outlook.slots:
         ways.append((queue_s(outlook.position, outlook.slots, outlook.slots / max(outlook.seeds, 1)), BUSY))
-    if outlook.held_slots:
+    if outlook.withheld_slots:
         # The first so many have a slot at once when the seeds may be granted again.
-        behind = outlook.position - outlook.held_slots
-        ways.append((outlook.held_s + queue_s(behind, outlook.held_slots, outlook.new_slots), RESTARTED))
+        behind = outlook.position - outlook.withheld_slots
+        ways.append((outlook.withheld_s + queue_s(behind, outlook.withheld_slots, outlook.new_slots), RESTARTED))
     if outlook.loading_s is not None and not times.loads:
         unknown = unknown or LOADING
     elif outlook.loading_s is not None:
@@ -150,17 +148,17 @@ def expected_wait_s(times: KeyTimes, outlook: Outlook) -> tuple[float | None, st
 
 
 def _hold_s(times: KeyTimes) -> float | None:
-    """How long a fork holds its slot; a guess where only loads were measured."""
+    """Return how long a fork holds its slot; a guess if only loads were measured."""
     if times.holds:
         return times.hold_s
     return times.load_s * FORK_SHARE if times.loads else None
 
 
 def _queue_s(position: int, slots: int, hold_s: float, per_seed: float) -> float:
-    """When the receiver at ``position`` has a slot: position over slots, times the hold.
+    """Return when the receiver at ``position`` gets a slot: position over slots, times the hold.
 
-    Each of those who are served becomes a seed with ``per_seed`` slots; they count from the round after, so that a
-    long queue is expected to shrink faster and faster, as it does. 0: they do not.
+    Each receiver that is served becomes a seed with ``per_seed`` slots (0: it does not), which count from the next
+    round. So a long queue is expected to shrink faster and faster, as it does.
     """
     if position <= 0:
         return 0.0
@@ -174,10 +172,10 @@ def _queue_s(position: int, slots: int, hold_s: float, per_seed: float) -> float
 
 
 def judge(times: KeyTimes, outlook: Outlook, waited_s: float, *, default_s: float, max_s: float) -> Verdict:
-    """Whether a receiver that has waited ``waited_s`` seconds is to wait on.
+    """Decide whether a receiver that has waited ``waited_s`` seconds should wait on.
 
     Args:
-        default_s: the bound of a wait for a key of which no load was measured.
+        default_s: the bound of a wait for a key without a measured load.
         max_s: the bound of any wait.
     """
     bound = bound_s(times, default_s, max_s)

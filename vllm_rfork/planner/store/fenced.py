@@ -1,19 +1,20 @@
-"""The fleet's records in Redis, and the lock that says which replica may write them.
+"""The fleet's records in Redis, and the lock that names the replica which may write them.
 
 The lock is one hash: ``token`` (new with every change of the leader), ``owner``, and ``beat``, a number that the
-leader changes while it lives. No key expires and no script asks for the time: a replica finds the leader dead when
-``beat`` has stayed the same for long enough on the replica's own monotonic clock, and every write names the token that
-it belongs to. A write under an older token changes nothing, whoever sent it and however late it arrives.
+leader changes while it lives. No key expires and no script reads a clock. A replica presumes the leader dead when
+``beat`` has not changed for long enough on the replica's own monotonic clock. Every write contains the token it belongs
+to; Redis rejects a write under an older token, whoever sent it and however late it arrives.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import msgspec
 import redis.asyncio
 import redis.exceptions
 
@@ -28,13 +29,19 @@ TIMEOUT_S = 5.0
 BATCH = 1000
 LOCK = "leader"
 
-# KEYS: the lock, then the hashes to change. ARGV: the token; the beat, or nothing for any; then triples of key number,
-# field and value. Without a value the field is removed, without a field the whole hash.
+# KEYS: the lock, then the hashes to change. ARGV: the token; the beat, or nothing for any; key number, length of the
+# field and length of the value of each change, in MessagePack (which has no type for bytes here); and all fields and
+# values in turn. Without a value the field is removed, without a field the whole hash.
 _WRITE = """
 local held = redis.call('HMGET', KEYS[1], 'token', 'beat')
 if (held[1] or '') ~= ARGV[1] or (ARGV[2] ~= '' and (held[2] or '') ~= ARGV[2]) then return 0 end
-for at = 3, #ARGV, 3 do
-  local key, field, value = KEYS[tonumber(ARGV[at])], ARGV[at + 1], ARGV[at + 2]
+local sizes, done = cmsgpack.unpack(ARGV[3]), 0
+local function take(nbytes)
+  done = done + nbytes
+  return string.sub(ARGV[4], done - nbytes + 1, done)
+end
+for at = 1, #sizes, 3 do
+  local key, field, value = KEYS[sizes[at]], take(sizes[at + 1]), take(sizes[at + 2])
   if field == '' then redis.call('DEL', key)
   elseif value == '' then redis.call('HDEL', key, field)
   else redis.call('HSET', key, field, value) end
@@ -42,7 +49,7 @@ end
 return 1
 """
 #: Kind, field and value. The kind names the hash.
-Change = tuple[str, str, str]
+Change = tuple[str, str, bytes]
 
 
 class Fenced(RForkError):
@@ -51,7 +58,7 @@ class Fenced(RForkError):
 
 @dataclass(frozen=True)
 class Lock:
-    """The lock as it was read; all fields are empty where nobody ever held it.
+    """The lock as it was read; all fields are empty if no replica ever held it.
 
     ``now`` is the fleet's clock at the last write, ``state`` the state id, ``born`` when that state began.
     """
@@ -64,10 +71,15 @@ class Lock:
     born: str = ""
 
 
+def lock_changes(**values: str) -> list[Change]:
+    """Return changes that set fields of the lock."""
+    return [(LOCK, name, value.encode("ascii")) for name, value in values.items()]
+
+
 class FencedRecords:
     """Hashes under ``base``: the lock and one for each kind of record.
 
-    Every method raises :class:`StoreUnavailable` if Redis does not answer, or not in time. A write may have happened.
+    Every method raises :class:`StoreUnavailable` if Redis does not answer in time. A write may have happened then.
     """
 
     def __init__(self, client: redis.asyncio.Redis, base: str) -> None:
@@ -81,27 +93,27 @@ class FencedRecords:
         texts = {str(name, "ascii"): str(value, "ascii") for name, value in found.items()}
         return Lock(**{name: texts.get(name, "") for name in (each.name for each in fields(Lock))})
 
-    async def write(self, token: str, changes: Iterable[Change] = (), *, beat: str = "") -> None:
-        """Apply ``changes`` if ``token`` still is the lock's, and its beat ``beat`` where given.
+    async def write(self, token: str, changes: Sequence[Change] = (), *, beat: str = "") -> None:
+        """Apply ``changes`` if ``token`` is the lock's, and ``beat`` its beat if given.
 
         Raises:
             Fenced: it is not; nothing was changed.
         """
-        left = list(changes)
-        while True:
-            # More than one call for a large batch: nothing of it has been answered before the last one is through.
-            now, left = left[:BATCH], left[BATCH:]
-            kinds = list(dict.fromkeys([LOCK, *(kind for kind, _, _ in now)]))
-            arguments: list[bytes | str] = [token, beat]
-            for kind, field, value in now:
-                arguments += [str(kinds.index(kind) + 1), field.encode("utf-8", "surrogatepass"), value]
+        # A large batch takes more than one call: nothing of it is answered before the last one succeeded.
+        for at in range(0, max(len(changes), 1), BATCH):
+            kinds = {LOCK: 1}
+            sizes: list[int] = []
+            texts: list[bytes] = []
+            for kind, name, value in changes[at : at + BATCH]:
+                field = name.encode("utf-8", "surrogatepass")
+                sizes += (kinds.setdefault(kind, len(kinds) + 1), len(field), len(value))
+                texts += (field, value)
+            arguments: list[str | bytes] = [token, beat, msgspec.msgpack.encode(sizes), b"".join(texts)]
             if not await self._ask(self._script(keys=[self._base + kind for kind in kinds], args=arguments)):
                 raise Fenced("another replica leads")
-            if not left:
-                return
 
     async def read(self, kind: str) -> AsyncIterator[list[tuple[str, bytes]]]:
-        """Names and texts of all records of ``kind``, some at a time; a record may come twice."""
+        """Yield names and texts of all records of ``kind``, some at a time; a record may come twice."""
         cursor = 0
         while True:
             cursor, found = await self._ask(self._client.hscan(self._base + kind, cursor, count=BATCH))

@@ -1,7 +1,7 @@
-"""What the dashboard shows, as plain JSON data: the keys that need a person first, and few of everything else.
+"""The data of the dashboard: the keys that need attention first, and the start of every other list.
 
 The cost grows with the number of keys and with ``limit``, never with that of seeds, leases, waiters or past forks: a
-page that many people look at must not slow the planner down. Nothing here decides anything. The form:
+page that many people look at must not slow the planner down. The form:
 
 ``fleet``: the counts of ``Totals`` over all keys, and ``keys``, how many there are. ``keys``: the same by ``key``, the
 most urgent first. ``seeds``, ``leases``, ``waiting``, ``intents``, ``history``: entries as in a snapshot, of one key
@@ -22,8 +22,9 @@ from vllm_rfork.planner.store import snapshot
 from vllm_rfork.planner.store.base import Totals
 
 if TYPE_CHECKING:
-    from vllm_rfork.planner.store.fleet import Seed, Shelf
-    from vllm_rfork.planner.store.ledger import Ledger
+    from vllm_rfork.planner.store.fleet_state import FleetState
+    from vllm_rfork.planner.store.key_state import KeyState
+    from vllm_rfork.planner.store.records import Seed
 
 #: Keys that are counted at once, before others have their turn.
 BATCH = 500
@@ -101,20 +102,20 @@ def _urgency(totals: Totals) -> int:
 
 
 def overview(
-    books: Ledger, history: Sequence[snapshot.PastFork], tally: Tally, *, key: str | None, limit: int
+    fleet: FleetState, history: Sequence[snapshot.PastFork], tally: Tally, *, key: str | None, limit: int
 ) -> dict[str, Any]:
     """See :meth:`vllm_rfork.planner.store.base.Store.overview`."""
-    now = books.now
+    now = fleet.now
     choice = choose(tally, key, limit)
-    shelves = [shelf for name in choice.chosen if (shelf := books.shelves.get(name)) is not None]
-    seeds = (seed for shelf in shelves for seed in itertools.islice(_seeds(shelf), choice.seeds))
-    leases = (lease for shelf in shelves for lease in itertools.islice(shelf.leases.values(), choice.leases))
-    waiting = (pair for shelf in shelves for pair in enumerate(itertools.islice(shelf.line(), choice.waiting), start=1))
-    intents = ((shelf.key, each, print_) for shelf in shelves for each, print_ in shelf.intents.items())
+    shown = [key_state for name in choice.chosen if (key_state := fleet.keys.get(name)) is not None]
+    seeds = (seed for each in shown for seed in itertools.islice(_seeds(each), choice.seeds))
+    leases = (lease for each in shown for lease in itertools.islice(each.leases.values(), choice.leases))
+    waiting = (pair for each in shown for pair in enumerate(itertools.islice(each.waiters(), choice.waiting), start=1))
+    intents = ((each.key, *pair) for each in shown for pair in each.intents.items())
     forks = (snapshot.past_fork(vars(each), now) for each in itertools.islice(reversed(history), LOOK_BACK))
     return {
-        "state": books.state_id,
-        "age_s": round(now - books.born_at, 1),
+        "state": fleet.state_id,
+        "age_s": round(now - fleet.born_at, 1),
         **_counted(tally, choice),
         "seeds": [snapshot.seed_entry(each, now) for each in itertools.islice(seeds, limit)],
         "leases": _oldest_first(snapshot.lease_entry(each, now) for each in itertools.islice(leases, limit)),
@@ -127,13 +128,13 @@ def overview(
     }
 
 
-def _seeds(shelf: Shelf) -> Iterator[Seed]:
-    """Those in trouble first."""
-    for name in itertools.chain(shelf.aside, shelf.absent - shelf.aside, shelf.draining - shelf.aside - shelf.absent):
-        yield shelf.seeds[name]
-    for seed in shelf.seeds.values():
-        if not any(seed.name in each for each in (shelf.aside, shelf.absent, shelf.draining)):
-            yield seed
+def _seeds(key_state: KeyState) -> Iterator[Seed]:
+    """Yield all seeds, those in trouble first. Lazily: there may be many of either kind."""
+    groups = (key_state.quarantined, key_state.absent, key_state.draining, key_state.seeds)
+    for place, names in enumerate(groups):
+        for name in names:
+            if not any(name in earlier for earlier in groups[:place]):
+                yield key_state.seeds[name]
 
 
 def _oldest_first(leases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,105 +1,142 @@
-"""Records that outlive the process: which of them have changed, and their form as text.
-
-A :class:`Book` holds the records of one kind by name. With a :class:`Journal` it notes every record that is added,
-removed or changed, so that a store can write exactly those. Without one it is a dictionary. No clock, no I/O.
-"""
+"""The records of a fleet: seeds, leases, intents and waiting receivers. Data and nothing else."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-import msgspec
-
-#: The kind of a record, and its name among those of its kind.
-Place = tuple[str, str]
-R = TypeVar("R")
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.planner.store.base import Ask, Granted, Missed
+from vllm_rfork.planner.store.journal import Record
 
 
-class Record:
-    """Base of dataclasses that change while they are in a book: the journal notes every change of a field.
+@dataclass(slots=True)
+class Seed(Record):
+    """One announced seed.
 
-    ``VOLATILE`` fields change without a note, because a successor computes them again. A field that a later version
-    adds needs a default, so that the records of an earlier version can be read.
+    Attributes:
+        failed: receivers whose forks from it failed since the last success or quarantine, each with the cause.
+        quarantines: how often it was quarantined since the last fork that succeeded.
+        causes: the failures that led to the last quarantine.
+        quarantined_until: no grants before this time, because forks of several receivers failed.
+        recovering_until: no grants before this time, because leases of an earlier state may still be in use.
+        earlier_state: the state id that the seed last received, if it is not the present one.
+        attends: the seed keeps a presence connection; without one it is absent.
+        presence: number of the presence request that is held for the seed; 0 if there is none.
+        absent: the connection broke, at ``absent_at``: the seed's process is presumed dead.
+        given_up: waiting receivers no longer count on the seed's return.
+        standing: serving, draining, quarantined, absent, as the indexes have it; None: in no index.
+        counted: the grantable and the withheld slots, as the indexes have them.
     """
 
-    __slots__ = ("_noted",)
-    VOLATILE: ClassVar[frozenset[str]] = frozenset()
+    #: What every heartbeat and lease changes. A successor restarts the deadlines and counts the leases itself.
+    VOLATILE: ClassVar[frozenset[str]] = frozenset(
+        {"seen_at", "stale_at", "turn", "leases", "standing", "counted", "presence", "absent", "absent_at", "given_up"}
+    )
 
-    def __setattr__(self, name: str, value: object) -> None:
-        noted: tuple[dict[Place, None], Place] | None = getattr(self, "_noted", None)
-        if noted is not None and name not in self.VOLATILE and getattr(self, name) != value:
-            noted[0][noted[1]] = None
-        object.__setattr__(self, name, value)
+    key: str
+    address: SeedAddress
+    name: str
+    fingerprint: str
+    slots: int
+    labels: Mapping[str, str]
+    epoch: str
+    first_seen: float
+    seen_at: float
+    turn: int
+    nic: str
+    buckets: tuple[str, ...]
+    leases: int = 0
+    draining: bool = False
+    failed: tuple[tuple[str, str], ...] = ()
+    quarantines: int = 0
+    causes: str = ""
+    quarantined_until: float = 0.0
+    recovering_until: float = 0.0
+    stale_at: float = 0.0
+    earlier_state: str = ""
+    attends: bool = False
+    presence: int = 0
+    absent: bool = False
+    absent_at: float = 0.0
+    given_up: bool = False
+    standing: tuple[bool, bool, bool, bool] | None = None
+    counted: tuple[int, int] = (0, 0)
+
+    def is_serving(self, now: float) -> bool:
+        """Return whether the seed will grant sooner or later, so that waiting for it makes sense."""
+        return not self.draining and not self.given_up and now >= self.quarantined_until
+
+    def is_open(self, now: float) -> bool:
+        """Return whether the seed can take one more lease now."""
+        grants = self.recovering_until <= now < self.stale_at and not self.absent
+        return grants and self.is_serving(now) and self.leases < self.slots
 
 
-class Journal:
-    """The books to write, and the places in them that have changed since the last :meth:`take`."""
+@dataclass(slots=True)
+class Lease(Record):
+    """One lease.
 
-    def __init__(self) -> None:
-        self.books: dict[str, Book[Any]] = {}
-        self.changed: dict[Place, None] = {}
-
-    def take(self) -> list[tuple[str, str, str]]:
-        """Kind, name and text of each changed record in the order of change; an empty text: the record is gone."""
-        places = list(self.changed)
-        self.changed.clear()
-        found = ((kind, name, self.books[kind].get(name)) for kind, name in places)
-        return [(kind, name, "" if record is None else encode(record)) for kind, name, record in found]
-
-
-class Book(dict[str, R], Generic[R]):
-    """The records of one ``kind`` by name; each is a dataclass of type ``record_type``.
-
-    ``in_order``: names are numbers, and a successor reads the records in their order. Use ``[]``, ``del`` and ``pop``
-    to change it: the other methods of a dictionary are not noted.
+    Attributes:
+        name: of its seed.
+        key: empty while the seed is unknown.
+        receiver: the address that the receiver's connection came from.
+        unfetched_ticket: the ticket of the waiting receiver that has not fetched the lease yet.
+        fingerprint, epoch: of the seed at the time of the grant; compared if the seed goes stale and returns.
+        host: the receiver's label. Behind a proxy all receivers have one address.
+        ticket: the receiver's own, if it has one.
+        confirmed: the receiver has renewed the lease, or has no ticket. Until then the lease is short.
     """
 
-    def __init__(
-        self, kind: str, record_type: type[R], journal: Journal | None = None, *, in_order: bool = False
-    ) -> None:
-        super().__init__()
-        self.in_order = in_order
-        self.kind = kind
-        self.record_type = record_type
-        self._journal = journal
-        if journal is not None:
-            journal.books[kind] = self
+    #: A successor gives every lease its full TTL, so renewals need not be stored.
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"expires_at", "confirmed"})
 
-    def __setitem__(self, name: str, record: R) -> None:
-        super().__setitem__(name, record)
-        if self._journal is not None:
-            self._journal.changed[self.kind, name] = None
-            if isinstance(record, Record):
-                object.__setattr__(record, "_noted", (self._journal.changed, (self.kind, name)))
+    user_id: str
+    name: str
+    key: str
+    receiver: str
+    granted_at: float
+    expires_at: float
+    unfetched_ticket: str = ""
+    fingerprint: str = ""
+    epoch: str = ""
+    host: str = ""
+    ticket: str = ""
+    confirmed: bool = True
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        if self._journal is not None:
-            self._journal.changed[self.kind, name] = None
-
-    def pop(self, name: str, default: Any = None) -> Any:
-        """Remove and return the record called ``name``; ``default`` where there is none."""
-        record = self.get(name, default)
-        if name in self:
-            del self[name]
-        return record
+    @property
+    def who(self) -> str:
+        """The receiver as logs show it and as failures are counted."""
+        return f"{self.receiver} (host={self.host})" if self.host else self.receiver
 
 
-def encode(record: Any) -> str:
-    """A dataclass as one line of ASCII. Keys of seeds may hold lone surrogates, which only this JSON keeps."""
-    values = {each.name: getattr(record, each.name) for each in dataclasses.fields(record)}
-    return json.dumps(values, default=msgspec.to_builtins, separators=(",", ":"))
+@dataclass(slots=True)
+class Intent(Record):
+    """A pending loader: a worker that loads ``key`` from storage and will be a seed."""
+
+    key: str
+    intent: str
+    fingerprint: str
+    ttl_s: float
+    since: float = 0.0
 
 
-def decode(text: str | bytes, record_type: type[R]) -> R:
-    """The record that :func:`encode` wrote; unknown fields are ignored.
+@dataclass(slots=True)
+class Waiter:
+    """One receiver in a queue.
 
-    Raises:
-        ValueError: ``text`` is not such a record.
+    Attributes:
+        number: grows with every waiter; its order in the queue.
+        result: set once the receiver is settled.
+        attached: a request of the receiver is open. Without one it is not served.
+        bound_s: its longest total wait, as last computed.
     """
-    try:
-        return msgspec.convert(json.loads(text), record_type)
-    except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from error
+
+    ticket: str
+    ask: Ask
+    number: int
+    since: float
+    result: Granted | Missed | None = None
+    attached: bool = True
+    bound_s: float = 0.0

@@ -1,6 +1,6 @@
-"""The store's state as plain JSON data for people: snapshot and history. Nothing here decides anything.
+"""The store's state as plain JSON data for people: snapshot and history.
 
-Lease ids are shown by their first characters only: whoever knows one whole may release the lease.
+Lease ids are shortened: a whole one is the right to release the lease.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_rfork.planner.store.base import Outcome
-from vllm_rfork.planner.store.records import Book, Journal
+from vllm_rfork.planner.store.journal import Book, Journal
 
 if TYPE_CHECKING:
     from vllm_rfork.planner.store.estimates import KeyTimes
-    from vllm_rfork.planner.store.fleet import Lease, Seed, Waiter
-    from vllm_rfork.planner.store.ledger import Ledger
+    from vllm_rfork.planner.store.fleet_state import FleetState
+    from vllm_rfork.planner.store.records import Lease, Seed, Waiter
 
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class PastFork:
-    """One lease that is over. ``result`` is ``ok``, ``failed``, ``released`` (no word) or ``expired``.
+    """One lease that ended. ``result`` is ``ok``, ``failed``, ``released`` (nothing reported) or ``expired``.
 
-    ``duration_s`` is the fork's own time as its receiver reported it. Where it reported none it is the lease's, which
-    may be much longer, and ``of_lease`` is set.
+    ``duration_s`` is the duration of the fork as its receiver reported it. If it reported none it is that of the lease,
+    which may be much longer, and ``of_lease`` is set.
     """
 
     key: str
@@ -44,25 +44,25 @@ class PastFork:
 
     @classmethod
     def of(cls, lease: Lease, now: float, result: str, outcome: Outcome | None) -> PastFork:
-        """The lease that ends ``now``, with what its receiver said."""
-        said = outcome or Outcome(ok=False)
+        """Return the lease that ends ``now``, with what its receiver reported."""
+        report = outcome or Outcome(ok=False)
         return cls(
             key=lease.key,
             seed=lease.name,
             receiver=lease.who,
             result=result,
-            cause=said.cause,
-            nbytes=said.nbytes,
-            duration_s=said.duration_s or round(now - lease.granted_at, 3),
+            cause=report.cause,
+            nbytes=report.nbytes,
+            duration_s=report.duration_s or round(now - lease.granted_at, 3),
             at=now,
-            of_lease=not said.duration_s,
-            side=said.side,
-            lane=said.lane,
+            of_lease=not report.duration_s,
+            side=report.side,
+            lane=report.lane,
         )
 
 
 class History(deque[PastFork]):
-    """The last ``maxlen`` past forks, the youngest last; ``append`` alone changes it."""
+    """The last ``maxlen`` past forks, the youngest last. Use ``append`` only."""
 
     def __init__(self, maxlen: int, journal: Journal | None = None) -> None:
         super().__init__(maxlen=maxlen)
@@ -72,9 +72,9 @@ class History(deque[PastFork]):
 
     def append(self, past: PastFork) -> None:
         """Add ``past``, and forget the oldest if there are too many."""
-        self.put_back(self._number, past)
+        self.restore(self._number, past)
 
-    def put_back(self, number: int, past: PastFork) -> None:
+    def restore(self, number: int, past: PastFork) -> None:
         """Add ``past`` under the number that an earlier leader gave it; numbers must grow."""
         super().append(past)
         self._book[str(number)] = past
@@ -84,53 +84,52 @@ class History(deque[PastFork]):
 
 
 def past_fork(entry: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """``entry`` (the fields of :class:`PastFork`) with its age and rate instead of its time."""
+    """Return ``entry`` (the fields of :class:`PastFork`) with its age and rate instead of its time."""
     rate = entry["nbytes"] / entry["duration_s"] / 1e9 if entry["nbytes"] and entry["duration_s"] else None
     shown = {name: value for name, value in entry.items() if name != "at"}
     return shown | {"ago_s": round(now - entry["at"], 1), "gb_per_s": rate and round(rate, 3)}
 
 
 def lease_id(user_id: str) -> str:
-    """Enough of a lease id to tell two apart, too little to release one."""
+    """Return enough of a lease id to distinguish two, and too little to release one."""
     return user_id.rpartition(".")[2][:_SHOWN] + "…"
 
 
-def snapshot_head(books: Ledger) -> dict[str, Any]:
-    """What a snapshot says about the whole fleet."""
+def snapshot_head(fleet: FleetState) -> dict[str, Any]:
+    """Return the fields of a snapshot about the whole fleet."""
     return {
-        "state": books.state_id,
-        "age_s": round(books.now - books.born_at, 1),
-        "policy": books.rules.policy.name,
+        "state": fleet.state_id,
+        "age_s": round(fleet.now - fleet.born_at, 1),
+        "policy": fleet.rules.policy.name,
     }
 
 
 def times_entry(times: KeyTimes) -> dict[str, Any]:
-    """The measured times of one key, for people."""
+    """Return the measured times of one key, for people."""
     return {name: round(value, 3) for name, value in asdict(times).items()}
 
 
 def snapshot_lists(
-    books: Ledger, history: Sequence[PastFork], *, key: str | None, limit: int
+    fleet: FleetState, history: Sequence[PastFork], *, key: str | None, limit: int
 ) -> Iterator[tuple[str, list[Any], Callable[[Any, float], Any]]]:
-    """Each list of a snapshot: its name, at most ``limit`` records as they are now, and what makes an entry of one."""
-    leases = books.leases
-    shelves = list(books.shelves.values()) if key is None else [each for each in (books.shelves.get(key),) if each]
-    held: Iterable[Lease] = leases.values()
+    """Yield each list of a snapshot: its name, at most ``limit`` records, and the function that makes an entry."""
+    shown = list(fleet.keys.values()) if key is None else [each for each in (fleet.keys.get(key),) if each]
+    leases: Iterable[Lease] = fleet.leases.values()  # of seeds that are unknown as well
     if key is not None:
-        held = (leases[each] for shelf in shelves for name in shelf.seeds for each in books.leases_of.get(name, ()))
+        leases = (lease for key_state in shown for lease in key_state.leases.values())
     found: dict[str, tuple[Iterable[Any], Callable[[Any, float], Any]]] = {
-        "seeds": ((seed for shelf in shelves for seed in shelf.seeds.values()), seed_entry),
-        "leases": (held, lease_entry),
+        "seeds": ((seed for key_state in shown for seed in key_state.seeds.values()), seed_entry),
+        "leases": (leases, lease_entry),
         "waiting": (
-            (pair for shelf in shelves for pair in enumerate(shelf.line(), start=1)),
+            (pair for key_state in shown for pair in enumerate(key_state.waiters(), start=1)),
             lambda pair, now: waiter_entry(pair[0], pair[1], now),
         ),
         "intents": (
-            ((shelf.key, each, print_) for shelf in shelves for each, print_ in shelf.intents.items()),
+            ((key_state.key, each, print_) for key_state in shown for each, print_ in key_state.intents.items()),
             lambda intent, _: dict(zip(("key", "intent", "fingerprint"), intent, strict=True)),
         ),
         "times": (
-            (pair for pair in books.times.items() if key is None or pair[0] == key),
+            (pair for pair in fleet.times.items() if key is None or pair[0] == key),
             lambda pair, _: {"key": pair[0], **times_entry(pair[1])},
         ),
         "history": (
@@ -138,13 +137,13 @@ def snapshot_lists(
             lambda past, now: past_fork(vars(past), now),
         ),
     }
-    yield "keys", shelves[:limit], lambda shelf, now: (shelf.key, asdict(shelf.totals(now)))
+    yield "keys", shown[:limit], lambda key_state, now: (key_state.key, asdict(key_state.totals(now)))
     for name, (records, entry) in found.items():
         yield name, list(itertools.islice(records, limit)), entry
 
 
 def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
-    """One seed, for people."""
+    """Return one seed, for people."""
     return {
         "key": seed.key,
         "seed": seed.name,
@@ -159,8 +158,8 @@ def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
         "draining": seed.draining,
         "failures": len(seed.failed),
         "causes": seed.causes,
-        "aside_s": max(0.0, round(seed.aside_until - now, 1)),
-        "held_s": max(0.0, round(seed.held_until - now, 1)),
+        "aside_s": max(0.0, round(seed.quarantined_until - now, 1)),
+        "held_s": max(0.0, round(seed.recovering_until - now, 1)),
         "present": bool(seed.presence),
         "absent": seed.absent,
         "seen_s_ago": round(now - seed.seen_at, 1),
@@ -169,7 +168,7 @@ def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
 
 
 def lease_entry(lease: Lease, now: float) -> dict[str, Any]:
-    """One lease, for people."""
+    """Return one lease, for people."""
     return {
         "lease": lease_id(lease.user_id),
         "key": lease.key,
@@ -181,7 +180,7 @@ def lease_entry(lease: Lease, now: float) -> dict[str, Any]:
 
 
 def waiter_entry(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
-    """One waiting receiver and its place in its key's line, for people."""
+    """Return one waiting receiver and its place in its key's queue, for people."""
     return {
         "key": waiter.ask.key,
         "place": place,

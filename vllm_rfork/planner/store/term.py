@@ -1,8 +1,8 @@
-"""One term of a leading replica: the fleet in memory, and its changes on their way to Redis.
+"""One term of a leading replica: the fleet in memory, and the writes of its changes to Redis.
 
-Decisions are taken in memory at once, and answered when Redis has what they changed. Decisions that come up while a
-write is under way share the next one, so that the cost of a round trip is shared under load. A write that fails ends
-the term: what Redis has is the truth, and this process must read it again before it decides anything.
+A decision is made in memory at once, and answered when Redis has what it changed. Decisions that are made during a
+write share the next one, so that they share the cost of a round trip. A write that fails ends the term: Redis then has
+the valid state, and this process must read it again before it decides anything.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from functools import partial
 from typing import TypeVar
 
 from vllm_rfork.planner.store.base import Event, Store, StoreError, StoreUnavailable
-from vllm_rfork.planner.store.fenced import LOCK, Change, Fenced, FencedRecords
+from vllm_rfork.planner.store.fenced import Change, Fenced, FencedRecords, lock_changes
+from vllm_rfork.planner.store.journal import Journal
 from vllm_rfork.planner.store.memory import MemoryStore
-from vllm_rfork.planner.store.records import Journal
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Calls that may wait for a write at once.
+#: Maximum number of calls that wait for a write.
 MAX_CALLS = 50_000
 
 
@@ -28,7 +28,7 @@ class Term:
     """The time in which this process leads under ``token``.
 
     Args:
-        memory: the fleet, with ``journal`` noting what changes in it.
+        memory: the fleet; ``journal`` notes what changes in it.
         clock: the fleet's, written with each change.
         listener: its ``observe`` and ``notify`` are called with what happened, once that is written.
         ended: called once with the reason when the term has ended by itself.
@@ -61,7 +61,7 @@ class Term:
         memory.notify = self._notify
 
     async def decide(self, decision: Awaitable[T]) -> T:
-        """Take ``decision`` and return its answer once it is written. Raises what it raises, or StoreUnavailable."""
+        """Make ``decision`` and return its result once it is written. Raises what it raises, or StoreUnavailable."""
         declined: StoreError | None = None
         try:
             result = await decision
@@ -73,7 +73,7 @@ class Term:
         return result
 
     async def written(self) -> None:
-        """Return when Redis has everything that was decided so far, and this process led all the while.
+        """Return when Redis has everything that was decided so far, while this process led.
 
         Raises:
             StoreUnavailable: the term is over.
@@ -90,16 +90,16 @@ class Term:
         await call
 
     async def beat(self) -> None:
-        """Show the other replicas that this one lives. Raises StoreUnavailable: the term is over."""
+        """Give the other replicas a sign of life. Raises StoreUnavailable if the term is over."""
         self._beats += 1
         await self.written()
 
     async def end(self, *, release: bool) -> None:
-        """Finish what is under way; with ``release`` another replica may take over at once."""
+        """Finish the writes; with ``release`` another replica may take over at once."""
         try:
             if release and self._over is None:
                 await self.written()
-                await self._records.write(self.token, [(LOCK, "owner", "")])
+                await self._records.write(self.token, lock_changes(owner=""))
         except (Fenced, StoreUnavailable) as error:
             logger.debug("The lock was not released: %s", error)
         self.fail(StoreUnavailable("the planner is being stopped"))
@@ -131,13 +131,13 @@ class Term:
             _resolve(calls, None)
 
     def _changes(self) -> list[Change]:
-        """What to write; nothing where nobody needs more than the proof that this process still leads."""
+        """Return what to write: nothing if the proof that this process still leads is all that is needed."""
         changes = self._journal.take()
         if changes or self._beats > self._written_beats:
-            # Changes show as well that this process lives.
+            # Changes are a sign of life, too.
             self._beats += 1
             self._written_beats = self._beats
-            changes += [(LOCK, "beat", str(self._beats)), (LOCK, "now", repr(self._clock()))]
+            changes += lock_changes(beat=str(self._beats), now=repr(self._clock()))
         return changes
 
     def _lose(self, calls: list[asyncio.Future[None]], reason: StoreUnavailable) -> None:
