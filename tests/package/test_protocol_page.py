@@ -19,7 +19,7 @@ from vllm_rfork.engines.registry import ENGINES
 from vllm_rfork.manifest.schema import MAX_MANIFEST_NBYTES, Manifest, TensorEntry, decode_manifest
 from vllm_rfork.model import digest
 from vllm_rfork.net.server import Bounds
-from vllm_rfork.planner.http import api
+from vllm_rfork.planner.http import request_headers
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -51,8 +51,8 @@ def test_bounds_are_the_codes() -> None:
     assert f"at most {messages.MAX_HEADER_LENGTH} characters long" in PAGE.replace("is at most", "at most")
     assert f"at most {messages.MAX_KEY_LENGTH}" in PAGE
     assert f"at most {MAX_MANIFEST_NBYTES >> 20} MiB" in PAGE
-    assert f"At most {api.MAX_EXCLUDED}" in PAGE
-    assert f"at most {api.MAX_ID_LENGTH} characters" in PAGE
+    assert f"At most {request_headers.MAX_EXCLUDED}" in PAGE
+    assert f"at most {request_headers.MAX_ID_LENGTH} characters" in PAGE
     assert Bounds().max_line_nbytes > 3 * messages.MAX_KEY_LENGTH
 
 

@@ -54,7 +54,7 @@ class Client:
 
     async def waiting(self, count: int) -> None:
         """Return once ``count`` receivers stand in line."""
-        await eventually(lambda: len(self.planner.room) == count)
+        await eventually(lambda: len(self.planner.queue) == count)
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
@@ -456,7 +456,7 @@ async def test_a_ticket_that_is_to_load_is_told_why_it_does_not_wait() -> None:
     async with planner() as client:
         status, answer, text = await client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
         assert (status, answer["RFORK-INTENT"], "RFORK-WAITING" in answer) == (404, "granted", False)
-        assert text == "no seed that suits is serving, and nobody loads the weights\n"
+        assert text == "no suitable seed is serving, and nobody loads the weights\n"
 
 
 async def test_a_ticket_whose_connection_breaks_keeps_its_place() -> None:
@@ -501,7 +501,7 @@ async def test_a_planner_that_stops_sends_tickets_away_for_a_moment() -> None:
         await client.status("GET", "/get_seed", SEED_KEY="k", **ticket("a"))
         waiting = asyncio.create_task(client.call("GET", "/get_seed", SEED_KEY="k", **ticket("a")))
         await client.waiting(1)
-        await client.planner.room.close(5)
+        await client.planner.queue.close(5)
         status, answer, _ = await asyncio.wait_for(waiting, 20)
         assert (status, answer["Retry-After"]) == (503, "1")
 

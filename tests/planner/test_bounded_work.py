@@ -12,8 +12,8 @@ import pytest
 
 from tests.planner.conftest import Clock, Fleet, seed
 from vllm_rfork.planner.app import PlannerProcess
-from vllm_rfork.planner.http.api import MAX_SNAPSHOTS
 from vllm_rfork.planner.http.auth import Tokens
+from vllm_rfork.planner.http.operating_calls import MAX_SNAPSHOTS
 from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.settings import Settings
@@ -178,10 +178,10 @@ async def test_a_large_snapshot_is_answered_in_chunks_and_only_a_few_at_once() -
             assert len((await answer.json())["seeds"]) == 3 * SLICE
         async with session.head(url) as answer:
             assert (answer.status, await answer.read()) == (200, b"")
-        planner.api._snapshots = MAX_SNAPSHOTS
+        planner.api.operating.snapshots = MAX_SNAPSHOTS
         async with session.get(url) as answer:
             assert (answer.status, answer.headers["Retry-After"]) == (429, "5")
-        planner.api._snapshots = 0
+        planner.api.operating.snapshots = 0
         answers = await asyncio.gather(*(session.get(url) for _ in range(MAX_SNAPSHOTS)))
         assert all([len(await each.read()) > 1000 for each in answers])
-        assert planner.api._snapshots == 0
+        assert planner.api.operating.snapshots == 0

@@ -17,7 +17,7 @@ import pytest
 from tests.planner.test_api import SECRET, SEED, bearer, planner
 from vllm_rfork import messages
 from vllm_rfork.planner.http import dashboard
-from vllm_rfork.planner.http.dashboard import Board, TooMany
+from vllm_rfork.planner.http.dashboard import OverviewCache, RateLimited
 from vllm_rfork.planner.store.base import StoreUnavailable
 
 # --- the calls -------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ async def test_what_receivers_report_is_shown() -> None:
         assert [each["cause"] for each in shown["causes"]] == ["VerificationError"]
 
 
-# --- the board -------------------------------------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 class Kitchen:
@@ -151,7 +151,7 @@ class Kitchen:
         self.failing = False
         self.gate = asyncio.Event()
         self.gate.set()
-        self.board = Board(self.make, lambda: self.now, self.sleep)
+        self.overviews = OverviewCache(self.make, lambda: self.now, self.sleep)
 
     async def make(self, key: str | None) -> bytes:
         await self.gate.wait()
@@ -165,7 +165,7 @@ class Kitchen:
         self.now += seconds
 
     async def ask(self, key: str | None = None) -> str:
-        return gzip.decompress(await self.board.answer(key)).decode()
+        return gzip.decompress(await self.overviews.get(key)).decode()
 
 
 async def test_all_who_look_share_one_overview_a_second() -> None:
@@ -184,13 +184,13 @@ async def test_overviews_take_a_small_part_of_the_time_whatever_one_costs() -> N
         await kitchen.ask(key)
     starts = [at for at, _ in kitchen.made]
     assert [later - earlier for earlier, later in itertools.pairwise(starts)] == pytest.approx(
-        [0.3 * (1 + dashboard.REST)] * 4
+        [0.3 * (1 + dashboard.COOLDOWN_FACTOR)] * 4
     )
     kitchen.cost_s = 60.0
     await kitchen.ask("d")
     resting_from = kitchen.now
     await kitchen.ask("e")
-    assert kitchen.made[-1][0] - resting_from == dashboard.MAX_REST_S
+    assert kitchen.made[-1][0] - resting_from == dashboard.MAX_COOLDOWN_S
 
 
 async def test_who_goes_away_takes_it_from_nobody() -> None:
@@ -220,17 +220,17 @@ async def test_views_and_answers_are_bounded() -> None:
     kitchen.gate.clear()
     tasks = [asyncio.create_task(kitchen.ask(f"k{number}")) for number in range(dashboard.MAX_VIEWS)]
     await asyncio.sleep(0)
-    with pytest.raises(TooMany, match="keys"):
+    with pytest.raises(RateLimited, match="keys"):
         await kitchen.ask("one more")
     kitchen.gate.set()
     await asyncio.gather(*tasks)
     kitchen.now += 10
     for number in range(20):
         await kitchen.ask(f"other{number}")
-    assert len(kitchen.board._answers) == dashboard.MAX_VIEWS
+    assert len(kitchen.overviews._answers) == dashboard.MAX_VIEWS
     kitchen.now += 1
     crowd = await asyncio.gather(*(kitchen.ask("other19") for _ in range(50)), return_exceptions=True)
-    assert next(str(each) for each in crowd if isinstance(each, TooMany)) == "too many people look at the dashboard"
+    assert next(str(each) for each in crowd if isinstance(each, RateLimited)).startswith("too many callers")
     assert sum(isinstance(each, str) for each in crowd) == dashboard.ANSWERS_PER_S
     kitchen.now += 0.5
     await kitchen.ask("other19")

@@ -22,7 +22,8 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.test_api import Client, planner
 from vllm_rfork import __version__, messages
-from vllm_rfork.planner.http import api
+from vllm_rfork.planner.http import api, request_headers
+from vllm_rfork.planner.http.protocol_calls import ProtocolCalls
 
 DESCRIPTION: dict[str, Any] = json.loads(
     resources.files("vllm_rfork.planner.http").joinpath("openapi.json").read_text(encoding="utf-8")
@@ -80,14 +81,13 @@ def header_names() -> dict[str, str]:
 def headers_in(function: Any) -> set[str]:
     """The headers that a call of the API reads or writes, by the names that its source uses."""
     known = header_names()
+    seed = {"SEED_IP", "SEED_PORT", "SEED_RANK"}
     through = {
-        "_seed_address": {"SEED_IP", "SEED_PORT", "SEED_RANK"},
-        "_key": {"SEED_KEY"},
-        "_announcement": {
+        "seed_address": seed,
+        "seed_key": {"SEED_KEY"},
+        "announcement": {
             "SEED_KEY",
-            "SEED_IP",
-            "SEED_PORT",
-            "SEED_RANK",
+            *seed,
             "SEED_REFCNT",
             "FINGERPRINT",
             "SLOTS",
@@ -96,11 +96,12 @@ def headers_in(function: Any) -> set[str]:
             "INTENT",
             "STATE",
         },
-        "_wait_s": {"WAIT_SEC"},
-        "_user_id": {"USER_ID"},
-        "_excluded": {"EXCLUDE"},
-        "_outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE", "SIDE", "LANE"},
-        "Lease": {"SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID"},
+        "ask": {"SEED_KEY", "FINGERPRINT", "TICKET", "WAIT_SEC", "EXCLUDE", "LABELS", "INTENT"},
+        "user_id": {"USER_ID"},
+        "outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE", "SIDE", "LANE"},
+        "intent_ttl_s": {"INTENT_TTL_SEC"},
+        "_lease_headers": {*seed, "USER_ID", "LEASE_TTL_SEC"},
+        "_sent_to_storage": {"INTENT", "INTENT_TTL_SEC", "MISS", "OTHER_FINGERPRINTS"},
     }
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     used: set[str] = set()
@@ -126,7 +127,13 @@ async def test_every_header_that_a_call_uses_is_described_and_no_other() -> None
 
 def test_reading_the_source_finds_headers() -> None:
     """The test above would pass over a description without headers if this found none."""
-    assert headers_in(api.Api.renew_seed_lease) == {"SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID", "LEASE_TTL_SEC"}
+    assert headers_in(ProtocolCalls.renew_seed_lease) == {
+        "SEED_IP",
+        "SEED_PORT",
+        "SEED_RANK",
+        "USER_ID",
+        "LEASE_TTL_SEC",
+    }
 
 
 def test_calls_that_need_no_token_say_so() -> None:
@@ -208,8 +215,8 @@ def test_bounds_and_words_are_the_codes() -> None:
     schemas = DESCRIPTION["components"]["schemas"]
     assert schemas["SEED_KEY"]["maxLength"] == messages.MAX_KEY_LENGTH
     assert schemas["RFORK-EXCLUDE"]["maxLength"] == messages.MAX_HEADER_LENGTH
-    assert schemas["RFORK-INTENT"]["maxLength"] == api.MAX_ID_LENGTH
-    assert schemas["RFORK-LANE"]["maxLength"] == api.MAX_LANE_LENGTH
+    assert schemas["RFORK-INTENT"]["maxLength"] == request_headers.MAX_ID_LENGTH
+    assert schemas["RFORK-LANE"]["maxLength"] == request_headers.MAX_LANE_LENGTH
     assert schemas["RFORK-MISS"]["enum"] == list(messages.MISSES)
     assert schemas["RFORK-SIDE"]["enum"] == list(messages.SIDES)
     assert schemas["RFORK-RESULT"]["enum"] == [messages.RESULT_OK, messages.RESULT_FAILED]

@@ -31,7 +31,7 @@ from vllm_rfork.planner.store.base import (
 )
 from vllm_rfork.planner.store.fenced import Change, FencedRecords
 from vllm_rfork.planner.store.redis import RedisStore
-from vllm_rfork.planner.waiting_room import WaitingRoom
+from vllm_rfork.planner.wait_queue import WaitQueue
 
 _numbers = itertools.count()
 Replica = Callable[..., Awaitable[Fleet]]
@@ -163,7 +163,7 @@ async def test_what_a_deposed_leader_decides_is_rejected_and_forgotten(replica: 
     await old.announce(1)
     await old.announce(2)
     lease = await old.lease()
-    waiting = asyncio.create_task(WaitingRoom(old.store).acquire(Ask(key="none", receiver="r", wait_s=3600)))
+    waiting = asyncio.create_task(WaitQueue(old.store).acquire(Ask(key="none", receiver="r", wait_s=3600)))
     while not (await old.store.totals()).get("none"):
         await asyncio.sleep(0.01)
     new = await successor_of(old, replica)

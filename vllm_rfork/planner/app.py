@@ -1,4 +1,4 @@
-"""One planner process: store, waiting room, API, server and sweeper, from start to drained stop.
+"""One planner process: store, queue, calls, server and sweeper, from start to drained stop.
 
 :class:`PlannerProcess` is the piece to embed (tests and the demo do); :func:`run` is what the command runs.
 """
@@ -29,7 +29,7 @@ from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Event, Store, StoreError
 from vllm_rfork.planner.store.lease_ids import LeaseIds
-from vllm_rfork.planner.waiting_room import WaitingRoom
+from vllm_rfork.planner.wait_queue import WaitQueue
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,11 @@ class PlannerProcess:
         self.settings = settings
         self.store = make_store(settings) if store is None else store
         self.metrics = Metrics(settings.max_metric_keys)
-        self.room = WaitingRoom(self.store)
+        self.queue = WaitQueue(self.store)
         self.tokens = tokens_from(settings.token_file) if tokens is None else tokens
         self.presence = Presence(self.store, settings.max_connections)
         self.api = Api(
-            settings, self.store, room=self.room, presence=self.presence, metrics=self.metrics, tokens=self.tokens
+            settings, self.store, queue=self.queue, presence=self.presence, metrics=self.metrics, tokens=self.tokens
         )
         self._tls = (
             ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
@@ -191,9 +191,9 @@ class PlannerProcess:
         """Stop taking connections, send away those who wait, let requests under way finish."""
         self.api.ready = False
         listener.close()
-        logger.info("Planner drains: %s here", counted(len(self.room), "waiting receiver"))
+        logger.info("Planner drains: %s here", counted(len(self.queue), "waiting receiver"))
         self.presence.close()
-        await self.room.close(self.settings.drain_sec)
+        await self.queue.close(self.settings.drain_sec)
         web_server.pre_shutdown()  # idle connections close now, busy ones after their answer
         await web_server.shutdown(self.settings.drain_sec)
         await connections.close()

@@ -1,8 +1,8 @@
-"""The dashboard: one page of the planner's own, and the data that it shows, bounded in what both may cost.
+"""The dashboard: its page, and a cache of the data that the page shows.
 
-The page is public and says nothing about the fleet; the data is the store's overview, for callers with the token.
-However many people look, an overview is made once for all who ask for the same, never more often than once a second,
-and never for more than a small part of the planner's time. Must not decide anything, nor keep more than last answers.
+The page is public and contains nothing about the fleet; the data is the store's overview, for callers with the token.
+All callers that ask for the same share one overview. It is made at most once a second, and takes only a small part of
+the planner's time, however many people look.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from importlib import resources
 
 #: Entries of each list on the page.
 LIMIT = 100
-#: A page asks again after so many seconds.
+#: The page asks again after this many seconds.
 EVERY_S = 1.0
-#: An answer is given again for so long.
+#: An overview is reused for this many seconds.
 FRESH_S = 1.0
-#: After an overview that took a second, none is made for this many.
-REST = 20.0
-#: The longest rest, in seconds, however long an overview took.
-MAX_REST_S = 10.0
-#: Answers a second, over all who look; more are told to come back later.
+#: The pause after an overview, as a multiple of the time that it took.
+COOLDOWN_FACTOR = 20.0
+#: The longest such pause, in seconds.
+MAX_COOLDOWN_S = 10.0
+#: Answers a second to all callers together; more are refused.
 ANSWERS_PER_S = 40.0
-#: Different selections of a key that are remembered.
+#: Selections of a key that are cached.
 MAX_VIEWS = 16
 
 _FOLDER = "page"
 
 
-class TooMany(Exception):
-    """More people look than are answered in time; ``str()`` says so. HTTP 429."""
+class RateLimited(Exception):
+    """Too many callers ask. HTTP 429."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Page:
 def load_page() -> Page:
     """The page from the package's own files, with its style and script in it.
 
-    The policy lets the page load nothing, run and style itself by exactly these two texts, and speak to its own planner
-    alone. ``require-trusted-types-for`` makes the browser refuse data that is about to be parsed as HTML.
+    The policy lets the page load nothing, use exactly this style and script, and connect to its own planner only.
+    ``require-trusted-types-for`` makes the browser refuse data that is about to be parsed as HTML.
     """
     folder = resources.files(__package__).joinpath(_FOLDER)
     html, style, script = (
@@ -89,13 +89,13 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-class Board:
-    """Answers all who look, each ``key`` (or all keys: None) by one overview that they share.
+class OverviewCache:
+    """One overview of each ``key`` (None: all keys), shared by all who ask for it.
 
     Args:
         make: one overview, encoded.
         clock: seconds that never go backwards.
-        sleep: waits for so many of them.
+        sleep: waits for a number of seconds.
     """
 
     def __init__(
@@ -110,16 +110,16 @@ class Board:
         self._answers: OrderedDict[str | None, tuple[float, bytes]] = OrderedDict()
         self._making: dict[str | None, asyncio.Task[bytes]] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._rests_until = 0.0
+        self._pause_until = 0.0
         self._allowance = ANSWERS_PER_S
         self._counted_at = clock()
 
-    async def answer(self, key: str | None) -> bytes:
-        """The overview, compressed; not older than the time it takes to make one and to rest after it.
+    async def get(self, key: str | None) -> bytes:
+        """Return the overview, compressed; not older than it takes to make one and to pause after it.
 
         Raises:
-            TooMany: too many look, or at too many different keys.
-            StoreUnavailable: the store does not answer.
+            RateLimited: too many callers ask, or for too many different keys.
+            StoreUnavailable: the store is unavailable.
         """
         self._count()
         known = self._answers.get(key)
@@ -128,26 +128,26 @@ class Board:
         task = self._making.get(key)
         if task is None:
             if len(self._making) >= MAX_VIEWS:
-                raise TooMany("too many different keys are looked at")
+                raise RateLimited("too many different keys are asked for")
             task = self._making[key] = asyncio.get_running_loop().create_task(self._make_one(key))
             task.add_done_callback(lambda done: self._made(key, done))
-        # One that looks and goes away must not take it from the others.
+        # A caller that hangs up must not cancel it for the others.
         return await asyncio.shield(task)
 
     def _made(self, key: str | None, done: asyncio.Task[bytes]) -> None:
         del self._making[key]
         if not done.cancelled():
-            done.exception()  # looked at, also where everybody who waited has gone away
+            done.exception()  # fetched, even if everybody who waited has hung up
 
     async def _make_one(self, key: str | None) -> bytes:
         async with self._one_at_a_time:
-            await self._sleep(max(0.0, min(self._rests_until - self._clock(), MAX_REST_S)))
+            await self._sleep(max(0.0, min(self._pause_until - self._clock(), MAX_COOLDOWN_S)))
             started_at = self._clock()
             try:
                 body = gzip.compress(await self._make(key), 3)
             finally:
                 ended_at = self._clock()
-                self._rests_until = ended_at + REST * (ended_at - started_at)
+                self._pause_until = ended_at + COOLDOWN_FACTOR * (ended_at - started_at)
         self._answers[key] = (ended_at, body)
         self._answers.move_to_end(key)
         while len(self._answers) > MAX_VIEWS:
@@ -159,5 +159,5 @@ class Board:
         self._allowance = min(ANSWERS_PER_S, self._allowance + (now - self._counted_at) * ANSWERS_PER_S)
         self._counted_at = now
         if self._allowance < 1:
-            raise TooMany("too many people look at the dashboard")
+            raise RateLimited("too many callers ask for the dashboard")
         self._allowance -= 1

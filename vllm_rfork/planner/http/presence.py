@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import web
 
 from vllm_rfork.planner.store.base import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
-from vllm_rfork.planner.waiting_room import Closing
+from vllm_rfork.planner.wait_queue import Closing
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""Receivers that wait for a seed in this process: futures that the store's notifications resolve.
+"""Receivers that wait for a seed in this process: open requests that the store's notifications answer.
 
-The order of the line is the store's; this room only holds the requests open, bounded by each one's wait, and
-makes sure that a receiver that goes away leaves neither a place in the line nor a lease behind.
+The order of the queue is the store's. This module holds the requests open, bounded by each one's wait, and makes sure
+that a receiver that hangs up leaves neither a place in the queue nor a lease behind.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Closing(Exception):
     """The planner is being stopped: the receiver should ask again, or load from storage."""
 
 
-class _Bell:
-    """Rings once per notification, also before anybody listens. Lighter than an event: ten thousand may wait."""
+class _Wakeup:
+    """Wakes one request up, also before it waits. Lighter than an event: ten thousand may wait."""
 
-    __slots__ = ("_future", "_rung")
+    __slots__ = ("_future", "_is_set")
 
     def __init__(self) -> None:
-        self._rung = False
+        self._is_set = False
         self._future: asyncio.Future[None] | None = None
 
-    def ring(self) -> None:
-        self._rung = True
+    def set(self) -> None:
+        self._is_set = True
         self._wake()
 
-    async def rings_before(self, deadline: float) -> bool:
-        """Whether it has rung since the last call, or does before ``deadline`` on the loop's clock."""
-        if not self._rung:
+    async def before(self, deadline: float) -> bool:
+        """Return whether it was set since the last call, or is before ``deadline`` on the loop's clock."""
+        if not self._is_set:
             loop = asyncio.get_running_loop()
             self._future = loop.create_future()
             timer = loop.call_at(deadline, self._wake)
@@ -56,36 +56,36 @@ class _Bell:
             finally:
                 timer.cancel()
                 self._future = None
-        rung, self._rung = self._rung, False
-        return rung
+        was_set, self._is_set = self._is_set, False
+        return was_set
 
     def _wake(self) -> None:
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
 
-class WaitingRoom:
-    """Those who wait at this planner process."""
+class WaitQueue:
+    """The receivers that wait at this planner process."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._bells: dict[str, _Bell] = {}
+        self._wakeups: dict[str, _Wakeup] = {}
         self._cleanups: set[asyncio.Task[None]] = set()
         self._closing = False
-        store.notify = self._ring
-        store.notify_all = self._ring_all
+        store.notify = self._wake
+        store.notify_all = self._wake_all
 
     def __len__(self) -> int:
-        return len(self._bells)
+        return len(self._wakeups)
 
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
-        """Ask the store, and wait in line where it says so.
+        """Ask the store, and wait if it answers so.
 
-        A receiver that keeps its ticket waits here for :data:`messages.SLICE_S` at most, and not at all at first; where
-        it has to ask again, the result is :class:`Queued`.
+        A receiver that keeps its ticket waits here for at most :data:`messages.SLICE_S`, and not at all at first. If it
+        has to ask again, the result is :class:`Queued`.
 
         Raises:
-            Closing: :meth:`close` was called while this receiver waited.
+            Closing: :meth:`close` was called, and this receiver would have to wait.
             StoreUnavailable: the store could not decide.
         """
         if ask.keeps:
@@ -95,6 +95,8 @@ class WaitingRoom:
             if isinstance(result, Queued):
                 raise AssertionError("the store queued a receiver that does not wait")
             return result
+        if self._closing:
+            raise Closing
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ask.wait_s
         while True:
@@ -104,15 +106,15 @@ class WaitingRoom:
             )
             if settled is not None:
                 return settled
-            # The lease that this place in the line was given is gone again (its seed died): line up anew.
+            # The lease that this place in the queue got is gone again (its seed died): start over.
 
     async def _acquire_once(self, ask: Ask, deadline: float) -> Granted | Missed | None:
-        bell = self._bells[ask.ticket] = _Bell()
+        wakeup = self._wakeups[ask.ticket] = _Wakeup()
         finished = False
         try:
             result: Granted | Missed | Queued | None = await self._store.acquire(ask)
             while isinstance(result, Queued):
-                leave = self._closing or not await bell.rings_before(deadline) or self._closing
+                leave = self._closing or not await wakeup.before(deadline) or self._closing
                 closing = self._closing
                 result = await self._store.settle(ask.ticket, leave=leave, loads=not closing)
                 if leave and closing and not isinstance(result, Granted):
@@ -120,27 +122,27 @@ class WaitingRoom:
             finished = True
             return result
         except StoreUnavailable:
-            finished = True  # another replica leads now, and has no line
+            finished = True  # another replica leads now, and has no queue
             raise
         finally:
-            del self._bells[ask.ticket]
+            del self._wakeups[ask.ticket]
             if not finished and not self._closing:
-                # Cancelled (the receiver hung up): nobody must stay behind in the line.
+                # Cancelled (the receiver hung up): nobody must stay behind in the queue.
                 self._in_background(self._abandon(ask.ticket))
 
     async def _slice(self, ask: Ask) -> Granted | Missed | Queued:
         loop = asyncio.get_running_loop()
-        bell = _Bell()
-        self._bells[ask.ticket] = bell  # of two questions with one ticket, the later one is the receiver's
+        wakeup = _Wakeup()
+        self._wakeups[ask.ticket] = wakeup  # of two requests with one ticket, the later one counts
         finished = False
         try:
             result: Granted | Missed | Queued | None = await self._store.acquire(ask)
             if isinstance(result, Queued) and not result.parked:
                 place, deadline = result, loop.time() + min(messages.SLICE_S, result.left_s)
                 while isinstance(result, Queued) and not result.parked and not self._closing:
-                    if await bell.rings_before(deadline):
+                    if await wakeup.before(deadline):
                         result = await self._store.settle(ask.ticket, leave=False)
-                    elif self._bells.get(ask.ticket) is bell:
+                    elif self._wakeups.get(ask.ticket) is wakeup:
                         result = await self._store.park(ask.ticket)
                     else:
                         result = place  # superseded: nobody reads this answer
@@ -149,26 +151,26 @@ class WaitingRoom:
                 raise Closing
             finished = True
             if result is None:
-                # The place in the line was given a lease that is gone again (its seed died).
+                # The lease that this place in the queue got is gone again (its seed died).
                 return await self._store.acquire(ask)
             return result
         except StoreUnavailable:
-            finished = True  # another replica leads now, and has no line
+            finished = True  # another replica leads now, and has no queue
             raise
         finally:
-            if self._bells.get(ask.ticket) is bell:
-                del self._bells[ask.ticket]
+            if self._wakeups.get(ask.ticket) is wakeup:
+                del self._wakeups[ask.ticket]
                 if not finished and not self._closing:
                     self._in_background(self._parked(ask.ticket))
 
     async def _parked(self, ticket: str) -> None:
-        """The receiver has hung up: it keeps its place for a moment, in case only the connection broke."""
-        if ticket in self._bells:
+        """Keep the place of a receiver that hung up for a moment, in case only the connection broke."""
+        if ticket in self._wakeups:
             return  # it is back already
         try:
             await self._store.park(ticket, hung_up=True)
         except StoreError as error:
-            logger.warning("A receiver that went away stays in line until its wait is over: %s", error)
+            logger.warning("A receiver that hung up stays in the queue until its wait is over: %s", error)
 
     async def _abandon(self, ticket: str) -> None:
         try:
@@ -176,27 +178,27 @@ class WaitingRoom:
             if isinstance(result, Granted):
                 await self._store.release(result.seed, result.user_id, None)
         except UnknownLease:
-            logger.debug("The lease of a receiver that went away was gone already")
+            logger.debug("The lease of a receiver that hung up was gone already")
         except StoreError as error:
-            logger.warning("A receiver that went away stays in line until its wait is over: %s", error)
+            logger.warning("A receiver that hung up stays in the queue until its wait is over: %s", error)
 
     async def close(self, timeout_s: float) -> None:
-        """Send everybody away and take nobody in; returns once they are gone, after ``timeout_s`` at most."""
+        """Send everybody away and accept nobody; returns once they are gone, after at most ``timeout_s``."""
         self._closing = True
-        self._ring_all()
+        self._wake_all()
         deadline = asyncio.get_running_loop().time() + timeout_s
         # A stop happens once; polling is simpler than an event that two collections would have to keep.
-        while (self._bells or self._cleanups) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        while (self._wakeups or self._cleanups) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
-    def _ring(self, ticket: str) -> None:
-        bell = self._bells.get(ticket)
-        if bell is not None:
-            bell.ring()
+    def _wake(self, ticket: str) -> None:
+        wakeup = self._wakeups.get(ticket)
+        if wakeup is not None:
+            wakeup.set()
 
-    def _ring_all(self) -> None:
-        for bell in self._bells.values():
-            bell.ring()
+    def _wake_all(self) -> None:
+        for wakeup in self._wakeups.values():
+            wakeup.set()
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
