@@ -68,10 +68,13 @@ class PlannerUnderTest:
             self.process.stderr.close()
 
 
-async def call(session: aiohttp.ClientSession, method: str, url: str, **headers: str) -> tuple[int, dict[str, str]]:
+async def call(
+    session: aiohttp.ClientSession, method: str, url: str, /, timeout_s: float = 60.0, **headers: str
+) -> tuple[int, dict[str, str]]:
     """Status and headers of one call; status 0 where nobody answers."""
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
-        async with session.request(method, url, headers=headers) as answer:
+        async with session.request(method, url, headers=headers, timeout=timeout) as answer:
             await answer.read()
             return answer.status, dict(answer.headers)
     except (aiohttp.ClientError, asyncio.TimeoutError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,7 @@ import pytest
 
 from tests.planner.processes import PlannerUnderTest, call, until_status
 from tests.planner.redis_server import RedisServer
-
-LEASE_TTL_S = 3.0
-ADD = {"SEED_IP": "127.0.0.1", "SEED_RANK": "0", "SEED_REFCNT": "0"}
+from tests.planner.replicas import ADD, leader_of
 
 
 @pytest.fixture
@@ -32,125 +29,6 @@ def start(started: list[PlannerUnderTest], *flags: str, port: int = 0, **environ
     # One lease for each seed: these tests are about who has it.
     started.append(PlannerUnderTest("--slots", "1", *flags, port=port, **environ))
     return started[-1]
-
-
-class Ledger:
-    """Who reads which seed until when, as the receivers themselves know it: the judge of the planners.
-
-    A lease surely lives for a TTL from when it was asked for, or until its receiver lets go of it. Whoever is given
-    the same slot within that time was given it twice, however slow this machine is.
-    """
-
-    def __init__(self) -> None:
-        self.until: dict[str, float] = {}
-        self.forks = 0
-        self.clashes: list[str] = []
-
-    def begin(self, seed: str, asked_at: float) -> None:
-        self.forks += 1
-        if self.until.get(seed, 0.0) > time.monotonic():
-            self.clashes.append(seed)
-        self.until[seed] = asked_at + LEASE_TTL_S
-
-    def end(self, seed: str, asked_at: float) -> None:
-        if self.until[seed] == asked_at + LEASE_TTL_S:
-            del self.until[seed]
-
-
-class Fleet:
-    """Seeds that beat and receivers that fork, at whichever planner answers."""
-
-    def __init__(self, session: aiohttp.ClientSession, urls: list[str]) -> None:
-        self.session = session
-        self.urls = urls
-        self.ledger = Ledger()
-        self.over = asyncio.Event()
-
-    async def call_any(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, str]]:
-        """As a client behind a load balancer: another replica where one does not answer."""
-        for url in random.sample(self.urls, len(self.urls)):
-            status, answer = await call(self.session, method, url + path, **headers)
-            if status not in (0, 503):
-                return status, answer
-        return 0, {}
-
-    async def seed(self, port: int) -> None:
-        while not self.over.is_set():
-            await self.call_any("POST", "/add_seed", SEED_KEY="k", SEED_PORT=str(port), **ADD)
-            await _sleep_until(self.over, 0.3)
-
-    async def receiver(self, number: int) -> None:
-        rng = random.Random(number)
-        while not self.over.is_set():
-            asked_at = time.monotonic()
-            wait = {"RFORK-WAIT-SEC": rng.choice(["0", "2"])}
-            status, answer = await self.call_any("GET", "/get_seed", SEED_KEY="k", **wait)
-            if status != 200:
-                await asyncio.sleep(0.05)
-                continue
-            lease = {name: answer[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
-            self.ledger.begin(lease["SEED_PORT"], asked_at)
-            await asyncio.sleep(rng.random() * 0.03)
-            if rng.random() < 0.9:  # the others die without a word: one TTL each
-                self.ledger.end(lease["SEED_PORT"], asked_at)
-                await self.call_any("POST", "/put_seed", **lease)
-
-
-async def _sleep_until(over: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(over.wait(), seconds)
-    except asyncio.TimeoutError:
-        return
-
-
-async def test_replicas_killed_in_the_middle_lose_nothing_and_grant_no_slot_twice(
-    redis_server: RedisServer, started: list[PlannerUnderTest]
-) -> None:
-    flags = ("--store", redis_server.url, "--redis-prefix", "killed", "--lease-ttl-sec", str(LEASE_TTL_S))
-    flags += ("--sweep-every-sec", "0.5", "--leader-ttl-sec", "1")
-    replicas = [start(started, *flags).until_ready() for _ in range(2)]
-    async with aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=10), connector=aiohttp.TCPConnector(limit=0, force_close=True)
-    ) as session:
-        fleet = Fleet(session, [each.url for each in replicas])
-        tasks = [asyncio.create_task(fleet.seed(5000 + number)) for number in range(4)]
-        tasks += [asyncio.create_task(fleet.receiver(number)) for number in range(8)]
-        for round_ in range(3):
-            await _forks(fleet, 25)
-            victim = replicas[round_ % 2]
-            victim.kill()
-            await _forks(fleet, 25)  # the other one carries on alone
-            replicas[round_ % 2] = await asyncio.to_thread(start(started, *flags, port=victim.port).until_ready)
-        fleet.over.set()
-        await asyncio.wait_for(asyncio.gather(*tasks), 30)
-        assert fleet.ledger.clashes == []
-        # Nothing leaked: once everything has run out, every slot is free again.
-        deadline = time.monotonic() + 30
-        while True:
-            async with session.get((await _leader(session, replicas)).url + "/debug/snapshot") as answer:
-                snapshot = await answer.json()
-            if not snapshot["leases"] and not snapshot["waiting"]:
-                break
-            assert time.monotonic() < deadline, snapshot
-            await asyncio.sleep(0.05)
-
-
-async def _forks(fleet: Fleet, more: int) -> None:
-    goal, deadline = fleet.ledger.forks + more, time.monotonic() + 60
-    while fleet.ledger.forks < goal:
-        assert time.monotonic() < deadline, f"stuck at {fleet.ledger.forks} forks"
-        await asyncio.sleep(0.01)
-
-
-async def _leader(session: aiohttp.ClientSession, replicas: list[PlannerUnderTest]) -> PlannerUnderTest:
-    """The replica that leads, once there is one."""
-    deadline = time.monotonic() + 60
-    while True:
-        for each in replicas:
-            if (await call(session, "GET", each.url + "/readyz"))[0] == 200:
-                return each
-        assert time.monotonic() < deadline, "no replica leads"
-        await asyncio.sleep(0.02)
 
 
 async def _until_waiting(session: aiohttp.ClientSession, url: str) -> None:
@@ -175,7 +53,7 @@ async def test_a_standby_answers_503_and_takes_over_what_a_killed_leader_granted
     flags = ("--store", redis_server.url, "--redis-prefix", "standby", "--leader-ttl-sec", "1")
     replicas = [start(started, *flags).until_ready() for _ in range(2)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-        leader = await _leader(session, replicas)
+        leader = await leader_of(session, replicas)
         (standby,) = (each for each in replicas if each is not leader)
         add = {"SEED_KEY": "k", "SEED_PORT": "1", **ADD}
         calls = [
@@ -226,7 +104,7 @@ async def test_a_leader_that_is_stopped_hands_over_at_once(
     flags = ("--store", redis_server.url, "--redis-prefix", "handover", "--leader-ttl-sec", "40")
     replicas = [start(started, *flags).until_ready() for _ in range(2)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-        leader = await _leader(session, replicas)
+        leader = await leader_of(session, replicas)
         (standby,) = (each for each in replicas if each is not leader)
         assert await asyncio.to_thread(leader.stop) == 0
         await until_status(session, standby.url + "/readyz", 200)  # does not wait for 40 s
