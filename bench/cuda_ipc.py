@@ -21,8 +21,8 @@ from typing import Any
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.cuda_ipc.driver import Driver
 from vllm_rfork.engines.cuda_ipc.engine import CudaIpcEngine
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 #: Row → wrapper of the receiver's command. ``{last}`` is the number of the last GPU.
 ROWS: dict[str, tuple[str, ...]] = {

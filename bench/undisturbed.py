@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve, be read, and compare."""
     from vllm import LLM, SamplingParams
 
-    from vllm_rfork.manifest.schema import encode_manifest
+    from vllm_rfork.manifest.codec import encode_manifest
     from vllm_rfork.plugin import register
     from vllm_rfork.seeding.manager import manager
     from zoo.planner import Planner, eventually
@@ -158,8 +158,9 @@ def read_for_ever(file: Path, engine_name: str, device: str) -> None:
 
     from vllm_rfork.engines.base import EngineConfig
     from vllm_rfork.engines.registry import engine_class
-    from vllm_rfork.manifest.pairing import Segment, batches
-    from vllm_rfork.manifest.schema import Region, decode_manifest
+    from vllm_rfork.manifest.codec import decode_manifest
+    from vllm_rfork.manifest.schema import Region
+    from vllm_rfork.manifest.segments import Segment, batches
 
     manifest = decode_manifest(file.read_bytes())
     buffer = torch.empty(manifest.nbytes + 512 * len(manifest.spans), dtype=torch.uint8, device=device)
@@ -197,7 +198,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
 
     from vllm_rfork.devices.registry import device_side
     from vllm_rfork.fork.transfer import bounded_read
-    from vllm_rfork.manifest.pairing import batches
+    from vllm_rfork.manifest.segments import batches
     from vllm_rfork.model import digest
     from vllm_rfork.model.tensors import LocalSpan
     from vllm_rfork.model.verification import ArrivalCheck

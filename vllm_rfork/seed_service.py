@@ -20,7 +20,8 @@ from vllm_rfork import messages
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.manifest.schema import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, encode_manifest
+from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, encode_manifest
+from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest
 from vllm_rfork.messages import BadMessage, SeedAddress
 from vllm_rfork.net.bearer import equal
 from vllm_rfork.net.credentials import Credentials

@@ -20,8 +20,8 @@ from tests.ascend.fake_torch_npu import FakeTorchNpu, segment
 from vllm_rfork.devices import registry
 from vllm_rfork.devices.npu import NpuSide
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
+from vllm_rfork.manifest.codec import validate_manifest
 from vllm_rfork.manifest.pairing import pair
-from vllm_rfork.manifest.schema import check_manifest
 from vllm_rfork.model.coverage import check_accounted, held_by
 from vllm_rfork.model.digest import digests
 from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
@@ -59,7 +59,7 @@ def _fork(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     check_accounted(loaded, held_by(seed))
     offered, after = collect(seed, CPU), state_of(seed)
     remote = offered.manifest(state=changed_state(built, after), state_gone=gone_state(built, after), **IDENTITY)
-    check_manifest(remote)
+    validate_manifest(remote)
 
     own = state_of(receiver)
     models.fill(receiver, real=False)
@@ -231,7 +231,7 @@ def test_regions_are_as_few_as_the_allocators_blocks(npu: FakeTorchNpu) -> None:
 
     assert len(collection.spans) == 49
     assert [(region.address, region.nbytes) for region in collection.regions] == [(block.data_ptr(), 48 * 2048 + 1000)]
-    check_manifest(collection.manifest(**IDENTITY))
+    validate_manifest(collection.manifest(**IDENTITY))
 
 
 @pytest.mark.parametrize(("backend", "aligned"), [("hixl", True), ("", False)])

@@ -22,8 +22,8 @@ from tests.contracts.driver_buffer import DRIVER_MEMORY, DriverBuffer
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError, RForkError
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.selftest.buffers import Buffer
 
 

@@ -13,8 +13,8 @@ from tests.contracts.engine_suite import EngineContract
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, Faults, MemoryEngine, open_engines, parse_faults
 from vllm_rfork.errors import ConfigError, EngineError
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 CONFIG = EngineConfig(device="cpu")
 N = 1000

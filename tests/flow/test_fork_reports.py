@@ -19,7 +19,6 @@ from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, MemoryEngine
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.fork.session import Attempt, Target
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.seed_service import SeedService
 from vllm_rfork.selftest.buffers import Buffer

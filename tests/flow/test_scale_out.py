@@ -21,8 +21,8 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.errors import NoSeedAvailable, VerificationError
 from vllm_rfork.fork.session import Attempt, Target
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.net.event_loop import background
 from vllm_rfork.seeding.seed import Seed
 from vllm_rfork.selftest.buffers import Buffer

@@ -25,8 +25,8 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import NoSeedAvailable, PlannerError, SeedError, VerificationError
 from vllm_rfork.fork.session import Target
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.selftest.buffers import Buffer
 

@@ -16,7 +16,8 @@ from vllm_rfork import messages
 from vllm_rfork.config import ENVIRONMENT, Settings
 from vllm_rfork.engines.nixl.peer import Endpoint
 from vllm_rfork.engines.registry import ENGINES
-from vllm_rfork.manifest.schema import MAX_MANIFEST_NBYTES, Manifest, TensorEntry, decode_manifest
+from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, decode_manifest
+from vllm_rfork.manifest.schema import Manifest, TensorEntry
 from vllm_rfork.model import digest
 from vllm_rfork.net.server import Bounds
 from vllm_rfork.planner.http import request_headers

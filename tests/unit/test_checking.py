@@ -15,7 +15,7 @@ from torch import nn
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.errors import ForkError, VerificationError
-from vllm_rfork.manifest.pairing import Segment, batches
+from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
 from vllm_rfork.model.tensors import Collection, collect
 from vllm_rfork.model.verification import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check

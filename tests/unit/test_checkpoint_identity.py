@@ -25,7 +25,8 @@ from vllm_rfork.manifest.checkpoint_identity import (
     compare,
     identify,
 )
-from vllm_rfork.manifest.schema import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.vllm_compat import checkpoint_files
 
 SEED = "10.0.0.1:1000:0"

@@ -15,7 +15,8 @@ from aiohttp import web
 from tests.unit.interop_planners import free_port, raw_server, serve
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest.schema import MAX_MANIFEST_NBYTES, Manifest, Region, Span, TensorEntry, encode_manifest
+from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, encode_manifest
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.messages import SeedAddress
 
 KEY = "/models/café$prod$kv_both$0$0&x=1"

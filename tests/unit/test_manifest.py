@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest.schema import (
-    MANIFEST_VERSION,
-    Manifest,
-    Region,
-    Span,
-    TensorEntry,
-    check_manifest,
-    decode_manifest,
-    encode_manifest,
-)
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest, validate_manifest
+from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest, Region, Span, TensorEntry
 
 GOOD = Manifest(
     seed_key="/models/q$prod$kv_both$0$0",
@@ -80,7 +72,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("manifest", CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
 def test_contradictions_are_refused(manifest: Manifest) -> None:
     with pytest.raises(SeedError):
-        check_manifest(manifest)
+        validate_manifest(manifest)
     with pytest.raises(SeedError):
         decode_manifest(encode_manifest(manifest))
 
@@ -95,7 +87,7 @@ def test_the_error_lets_another_seed_be_tried() -> None:
 def outcome(body: bytes) -> None:
     """Decodes, or raises SeedError; anything else fails the test."""
     with contextlib.suppress(SeedError):
-        check_manifest(decode_manifest(body))
+        validate_manifest(decode_manifest(body))
 
 
 @given(st.binary(max_size=300))

@@ -9,7 +9,7 @@ import pytest
 from multidict import CIMultiDict
 
 from vllm_rfork import messages
-from vllm_rfork.manifest.schema import decode_manifest
+from vllm_rfork.manifest.codec import decode_manifest
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress
 
 AWKWARD = [

@@ -22,8 +22,8 @@ from vllm_rfork.engines.nixl.engine import NixlEngine
 from vllm_rfork.engines.nixl.reader import halves, runs
 from vllm_rfork.engines.process_memory import touch
 from vllm_rfork.errors import EngineError, EngineUnavailable
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 CONFIG = EngineConfig(device="cpu", timeout_s=20.0)
 N = 1 << 20

@@ -21,7 +21,8 @@ from tests.sockets import read_all
 from vllm_rfork import messages
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.advertise import listen_host
 from vllm_rfork.net.connections import Phase

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_rfork.errors import ManifestMismatch
-from vllm_rfork.manifest.pairing import Segment, batches, pair, paired_digests
+from vllm_rfork.manifest.pairing import pair, paired_digests
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
+from vllm_rfork.manifest.segments import Segment, batches
 
 
 def manifest(groups: Sequence[Sequence[tuple[str, int]]], base: int, **fields: Any) -> Manifest:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from vllm_rfork.errors import ForkError, ManifestMismatch
-from vllm_rfork.manifest.schema import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.model import value_codec
 from vllm_rfork.model.python_state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
 

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from vllm_rfork.errors import ForkError, ManifestMismatch
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest, validate_manifest
 from vllm_rfork.manifest.pairing import pair
-from vllm_rfork.manifest.schema import check_manifest, decode_manifest, encode_manifest
 from vllm_rfork.model import traversal
 from vllm_rfork.model.build_signature import marks_of
 from vllm_rfork.model.python_state import apply_state, changed_state, state_of
@@ -366,7 +366,7 @@ def test_tied_weights_and_views_share_one_span() -> None:
     spans = {entry.name: (entry.span, entry.offset) for entry in found.entries}
     assert spans == {"part": (0, 16), "embed.weight": (0, 0), "head.weight": (0, 0)}
     assert found.nbytes == 6 * 4 * 4
-    check_manifest(found.manifest(**IDENTITY))
+    validate_manifest(found.manifest(**IDENTITY))
 
 
 def test_alias_structure_is_part_of_the_identity() -> None:

@@ -22,8 +22,9 @@ from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
 from vllm_rfork.fork.transfer import StageTimes
 from vllm_rfork.load.plan import CHECKPOINT, RUNTIME, LoadPlan
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import pair
-from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry, decode_manifest, encode_manifest
+from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.model import digest, value_codec
 from vllm_rfork.model.python_state import changed_state, gone_state, state_of
 from vllm_rfork.model.tensors import Collection, collect
@@ -298,7 +299,7 @@ HUGE: dict[str, Callable[[], bytes]] = {
 _MEASURE = """
 import sys
 from vllm_rfork.errors import SeedError
-from vllm_rfork.manifest.schema import decode_manifest
+from vllm_rfork.manifest.codec import decode_manifest
 body = sys.stdin.buffer.read()
 def peak_mb():
     return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -20,8 +20,8 @@ from vllm_rfork.engines.yuanrong.engine import YuanRongEngine, device_number
 from vllm_rfork.engines.yuanrong.native import CODES, AclRuntime, Binding, code_name, failure, load_binding
 from vllm_rfork.engines.yuanrong.peer import local_ipv4, parse_endpoint, probe
 from vllm_rfork.errors import EngineError, EngineUnavailable
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 CONFIG = EngineConfig(device="npu:0", host="127.0.0.1", timeout_s=5.0)
 REGIONS = [Region(0x1000, 100), Region(0x2000, 100), Region(0x3000, 100)]

@@ -21,7 +21,7 @@ from vllm_rfork.errors import EngineError, ForkError
 from vllm_rfork.fork import session, transfer
 from vllm_rfork.fork.session import Attempt, Target
 from vllm_rfork.load.plan import LoadPlan
-from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.vllm_compat.agreement import Agreement
 
 pytestmark = pytest.mark.vllm

@@ -16,8 +16,9 @@ from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.fork.transfer import StageTimes
 from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import built_differences, pair
-from vllm_rfork.manifest.schema import Manifest, decode_manifest, encode_manifest
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.model.build_signature import LARGEST_INT, marks_of
 from vllm_rfork.model.coverage import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of

@@ -11,8 +11,9 @@ import msgspec
 from vllm_rfork import messages
 from vllm_rfork.errors import SeedError
 from vllm_rfork.logs.quoting import printable
+from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, decode_manifest
 from vllm_rfork.manifest.facts import MAX_FACTS, MAX_NAME, MAX_VALUE
-from vllm_rfork.manifest.schema import MANIFEST_VERSION, MAX_MANIFEST_NBYTES, Manifest, decode_manifest
+from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.client import Answer, BoundedHttp
 from vllm_rfork.net.credentials import Credentials, Options

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
 from vllm_rfork.engines.process_memory import process_started, read_process
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import ConfigError, EngineError, Side
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 FAULT_VARIABLE = "RFORK_MEMORY_FAULT"
 _NAME = "memory"

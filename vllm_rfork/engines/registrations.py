@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 
 class RegionTable:

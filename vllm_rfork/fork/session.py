@@ -27,8 +27,8 @@ from vllm_rfork.fork.seed_wait import Question
 from vllm_rfork.fork.transfer import ForkRequest, StageTimes, bounded, fork
 from vllm_rfork.logs.worker import Told, worker_logger
 from vllm_rfork.manifest.checkpoint_identity import compare
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.messages import Lease, OtherSeeds, SeedAddress
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.event_loop import BackgroundTask, background

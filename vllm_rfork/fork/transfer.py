@@ -19,8 +19,9 @@ from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import EngineError, ForkError, SeedError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.checkpoint_identity import compare
-from vllm_rfork.manifest.pairing import Segment, batches, pair
+from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.net.event_loop import background
 from vllm_rfork.threads.native import native_thread
 

@@ -1,30 +1,17 @@
-"""Pairing two manifests into copies.
-
-:func:`pair` compares what the seed and the receiver hold, reports every difference at once, and only then
-gives segments; :func:`batches` cuts those into calls that an engine can bear. Pure functions over plain data;
-must not import torch or an engine.
-"""
+"""Comparison of two manifests: every difference at once, or the segments to copy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from vllm_rfork.errors import ManifestMismatch
 from vllm_rfork.manifest.schema import Manifest, TensorEntry
+from vllm_rfork.manifest.segments import Segment
 
 #: How much of a value from elsewhere a message shows, in characters.
 MAX_SHOWN = 80
 #: Of tensors that share memory, how many a message names.
 MAX_MEMBERS = 5
-
-
-class Segment(NamedTuple):
-    """One contiguous copy: local address, remote address, length in bytes."""
-
-    local: int
-    remote: int
-    nbytes: int
 
 
 def pair(local: Manifest, remote: Manifest) -> list[Segment]:
@@ -91,28 +78,6 @@ def built_differences(local: dict[str, str] | None, remote: dict[str, str] | Non
     for name, ours in local.items():
         if (theirs := remote.get(name, ours)) != ours:
             yield f"{name} as built: {theirs[:MAX_SHOWN]} on the seed, {ours[:MAX_SHOWN]} on the receiver"
-
-
-def batches(segments: Iterable[Segment], *, max_nbytes: int, max_items: int) -> Iterator[list[Segment]]:
-    """Cut ``segments`` into batches of at most ``max_nbytes`` bytes and ``max_items`` items.
-
-    A segment larger than the bound is split. Order is kept, every byte is covered exactly once.
-    """
-    if max_nbytes <= 0 or max_items <= 0:
-        raise ValueError(f"a batch needs positive bounds, got {max_nbytes} bytes and {max_items} items")
-    batch: list[Segment] = []
-    room = max_nbytes
-    for segment in segments:
-        local, remote, left = segment
-        while left:
-            take = min(left, room)
-            batch.append(Segment(local, remote, take))
-            local, remote, left, room = local + take, remote + take, left - take, room - take
-            if room == 0 or len(batch) == max_items:
-                yield batch
-                batch, room = [], max_nbytes
-    if batch:
-        yield batch
 
 
 def _tensor_differences(ours: TensorEntry, theirs: TensorEntry) -> Iterator[str]:

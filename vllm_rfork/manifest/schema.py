@@ -1,47 +1,33 @@
 """The manifest: a seed's list of tensors, as plain data.
 
-A manifest is what the seed service hands to a receiver and what a receiver makes of its own model to pair
-the two. Three levels, each of which has a job of its own:
+The seed service sends a manifest, the receiver builds one of its own model, and :mod:`~vllm_rfork.manifest.pairing`
+compares the two. It has three levels:
 
 - a **region** is contiguous memory that the engine registers; regions never overlap;
-- a **span** is the unit of copying and of digests: the bytes from the first to the last that one tensor, or
-  several overlapping tensors (tied weights, views), occupy. A span lies inside one region;
+- a **span** is the unit of copying and of digests: the bytes from the first to the last that one tensor, or several
+  overlapping tensors (tied weights, views), occupy. A span lies inside one region;
 - a **tensor** is a name, a type and a strided view into a span. Two names in one span are aliases, and alias
   structure is part of the identity.
 
-Addresses are valid within one epoch only. Must not import torch: the seed service and the planner side read
-manifests on machines without it.
+Addresses are valid within one epoch only.
 """
 
 from __future__ import annotations
 
-import itertools
+from typing import Final, Literal
 
 import msgspec
 
-from vllm_rfork.errors import SeedError
-
 MANIFEST_VERSION = 1
-#: Upper bound of a manifest on the wire, in bytes; a larger one is refused before it is read. 64 MiB holds
-#: more than 200,000 tensors at about 300 bytes each; the largest models published have about 100,000.
-MAX_MANIFEST_NBYTES = 64 * 1024 * 1024
-#: Bounds within those bytes, three of which may make an object of 64: lists and mappings, of which a tensor has five,
-#: and values that a comma ends, of which it has about 16.
-MAX_CONTAINERS = 2_000_000
-MAX_VALUES = 5_000_000
-#: Characters of a name; seeds name nothing that takes more than ``walk.MAX_NAME`` and a suffix.
-MAX_NAME_LENGTH = 2048
-#: Characters of what identifies the seed, but for its key (``messages.MAX_KEY_LENGTH``) and the engine's endpoint.
-MAX_TEXT_LENGTH = 256
-MAX_DIMENSIONS = 64
+
+#: Weights before vLLM's post-load processing, and after it.
+Layout = Literal["checkpoint", "runtime"]
+CHECKPOINT: Final = "checkpoint"
+RUNTIME: Final = "runtime"
 
 _Simple = bool | int | float | str | None
 #: A Python-side value on the wire: a JSON value, or a mapping that names its type (``model/value_codec.py``).
 StateValue = _Simple | dict[str, _Simple | list[_Simple | dict[str, str]]]
-
-
-#: A checkpoint's identity: parts (towers, heads, modules) and characters of a part's name or identity.
-MAX_CHECKPOINT_PARTS, MAX_CHECKPOINT_TEXT = 64, 200
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -54,7 +40,7 @@ class Region(msgspec.Struct, frozen=True):
 class Span(msgspec.Struct, frozen=True):
     """One contiguous piece of weights inside region number ``region``.
 
-    ``digest`` is the hexadecimal digest over its bytes (``model/digest.py``), empty where none was taken.
+    ``digest`` is the hexadecimal digest of its bytes (``model/digest.py``), or empty if none was computed.
     """
 
     region: int
@@ -66,11 +52,15 @@ class Span(msgspec.Struct, frozen=True):
 class TensorEntry(msgspec.Struct, frozen=True):
     """One named tensor: a strided view at ``offset`` bytes into span number ``span``.
 
-    ``dtype`` is torch's name without the prefix (``bfloat16``); ``shape`` and ``stride`` count elements;
-    ``format`` is a private layout such as an NPU's NZ (0: none). A tensor without elements has ``span`` -1, and
-    so has a small tensor that does not live on the engine's device: its bytes travel in ``inline``. Inline tensors
-    that overlap have one ``inline_group``, a number, and ``offset`` counts from the group's first byte; None from a
-    seed that does not say which of them do.
+    A tensor without elements has ``span`` -1. So has a small tensor outside the engine's device: its bytes travel in
+    ``inline``.
+
+    Attributes:
+        dtype: torch's name without the prefix (``bfloat16``).
+        shape, stride: in elements.
+        format: a private layout such as an NPU's NZ; 0: none.
+        inline_group: inline tensors that overlap have the same number here, and ``offset`` counts from the group's
+            first byte. None: the seed does not report which of them overlap.
     """
 
     name: str
@@ -84,148 +74,70 @@ class TensorEntry(msgspec.Struct, frozen=True):
     inline_group: int | None = None
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a receiver needs to read one seed.
+class ManifestHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a manifest that do not come from the tensors.
 
-    ``endpoint`` is how ``engine`` reaches the seed (opaque text); ``state`` is the Python-side state that
-    loading set (``path.attribute`` → plain value), ``state_gone`` what was plain before and is not any more;
-    ``built`` is how the model was built, by ``model/build_signature.py``, None where the seed does not say;
-    ``epoch`` names one life of the seed with unchanged weights; ``checkpoint`` is the identity of the files that the
-    weights come from, by part (``manifest/checkpoint_identity.py``), None where the seed does not know.
+    Attributes:
+        epoch: one life of the seed with unchanged weights. It and ``endpoint`` are empty until the seed starts.
+        layout: a :data:`Layout`; another seed's may be unknown here and then only differs.
+        endpoint: the seed's address for ``engine``; opaque text.
+        built: kernels and formats that constructors chose (``model/build_signature.py``); None: not reported.
+        checkpoint: identity of the checkpoint's files, by part (``manifest/checkpoint_identity.py``); None: unknown.
     """
 
     version: int = MANIFEST_VERSION
     seed_key: str
     fingerprint: str
-    epoch: str
+    epoch: str = ""
     layout: str
     engine: str
+    endpoint: str = ""
+    built: dict[str, str] | None = None
+    digest_algorithm: str = ""
+    checkpoint: dict[str, str] | None = None
+
+    def manifest(
+        self,
+        *,
+        regions: tuple[Region, ...],
+        spans: tuple[Span, ...],
+        tensors: tuple[TensorEntry, ...],
+        state: dict[str, StateValue] | None = None,
+        state_gone: tuple[str, ...] = (),
+    ) -> Manifest:
+        """A manifest with this header."""
+        return Manifest(
+            **msgspec.structs.asdict(self),
+            regions=regions,
+            spans=spans,
+            tensors=tensors,
+            state=state or {},
+            state_gone=state_gone,
+        )
+
+
+class Manifest(ManifestHeader, frozen=True, kw_only=True):
+    """Everything a receiver needs to read one seed.
+
+    Attributes:
+        state: Python-side state that loading set (``path.attribute`` → plain value).
+        state_gone: names that had a plain value before loading and no longer have one.
+    """
+
+    epoch: str
     endpoint: str
     regions: tuple[Region, ...]
     spans: tuple[Span, ...]
     tensors: tuple[TensorEntry, ...]
     state: dict[str, StateValue] = {}
     state_gone: tuple[str, ...] = ()
-    built: dict[str, str] | None = None
-    digest_algorithm: str = ""
-    checkpoint: dict[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a fork of this manifest copies."""
         return sum(span.nbytes for span in self.spans)
 
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON bytes of ``manifest``."""
-    return msgspec.json.encode(manifest)
-
-
-def decode_manifest(body: bytes) -> Manifest:
-    """Parse and check a manifest from the wire.
-
-    Raises:
-        SeedError: not JSON, a field missing or of the wrong type, a version this code does not read, or
-            contents that contradict themselves (a span outside its region, a tensor outside its span).
-    """
-    _check_sizes(body)
-    try:
-        manifest = msgspec.json.decode(body, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise SeedError(f"the seed's manifest cannot be read: {error}") from error
-    check_manifest(manifest)
-    return manifest
-
-
-def _check_sizes(body: bytes) -> None:
-    """Refuse, before it is parsed, what would take many times its length in memory."""
-    for what, marks, most in (("lists and mappings", b"[{", MAX_CONTAINERS), ("values", b",", MAX_VALUES)):
-        count = sum(body.count(mark) for mark in marks)
-        if len(body) > MAX_MANIFEST_NBYTES or count > most:
-            raise SeedError(
-                f"the seed's manifest has {len(body)} bytes and {count} {what}; this receiver reads "
-                f"{MAX_MANIFEST_NBYTES} and {most}"
-            )
-
-
-def check_manifest(manifest: Manifest) -> None:
-    """Raise :class:`SeedError` where ``manifest`` contradicts itself.
-
-    Every address a receiver will hand to native code passes through here first.
-    """
-    if not 1 <= manifest.version <= MANIFEST_VERSION:
-        raise SeedError(
-            f"the seed's manifest has version {manifest.version}, this receiver reads 1 to {MANIFEST_VERSION}"
-        )
-    _check_texts(manifest)
-    parts = manifest.checkpoint or {}
-    if len(parts) > MAX_CHECKPOINT_PARTS or any(
-        len(text) > MAX_CHECKPOINT_TEXT for pair in parts.items() for text in pair
-    ):
-        raise SeedError("the seed's manifest has an impossible identity of its checkpoint")
-    _check_regions(manifest.regions)
-    _check_spans(manifest)
-    _check_tensors(manifest)
-
-
-def _check_texts(manifest: Manifest) -> None:
-    """Names and texts have the lengths, and numbers the sizes, that seeds write."""
-    for name in ("fingerprint", "epoch", "layout", "engine", "digest_algorithm"):
-        if len(getattr(manifest, name)) > MAX_TEXT_LENGTH:
-            raise SeedError(f"the seed's manifest has a {name} of more than {MAX_TEXT_LENGTH} characters")
-    built = manifest.built or {}
-    tensors = (tensor.name for tensor in manifest.tensors)
-    for name in itertools.chain(tensors, manifest.state, manifest.state_gone, built, built.values()):
-        if len(name) > MAX_NAME_LENGTH:
-            raise SeedError(f"the seed's manifest has a name of more than {MAX_NAME_LENGTH} characters: {name[:80]!r}")
-    if both := manifest.state.keys() & set(manifest.state_gone):
-        raise SeedError(f"state {min(both)!r} of the seed's manifest is there and gone")
-    for name, value in manifest.state.items():
-        if type(value) is int and not _in_64_bits(value):
-            raise SeedError(f"state {name!r} of the seed's manifest is too large a number")
-    if any(len(span.digest) > MAX_TEXT_LENGTH for span in manifest.spans):
-        raise SeedError(f"the seed's manifest has a digest of more than {MAX_TEXT_LENGTH} characters")
-
-
-def _in_64_bits(number: int) -> bool:
-    return -(1 << 63) <= number < 1 << 63
-
-
-def _check_regions(regions: tuple[Region, ...]) -> None:
-    ordered = sorted(regions, key=lambda region: region.address)
-    for region in ordered:
-        if region.address <= 0 or region.nbytes <= 0 or region.address + region.nbytes > 1 << 63:
-            raise SeedError(f"the seed's manifest has an impossible region {region}")
-    for before, after in itertools.pairwise(ordered):
-        if before.address + before.nbytes > after.address:
-            raise SeedError(f"the seed's manifest has overlapping regions {before} and {after}")
-
-
-def _check_spans(manifest: Manifest) -> None:
-    for number, span in enumerate(manifest.spans):
-        if not 0 <= span.region < len(manifest.regions):
-            raise SeedError(f"span {number} of the seed's manifest names region {span.region}, which is not there")
-        region = manifest.regions[span.region]
-        inside = region.address <= span.address and span.address + span.nbytes <= region.address + region.nbytes
-        if span.nbytes <= 0 or not inside:
-            raise SeedError(f"span {number} of the seed's manifest leaves its region: {span} in {region}")
-
-
-def _check_tensors(manifest: Manifest) -> None:
-    seen: set[str] = set()
-    for tensor in manifest.tensors:
-        if tensor.name in seen:
-            raise SeedError(f"the seed's manifest names tensor {tensor.name!r} twice")
-        seen.add(tensor.name)
-        numbers = (*tensor.shape, *tensor.stride, tensor.offset, tensor.format)
-        possible = len(tensor.shape) == len(tensor.stride) <= MAX_DIMENSIONS and len(tensor.dtype) <= MAX_TEXT_LENGTH
-        if not possible or any(size < 0 for size in tensor.shape) or not all(map(_in_64_bits, numbers)):
-            raise SeedError(f"tensor {tensor.name!r} of the seed's manifest has an impossible shape or stride")
-        if tensor.inline_group is not None and (tensor.inline is None or tensor.span != -1 or tensor.inline_group < 0):
-            raise SeedError(f"tensor {tensor.name!r} of the seed's manifest is no inline tensor and in a group of them")
-        if tensor.span == -1:
-            continue
-        if not 0 <= tensor.span < len(manifest.spans):
-            raise SeedError(f"tensor {tensor.name!r} names span {tensor.span}, which is not there")
-        if not 0 <= tensor.offset < manifest.spans[tensor.span].nbytes:
-            raise SeedError(f"tensor {tensor.name!r} starts outside its span")
+    @property
+    def header(self) -> ManifestHeader:
+        """The fields that do not come from the tensors."""
+        return ManifestHeader(**{name: getattr(self, name) for name in ManifestHeader.__struct_fields__})

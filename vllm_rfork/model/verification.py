@@ -18,7 +18,7 @@ import torch
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.model import digest
 from vllm_rfork.model.tensors import Collection, names_in
 from vllm_rfork.threads.native import native_thread

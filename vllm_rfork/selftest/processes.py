@@ -25,8 +25,8 @@ from typing import Any
 
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
-from vllm_rfork.manifest.pairing import Segment, batches
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.selftest.buffers import Buffer
 
 GOOD, WRONG_BYTES, FAILED, TOO_LATE = 0, 1, 3, 4

@@ -33,8 +33,8 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
 from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 #: Of the identity's allocation; the driver gives no less.
 _PAGE_NBYTES = 4096

@@ -51,8 +51,8 @@ from vllm_rfork.engines.nixl.reader import THREADS, Reader
 from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 _SLOTS = 64  # a probe given up may still land; the next one uses another slot
 _MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}

@@ -14,7 +14,7 @@ from contextlib import suppress
 from vllm_rfork.engines.nixl.agent import Agent, Bound
 from vllm_rfork.engines.process_memory import touch
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest.pairing import Segment
+from vllm_rfork.manifest.segments import Segment
 
 THREADS = 2
 #: Below this, starting the other thread costs more than it saves.

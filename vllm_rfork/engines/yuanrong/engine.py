@@ -48,8 +48,8 @@ from vllm_rfork.engines.yuanrong.native import (
 )
 from vllm_rfork.engines.yuanrong.peer import Relay, free_port, local_ipv4, parse_endpoint, probe
 from vllm_rfork.errors import EngineError
-from vllm_rfork.manifest.pairing import Segment
 from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment
 
 _PROTOCOL = "ascend"  # the one string that every generation accepts
 _PORT_ATTEMPTS = 16
