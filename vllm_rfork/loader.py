@@ -270,7 +270,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
 
     @staticmethod
     def _read(plan: LoadPlan, model: nn.Module, collection: Collection) -> tuple[Collection, Manifest]:
-        local = collection.manifest(**plan.manifest_identity())
+        local = collection.manifest(plan.manifest_header())
         with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:
             remote = plan.attempt.run(
                 Target(

@@ -22,6 +22,7 @@ from vllm_rfork.devices.npu import NpuSide
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.manifest.codec import validate_manifest
 from vllm_rfork.manifest.pairing import pair
+from vllm_rfork.manifest.schema import ManifestHeader
 from vllm_rfork.model.coverage import check_accounted, held_by
 from vllm_rfork.model.digest import digests
 from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
@@ -30,14 +31,14 @@ from vllm_rfork.vllm_compat import ascend, storage_loader
 from vllm_rfork.vllm_compat.registries import Registries
 
 CPU = torch.device("cpu")
-IDENTITY = {
-    "seed_key": "k",
-    "fingerprint": "f",
-    "epoch": "e",
-    "layout": "runtime",
-    "engine": "memory",
-    "endpoint": "x",
-}
+HEADER = ManifestHeader(
+    seed_key="k",
+    fingerprint="f",
+    epoch="e",
+    layout="runtime",
+    engine="memory",
+    endpoint="x",
+)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def _fork(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     models.post_process(seed)
     check_accounted(loaded, held_by(seed))
     offered, after = collect(seed, CPU), state_of(seed)
-    remote = offered.manifest(state=changed_state(built, after), state_gone=gone_state(built, after), **IDENTITY)
+    remote = offered.manifest(HEADER, state=changed_state(built, after), state_gone=gone_state(built, after))
     validate_manifest(remote)
 
     own = state_of(receiver)
@@ -66,7 +67,7 @@ def _fork(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     checks = ascend.postpone_checks(receiver)
     models.post_process(receiver)
     target = collect(receiver, CPU)
-    for piece in pair(target.manifest(**IDENTITY), remote):
+    for piece in pair(target.manifest(HEADER), remote):
         ctypes.memmove(piece.local, piece.remote, piece.nbytes)
     match_state(receiver, own, dict(remote.state), remote.state_gone)
     checks.run()
@@ -196,7 +197,7 @@ def test_a_private_layout_on_one_side_alone_is_a_mismatch(npu: FakeTorchNpu) -> 
     receiver.weight.data = receiver.weight.data.t()
 
     with pytest.raises(ManifestMismatch, match="format"):
-        pair(collect(receiver, CPU).manifest(**IDENTITY), collect(seed, CPU).manifest(**IDENTITY))
+        pair(collect(receiver, CPU).manifest(HEADER), collect(seed, CPU).manifest(HEADER))
 
 
 def test_the_caches_that_serving_binds_are_no_weights(npu: FakeTorchNpu) -> None:
@@ -231,7 +232,7 @@ def test_regions_are_as_few_as_the_allocators_blocks(npu: FakeTorchNpu) -> None:
 
     assert len(collection.spans) == 49
     assert [(region.address, region.nbytes) for region in collection.regions] == [(block.data_ptr(), 48 * 2048 + 1000)]
-    validate_manifest(collection.manifest(**IDENTITY))
+    validate_manifest(collection.manifest(HEADER))
 
 
 @pytest.mark.parametrize(("backend", "aligned"), [("hixl", True), ("", False)])

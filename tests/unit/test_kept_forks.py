@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vllm_rfork.errors import ForkError
-from vllm_rfork.load.plan import CHECKPOINT, FORK_STAGE, KEPT_STAGE, RUNTIME, LoadPlan
+from vllm_rfork.load.plan import FORK_STAGE, KEPT_STAGE, LoadPlan
+from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME
 
 
 class Ranks:

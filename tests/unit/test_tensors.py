@@ -22,20 +22,21 @@ from torch import nn
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest, validate_manifest
 from vllm_rfork.manifest.pairing import pair
+from vllm_rfork.manifest.schema import ManifestHeader
 from vllm_rfork.model import traversal
 from vllm_rfork.model.build_signature import marks_of
 from vllm_rfork.model.python_state import apply_state, changed_state, state_of
 from vllm_rfork.model.tensors import apply_inline, collect
 
 CPU = torch.device("cpu")
-IDENTITY = {
-    "seed_key": "k",
-    "fingerprint": "f",
-    "epoch": "e",
-    "layout": "checkpoint",
-    "engine": "memory",
-    "endpoint": "x",
-}
+HEADER = ManifestHeader(
+    seed_key="k",
+    fingerprint="f",
+    epoch="e",
+    layout="checkpoint",
+    engine="memory",
+    endpoint="x",
+)
 
 
 class Helper:
@@ -366,11 +367,11 @@ def test_tied_weights_and_views_share_one_span() -> None:
     spans = {entry.name: (entry.span, entry.offset) for entry in found.entries}
     assert spans == {"part": (0, 16), "embed.weight": (0, 0), "head.weight": (0, 0)}
     assert found.nbytes == 6 * 4 * 4
-    validate_manifest(found.manifest(**IDENTITY))
+    validate_manifest(found.manifest(HEADER))
 
 
 def test_alias_structure_is_part_of_the_identity() -> None:
-    tied, untied = collect(Tied(), CPU).manifest(**IDENTITY), collect(Tied(tie=False), CPU).manifest(**IDENTITY)
+    tied, untied = collect(Tied(), CPU).manifest(HEADER), collect(Tied(tie=False), CPU).manifest(HEADER)
     with pytest.raises(ManifestMismatch, match=r"head\.weight: shares memory with"):
         pair(untied, tied)
 
@@ -423,7 +424,7 @@ def test_small_tensors_off_the_device_travel_inside_the_manifest_and_large_ones_
     model = nn.Module()
     model.scale = torch.tensor([1.5, 2.5])
     sent = collect(model, torch.device("cuda"))
-    manifest = decode_manifest(encode_manifest(sent.manifest(**IDENTITY)))
+    manifest = decode_manifest(encode_manifest(sent.manifest(HEADER)))
     assert manifest.nbytes == 0
     receiver = nn.Module()
     receiver.scale = torch.zeros(2)
@@ -458,7 +459,7 @@ def test_differences_are_reported_together() -> None:
     one.a, one.b, one.only_here = torch.ones(2), torch.ones(3), torch.ones(1)
     other.a, other.b, other.only_there = torch.ones(2, dtype=torch.float16), torch.ones(4), torch.ones(1)
     with pytest.raises(ManifestMismatch) as caught:
-        pair(collect(one, CPU).manifest(**IDENTITY), collect(other, CPU).manifest(**IDENTITY))
+        pair(collect(one, CPU).manifest(HEADER), collect(other, CPU).manifest(HEADER))
     text = str(caught.value)
     for part in (
         "a: dtype float16 on the seed, float32",

@@ -21,10 +21,10 @@ from torch import nn
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
 from vllm_rfork.fork.transfer import StageTimes
-from vllm_rfork.load.plan import CHECKPOINT, RUNTIME, LoadPlan
+from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import pair
-from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
+from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader, Region, Span, TensorEntry
 from vllm_rfork.model import digest, value_codec
 from vllm_rfork.model.python_state import changed_state, gone_state, state_of
 from vllm_rfork.model.tensors import Collection, collect
@@ -74,10 +74,11 @@ BUILT = state_of(Model())
 COLLECTION = collect(SEED, CPU)
 
 
-def manifest_of(collection: Collection, **fields: Any) -> Manifest:
+def manifest_of(collection: Collection, state: Any = None, state_gone: tuple[str, ...] = (), **fields: Any) -> Manifest:
     identity = {"seed_key": "k", "fingerprint": "f", "epoch": "e", "layout": CHECKPOINT, "engine": "memory"}
     fields = {"endpoint": "memory:1", "digest_algorithm": digest.ALGORITHM, **identity, **fields}
-    return collection.manifest(digests=digest.digests(span.data for span in collection.spans), **fields)
+    digests = digest.digests(span.data for span in collection.spans)
+    return collection.manifest(ManifestHeader(**fields), digests=digests, state=state, state_gone=state_gone)
 
 
 GOOD = json.loads(
@@ -121,7 +122,7 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
     plan, model = plan_of(layout), Model()
     remote = decode_manifest(body)
     collection = plan.collect_empty(model)
-    segments = pair(collection.manifest(**plan.manifest_identity()), remote)
+    segments = pair(collection.manifest(plan.manifest_header()), remote)
     for local, address, nbytes in segments:
         inside = [each for each in COLLECTION.spans if each.address <= address < each.address + each.nbytes]
         if all(address + nbytes > each.address + each.nbytes for each in inside):
@@ -380,7 +381,7 @@ def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> No
     plan.attempt = cast("Any", SimpleNamespace(**{**vars(plan.attempt), "left_s": left_s}))
     remote = decode_manifest(json.dumps({**GOOD, "layout": layout}).encode())
     collection = plan.collect_empty(model)
-    for local, address, nbytes in pair(collection.manifest(**plan.manifest_identity()), remote):
+    for local, address, nbytes in pair(collection.manifest(plan.manifest_header()), remote):
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     with pytest.raises(ForkError, match="took longer than 10 s"):

@@ -18,7 +18,7 @@ from vllm_rfork.fork.transfer import StageTimes
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import built_differences, pair
-from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.schema import Manifest, ManifestHeader
 from vllm_rfork.model.build_signature import LARGEST_INT, marks_of
 from vllm_rfork.model.coverage import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
@@ -28,10 +28,11 @@ from vllm_rfork.model.tensors import Collection, apply_inline, check_inline, col
 ELSEWHERE, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def manifest_of(collection: Collection, **more: Any) -> Manifest:
+def manifest_of(collection: Collection, state: Any = None, state_gone: tuple[str, ...] = (), **more: Any) -> Manifest:
     """As it comes from the wire."""
     identity = {name: name for name in ("seed_key", "fingerprint", "epoch", "engine", "endpoint")}
-    return decode_manifest(encode_manifest(collection.manifest(**identity, layout="runtime", **more)))
+    header = ManifestHeader(**identity, layout="runtime", **more)
+    return decode_manifest(encode_manifest(collection.manifest(header, state=state, state_gone=state_gone)))
 
 
 def holding(**tensors: torch.Tensor) -> nn.Module:

@@ -26,7 +26,7 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
 from vllm_rfork.manifest.facts import short_facts
 from vllm_rfork.manifest.pairing import built_differences, pair, paired_digests
-from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader
 from vllm_rfork.model import digest
 from vllm_rfork.model.build_signature import marks_of
 from vllm_rfork.model.coverage import Held, check_accounted, check_no_addresses, held_by, held_in, memory_of
@@ -58,9 +58,6 @@ T = TypeVar("T")
 SEED_STAGE, DUMMY_STAGE, FORK_STAGE = "seed", "dummies", "fork"
 #: In the checkpoint layout, also that each has post-processed what it forked: vLLM's code meets the seed's state there.
 KEPT_STAGE = "kept"
-
-#: Bytes as they stand before post-processing, and after it.
-CHECKPOINT, RUNTIME = "checkpoint", "runtime"
 
 #: Device types on which the runtime layout cannot work: post-processing for the processor hides packed weights in
 #: native objects.
@@ -213,18 +210,16 @@ class LoadPlan:
             self.no_seed_reason = reason
         self.attempt.take_back_intent()
 
-    def manifest_identity(self) -> dict[str, Any]:
-        """The fields of a manifest that do not come from tensors; endpoint and epoch are the seed's to fill."""
-        return {
-            "seed_key": self.seed_key,
-            "fingerprint": self.fingerprint,
-            "epoch": "",
-            "layout": self.layout,
-            "built": self.marks,
-            "engine": self.attempt.engine_name,
-            "endpoint": "",
-            "digest_algorithm": digest.ALGORITHM,
-        }
+    def manifest_header(self) -> ManifestHeader:
+        """The header of every manifest of this worker; the seed fills in endpoint, epoch and checkpoint."""
+        return ManifestHeader(
+            seed_key=self.seed_key,
+            fingerprint=self.fingerprint,
+            layout=self.layout,
+            built=self.marks,
+            engine=self.attempt.engine_name,
+            digest_algorithm=digest.ALGORITHM,
+        )
 
     def collect_empty(self, model: nn.Module) -> Collection:
         """The structure that a fork fills: as built, or as post-processed from dummy weights.
@@ -491,7 +486,7 @@ class LoadPlan:
         if self.device.type in KEEPS_LOADED:
             self.collection = collection
             return
-        self._loaded = collection.manifest(digests=self.digests, **self.manifest_identity())
+        self._loaded = collection.manifest(self.manifest_header(), digests=self.digests)
         # Post-processing may free this memory, so no registration of the fork may outlive it.
         self.reopen_engine = self.attempt.let_go() or self.reopen_engine
 
@@ -534,7 +529,7 @@ class LoadPlan:
     def _find_loaded(self, model: nn.Module, loaded: Manifest) -> None:
         try:
             collection = self._collect(model)
-            pair(collection.manifest(**self.manifest_identity()), loaded)
+            pair(collection.manifest(self.manifest_header()), loaded)
         except ForkError as error:
             self.refuse_to_seed(
                 f"post-processing replaced tensors of the {self.layout} layout, and keeping both would take device "
@@ -546,7 +541,7 @@ class LoadPlan:
 
     def _digests_of(self, manifest: Manifest, collection: Collection) -> dict[int, str]:
         """What ``manifest`` says of each span of ``collection``, by span number in order; the two have been paired."""
-        return dict(sorted(paired_digests(collection.manifest(**self.manifest_identity()), manifest).items()))
+        return dict(sorted(paired_digests(collection.manifest(self.manifest_header()), manifest).items()))
 
     def nbytes_of(self, model: nn.Module) -> int:
         """Bytes of weights that ``model`` holds."""
@@ -565,7 +560,7 @@ class LoadPlan:
         if self.collection is None:
             raise ForkError("no weights were captured")
         return self.collection.manifest(
-            digests=self.digests, state=self.state, state_gone=self.state_gone, **self.manifest_identity()
+            self.manifest_header(), digests=self.digests, state=self.state, state_gone=self.state_gone
         )
 
 

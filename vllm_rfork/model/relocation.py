@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +64,7 @@ class Vouched:
             ForkError: the model or a tensor is gone, or is not what it was; lists all of it.
         """
         collection = self.kept or self._found()
-        now = collection.manifest(**self._identity())
+        now = collection.manifest(self.manifest.header)
         if self.kept is None:
             self._compare(now)
         digests = paired_digests(now, self.manifest)
@@ -101,7 +100,3 @@ class Vouched:
         vouched = {entry.name: entry.inline for entry in self.manifest.tensors}
         if changed := [entry.name for entry in now.tensors if entry.inline != vouched[entry.name]]:
             raise ForkError(f"{len(changed)} small tensors have other bytes: {', '.join(changed[:5])}")
-
-    def _identity(self) -> dict[str, Any]:
-        names = ("seed_key", "fingerprint", "epoch", "layout", "engine", "endpoint", "digest_algorithm")
-        return {name: getattr(self.manifest, name) for name in names}

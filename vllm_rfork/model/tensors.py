@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 import torch
@@ -21,7 +20,7 @@ from vllm_rfork.devices.allocator_blocks import merge_into_blocks
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, VerificationError
-from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
+from vllm_rfork.manifest.schema import Manifest, ManifestHeader, Region, Span, StateValue, TensorEntry
 from vllm_rfork.model.traversal import Leaf, Opaque, walk
 
 #: A tensor off the engine's device travels inside the manifest up to this size, in bytes: scales and index tables.
@@ -59,17 +58,25 @@ class Collection:
         """Bytes in all spans."""
         return sum(span.nbytes for span in self.spans)
 
-    def manifest(self, *, digests: Iterable[str] | None = None, **identity: Any) -> Manifest:
-        """The collection as plain data; ``identity`` gives the manifest's other fields."""
+    def manifest(
+        self,
+        header: ManifestHeader,
+        *,
+        digests: Iterable[str] | None = None,
+        state: dict[str, StateValue] | None = None,
+        state_gone: tuple[str, ...] = (),
+    ) -> Manifest:
+        """The collection as plain data, under ``header``."""
         given = [""] * len(self.spans) if digests is None else list(digests)
-        return Manifest(
+        return header.manifest(
             regions=self.regions,
             spans=tuple(
                 Span(region, span.address, span.nbytes, digest)
                 for span, region, digest in zip(self.spans, self.span_regions, given, strict=True)
             ),
             tensors=self.entries,
-            **identity,
+            state=state,
+            state_gone=state_gone,
         )
 
 
