@@ -20,6 +20,7 @@ from vllm_rfork.engines.memory import FAULT_VARIABLE, MemoryEngine
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.fork.session import Attempt, Target
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.seed_service import SeedService
 from vllm_rfork.selftest.buffers import Buffer
 
