@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from vllm_rfork import messages
 from vllm_rfork.errors import ConfigError
 
 #: Option → environment variable that is asked when the extra config does not have it. The first five are the
@@ -48,6 +49,9 @@ _EITHER = ("rfork_token", "rfork_token_file")
 #: Without these nothing can be matched: one WARNING, the default loader, no seed.
 NEEDED = ("model_url", "model_deploy_strategy_name", "rfork_scheduler_url")
 
+#: Addresses of one planner: its replicas, or what stands before them.
+MAX_PLANNER_URLS = 8
+
 _PREFIX = "rfork_"
 _SEPARATOR = "rfork_seed_key_separator"
 
@@ -75,6 +79,29 @@ def base_url(value: str) -> str:
         raise ValueError("what follows :// is not a host and a port from 1 to 65535")
     _check_host(match["host"].strip("[]"), bracketed=match["host"].startswith("["))
     return value.rstrip("/")
+
+
+def planner_urls(value: str) -> str:
+    """The base URLs of a planner's replicas, separated by commas, each as :func:`base_url` returns it.
+
+    Raises:
+        ValueError: one of them is unusable, there are more than ``MAX_PLANNER_URLS``, or there is nothing between two
+            commas. A comma in a password must be written ``%2C``.
+    """
+    if "," not in value:
+        return base_url(value)
+    urls: dict[str, None] = {}
+    for number, text in enumerate(value.split(","), start=1):
+        try:
+            url = base_url(text)
+        except ValueError as error:
+            raise ValueError(f"URL number {number}: {error}") from error
+        if not url:
+            raise ValueError(f"URL number {number} is empty")
+        urls[url] = None
+    if len(urls) > MAX_PLANNER_URLS:
+        raise ValueError(f"{len(urls)} URLs")
+    return ",".join(urls)
 
 
 _NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]|\s")
@@ -118,22 +145,16 @@ def _load_format(value: str) -> str:
     return value
 
 
-_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
-_MAX_LABELS = 15  # of 16 on the wire: ``host`` is added where it is not given
+#: One fewer than on the wire: ``host`` is added if it is missing.
+_MAX_LABELS = messages.MAX_LABELS - 1
 
 
 def _labels(value: str) -> str:
     """``host=a,rack=b`` without the labels that have no value: a variable may be empty on some machines."""
-    kept: dict[str, str] = {}
-    for pair in filter(None, (each.strip() for each in value.split(","))):
-        name, separator, text = (part.strip() for part in pair.partition("="))
-        if not separator or not _LABEL.match(name) or (text and not _LABEL.match(text)):
-            raise ValueError(f"{pair[:80]!r} is no label")
-        if text:
-            kept[name] = text
-    if len(kept) > _MAX_LABELS:
-        raise ValueError(f"{len(kept)} labels")
-    return ",".join(f"{name}={text}" for name, text in kept.items())
+    labels = messages.parse_labels(value)
+    if len(labels) > _MAX_LABELS:
+        raise ValueError(f"{len(labels)} labels")
+    return ",".join(f"{name}={text}" for name, text in labels.items())
 
 
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -165,8 +186,8 @@ class Settings(BaseModel):
     model_url: Line = ""
     #: Deployment strategy identifier; part of the seed key.
     model_deploy_strategy_name: Line = ""
-    #: Base URL of the planner.
-    rfork_scheduler_url: Annotated[str, AfterValidator(base_url)] = ""
+    #: Base URL of the planner, or of its replicas, separated by commas.
+    rfork_scheduler_url: Annotated[str, AfterValidator(planner_urls)] = ""
     #: How long the own seed service may take to become healthy.
     rfork_seed_timeout_sec: PositiveSeconds = 30.0
     #: Between the parts of the seed key; equal across compatible instances.
@@ -233,7 +254,7 @@ class Settings(BaseModel):
         """
         given = self.rfork_labels
         named = any(each.startswith("host=") for each in given.split(","))
-        if named or not _LABEL.match(hostname) or hostname.partition(".")[0] == "localhost":
+        if named or not messages.LABEL.match(hostname) or hostname.partition(".")[0] == "localhost":
             return given
         return f"host={hostname}" + (f",{given}" if given else "")
 
@@ -348,7 +369,7 @@ def _accepts(name: str) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(typing.get_args(hint))
     return {
-        "rfork_scheduler_url": "a base URL such as http://planner:1223",
+        "rfork_scheduler_url": f"a base URL such as http://planner:1223, or {MAX_PLANNER_URLS} with commas between",
         "rfork_seed_key_separator": "1 to 16 characters",
         "rfork_seed_port_base": "an integer from 0 to 65000",
         "rfork_max_batch_bytes": "an integer greater than 0",

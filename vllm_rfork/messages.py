@@ -368,28 +368,27 @@ def other_fingerprints(headers: Mapping[str, str]) -> list[OtherSeeds]:
     return found
 
 
-_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
-_MAX_LABELS = 16
+#: A label's name, and its value.
+LABEL = re.compile(r"[A-Za-z0-9_.-]{1,63}\Z")
+MAX_LABELS = 16
 
 
 def parse_labels(text: str) -> dict[str, str]:
     """Topology labels ``host=a,rack=b`` as a mapping; empty values are left out.
 
     Raises:
-        BadMessage: not of that form, or more than 16 of them; names and values are up to 63 of ``A-Za-z0-9_.-``.
+        BadMessage: not of that form, or more than ``MAX_LABELS`` of them; names and values match :data:`LABEL`.
     """
-    if not text:
-        return {}
     labels: dict[str, str] = {}
     for pair in filter(None, (each.strip() for each in text.split(","))):
         name, separator, value = pair.partition("=")
         name, value = name.strip(), value.strip()
-        if not separator or not _LABEL.match(name) or (value and not _LABEL.match(value)):
-            raise BadMessage(f"header {LABELS} must look like host=a,rack=b, got {pair[:80]!r}")
+        if not separator or not LABEL.match(name) or (value and not LABEL.match(value)):
+            raise BadMessage(f"labels must look like host=a,rack=b, got {pair[:80]!r}")
         if value:
             labels[name] = value
-    if len(labels) > _MAX_LABELS:
-        raise BadMessage(f"header {LABELS} holds more than {_MAX_LABELS} labels")
+    if len(labels) > MAX_LABELS:
+        raise BadMessage(f"more than {MAX_LABELS} labels")
     return labels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_who_waits_for_a_worker_that_will_be_no_seed_is_told_at_once() -> None:
     async with planner() as client:
-        attempt = attempt_at(client.base_url)
+        attempt = attempt_at(client.urls[0])
         await ask(attempt)
         waiting = asyncio.create_task(client.acquire(KEY, fingerprint="f1", wait_s=600, intent="another"))
         while not (await client.snapshot())["waiting"]:
@@ -92,7 +93,7 @@ async def test_who_waits_for_a_worker_that_will_be_no_seed_is_told_at_once() -> 
 async def test_a_worker_that_becomes_a_seed_takes_nothing_back() -> None:
     """Its announcement fulfils the intent, and until then others wait."""
     async with planner() as client:
-        attempt = attempt_at(client.base_url)
+        attempt = attempt_at(client.urls[0])
         await ask(attempt)
         await asyncio.to_thread(attempt.end_intent)
         assert len(await intents(client)) == 1
@@ -104,7 +105,7 @@ async def test_a_worker_that_becomes_a_seed_takes_nothing_back() -> None:
 @pytest.mark.parametrize("when", ["told not to", "found out before it asks"])
 async def test_a_worker_that_will_be_no_seed_states_no_intent(when: str) -> None:
     async with planner() as client:
-        attempt = attempt_at(client.base_url, rfork_become_seed=when != "told not to")
+        attempt = attempt_at(client.urls[0], rfork_become_seed=when != "told not to")
         if when != "told not to":
             await asyncio.to_thread(attempt.take_back_intent)
         await ask(attempt)
@@ -255,6 +256,30 @@ def test_the_address_is_that_of_the_connection_that_reached_the_planner(monkeypa
         assert advertise_host(settings(f"http://localhost:{port}")) == "127.0.0.1"
     # Nobody listens yet: the route to the first address.
     assert advertise.is_loopback(advertise_host(settings(f"http://localhost:{port}")))
+
+
+def test_of_several_planners_the_first_whose_name_is_found_shows_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that is scaled away has no name any more."""
+
+    def names(host: str, port: int, **_: object) -> list[object]:
+        if host == "gone.example":
+            raise OSError("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(advertise.socket, "getaddrinfo", names)
+    with socket.create_server(("127.0.0.1", 0)) as planner:
+        port = planner.getsockname()[1]
+        assert advertise_host(settings(f"http://gone.example,http://here.example:{port}")) == "127.0.0.1"
+    assert advertise_host(settings("http://gone.example,http://gone.example:2")) == ""
+
+
+def test_lookups_of_several_planners_together_are_bounded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advertise.socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    urls = ",".join(f"http://h{number}" for number in range(8))
+    started_at = time.monotonic()
+    with pytest.raises(TimeoutError, match="rfork_request_timeout_sec"):
+        advertise_host(settings(urls, rfork_request_timeout_sec=0.4))
+    assert time.monotonic() - started_at < 2
 
 
 def test_a_planner_that_takes_no_connection_costs_a_start_little(monkeypatch: pytest.MonkeyPatch) -> None:

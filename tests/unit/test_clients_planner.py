@@ -303,10 +303,10 @@ async def test_a_planner_that_was_not_reached_knows_nothing_of_the_seed() -> Non
     app.router.add_post("/add_seed", handle)
     async with serve(app) as url:
         client = PlannerClient(url)
-        client.base_url = "http://127.0.0.1:1"
+        client.urls = ("http://127.0.0.1:1",)
         with pytest.raises(PlannerError):
             await client.announce(KEY, SEED)
-        client.base_url = url
+        client.urls = (url,)
         with pytest.raises(PlannerError):
             await client.announce(KEY, SEED)
         await client.announce(KEY, SEED)

@@ -77,6 +77,12 @@ def test_the_environment_is_a_fallback_and_the_extra_config_wins(name: str) -> N
         ("model_url", "two\nlines", "one line of text"),
         ("rfork_scheduler_url", "planner:1223", "http://"),
         ("rfork_scheduler_url", 1223, "http://"),
+        ("rfork_scheduler_url", "http://a:1,", "number 2 is empty"),
+        ("rfork_scheduler_url", ",http://a:1", "number 1 is empty"),
+        ("rfork_scheduler_url", "http://a:1,,http://b:1", "number 2 is empty"),
+        ("rfork_scheduler_url", "http://a:1,b:1", "number 2: not an http"),
+        ("rfork_scheduler_url", "http://a:1,http://b:99999", "number 2: what follows"),
+        ("rfork_scheduler_url", ",".join(f"http://h{n}" for n in range(9)), "or 8 with commas between"),
         ("rfork_scheduler_url", "http://h:99999", "http://planner:1223"),
         ("rfork_scheduler_url", "http://h:0", "http://planner:1223"),
         ("rfork_scheduler_url", "http://h:", "http://planner:1223"),
@@ -156,6 +162,8 @@ def test_a_wrong_value_names_the_field_and_what_it_accepts(name: str, value: obj
         ("http://rfork_planner-1:1223", "http://rfork_planner-1:1223"),
         ("http://plänner.example:1223", "http://plänner.example:1223"),
         (" ", ""),
+        (" http://a:1/ , https://b:2/p/ ", "http://a:1,https://b:2/p"),
+        ("http://a:1,http://b,http://a:1/", "http://a:1,http://b"),
     ],
 )
 def test_a_base_url_is_kept_without_spaces_and_last_slashes(given: str, kept: str) -> None:

@@ -54,7 +54,7 @@ class Stranger:
     """Answers every exchange with the same."""
 
     def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.answer = Answer(status, CIMultiDictProxy(CIMultiDict(headers)), body)
+        self.answer = Answer(status, CIMultiDictProxy(CIMultiDict(headers)), body, "http://planner")
 
     async def exchange(self, method: str, url: str, *, timeout_s: float, **arguments: Any) -> Answer:
         return self.answer

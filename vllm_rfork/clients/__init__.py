@@ -1,11 +1,11 @@
-"""Clients of the two HTTP services: the planner (acquire, renew, release, announce, withdraw) and the seed.
+"""Clients of the planner and of the seed service.
 
-Every call is bounded in time and in bytes and fails with an error of the package's tree. Must not import torch,
-vLLM or anything beside the plain data modules.
+Every call is bounded in time and in bytes, and fails with an error of the package's tree.
 """
 
+from vllm_rfork.clients.answers import Attendance, Attended, Outcome
 from vllm_rfork.clients.lease import LeaseKeeper
-from vllm_rfork.clients.planner import Attendance, Attended, Outcome, PlannerClient
+from vllm_rfork.clients.planner import PlannerClient
 from vllm_rfork.clients.seed import SeedClient
 
 __all__ = ["Attendance", "Attended", "LeaseKeeper", "Outcome", "PlannerClient", "SeedClient"]

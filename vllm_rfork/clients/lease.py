@@ -10,7 +10,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from vllm_rfork.clients.planner import Outcome, PlannerClient
+from vllm_rfork.clients.answers import Outcome
+from vllm_rfork.clients.receiver_calls import ReceiverCalls
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import Lease
@@ -34,7 +35,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        client: PlannerClient,
+        client: ReceiverCalls,
         lease: Lease,
         *,
         clock: Callable[[], float] = time.monotonic,

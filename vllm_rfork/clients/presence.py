@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from vllm_rfork.clients.planner import Attendance, Attended
+from vllm_rfork.clients.answers import Attendance, Attended
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.logs.worker import worker_logger
 

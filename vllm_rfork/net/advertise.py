@@ -37,13 +37,13 @@ def advertise_host(settings: Settings) -> str:
         ConfigError: ``rfork_seed_advertise_host`` is ``0.0.0.0`` or ``::``.
         TimeoutError: the planner's name could not be looked up within ``rfork_request_timeout_sec``.
     """
-    parts = urllib.parse.urlsplit(settings.rfork_scheduler_url)
-    planner = parts.hostname or ""
+    planners = [urllib.parse.urlsplit(url) for url in settings.rfork_scheduler_url.split(",")]
+    planner_is_local = all(is_loopback(planner.hostname or "") for planner in planners)
     if host := settings.rfork_seed_advertise_host:
         if is_unspecified(host):
             problem = f"is {host}, which no other machine can connect to"
             raise ConfigError("rfork_seed_advertise_host", problem, "an address or name of this host, or nothing")
-        if is_loopback(host) and not is_loopback(planner):
+        if is_loopback(host) and not planner_is_local:
             logger.warning(
                 "rfork_seed_advertise_host is %s: no other machine can fork from this worker under that", host
             )
@@ -52,21 +52,32 @@ def advertise_host(settings: Settings) -> str:
         unspecified = is_unspecified(host)
         if not unspecified and not is_loopback(host):
             return host
-        if unspecified or not is_loopback(planner):
+        if unspecified or not planner_is_local:
             logger.warning(
                 "VLLM_HOST_IP is %s, which no other machine can connect to: it is not announced. Set it, or "
                 "rfork_seed_advertise_host, to an address of this host that other workers reach",
                 host,
             )
-    default_port = 443 if parts.scheme == "https" else 80
-    try:
-        found = _look_up(planner, parts.port or default_port, settings.rfork_request_timeout_sec)
-        return _connected_from(found) or _routed_from(found[0])
-    except TimeoutError:
-        raise
-    except OSError as error:
-        logger.warning("There is no route to the planner at %s: %s", planner, error)
-        return ""
+    return _reached_from(planners, settings.rfork_request_timeout_sec)
+
+
+def _reached_from(planners: list[urllib.parse.SplitResult], timeout_s: float) -> str:
+    """The local address towards the first of ``planners`` whose name is found. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    late: TimeoutError | None = None
+    for number, planner in enumerate(planners):
+        host = planner.hostname or ""
+        port = planner.port or (443 if planner.scheme == "https" else 80)
+        try:
+            found = _look_up(host, port, (deadline - time.monotonic()) / (len(planners) - number))
+            return _connected_from(found) or _routed_from(found[0])
+        except TimeoutError as error:
+            late = error
+        except OSError as error:
+            logger.warning("There is no route to the planner at %s: %s", host, error)
+    if late is not None:
+        raise late
+    return ""
 
 
 def listen_host(bind_host: str, advertised: str) -> str:

@@ -47,11 +47,12 @@ _SSL_SETTING = re.compile(r" ssl:(<[^>]*>|\w+)")
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. ``body`` is whole for a 200 whose body was asked for, else the beginning of a text."""
+    """The answer of ``url``. ``body`` is whole for a 200 whose body was asked for, else the beginning of a text."""
 
     status: int
     headers: CIMultiDictProxy[str]
     body: bytes
+    url: str
 
     @property
     def text(self) -> str:
@@ -189,7 +190,7 @@ class BoundedHttp:
                 if len(body) > max_body_nbytes:
                     raise self.error(f"{what} answered with more than {max_body_nbytes} bytes")
             response.close()  # drops an unread rest together with the connection
-            return Answer(response.status, response.headers, bytes(body))
+            return Answer(response.status, response.headers, bytes(body), without_credentials(url))
 
 
 class _OneConnection(aiohttp.TCPConnector):
