@@ -12,7 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.selftest.processes import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, buffer_sizes
+from vllm_rfork.selftest.processes import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES
+from vllm_rfork.selftest.roles import buffer_sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+#: In each child of the self-test: the memory engine's read notes its process, and then hangs or kills it.
+HANGS_OR_DIES = """
+import os, signal, sys
+if "--multiprocessing-fork" in sys.argv:
+    from vllm_rfork.engines import memory
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with open(os.environ["PIDS"], "a") as pids:
+        print(os.getpid(), file=pids)
+    def read(*arguments, **more):
+        if os.environ["ENDS"] == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            signal.pause()
+    memory.MemoryEngine.read = read
+"""
 
 
 def selftest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +90,26 @@ def test_an_engine_that_hangs_is_exit_4_in_time() -> None:
     done = selftest("--engine", "memory", "--size", "1M", "--timeout", "3", RFORK_MEMORY_FAULT="stall_read=1")
     assert done.returncode == TOO_LATE, done.stderr
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("ends", ["hangs", "dies"])
+def test_no_child_outlives_the_command(ends: str, tmp_path: Path) -> None:
+    """A hanging native library ignores every signal but SIGKILL, and a dead child has no message."""
+    pids = tmp_path / "pids"
+    (tmp_path / "sitecustomize.py").write_text(HANGS_OR_DIES)
+    began = time.monotonic()
+    path = f"{tmp_path}:{ROOT}"
+    arguments = ("--engine", "memory", "--size", "1M", "--timeout", "5")
+    done = selftest(*arguments, PYTHONPATH=path, PIDS=str(pids), ENDS=ends)
+    assert time.monotonic() - began < 90
+    if ends == "hangs":
+        assert done.returncode == TOO_LATE, done.stderr
+    else:
+        assert (done.returncode, "ended with status -9" in done.stderr) == (FAILED, True), done.stderr
+    written = [int(line) for line in pids.read_text().split()]
+    assert len(written) == 2
+    for pid in written:
+        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_missing_package_is_said_with_how_to_install_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``vllm-rfork selftest``: the options, and what the outcome looks like. The work is in :mod:`.selftest`."""
+"""``vllm-rfork selftest``: the options and the printed report. The work is in :mod:`vllm_rfork.selftest`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from vllm_rfork.engines.registry import ENGINES
-from vllm_rfork.selftest.processes import CODES, Plan, run
+from vllm_rfork.selftest.processes import CODES, run
+from vllm_rfork.selftest.roles import Trial
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -45,7 +46,7 @@ def selftest(ctx: click.Context, /, seed_device: str | None, host: str | None, *
     """
     if host is not None and (hint := ENGINES[given["engine"]].host_hint):
         raise click.UsageError(f"--host has no effect on engine {given['engine']}: {hint}")
-    outcome = run(Plan(seed_device=seed_device or given["device"], host=host or "127.0.0.1", **given))
-    for line in outcome.lines:
-        click.echo(line, err=bool(outcome.code))
-    ctx.exit(outcome.code)
+    report = run(Trial(seed_device=seed_device or given["device"], host=host or "127.0.0.1", **given))
+    for line in report.lines:
+        click.echo(line, err=bool(report.code))
+    ctx.exit(report.code)

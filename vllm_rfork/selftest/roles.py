@@ -1,0 +1,171 @@
+"""Seed and receiver of the self-test: what each of the two processes does with its engine."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from vllm_rfork.engines.base import EngineConfig, TransferEngine
+from vllm_rfork.engines.registry import engine_class
+from vllm_rfork.manifest.schema import Region
+from vllm_rfork.manifest.segments import Segment, batches
+from vllm_rfork.selftest.buffers import Buffer
+
+_MIB = 1 << 20
+_PIECE = 16 * _MIB
+#: Stages that move all bytes, and so have a speed.
+MOVES = ("read into fresh memory", "read again", "memcpy beside it")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What to test; ``timeout_s`` bounds the whole run, in seconds."""
+
+    engine: str
+    device: str = "cpu"
+    seed_device: str = "cpu"
+    nbytes: int = 256 * _MIB
+    host: str = "127.0.0.1"
+    timeout_s: float = 120.0
+    corrupt: bool = False
+
+
+@dataclass(frozen=True)
+class Published:
+    """The seed's message: its endpoint, and address, length in bytes and digest of each buffer."""
+
+    endpoint: str
+    buffers: list[tuple[int, int, str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The receiver's message: the numbers of wrong buffers, their count, bytes, and seconds by stage, in order."""
+
+    wrong: list[int]
+    count: int
+    nbytes: int
+    seconds: dict[str, float]
+
+
+def seed(trial: Trial, parent: Connection) -> None:
+    """Publish random buffers, and hold them until the parent closes its end."""
+    engine = _opened(trial, trial.seed_device)
+    buffers = [Buffer(trial.seed_device, nbytes) for nbytes in buffer_sizes(trial.nbytes)]
+    _fill(buffers)
+    digests = _digests(buffers)
+    engine.register([Region(buffer.address, buffer.nbytes) for buffer in buffers])
+    if trial.corrupt:
+        middle = buffers[len(buffers) // 2]
+        middle.write(middle.nbytes // 2, bytes([middle.read(middle.nbytes // 2, 1)[0] ^ 1]))
+    described = [(buffer.address, buffer.nbytes, digest) for buffer, digest in zip(buffers, digests, strict=True)]
+    parent.send(Published(engine.endpoint, described))
+    parent.poll(None)
+    engine.close()
+
+
+def receiver(trial: Trial, parent: Connection) -> None:
+    """Read what the seed published, compare digests, and send a :class:`Result`."""
+    stages = _Stages()
+    with stages.timed("engine open"):
+        engine = _opened(trial, trial.device)
+    published: Published = parent.recv()
+    buffers = [Buffer(trial.device, nbytes) for _, nbytes, _ in published.buffers]
+    with stages.timed("register"):
+        engine.register([Region(buffer.address, buffer.nbytes) for buffer in buffers])
+    with stages.timed("connect"):
+        engine.connect(published.endpoint, trial.timeout_s)
+    pairs = list(zip(buffers, published.buffers, strict=True))
+    segments = [Segment(mine.address, address, mine.nbytes) for mine, (address, _, _) in pairs]
+    with stages.timed(MOVES[0]):
+        _read(engine, published.endpoint, segments, trial)
+    arrived = _digests(buffers)
+    wrong = [number for number, (_, _, digest) in enumerate(published.buffers) if arrived[number] != digest]
+    with stages.timed(MOVES[1]):
+        _read(engine, published.endpoint, segments, trial)
+    if trial.device == "cpu":
+        copies = [Buffer("cpu", buffer.nbytes) for buffer in buffers]
+        for copy in copies:
+            ctypes.memset(copy.address, 1, copy.nbytes)
+        with stages.timed(MOVES[2]):
+            for copy, buffer in zip(copies, buffers, strict=True):
+                ctypes.memmove(copy.address, buffer.address, buffer.nbytes)
+    engine.disconnect(published.endpoint)
+    engine.close()
+    parent.send(Result(wrong, len(buffers), sum(segment.nbytes for segment in segments), stages.seconds))
+
+
+def buffer_sizes(nbytes: int) -> list[int]:
+    """Lengths that add up to ``nbytes``: a quarter in one piece, then pieces of 1 MiB, then odd small ones."""
+    sizes: list[int] = []
+    left = nbytes
+    for odd in (1, 7, 333, 4097, 65_537):
+        if left > 2 * odd:
+            sizes.append(odd)
+            left -= odd
+    large = left // 4
+    if large:
+        sizes.append(large)
+        left -= large
+    while left:
+        sizes.append(min(left, _MIB))
+        left -= sizes[-1]
+    return sizes[::-1]
+
+
+def _opened(trial: Trial, device: str) -> TransferEngine:
+    engine = engine_class(trial.engine)()
+    engine.open(EngineConfig(device=device, host=trial.host, timeout_s=trial.timeout_s))
+    return engine
+
+
+def _fill(buffers: Sequence[Buffer]) -> None:
+    """Fill with random bytes; no two pieces of 16 MiB and no two buffers are equal, so a misplaced one is noticed.
+
+    The system's own random source would take seconds for each GB.
+    """
+    pool = os.urandom(_PIECE + len(buffers))
+    for number, buffer in enumerate(buffers):
+        for offset in range(0, buffer.nbytes, _PIECE):
+            taken = min(_PIECE, buffer.nbytes - offset)
+            unique = os.urandom(min(taken, 64))
+            buffer.write(offset, pool[number : number + taken - len(unique)] + unique)
+
+
+def _digests(buffers: Sequence[Buffer]) -> list[str]:
+    """One digest per buffer, on several threads: hashing is slower than moving."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(_digest, buffers))
+
+
+def _digest(buffer: Buffer) -> str:
+    digest = hashlib.blake2b()
+    for offset in range(0, buffer.nbytes, _PIECE):
+        digest.update(buffer.read(offset, min(_PIECE, buffer.nbytes - offset)))
+    return digest.hexdigest()
+
+
+def _read(engine: TransferEngine, endpoint: str, segments: Sequence[Segment], trial: Trial) -> None:
+    limits = engine.limits
+    for batch in batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items):
+        engine.read(endpoint, batch, trial.timeout_s)
+
+
+class _Stages:
+    """Seconds by stage, in the order in which they ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
