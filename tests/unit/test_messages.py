@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 from vllm_rfork import messages
 from vllm_rfork.manifest.codec import decode_manifest
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress
+from vllm_rfork.net import addresses
 
 AWKWARD = [
     "café$prod",
@@ -215,9 +216,9 @@ def test_the_manifest_in_the_protocols_description_is_one() -> None:
     ],
 )
 def test_a_host_has_one_spelling(host: str, spelling: str) -> None:
-    assert messages.canonical_host(host) == spelling
-    assert messages.canonical_host(spelling) == spelling
-    assert messages.canonical(SeedAddress(host, 1, 0)) == SeedAddress(spelling, 1, 0)
+    assert addresses.canonical_host(host) == spelling
+    assert addresses.canonical_host(spelling) == spelling
+    assert addresses.canonical(SeedAddress(host, 1, 0)) == SeedAddress(spelling, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -226,4 +227,4 @@ def test_a_host_has_one_spelling(host: str, spelling: str) -> None:
 )  # fmt: skip
 def test_what_nobody_can_connect_to_is_refused(host: str) -> None:
     with pytest.raises(BadMessage, match="SEED_IP"):
-        messages.canonical_host(host)
+        addresses.canonical_host(host)

@@ -14,7 +14,8 @@ from typing import Any
 from vllm_rfork.config import Settings
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.messages import BadMessage, canonical_host
+from vllm_rfork.messages import BadMessage
+from vllm_rfork.net.addresses import canonical_host
 
 logger = worker_logger(__name__)
 

@@ -138,7 +138,7 @@ class AddressCheck:
         """``peer`` is the address that the connection comes from; None (no TCP) is trusted as local.
 
         Args:
-            announced: as :func:`~vllm_rfork.messages.canonical_host` spells it.
+            announced: as :func:`~vllm_rfork.net.addresses.canonical_host` spells it.
 
         Raises:
             Unresolved: a host name could not be looked up now; asking again may help.

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from vllm_rfork import messages
 from vllm_rfork.messages import BadMessage, header
+from vllm_rfork.net.addresses import canonical
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Announcement, Ask, Outcome, UnknownLease
 
@@ -40,7 +41,7 @@ def labels(headers: Mapping[str, str]) -> Mapping[str, str]:
 
 def seed_address(headers: Mapping[str, str]) -> messages.SeedAddress:
     """Return the seed that the headers name, its host in canonical spelling."""
-    return messages.canonical(messages.seed_address(headers))
+    return canonical(messages.seed_address(headers))
 
 
 def user_id(headers: Mapping[str, str]) -> str:
@@ -99,7 +100,7 @@ def _excluded(headers: Mapping[str, str]) -> frozenset[str]:
     names = [each for each in (header(headers, messages.EXCLUDE) or "").split(",") if each.strip()]
     if len(names) > MAX_EXCLUDED:
         raise BadMessage(f"header {messages.EXCLUDE} names more than {MAX_EXCLUDED} seeds")
-    return frozenset(str(messages.canonical(messages.parse_seed_address(each))) for each in names)
+    return frozenset(str(canonical(messages.parse_seed_address(each))) for each in names)
 
 
 def outcome(headers: Mapping[str, str]) -> Outcome | None:
