@@ -1,6 +1,6 @@
-"""``vllm-rfork doctor``: is this machine, and the planner, as a fork needs them, and what is to be done if not.
+"""``vllm-rfork doctor``: checks of the planner, the engines and this machine, with advice.
 
-Looks only; changes nothing. What a fork really moves is for ``vllm-rfork selftest``.
+It changes nothing and transfers no weights; ``vllm-rfork selftest`` does that.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vllm_rfork.cli.planner_api import echo_json, json_option, planner_options, 
 _STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
 
 
-@click.command(epilog="Exit status: 0 where nothing failed, else 1.")
+@click.command(epilog="Exit status: 0 if no check failed, else 1.")
 @planner_options
-@click.option("--engine", type=click.Choice(["yuanrong", "nixl"]), help="The engine that must work here.")
+@click.option("--engine", type=click.Choice(["yuanrong", "nixl"]), help="engine that must work here")
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | None, as_json: bool) -> None:
-    """Check planner, engines and this machine, and say what to do.
+    """Check planner, engines and this machine, with advice.
 
-    --engine makes that engine necessary. Without it one engine must work if vLLM is installed here; a host without
+    With --engine, that engine must work. Without it, one engine must work if vLLM is installed here; a host without
     vLLM, such as a planner's, needs none.
     """
     found = examine(url, timeout_s, engine)
@@ -38,7 +38,7 @@ def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | 
 
 
 def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Finding]:
-    """Every finding, in the order in which a fork needs the things."""
+    """All findings, in the order in which a fork depends on them."""
     engines = [doctor_checks.engine(name, wanted=name == wanted) for name in ("yuanrong", "nixl")]
     if wanted is None and not any(each.state == OK for each in engines):
         if doctor_checks.is_worker_host():
@@ -57,7 +57,7 @@ def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Findi
 
 def _print(found: list[Finding]) -> None:
     table = Table()
-    for name in ("", "check", "found", "what to do"):
+    for name in ("", "check", "result", "advice"):
         table.add_column(name, overflow="fold")
     for each in found:
         mark = shown(each.state)

@@ -1,12 +1,13 @@
-"""What ``vllm-rfork doctor`` looks at, each check a function that returns one :class:`Finding`.
+"""The doctor's checks; each returns :class:`Finding` objects.
 
 Native packages are imported in processes of their own, so that one that crashes or hangs is a finding and not the end
-of the command. Must not import torch, vLLM or an engine's package.
+of the command.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -14,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rfork.cli.planner_api import TOKEN_VARIABLE, URL_VARIABLE, ask, credentials
-from vllm_rfork.config import base_url
+from vllm_rfork.config import planner_urls
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import DEBUG_SNAPSHOT, HEALTHZ, READYZ
+from vllm_rfork.net.client import without_credentials
 
 OK, NOTE, FAIL = "ok", "note", "fail"
 _IMPORT_TIMEOUT_S = 60.0
 _CMA_TIMEOUT_S = 20.0
 UNWIND = "libunwind.so.8"
+_READY = "planner ready"
 
 #: Engine → a function ``examine`` that loads what the engine itself would load, and returns what works here.
 _EXAMINERS = {
@@ -75,10 +78,7 @@ sys.exit(None if got.value == b"cross-memory attach works" else "other bytes arr
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``state`` is ``ok``, ``note`` (may be as wanted) or ``fail``.
-
-    ``advice`` says what to do; empty where all is well.
-    """
+    """The result of one check. ``state`` is ``ok``, ``note`` (may be intended) or ``fail``."""
 
     check: str
     state: str
@@ -86,61 +86,88 @@ class Finding:
     advice: str = ""
 
 
-def planner(url: str | None, timeout_s: float) -> list[Finding]:
-    """Whether a planner is there, well, ready, and lets this caller in."""
-    if not url:
-        return [Finding("planner", NOTE, "no address given", f"say --url http://host:1223, or set {URL_VARIABLE}")]
+def planner(urls: str | None, timeout_s: float) -> list[Finding]:
+    """Whether the planner answers, is ready, and admits this caller; each replica by itself if there are several."""
+    if not urls:
+        return [Finding("planner", NOTE, "no URL given", f"use --url http://host:1223, or set {URL_VARIABLE}")]
     try:
-        url = base_url(url)
+        replicas = planner_urls(urls).split(",")
     except ValueError as error:
-        return [Finding("planner", FAIL, f"unusable URL: {error}", "give a base URL such as http://planner:1223")]
+        return [Finding("planner", FAIL, f"unusable URL: {error}", "use a base URL such as http://planner:1223")]
+    if len(replicas) == 1:
+        return _replica(replicas[0], timeout_s)
+    found = [_replica(url, timeout_s) for url in replicas]
+    leads = any(each.check == _READY and each.state == OK for findings in found for each in findings)
+    return [
+        dataclasses.replace(each, check=f"{each.check} {without_credentials(url)}")
+        for url, findings in zip(replicas, found, strict=True)
+        for each in (_beside_a_leader(findings) if leads else findings)
+    ]
+
+
+def _replica(url: str, timeout_s: float) -> list[Finding]:
     try:
         health = ask(url, HEALTHZ, timeout_s=timeout_s)
         ready = ask(url, READYZ, timeout_s=timeout_s)
         inside = ask(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params={"limit": "0"})
     except PlannerError as error:
-        advice = "start it (vllm-rfork planner --host 0.0.0.0), or look at address, DNS, firewall and TLS trust"
+        advice = "start it (vllm-rfork planner --host 0.0.0.0), or check address, DNS, firewall and TLS trust"
         return [Finding("planner", FAIL, str(error), advice)]
     return [_health(health.status), _readiness(ready.status, ready.text), _admission(inside.status)]
+
+
+def _beside_a_leader(findings: list[Finding]) -> list[Finding]:
+    """The findings of one replica of several: only one of them leads, and the others answer 503."""
+    for each in findings:
+        if each.check == _READY and each.found.startswith("503"):
+            return [
+                findings[0],
+                dataclasses.replace(each, state=OK, found="another replica leads", advice=""),
+            ]
+    return findings
 
 
 def _health(status: int) -> Finding:
     if status == 200:
         return Finding("planner", OK, f"answers {HEALTHZ}")
     if status == 404:
-        return Finding("planner", NOTE, f"has no {HEALTHZ}", "an older planner; else the URL leads to something else")
-    return Finding("planner", FAIL, f"{HEALTHZ} answers {status}", "look at the planner's log, and what stands before")
+        return Finding("planner", NOTE, f"has no {HEALTHZ}", "an older planner, unless the URL is another service's")
+    return Finding(
+        "planner", FAIL, f"{HEALTHZ} answers {status}", "see the log of the planner, and of a proxy before it"
+    )
 
 
 def _readiness(status: int, text: str) -> Finding:
     if status == 200:
-        return Finding("planner ready", OK, "takes requests, and its store answers")
+        return Finding(_READY, OK, "takes requests, and its store answers")
     if status == 404:
-        return Finding("planner ready", NOTE, f"has no {READYZ}", "a third-party planner; nothing to do")
-    advice = "wait for its start or drain to end; with --store redis://, check that Redis answers and who leads"
-    return Finding("planner ready", FAIL, f"{status}: {text}", advice)
+        return Finding(_READY, NOTE, f"has no {READYZ}", "a third-party planner; nothing to do")
+    advice = (
+        "wait for its start or drain to end; with --store redis://, check that Redis answers and which replica leads"
+    )
+    return Finding(_READY, FAIL, f"{status}: {text}", advice)
 
 
 def _admission(status: int) -> Finding:
     has_token = bool(credentials().token)
     if status in {401, 403}:
-        advice = f"set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE, to a token that the planner knows"
-        return Finding("planner token", FAIL, "refused" if has_token else "demanded, and none is set", advice)
+        advice = f"set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE, to a token that the planner accepts"
+        return Finding("planner token", FAIL, "refused" if has_token else "required, and none is set", advice)
     if status == 200 and has_token:
-        return Finding("planner token", OK, "the planner takes calls with it")
+        return Finding("planner token", OK, "accepted")
     if status == 200:
         return Finding(
-            "planner token", NOTE, "none is demanded: whoever reaches the planner may use it", "see SECURITY.md"
+            "planner token", NOTE, "not required: every host that reaches the planner may use it", "see SECURITY.md"
         )
     if status in {404, 405}:
         advice = "a third-party planner; nothing to do"
     else:
-        advice = "look at the planner's log and its store, then run this again"
-    return Finding("planner token", NOTE, f"cannot tell: {DEBUG_SNAPSHOT} answers {status}", advice)
+        advice = "see the planner's log and check its store, then run this again"
+    return Finding("planner token", NOTE, f"unknown: {DEBUG_SNAPSHOT} answers {status}", advice)
 
 
 def engine(name: str, *, wanted: bool) -> Finding:
-    """What works of engine ``name`` on this host; ``wanted`` makes its absence a failure."""
+    """The state of engine ``name`` on this host; ``wanted`` makes its absence a failure."""
     check = f"engine {name}"
     state = FAIL if wanted else NOTE
     command = [sys.executable, "-c", _EXAMINE.format(examiner=_EXAMINERS[name])]
@@ -149,27 +176,27 @@ def engine(name: str, *, wanted: bool) -> Finding:
             command, capture_output=True, text=True, errors="replace", check=False, timeout=_IMPORT_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return Finding(check, FAIL, f"its start does not end within {_IMPORT_TIMEOUT_S:g} s", "reinstall it")
+        return Finding(check, FAIL, f"its start did not end within {_IMPORT_TIMEOUT_S:g} s", "reinstall it")
     if done.returncode == 0:
         return Finding(check, OK, (done.stdout.strip().splitlines() or ["it works"])[-1])
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode == 3:
         found, _, advice = said.rpartition("; ")
         return Finding(check, state, found, advice)
     if done.returncode == 4:
         return Finding(check, state, said, f"vllm-rfork selftest --engine {name} shows more")
     if done.returncode < 0:
-        said = f"its start died of signal {-done.returncode}: {said}"
+        said = f"its start ended by signal {-done.returncode}: {said}"
     return Finding(check, FAIL, said, "reinstall it for this Python and this processor")
 
 
 def is_worker_host() -> bool:
-    """Whether vLLM is installed here, so that workers may start on this host. Imports nothing."""
+    """Whether vLLM is installed here, so that workers may start on this host; does not import it."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def libunwind(*, wanted: bool) -> Finding:
-    """Whether the library is there that the YuanRong wheels need and do not bring."""
+    """Whether the library is installed that the YuanRong wheels need and do not contain."""
     try:
         ctypes.CDLL(UNWIND)
     except OSError:
@@ -179,9 +206,9 @@ def libunwind(*, wanted: bool) -> Finding:
 
 
 def cross_memory_attach() -> Finding:
-    """Whether one process may read another's memory here, as engine nixl does between CPU workers of one machine.
+    """Whether one process may read another's memory, as engine nixl does between CPU workers of one machine.
 
-    Between two children of this process, since the kernel's rule for a parent and its child is milder.
+    Tried between two children of this process: the kernel's rule for a parent and its child is milder.
     """
     check = "cross-memory attach"
     pipe = subprocess.PIPE
@@ -198,17 +225,17 @@ def cross_memory_attach() -> Finding:
                 timeout=_CMA_TIMEOUT_S,
             )
         except subprocess.TimeoutExpired:
-            return Finding(check, FAIL, f"the try did not end within {_CMA_TIMEOUT_S:g} s", "try again")
+            return Finding(check, FAIL, f"did not end within {_CMA_TIMEOUT_S:g} s", "run this again")
         finally:
             holder.kill()
     if reader.returncode == 0:
         return Finding(check, OK, "process_vm_readv works between two processes of this user")
-    said = (reader.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    said = (reader.stderr.strip().splitlines() or ["no message"])[-1]
     return Finding(check, NOTE, f"process_vm_readv: {said}", _cma_advice())
 
 
 def _cma_advice() -> str:
-    """What usually forbids it, with what this machine says about itself."""
+    """Ways to allow it, given this machine's kernel setting."""
     scope = _yama_scope()
     if scope not in {"", "0"}:
         allow = f"kernel.yama.ptrace_scope is {scope}: set it to 0, or give the workers CAP_SYS_PTRACE"

@@ -1,7 +1,6 @@
-"""``vllm-rfork seeds`` and ``vllm-rfork leases``: what a planner knows, as tables or JSON.
+"""``vllm-rfork seeds`` and ``vllm-rfork leases``: a planner's state as tables or JSON.
 
-They read ``/debug/snapshot``, whose form is each planner's own: of a planner of another make they say that they cannot
-read it. Nothing here changes the planner's state.
+They read ``/debug/snapshot``. A third-party planner may answer it in another form, which is an error here.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ _Row = Mapping[str, Any]
 _Column = tuple[str, Callable[[_Row], object]]
 
 _limit = click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Most entries to show."
+    "--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="maximum number of entries"
 )
-_key = click.option("--key", help="Only of this seed key.")
+_key = click.option("--key", help="only this seed key")
 
 
 @click.command()
@@ -31,7 +30,7 @@ _key = click.option("--key", help="Only of this seed key.")
 @_limit
 @json_option
 def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_json: bool) -> None:
-    """List the seeds that the planner knows."""
+    """List the planner's seeds."""
     found = _lists(ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit)), "seeds")
     if as_json:
         echo_json(found["seeds"])
@@ -45,9 +44,9 @@ def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_jso
 @_limit
 @json_option
 def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_json: bool) -> None:
-    """List who forks from whom right now, and who waits.
+    """List current leases, waiting receivers and pending loaders.
 
-    Lease ids are shown by their first characters: whoever knows one whole may release the lease.
+    Only the first characters of lease ids are shown: a complete id is enough to release the lease.
     """
     answer = ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit))
     found = _lists(answer, "leases", "waiting", "intents")
@@ -65,7 +64,9 @@ def _lists(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
     for name in names:
         entries = found.get(name)
         if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
-            raise click.ClickException(f"a planner of another make: its snapshot has no list of {name} of this form")
+            raise click.ClickException(
+                f'cannot read {DEBUG_SNAPSHOT}: no usable "{name}" list (is this a third-party planner?)'
+            )
     return {name: found[name] for name in names}
 
 
@@ -77,7 +78,7 @@ def _print_table(noun: str, columns: Sequence[_Column], rows: Sequence[_Row], li
     if not rows:
         click.echo(f"no {noun}s")
         return
-    table = Table(title=counted(len(rows), noun) + (" (there may be more: --limit)" if len(rows) >= limit else ""))
+    table = Table(title=counted(len(rows), noun) + (" (there may be more; see --limit)" if len(rows) >= limit else ""))
     for name, _ in columns:
         table.add_column(name, overflow="fold")
     for row in rows:

@@ -1,7 +1,7 @@
 """The ``vllm-rfork`` command.
 
-One line in :data:`COMMANDS` per command; its module is imported when the command runs, so that help and shell
-completion stay fast and need neither torch nor vLLM. Must not import anything of the package but the version.
+One row in :data:`COMMANDS` per command. Its module is imported when the command runs, so that help and shell completion
+are fast and need neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from vllm_rfork import __version__
 
 
 class CommandRow(NamedTuple):
-    """Where a command lives (``module:attribute``) and its one line in the list of commands."""
+    """A command's target (``module:attribute``) and its line in the list of commands."""
 
     target: str
     summary: str
 
 
 COMMANDS: dict[str, CommandRow] = {
-    "planner": CommandRow("vllm_rfork.planner.command:planner", "Run the planner that pairs receivers with seeds."),
-    "seeds": CommandRow("vllm_rfork.cli.fleet:seeds", "List the seeds that a planner knows."),
-    "leases": CommandRow("vllm_rfork.cli.fleet:leases", "List who forks from whom right now, and who waits."),
-    "key": CommandRow("vllm_rfork.cli.key:key", "Print a worker's seed key from its parts."),
-    "doctor": CommandRow("vllm_rfork.cli.doctor:doctor", "Check planner, engines and this machine."),
-    "selftest": CommandRow("vllm_rfork.cli.selftest:selftest", "Fork random bytes between two processes."),
+    "planner": CommandRow("vllm_rfork.planner.command:planner", "run the planner, which pairs receivers with seeds"),
+    "seeds": CommandRow("vllm_rfork.cli.fleet:seeds", "list a planner's seeds"),
+    "leases": CommandRow("vllm_rfork.cli.fleet:leases", "list current leases and waiting receivers"),
+    "key": CommandRow("vllm_rfork.cli.key:key", "print a worker's seed key from its parts"),
+    "doctor": CommandRow("vllm_rfork.cli.doctor:doctor", "check planner, engines and this machine"),
+    "selftest": CommandRow("vllm_rfork.cli.selftest:selftest", "fork random bytes between two processes"),
 }
 
 
@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands, from the table alone."""
+        """The list of commands, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, row.summary) for name, row in COMMANDS.items()])
 
@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vllm-rfork")
 def main() -> None:
-    """RFork: a starting vLLM worker forks its weights out of the memory of a running peer."""
+    """RFork: a starting vLLM worker forks its weights from the memory of a running peer."""
 
 
 if __name__ == "__main__":

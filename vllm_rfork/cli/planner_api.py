@@ -1,8 +1,7 @@
-"""One question to a planner from the terminal: its address and token, and JSON back.
+"""Calls of the command line to a planner: its URL, token and TLS files, and what is printed of its answers.
 
-Token and TLS files come from the environment alone, under the names that a worker's have: a command line is read by
-everybody on the machine. Whatever the planner says is shown to a person's terminal, so :func:`shown` lets nothing
-through that would steer it.
+Token and TLS files come from the environment only, from the same variables as a worker's: every user of a machine can
+read its command lines. Text from a planner goes to a terminal, so :func:`shown` removes what could control it.
 """
 
 from __future__ import annotations
@@ -19,53 +18,59 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_rfork.config import base_url, parse_config
+from vllm_rfork.clients.calls import MAX_JSON_NBYTES, PlannerCalls
+from vllm_rfork.config import parse_config, planner_urls
 from vllm_rfork.errors import ConfigError, PlannerError
 from vllm_rfork.logs.quoting import printable
-from vllm_rfork.net.client import Answer, BoundedHttp
+from vllm_rfork.net.client import Answer
 from vllm_rfork.net.credentials import Credentials
 
 URL_VARIABLE = "RFORK_SCHEDULER_URL"
 TOKEN_VARIABLE = "RFORK_TOKEN"  # noqa: S105 - the variable's name
-MAX_BODY_NBYTES = 64 << 20
-#: Characters of one cell: the longest seed key, and more.
+#: Characters of one cell; a seed key has at most 2048.
 MAX_CELL = 4096
 
-#: Of a table that goes into a pipe or a file: no line is folded there.
+#: Width of a table in a pipe or a file, where no line is folded.
 _UNFOLDED_WIDTH = 10_000
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def planner_options(command: _F) -> _F:
-    """``--url`` and ``--timeout``, as every command has them that asks the planner."""
+    """``--url`` and ``--timeout``."""
     command = click.option(
-        "--timeout", "timeout_s", type=click.FloatRange(0.1, 600), default=10.0, show_default=True, help="Seconds."
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(0.1, 600),
+        default=10.0,
+        show_default=True,
+        help="bound of one call, in seconds",
     )(command)
-    return click.option("--url", envvar=URL_VARIABLE, show_envvar=True, help="The planner's base URL.")(command)
+    text = "base URL of the planner; several replicas: with commas between"
+    return click.option("--url", envvar=URL_VARIABLE, show_envvar=True, help=text)(command)
 
 
 def json_option(command: _F) -> _F:
     """``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="print JSON, for programs")(command)
 
 
 def checked_url(url: str | None) -> str:
-    """``url`` as a base URL.
+    """``url`` as workers accept it.
 
     Raises:
-        click.UsageError: it is missing or not a base URL.
+        click.UsageError: it is missing or unusable.
     """
     if not url:
-        raise click.UsageError(f"say where the planner is: --url http://host:1223, or {URL_VARIABLE}")
+        raise click.UsageError(f"no planner is given; use --url http://host:1223, or set {URL_VARIABLE}")
     try:
-        return base_url(url)
+        return planner_urls(url)
     except ValueError as error:
         raise click.UsageError(f"the planner's URL is unusable: {error}; it must look like http://host:1223") from error
 
 
 def credentials() -> Credentials:
-    """Token and TLS as a worker with this environment would have them.
+    """Token and TLS of a worker with this environment.
 
     Raises:
         click.UsageError: a variable is wrong, or a file that it names cannot be used.
@@ -85,26 +90,22 @@ def ask(
     params: dict[str, str] | None = None,
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """Ask for ``path``, with the token and the TLS files of the environment where there are any.
+    """The planner's answer to one call, with the environment's token and TLS files.
 
     Raises:
-        PlannerError: no answer, or none that is HTTP.
+        PlannerError: no HTTP answer in time from any of the URLs.
         click.UsageError: a variable is wrong, or a file that it names cannot be used.
     """
-    http = BoundedHttp("planner", PlannerError, credentials())
-    return asyncio.run(
-        http.exchange(
-            method, url + path, timeout_s=timeout_s, headers=headers, params=params, max_body_nbytes=MAX_BODY_NBYTES
-        )
-    )
+    planner = PlannerCalls(url, request_timeout_s=timeout_s, credentials=credentials())
+    return asyncio.run(planner.call(method, path, headers or {}, params=params, max_body_nbytes=MAX_JSON_NBYTES))
 
 
 def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, str]) -> dict[str, Any]:
-    """The JSON object that ``GET path`` answers.
+    """The JSON object at ``path``.
 
     Raises:
         click.UsageError: no usable ``url``.
-        click.ClickException: no answer, a refusal, or something else than a JSON object; says what to do.
+        click.ClickException: no answer, a refusal, or something other than a JSON object.
     """
     try:
         answer = ask(checked_url(url), path, timeout_s=timeout_s, params=params)
@@ -112,7 +113,7 @@ def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, 
         raise click.ClickException(str(error)) from error
     if answer.status == 401:
         raise click.ClickException(
-            f"the planner wants a valid bearer token: set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE to a file with it"
+            f"the planner requires a valid bearer token: set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE to a file with it"
         )
     if answer.status != 200:
         raise click.ClickException(f"the planner answered {answer}")
@@ -129,12 +130,12 @@ def shown(value: object) -> Text:
 
 
 def echo_json(data: object) -> None:
-    """Print ``data`` as JSON in ASCII: planners' texts cannot steer the terminal that shows it."""
+    """Print ``data`` as JSON in ASCII: text from planners cannot control the terminal."""
     click.echo(json.dumps(data, indent=2))
 
 
 def print_table(table: Table) -> None:
-    """Print ``table``, as wide as the terminal. Into a pipe or file: unfolded, and with lines of ASCII only."""
+    """Print ``table`` as wide as the terminal; in a pipe or a file unfolded, with ASCII borders."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_UNFOLDED_WIDTH)

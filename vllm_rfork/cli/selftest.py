@@ -30,19 +30,26 @@ class Size(click.ParamType[int]):
 
 
 @click.command(epilog="Exit status: " + "; ".join(f"{code} {text}" for code, text in CODES.items()) + ".")
-@click.option("--engine", type=click.Choice(sorted(ENGINES)), required=True, help="The transfer engine to test.")
-@click.option("--device", default="cpu", show_default=True, help="The receiver's torch device: cpu, cuda:0, npu:0.")
-@click.option("--seed-device", default=None, help="The seed's device.  [default: the receiver's]")
-@click.option("--size", "nbytes", type=Size(), default="256M", show_default=True, help="Bytes to fork.")
-@click.option("--host", default=None, help="IPv4 address that the engine listens on.  [default: 127.0.0.1]")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds.")
-@click.option("--corrupt", is_flag=True, hidden=True, help="Alter the seed's memory after its digest was taken.")
+@click.option("--engine", type=click.Choice(sorted(ENGINES)), required=True, help="transfer engine to test")
+@click.option("--device", default="cpu", show_default=True, help="receiver's torch device: cpu, cuda:0, npu:0")
+@click.option("--seed-device", default=None, help="seed's device  [default: the receiver's]")
+@click.option("--size", "nbytes", type=Size(), default="256M", show_default=True, help="bytes to fork")
+@click.option("--host", default=None, help="IPv4 address that the engine listens on  [default: 127.0.0.1]")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(1),
+    default=120.0,
+    show_default=True,
+    help="bound of the whole run, in seconds",
+)
+@click.option("--corrupt", is_flag=True, hidden=True, help="alter the seed's memory after its digest was computed")
 @click.pass_context
 def selftest(ctx: click.Context, /, seed_device: str | None, host: str | None, **given: Any) -> None:
     """Fork random bytes from one process to another and compare digests.
 
-    Run this first on new hardware. It starts a seed and a receiver on this machine, moves the bytes with the engine
-    that vLLM would use, and prints what it measured.
+    Run this first on new hardware. It starts a seed and a receiver on this machine, transfers the bytes with the
+    engine that vLLM would use, and prints seconds and GB/s.
     """
     if host is not None and (hint := ENGINES[given["engine"]].host_hint):
         raise click.UsageError(f"--host has no effect on engine {given['engine']}: {hint}")

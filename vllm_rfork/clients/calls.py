@@ -67,7 +67,7 @@ class PlannerCalls:
         self._preferred = 0
         self._hyphens: set[str] = set()
 
-    async def _call(
+    async def call(
         self,
         method: str,
         path: str,
@@ -78,6 +78,7 @@ class PlannerCalls:
         repeatable: bool = True,
         repeat_headers: Mapping[str, str] | None = None,
         connect_timeout_s: float | None = None,
+        params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
     ) -> Answer:
         """The answer of the first address that has one; a 503 if none has another.
@@ -92,7 +93,7 @@ class PlannerCalls:
             PlannerError: no answer; its cause is that of an attempt that may have arrived, if there was one.
         """
         deadline = deadline or self._deadline()
-        request = _Request(method, path, headers, connect_timeout_s, max_body_nbytes)
+        request = _Request(method, path, headers, params, connect_timeout_s, max_body_nbytes)
         failures: list[Answer | PlannerError] = []
         first, count = self._preferred, len(self.urls)
         for attempt in range(count):
@@ -145,6 +146,7 @@ class PlannerCalls:
             url + request.path,
             headers={name.replace("_", "-") if hyphens else name: text for name, text in request.headers.items()},
             timeout_s=deadline - self._clock(),
+            params=request.params,
             max_body_nbytes=request.max_body_nbytes,
             connect_timeout_s=request.connect_timeout_s,
         )
@@ -155,7 +157,7 @@ class PlannerCalls:
         """POST, repeated after each pause while the planner is away or overloaded; the last attempt's result."""
         for pause_s in pauses_s:
             try:
-                answer = await self._call("POST", path, headers, deadline)
+                answer = await self.call("POST", path, headers, deadline)
             except PlannerError as error:
                 logger.debug("%s; trying again in %g s", error, pause_s)
             else:
@@ -164,11 +166,11 @@ class PlannerCalls:
             if deadline is not None and self._clock() + pause_s >= deadline:
                 break
             await self._sleep(pause_s)
-        return await self._call("POST", path, headers, deadline)
+        return await self.call("POST", path, headers, deadline)
 
     async def _json(self, path: str) -> dict[str, Any]:
         """The JSON object at ``path``. Raises PlannerError."""
-        answer = await self._call("GET", path, {}, max_body_nbytes=MAX_JSON_NBYTES)
+        answer = await self.call("GET", path, {}, max_body_nbytes=MAX_JSON_NBYTES)
         if answer.status != 200:
             raise refusal(answer)
         try:
@@ -210,6 +212,7 @@ class _Request:
     method: str
     path: str
     headers: Mapping[str, str]
+    params: Mapping[str, str] | None
     connect_timeout_s: float | None
     max_body_nbytes: int
 

@@ -105,7 +105,7 @@ class ReceiverCalls(PlannerCalls):
         Raises:
             PlannerError: no answer in time, or another refusal.
         """
-        answer = await self._call("POST", messages.RENEW_SEED_LEASE, lease.headers())
+        answer = await self.call("POST", messages.RENEW_SEED_LEASE, lease.headers())
         return outcome(answer, unknown=(400, 404, 405))
 
     async def renews_leases(self) -> bool:
@@ -114,7 +114,7 @@ class ReceiverCalls(PlannerCalls):
         Raises:
             PlannerError: no answer in time.
         """
-        return (await self._call("GET", messages.RENEW_SEED_LEASE, {})).status != 404
+        return (await self.call("GET", messages.RENEW_SEED_LEASE, {})).status != 404
 
     async def release(
         self,
@@ -179,7 +179,7 @@ class ReceiverCalls(PlannerCalls):
             if left_s > 0 or (wait_s is not None and may_break_off):
                 waiting = {messages.WAIT_SEC: messages.seconds_text(max(left_s, 0.0))}
             try:
-                answer = await self._call(
+                answer = await self.call(
                     "GET", messages.GET_SEED, {**headers, **waiting}, deadline, held_s=held_s, repeatable=has_ticket
                 )
             except PlannerError as error:
@@ -222,7 +222,7 @@ class ReceiverCalls(PlannerCalls):
         try:
             seed = messages.seed_address(answer.headers)
             user_id = messages.required(answer.headers, messages.USER_ID)
-            await self._call("POST", messages.PUT_SEED, {**seed.headers(), messages.USER_ID: user_id}, deadline)
+            await self.call("POST", messages.PUT_SEED, {**seed.headers(), messages.USER_ID: user_id}, deadline)
         except (BadMessage, PlannerError) as error:
             logger.debug("The lease in an unusable answer could not be released: %s", error)
 

@@ -63,7 +63,7 @@ class SeedCalls(PlannerCalls):
         }
         unanswered = given(messages.STATE, self._states.get(seed, messages.STATE_UNANSWERED))
         try:
-            answer = await self._call("POST", messages.ADD_SEED, headers, repeat_headers=unanswered)
+            answer = await self.call("POST", messages.ADD_SEED, headers, repeat_headers=unanswered)
         except PlannerError as error:
             if was_sent(error):
                 self._states.setdefault(seed, messages.STATE_UNANSWERED)
@@ -91,7 +91,7 @@ class SeedCalls(PlannerCalls):
                 planner refused, or asks to come later.
         """
         headers = seed_headers(seed_key, seed, fingerprint=fingerprint, labels=labels, epoch=epoch)
-        answer = await self._call(
+        answer = await self.call(
             "POST",
             messages.PRESENCE,
             {**headers, messages.STREAM: "1"},
@@ -140,7 +140,7 @@ class SeedCalls(PlannerCalls):
             messages.INTENT: messages.encode_text(intent),
             messages.INTENT_TTL_SEC: messages.seconds_text(ttl_s),
         }
-        return outcome(await self._call("POST", messages.ADD_INTENT, headers), unknown=(404, 405))
+        return outcome(await self.call("POST", messages.ADD_INTENT, headers), unknown=(404, 405))
 
     def _remember_state(self, seed: SeedAddress, answer: Answer) -> None:
         """Keep the planner's state id for the next beat, by which the planner sees whether it lost its state since."""

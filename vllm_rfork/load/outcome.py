@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,12 @@ def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
         level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
         return NotASeed(plan.attempt.told.once(plan.no_seed_reason or "no weights were captured"), level)
     keeps = plan.device.type in plans.KEEPS_LOADED
-    header = {"state": plan.state, "state_gone": plan.state_gone, **plan.manifest_identity()}
-    manifest = plan.collection.manifest(digests=plan.digests, **header)
+    manifest = plan.seed_manifest()
     vouched = Vouched.of(manifest, plan.collection, model, keeps=keeps)
     return Publication(
         role="draft" if plan.identity.is_draft else "target",
         config=_seed_config(plan),
-        tensors=CapturedTensors(plan.device, header, plan.collection, plan.digests, vouched),
+        tensors=CapturedTensors(plan.device, manifest, plan.collection, plan.digests, vouched),
         engine=_Engine(plan.attempt, reopen=plan.reopen_engine),
         intent=_Intent(plan.attempt),
         checkpoint=plan.files.published,
@@ -78,20 +77,22 @@ class CapturedTensors:
     """:class:`~vllm_rfork.seeding.publication.PublishedTensors` that a load has captured.
 
     Args:
-        header: the manifest's fields that do not come from tensors.
+        manifest: gives header and state.
     """
 
     def __init__(
         self,
         device: torch.device,
-        header: Mapping[str, Any],
+        manifest: Manifest,
         collection: Collection,
         digests: Sequence[str],
         vouched: Vouched,
     ) -> None:
-        self._device, self._header, self._digests, self._vouched = device, header, digests, vouched
+        self._device, self._digests, self._vouched = device, digests, vouched
         self._collection: Collection | None = collection
-        self.manifest: Manifest = collection.manifest(digests=digests, **header)
+        self.manifest = collection.manifest(
+            manifest.header, digests=digests, state=manifest.state, state_gone=manifest.state_gone
+        )
 
     @property
     def keep(self) -> Any:
@@ -122,7 +123,7 @@ class CapturedTensors:
 
     def relocate(self) -> PublishedTensors:
         """See the protocol."""
-        return CapturedTensors(self._device, self._header, *self._vouched.again(), self._vouched)
+        return CapturedTensors(self._device, self.manifest, *self._vouched.again(), self._vouched)
 
     def release(self) -> None:
         """See the protocol."""
