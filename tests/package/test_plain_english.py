@@ -1,8 +1,11 @@
-"""The docs avoid the phrases that readers have to read twice; CONTRIBUTING.md has the rules."""
+"""Docs, docstrings, comments and messages avoid phrases that have to be read twice; CONTRIBUTING.md has the rules."""
 
 from __future__ import annotations
 
+import ast
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +29,16 @@ PATTERNS = {
     r"\bput aside\b": "quarantined",
     r"\bgives? out\b": "returns",
     r"\bnobody listens\b": "connection refused",
-    r"\bof ours\b|\btheirs\b": "name the project",
+    r"\bof ours\b": "name the project",
     r"\bwhoever\b": "who, a caller that",
     r"\banew\b": "again",
     r"\bare its word\b|\bby (?:its|their) \w+' word\b": "reported by",
     r"\bempty where\b": "Optional, or an exception",
 }
+#: Folders whose docstrings, comments and messages are held to the same patterns.
+SOURCES = sorted(path for folder in ("demo", "examples", "scripts") for path in (ROOT / folder).rglob("*.py"))
+#: Begins a docstring that asks instead of naming what the thing is or does.
+QUESTION = re.compile(r"(?:What|Whether|How|Why|Where|Who)\b")
 
 
 def prose(text: str) -> str:
@@ -44,13 +51,40 @@ def prose(text: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_are_written_in_plain_english(page: Path) -> None:
-    text = " ".join(prose(page.read_text(encoding="utf-8")).split())
-    found = {
+    assert complaints(prose(page.read_text(encoding="utf-8"))) == []
+
+
+def complaints(text: str) -> list[str]:
+    """Each phrase of ``text`` that a pattern finds, with its surroundings and a better one."""
+    text = " ".join(text.split())
+    return [
         f"{match[0]!r} in {text[max(0, match.start() - 30) : match.end() + 30]!r}: write {instead}"
         for pattern, instead in PATTERNS.items()
         for match in re.finditer(pattern, text, re.IGNORECASE)
-    }
-    assert found == set()
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
+def test_sources_are_written_in_plain_english(source: Path) -> None:
+    found = [f"line {line}: {each}" for line, text in texts(source) for each in complaints(text)]
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    found += [
+        f"write a noun phrase or an imperative: {text.splitlines()[0]}" for text in docstrings if QUESTION.match(text)
+    ]
+    assert found == []
+
+
+def texts(source: Path) -> Iterator[tuple[int, str]]:
+    """Comments, and strings of more than one word without their code, with their line numbers."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            yield node.lineno, re.sub(r"``.*?``", "…", node.value, flags=re.DOTALL)
+    with source.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
 
 
 @pytest.mark.parametrize(
