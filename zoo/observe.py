@@ -107,6 +107,7 @@ def digests_of(model: Any) -> dict[str, str]:
     import torch
 
     from vllm_rfork.model.traversal import walk
+    from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
     def digest(tensor: Any) -> str:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -114,7 +115,7 @@ def digests_of(model: Any) -> dict[str, str]:
 
     found = {
         leaf.name: leaf.value
-        for leaf in walk(model)
+        for leaf in walk(model, VLLM_RULES)
         if isinstance(leaf.value, torch.Tensor) and not leaf.name.endswith("handler_tensor")
     }
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -126,5 +127,6 @@ def state_of(model: Any) -> dict[str, Any]:
     import torch
 
     from vllm_rfork.model.traversal import walk
+    from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
-    return {leaf.name: leaf.value for leaf in walk(model) if not isinstance(leaf.value, torch.Tensor)}
+    return {leaf.name: leaf.value for leaf in walk(model, VLLM_RULES) if not isinstance(leaf.value, torch.Tensor)}

@@ -17,16 +17,17 @@ from torch import nn
 
 from tests.ascend import models
 from tests.ascend.fake_torch_npu import FakeTorchNpu, segment
+from tests.inventory import collect, match_state, sizes_of, state_of
 from vllm_rfork.devices import registry
 from vllm_rfork.devices.npu import NpuSide
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.manifest.codec import validate_manifest
 from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import ManifestHeader
-from vllm_rfork.model.coverage import check_accounted, held_by
+from vllm_rfork.model.coverage import check_accounted
 from vllm_rfork.model.digest import digests
-from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
-from vllm_rfork.model.tensors import Collection, collect
+from vllm_rfork.model.python_state import changed_state, gone_state
+from vllm_rfork.model.tensors import Collection
 from vllm_rfork.vllm_compat import ascend, storage_loader
 from vllm_rfork.vllm_compat.registries import Registries
 
@@ -55,9 +56,9 @@ def _fork(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """A seed with real weights, and a receiver that was post-processed from dummies and then forked."""
     seed, receiver = make(), make()
     models.fill(seed, real=True)
-    built, loaded = state_of(seed), held_by(seed)
+    built, loaded = state_of(seed), sizes_of(seed)
     models.post_process(seed)
-    check_accounted(loaded, held_by(seed))
+    check_accounted(loaded, sizes_of(seed))
     offered, after = collect(seed, CPU), state_of(seed)
     remote = offered.manifest(HEADER, state=changed_state(built, after), state_gone=gone_state(built, after))
     validate_manifest(remote)

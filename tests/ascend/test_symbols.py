@@ -14,8 +14,8 @@ import pytest
 import vllm_rfork.devices.npu
 from tests.ascend.fake_torch_npu import FakeTorchNpu, Format
 from vllm_rfork.devices.npu import _PLAIN_FORMATS
-from vllm_rfork.model.traversal import SCRATCH
 from vllm_rfork.vllm_compat import ascend
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 RECORDED = Path(__file__).parent / "recorded"
 DOCS = Path(__file__).parents[2] / "docs" / "ascend.md"
@@ -151,7 +151,7 @@ def test_only_one_value_is_taken_out_of_a_weight(release: dict[str, Any]) -> Non
 def test_no_scratch_name_is_one_of_the_weights(release: dict[str, Any]) -> None:
     made = {name for found in release["post_processing"].values() for name in found["sets"]}
 
-    assert made & SCRATCH.keys() <= {"o_proj_full_pool", "o_proj_full_gather_pool"}
+    assert made & VLLM_RULES.scratch_buffers.keys() <= {"o_proj_full_pool", "o_proj_full_gather_pool"}
 
 
 @VLLM_ASCEND

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import collect, sizes_of, state_of
 from vllm_rfork.errors import ForkError
-from vllm_rfork.model.coverage import check_accounted, check_no_addresses, held_by
-from vllm_rfork.model.python_state import state_of
-from vllm_rfork.model.tensors import collect
+from vllm_rfork.model.coverage import check_accounted
+from vllm_rfork.model.pointers import check_no_addresses
 
 CPU = torch.device("cpu")
 
@@ -34,44 +34,44 @@ def emptied(module: nn.Module) -> None:
 
 def test_what_nobody_touched_is_accounted_for() -> None:
     one = model()
-    check_accounted(held_by(one), held_by(one))
+    check_accounted(sizes_of(one), sizes_of(one))
 
 
 def test_a_weight_that_left_nothing_behind_is_not() -> None:
     one = model()
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     emptied(one.layers[0].o_proj)  # its bias stays, and stands for nothing
-    with pytest.raises(ForkError, match=r"emptied layers\.0\.o_proj\.weight, and no tensor"):
-        check_accounted(loaded, held_by(one))
+    with pytest.raises(ForkError, match=r"emptied layers\.0\.o_proj\.weight, and no other tensor"):
+        check_accounted(loaded, sizes_of(one))
 
 
 def test_a_weight_that_was_deleted_is_not_either() -> None:
     one = model()
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     del one.layers[1].o_proj.weight
     with pytest.raises(ForkError, match=r"layers\.1\.o_proj\.weight"):
-        check_accounted(loaded, held_by(one))
+        check_accounted(loaded, sizes_of(one))
 
 
 def test_a_replacement_beside_it_or_above_it_counts() -> None:
     one = model()
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     emptied(one.layers[0].o_proj)
     one.layers[0].o_proj.packed = torch.zeros(32, 64)
     emptied(one.layers[0].kv_b_proj)
     one.layers[0].impl = type("Impl", (), {})()
     one.layers[0].impl.W_UV = torch.zeros(32, 64)
     one.layers[0].impl.W_UK_T = torch.zeros(32, 64)
-    check_accounted(loaded, held_by(one))
+    check_accounted(loaded, sizes_of(one))
 
 
 def test_a_scale_does_not_count_as_a_replacement() -> None:
     one = model()
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     emptied(one.layers[0].o_proj)
     one.layers[0].o_proj.scale = torch.ones(64)
     with pytest.raises(ForkError):
-        check_accounted(loaded, held_by(one))
+        check_accounted(loaded, sizes_of(one))
 
 
 def test_single_numbers_may_go() -> None:
@@ -79,35 +79,35 @@ def test_single_numbers_may_go() -> None:
     one = model()
     one.layers[0].k_scale = nn.Parameter(torch.tensor(1.0))
     one.layers[0].v_scale = nn.Parameter(torch.ones(1))
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     del one.layers[0].k_scale, one.layers[0].v_scale
-    check_accounted(loaded, held_by(one))
+    check_accounted(loaded, sizes_of(one))
 
 
 def test_a_neighbour_that_was_repacked_does_not_pay_for_a_loss() -> None:
     one = model()
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     one.layers[0].o_proj.weight = nn.Parameter(torch.zeros(64 * 64), requires_grad=False)
     emptied(one.layers[0].kv_b_proj)
     emptied(one.layers[1].kv_b_proj)
     emptied(one.layers[1].o_proj)
     with pytest.raises(ForkError, match=r"layers\.1\.kv_b_proj\.weight, layers\.1\.o_proj\.weight"):
-        check_accounted(loaded, held_by(one))
+        check_accounted(loaded, sizes_of(one))
 
 
 def test_another_layer_does_not_pay() -> None:
     one = model()
-    loaded = held_by(one)
+    loaded = sizes_of(one)
     emptied(one.layers[0].o_proj)
     one.layers[1].extra = torch.zeros(640, 64)
     with pytest.raises(ForkError, match=r"layers\.0"):
-        check_accounted(loaded, held_by(one))
+        check_accounted(loaded, sizes_of(one))
 
 
 def test_tables_of_addresses_are_refused() -> None:
     one = model()
     one.layers[0].pointers = torch.tensor([0, one.layers[0].o_proj.weight.data_ptr() + 128])
-    with pytest.raises(ForkError, match=r"layers\.0\.pointers holds addresses"):
+    with pytest.raises(ForkError, match=r"layers\.0\.pointers contains addresses"):
         check_no_addresses(collect(one, CPU), {})
 
 

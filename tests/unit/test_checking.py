@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import collect
 from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
-from vllm_rfork.model.tensors import Collection, collect
+from vllm_rfork.model.tensors import Collection
 from vllm_rfork.model.verification import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check
 
 CPU = torch.device("cpu")

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import apply_state, match_state, state_of
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.model import value_codec
-from vllm_rfork.model.python_state import apply_state, changed_state, check_passed_on, gone_state, match_state, state_of
+from vllm_rfork.model.python_state import changed_state, check_passed_on, gone_state
 
 
 class Layer(nn.Module):

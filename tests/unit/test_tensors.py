@@ -19,14 +19,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import apply_state, collect, state_of
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest, validate_manifest
 from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import ManifestHeader
 from vllm_rfork.model import traversal
-from vllm_rfork.model.build_signature import marks_of
-from vllm_rfork.model.python_state import apply_state, changed_state, state_of
-from vllm_rfork.model.tensors import apply_inline, collect
+from vllm_rfork.model.build_signature import build_signature
+from vllm_rfork.model.python_state import changed_state
+from vllm_rfork.model.tensors import apply_inline
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 CPU = torch.device("cpu")
 HEADER = ManifestHeader(
@@ -487,8 +489,10 @@ def test_tokenizers_that_models_keep_are_no_part_of_them() -> None:
     tokenizer.padding_side = "left"
     model = nn.Linear(2, 2)
     model._tokenizer = tokenizer
-    assert [leaf.name for leaf in traversal.walk(model) if "tokenizer" in leaf.name] == []
-    assert not any("tokenizer" in name for name in marks_of(model, state_of(model), kernels=True))
+    assert [leaf.name for leaf in traversal.walk(model, VLLM_RULES) if "tokenizer" in leaf.name] == []
+    assert not any(
+        "tokenizer" in name for name in build_signature(model, state_of(model), kernels=True, rules=VLLM_RULES)
+    )
 
 
 class Colour(enum.Enum):

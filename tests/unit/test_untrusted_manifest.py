@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.inventory import collect, state_of
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
 from vllm_rfork.fork.transfer import StageTimes
@@ -26,10 +27,11 @@ from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader, Region, Span, TensorEntry
 from vllm_rfork.model import digest, value_codec
-from vllm_rfork.model.python_state import changed_state, gone_state, state_of
-from vllm_rfork.model.tensors import Collection, collect
+from vllm_rfork.model.python_state import changed_state, gone_state
+from vllm_rfork.model.tensors import Collection
 from vllm_rfork.model.traversal import walk
 from vllm_rfork.model.verification import ArrivalCheck
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 CPU = torch.device("cpu")
 
@@ -156,9 +158,9 @@ def check_nothing_else_changed(model: nn.Module, before: dict[str, object], remo
             ours, theirs = value_codec.from_data(ours), value_codec.from_data(value)
         if type(ours) is not type(theirs) or not (ours == theirs or repr(ours) == repr(theirs)):  # NaN is not itself
             raise AssertionError(f"{name} is {now.get(name)!r}, not {value!r}")
-    for leaf in walk(SEED):
+    for leaf in walk(SEED, VLLM_RULES):
         if isinstance(leaf.value, torch.Tensor):
-            (ours,) = [each.value for each in walk(model) if each.name == leaf.name]
+            (ours,) = [each.value for each in walk(model, VLLM_RULES) if each.name == leaf.name]
             if not torch.equal(ours, leaf.value):
                 raise AssertionError(f"{leaf.name} has other bytes")
 

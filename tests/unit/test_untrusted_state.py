@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import apply_state, match_state, state_of
 from vllm_rfork.errors import ForkError
 from vllm_rfork.model import value_codec
-from vllm_rfork.model.python_state import apply_state, match_state, state_of
 from vllm_rfork.model.value_codec import MAX_INT_DIGITS, MAX_PASSED_NBYTES, from_data
 
 

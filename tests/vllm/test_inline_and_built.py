@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import collect, match_state, state_of
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.fork.transfer import StageTimes
@@ -19,10 +20,11 @@ from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import built_differences, pair
 from vllm_rfork.manifest.schema import Manifest, ManifestHeader
-from vllm_rfork.model.build_signature import LARGEST_INT, marks_of
-from vllm_rfork.model.coverage import check_no_addresses, memory_of
-from vllm_rfork.model.python_state import changed_state, gone_state, match_state, state_of
-from vllm_rfork.model.tensors import Collection, apply_inline, check_inline, collect, with_inline
+from vllm_rfork.model.build_signature import LARGEST_INT, build_signature
+from vllm_rfork.model.pointers import check_no_addresses, memory_of
+from vllm_rfork.model.python_state import changed_state, gone_state
+from vllm_rfork.model.tensors import Collection, apply_inline, check_inline, with_inline
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 #: Where the engine would work: nothing here lies there, so that all tensors are inline.
 ELSEWHERE, CPU = torch.device("cuda"), torch.device("cpu")
@@ -157,7 +159,7 @@ def model_of(*arguments: Any) -> nn.Module:
 
 
 def marks(model: nn.Module, *, kernels: bool = True) -> dict[str, str]:
-    return marks_of(model, state_of(model), kernels=kernels)
+    return build_signature(model, state_of(model), kernels=kernels, rules=VLLM_RULES)
 
 
 def test_another_kernel_as_built_is_a_difference_and_without_the_guard_the_gate_is_wrong() -> None:
@@ -316,9 +318,9 @@ def test_addresses_of_scratch_are_refused_in_tables_and_values() -> None:
     with pytest.raises(ForkError, match="state pointer is an address"):
         checked(model, {"pointer": address})
     model.table = torch.tensor([0, address + 8])
-    with pytest.raises(ForkError, match="tensor table holds addresses"):
+    with pytest.raises(ForkError, match="tensor table contains addresses"):
         checked(model, {})
-    with pytest.raises(ForkError, match="tensor table holds addresses"):
+    with pytest.raises(ForkError, match="tensor table contains addresses"):
         checked(model, {}, ELSEWHERE)  # the table is one of the small tensors that travel in the manifest
 
 
@@ -331,11 +333,11 @@ def test_addresses_of_what_helpers_hold_are_refused() -> None:
 
 
 def test_large_tables_are_looked_at_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_rfork.model.coverage.PIECE", 1 << 16)
+    monkeypatch.setattr("vllm_rfork.model.pointers.PIECE", 1 << 16)
     model = offering(table=torch.arange(200_000))
     checked(model, {})
     model.table[199_999] = model.weight.data_ptr()
-    with pytest.raises(ForkError, match="tensor table holds addresses"):
+    with pytest.raises(ForkError, match="tensor table contains addresses"):
         checked(model, {})
 
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import apply_state
 from tests.vllm.conftest import LogRecords, Planner, extra_for
 from tests.vllm.engine_process import digests_of, load, load_digested, vllm_config
 from vllm_rfork.clients import SeedClient
@@ -30,9 +31,9 @@ from vllm_rfork.errors import ForkError
 from vllm_rfork.load import plan
 from vllm_rfork.manifest import pairing
 from vllm_rfork.manifest.schema import Manifest
-from vllm_rfork.model import digest, traversal
-from vllm_rfork.model.python_state import apply_state
+from vllm_rfork.model import digest
 from vllm_rfork.seeding.manager import manager
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -194,7 +195,7 @@ def test_coverage(fleet: Callable[..., Fleet]) -> None:
 
     with altered(built=with_scale, loaded=derive):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(traversal.SCRATCH, "derived_scale", "a hole in what the seed collects")
+            patch.setitem(VLLM_RULES.scratch_buffers, "derived_scale", "a hole in what the seed collects")
             assert one.seed() is not None
         refused(one.fork(), "derived_scale: only the receiver has it")
         with pytest.MonkeyPatch.context() as patch:
@@ -306,7 +307,7 @@ def test_python_side_state(fleet: Callable[..., Fleet], monkeypatch: pytest.Monk
         carried = one.fork()
         assert carried.forked
         assert carried.model._k_scale_float == 0.25
-        monkeypatch.setattr(plan, "apply_state", lambda model, state, *_: None)
+        monkeypatch.setattr(plan, "apply_state", lambda model, state, *_, **__: None)
         outcome = one.fork()
     let_through(outcome)
     assert outcome.model._k_scale_float == 1.0, "every tensor is right, and the model is not"
@@ -324,7 +325,7 @@ def test_python_side_state_that_cannot_be_set(fleet: Callable[..., Fleet], monke
     with altered(built=lambda model: setattr(model, "scales", []), loaded=derive):
         refused(one.fork(), "no place here")
 
-        def where_there_is_a_place(model: Any, state: dict[str, Any], *_: Any) -> None:
+        def where_there_is_a_place(model: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
             for name, value in state.items():
                 with contextlib.suppress(ForkError):
                     apply_state(model, {name: value})
@@ -349,7 +350,7 @@ def test_python_side_state_after_post_processing(
     carried = one.fork()
     assert carried.forked
     assert carried.model._k_scale_float == seed._k_scale_float
-    monkeypatch.setattr(plan, "match_state", lambda *args: None)
+    monkeypatch.setattr(plan, "match_state", lambda *args, **kwargs: None)
     outcome = one.fork()
     assert outcome.forked
     assert outcome.warnings == []
@@ -372,7 +373,7 @@ def test_python_side_state_after_post_processing_that_cannot_be_set(
     assert not outcome.forked
     assert any("falling back" in line and "state scales[0]" in line for line in outcome.warnings), outcome.warnings
     assert outcome.model.scales == seed.scales
-    monkeypatch.setattr(plan, "match_state", lambda *args: None)
+    monkeypatch.setattr(plan, "match_state", lambda *args, **kwargs: None)
     outcome = one.fork()
     assert outcome.forked
     assert outcome.warnings == []

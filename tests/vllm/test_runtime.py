@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.inventory import state_of
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, load, vllm_config
 from vllm_rfork.devices.cpu import CpuSide
 from vllm_rfork.load import plan
-from vllm_rfork.model.python_state import state_of
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
 

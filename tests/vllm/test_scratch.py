@@ -8,11 +8,11 @@ from pathlib import Path
 import transformers
 import vllm
 
-from vllm_rfork.vllm_compat.model_rules import SCRATCH_OBJECTS, SCRATCH_OF, SCRATCH_WHEN
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 
 def test_every_rule_about_a_class_is_about_one_that_vllm_has() -> None:
-    wanted = {kind for kind, _ in SCRATCH_OF} | set(SCRATCH_OBJECTS)
+    wanted = {kind for kind, _ in VLLM_RULES.scratch_of_class} | set(VLLM_RULES.scratch_objects)
     defined = re.compile(rf"^class ({'|'.join(sorted(wanted))})\b", re.MULTILINE)
     text_of: dict[str, str] = {}
     flagged = ""
@@ -24,8 +24,10 @@ def test_every_rule_about_a_class_is_about_one_that_vllm_has() -> None:
         text = file.read_text()
         for kind in defined.findall(text):
             text_of[kind] = text_of.get(kind, "") + text
-        if any(f"self.{flag} = " in text for flag, _ in SCRATCH_WHEN):
+        if any(f"self.{flag} = " in text for flag, _ in VLLM_RULES.scratch_if_flag):
             flagged += text
     assert wanted - text_of.keys() == set()
-    assert {(kind, name) for kind, name in SCRATCH_OF if not re.search(rf"\b{name}\b", text_of[kind])} == set()
-    assert {name for _, name in SCRATCH_WHEN if name not in flagged} == set()
+    assert {
+        (kind, name) for kind, name in VLLM_RULES.scratch_of_class if not re.search(rf"\b{name}\b", text_of[kind])
+    } == set()
+    assert {name for _, name in VLLM_RULES.scratch_if_flag if name not in flagged} == set()

@@ -22,6 +22,7 @@ from vllm_rfork.model.relocation import Vouched
 from vllm_rfork.model.tensors import Collection, names_in
 from vllm_rfork.net.advertise import listen_host
 from vllm_rfork.seeding.publication import Publication, PublishedTensors, SeedConfig, seed_ports
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
         return NotASeed(plan.attempt.told.once(plan.no_seed_reason or "no weights were captured"), level)
     keeps = plan.device.type in plans.KEEPS_LOADED
     manifest = plan.seed_manifest()
-    vouched = Vouched.of(manifest, plan.collection, model, keeps=keeps)
+    vouched = Vouched.of(manifest, plan.collection, model, keeps=keeps, rules=VLLM_RULES)
     return Publication(
         role="draft" if plan.identity.is_draft else "target",
         config=_seed_config(plan),

@@ -28,8 +28,9 @@ from vllm_rfork.manifest.facts import short_facts
 from vllm_rfork.manifest.pairing import built_differences, pair, paired_digests
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader
 from vllm_rfork.model import digest
-from vllm_rfork.model.build_signature import marks_of
-from vllm_rfork.model.coverage import Held, check_accounted, check_no_addresses, held_by, held_in, memory_of
+from vllm_rfork.model.build_signature import build_signature
+from vllm_rfork.model.coverage import TensorSize, check_accounted, tensor_sizes
+from vllm_rfork.model.pointers import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import (
     apply_state,
     changed_state,
@@ -37,7 +38,6 @@ from vllm_rfork.model.python_state import (
     gone_state,
     match_state,
     state_in,
-    state_of,
 )
 from vllm_rfork.model.tensors import Collection, account, apply_inline, check_inline, with_inline
 from vllm_rfork.model.traversal import Leaf, Plain, walk
@@ -47,6 +47,7 @@ from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_ke
 from vllm_rfork.vllm_compat import ascend, checkpoint_files, storage_loader
 from vllm_rfork.vllm_compat.agreement import Agreement
 from vllm_rfork.vllm_compat.fingerprint.facts import fingerprint_facts
+from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 from vllm_rfork.vllm_compat.worker_identity import worker_identity
 
 logger = worker_logger(__name__)
@@ -116,7 +117,7 @@ class LoadPlan:
     _owes_word_on: str = ""
     _promised: Manifest | None = None
     _loaded: Manifest | None = None
-    _weights: dict[str, Held] = field(default_factory=dict)
+    _weights: dict[str, TensorSize] = field(default_factory=dict)
     _checks: ascend.PostponedChecks = field(default_factory=ascend.PostponedChecks)
 
     @classmethod
@@ -243,7 +244,7 @@ class LoadPlan:
         with _whatever_is_raised("the model's memory cannot be looked at"):
             side = device_side(self.device)
             side.synchronize()
-            leaves = list(walk(model))
+            leaves = list(walk(model, VLLM_RULES))
             collection = account(leaves, self.device)
             reason = side.unregistrable(collection.regions)
         if reason:
@@ -287,10 +288,10 @@ class LoadPlan:
         with self.attempt.times.stage("state"):
             apply_inline(collection, manifest)
             if self.layout == RUNTIME:
-                match_state(model, self.built, manifest.state, manifest.state_gone, self._in_time)
+                match_state(model, self.built, manifest.state, manifest.state_gone, self._in_time, rules=VLLM_RULES)
                 self._checks.run()
             else:
-                apply_state(model, manifest.state, self._in_time)
+                apply_state(model, manifest.state, self._in_time, rules=VLLM_RULES)
             check_inline(collection, manifest)
             self._in_time()
 
@@ -428,9 +429,9 @@ class LoadPlan:
 
     def _look_at_built(self, model: nn.Module) -> None:
         """Remember ``model`` as it was built: before anything is loaded into it."""
-        self.files.look_also_at(list(getattr(model, "secondary_weights", None) or ()))
-        self.built = state_of(model)
-        self.marks = marks_of(model, self.built, kernels=self.layout == RUNTIME)
+        self.files.look_also_at(checkpoint_files.secondary_sources(model))
+        self.built = state_in(walk(model, VLLM_RULES))
+        self.marks = build_signature(model, self.built, kernels=self.layout == RUNTIME, rules=VLLM_RULES)
 
     def capture_loaded(self, model: nn.Module) -> None:
         """Remember what storage put into ``model``: references to the tensors, their digests, the changed state."""
@@ -439,7 +440,7 @@ class LoadPlan:
         if self.layout == RUNTIME:
             try:
                 with _whatever_is_raised("the loaded weights cannot be looked at"):
-                    self._weights = held_by(model)
+                    self._weights = tensor_sizes(walk(model, VLLM_RULES))
             except ForkError as error:
                 self.refuse_to_seed(str(error))
             return
@@ -511,7 +512,7 @@ class LoadPlan:
                     raise ForkError(f"native objects may hold weights: {', '.join(collection.opaque[:5])}")
                 if unknown := ascend.unknown_class_tensors(model):
                     raise ForkError(f"classes hold tensors that may be weights: {', '.join(unknown[:5])}")
-                check_accounted(self._weights, held_in(leaves))
+                check_accounted(self._weights, tensor_sizes(leaves))
                 after = state_in(leaves)
                 state = changed_state(self.built, after)
                 check_no_addresses(collection, state, memory_of(model, collection, device_side(self.device)))

@@ -19,52 +19,8 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.traversal import Plain
-from vllm_rfork.vllm_compat.model_rules import is_scratch_object
-
-#: Words of an attribute's name and why its value does not count, whatever it is.
-LEFT_OUT = {
-    word: reason
-    for reason, words in {
-        "where a process runs and whom it talks to": (
-            "addr address addresses host hostname ip port ports url uri endpoint pid ppid tid uid uuid id ids "
-            "rank ranks device devices gpu gpus npu numa node cpu cpus core cores thread threads sm sms"
-        ),
-        "how text and media become inputs": "tokenizer processor video videos pruning pruned",
-        "where files lie": "path paths dir dirs file files filename folder root",
-        "handles, addresses and counters": (
-            "handle handles ptr pointer fd stream event count counter nonce hash version"
-        ),
-        "times and random numbers": "time times timestamp created started now seed random generator",
-        "sized by requests, caches and batches": (
-            "max batch batched seqs seq token tokens request requests budget chunk chunked cache cached caches kv "
-            "memory mem utilization workspace scratch buffer buffers spec speculative"
-        ),
-        "graphs, adapters and observation": (
-            "compile compiled compilation eager graph graphs cudagraph capture captured guards bytecode lora loras "
-            "adapter adapters nvtx trace tracing profile profiling profiler debug log logger logging stats metrics "
-            "verbose warm warmed warmup jit autotune autotuned tuned tuning initialized"
-        ),
-    }.items()
-    for word in words.split()
-}
-#: The same for whole names.
-LEFT_OUT_NAMES = {
-    "block_size": "of the KV cache",
-    "kernel_block_size": "of the KV cache",
-    "prefix": "a name of the module, which the value's own name has",
-    "layer_name": "a name of the module, which the value's own name has",
-}
-#: In the checkpoint layout, where receivers post-process for themselves: which kernel will be used.
-KERNEL_WORDS = {
-    word: "chosen with the kernel"
-    for words in (
-        "use uses used enable enabled support supports supported direct opaque custom backend impl implementation",
-        "allow allows eligible capable gemm rocm cuda cublas kernel kernels attn attention fused fuse",
-        "quant quantized quantization scale scales method format dtype",
-    )
-    for word in words.split()
-}
 
 #: Integers from here on may be addresses, times, identifiers or sizes of memory.
 LARGEST_INT = 1 << 24
@@ -81,12 +37,11 @@ _NUMBER = re.compile(r"(?<=\[)\d+(?=\])|(?<![^.])\d+(?![^.\[])")
 _KEY = re.compile(r"\[([^\]]*)\]")
 _IN_CONTAINER = re.compile(r"\[[^\]]*\]")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_PACKAGES = ("vllm", "vllm_ascend")
 #: How deep helpers' classes are looked for: a quantization method's kernel is two steps from its layer.
 _DEPTH = 2
 
 
-def marks_of(model: Any, state: Mapping[str, Plain], *, kernels: bool) -> dict[str, str]:
+def build_signature(model: Any, state: Mapping[str, Plain], *, kernels: bool, rules: ModelRules) -> dict[str, str]:
     """What counts of how ``model`` was built: name → value or digest; layers that only differ by number are one name.
 
     Args:
@@ -97,9 +52,13 @@ def marks_of(model: Any, state: Mapping[str, Plain], *, kernels: bool) -> dict[s
     modules = {name for name, _ in model.named_modules()}
     host = socket.gethostname()
     found = ((name, _text(name, value, host)) for name, value in state.items())
-    counted = {name: text for name, text in found if text and _counts(name) and (kernels or _structural(name, modules))}
+    counted = {
+        name: text
+        for name, text in found
+        if text and not _ignored(name, rules) and (kernels or _structural(name, modules, rules))
+    }
     if kernels:
-        counted.update(_classes(model))
+        counted.update(_classes(model, rules))
     groups: dict[str, dict[str, str]] = {}
     for name, text in counted.items():
         groups.setdefault(_NUMBER.sub("*", name), {})[name] = text
@@ -131,18 +90,18 @@ def _text(name: str, value: Plain, host: str) -> str:
     return value if _IDENTIFIER.fullmatch(value) else ""
 
 
-def _counts(name: str) -> bool:
+def _ignored(name: str, rules: ModelRules) -> bool:
     names = {_own_name(name), *_KEY.findall(name.removesuffix(_MEMBER).rpartition("].")[2])}
-    return names.isdisjoint(LEFT_OUT_NAMES) and LEFT_OUT.keys().isdisjoint(set().union(*map(_words, names)))
+    return rules.ignores(names, set().union(*map(_words, names)))
 
 
-def _structural(name: str, modules: set[str]) -> bool:
+def _structural(name: str, modules: set[str], rules: ModelRules) -> bool:
     """Whether this is a plain value of a registered module's own that tells no kernel."""
     own = _own_name(name)
     return (
         not name.endswith(_MEMBER)
         and _IN_CONTAINER.sub("", name).rpartition(".")[0] in modules
-        and KERNEL_WORDS.keys().isdisjoint(_words(own))
+        and rules.kernel_words.isdisjoint(_words(own))
     )
 
 
@@ -155,22 +114,22 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in _WORD.findall(name)}
 
 
-def _classes(model: Any) -> Iterator[tuple[str, str]]:
-    """Classes of vLLM's helpers, which are kernels and what chooses them, near each module."""
+def _classes(model: Any, rules: ModelRules) -> Iterator[tuple[str, str]]:
+    """Classes of the framework's helpers near each module: kernels and what chooses them."""
     for name, module in model.named_modules():
-        yield from _helpers(module, name, _DEPTH)
+        yield from _helpers(module, name, _DEPTH, rules)
 
 
-def _helpers(holder: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+def _helpers(holder: Any, prefix: str, depth: int, rules: ModelRules) -> Iterator[tuple[str, str]]:
     for key, value in sorted(getattr(holder, "__dict__", {}).items()):
         kind = type(value)
-        if kind.__module__.partition(".")[0] not in _PACKAGES or hasattr(value, "named_modules"):
+        if not rules.is_helper(kind) or hasattr(value, "named_modules"):
             continue
-        if not _counts(key) or kind.__name__.endswith("Config") or hasattr(kind, "__members__"):
+        if _ignored(key, rules) or kind.__name__.endswith("Config") or hasattr(kind, "__members__"):
             continue
-        if is_scratch_object(value):
+        if rules.is_scratch_object(value):
             continue
         name = f"{prefix}.{key}" if prefix else key
         yield f"{name}{_CLASS}", kind.__qualname__
         if depth > 1:
-            yield from _helpers(value, name, depth - 1)
+            yield from _helpers(value, name, depth - 1, rules)

@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.logs.quoting import printable
+from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.traversal import Leaf, Opaque, Plain, assign, may_be_added, may_become, walk
 from vllm_rfork.model.value_codec import family, from_data, is_plain
 
@@ -24,13 +25,8 @@ from vllm_rfork.model.value_codec import family, from_data, is_plain
 COMPARED = (".<member>", ".<digest>", ".<value>", ".<native>", ".<opaque>")
 
 
-def state_of(model: nn.Module) -> dict[str, Plain]:
-    """Every plain value reachable from ``model``, by name."""
-    return state_in(walk(model))
-
-
 def state_in(leaves: Iterable[Leaf]) -> dict[str, Plain]:
-    """As :func:`state_of`, of a walk."""
+    """The plain values among ``leaves``, by name."""
     return {leaf.name: leaf.value for leaf in _plain(leaves)}
 
 
@@ -60,6 +56,8 @@ def apply_state(
     state: dict[str, Any],
     in_time: Callable[[], None] = lambda: None,
     built: Mapping[str, Plain] = MappingProxyType({}),
+    *,
+    rules: ModelRules,
 ) -> None:
     """Make ``model`` hold ``state`` as the seed's does.
 
@@ -77,7 +75,7 @@ def apply_state(
     if not state:
         return
     leaves: dict[str, Leaf] = {}
-    for leaf in _plain(walk(model)):
+    for leaf in _plain(walk(model, rules)):
         in_time()
         leaves[leaf.name] = leaf
     modules = dict(model.named_modules())
@@ -88,7 +86,7 @@ def apply_state(
             _check_data(name, value)
         here = leaves.get(name)
         if here is None:
-            places.append((_unlisted(name, modules, value, built), value))
+            places.append((_unlisted(name, modules, value, built, rules), value))
         elif not _same(here.value, value):
             if not may_become(here.value, value):
                 raise ForkError(
@@ -101,12 +99,14 @@ def apply_state(
         assign(place, value)
 
 
-def _unlisted(name: str, modules: Mapping[str, nn.Module], value: Any, built: Mapping[str, Plain]) -> Leaf:
+def _unlisted(
+    name: str, modules: Mapping[str, nn.Module], value: Any, built: Mapping[str, Plain], rules: ModelRules
+) -> Leaf:
     """The place of an attribute that loading added and construction does not make, or that is no plain value now."""
     owner_name, _, key = name.rpartition(".")
     owner = modules.get(owner_name)
     was_plain = name in built and may_become(built[name], value)
-    if owner is None or not (may_be_added(owner, key, value) or (was_plain and key in vars(owner))):
+    if owner is None or not (may_be_added(owner, key, value, rules) or (was_plain and key in vars(owner))):
         raise ForkError(f"state {printable(name)} of the seed has no place here", mutated=True)
     return Leaf(name, owner, key, None)
 
@@ -117,6 +117,8 @@ def match_state(
     state: dict[str, Any],
     gone: Iterable[str],
     in_time: Callable[[], None] = lambda: None,
+    *,
+    rules: ModelRules,
 ) -> None:
     """Make ``model``, which was post-processed from other bytes, hold what the seed's holds; then look again.
 
@@ -133,12 +135,12 @@ def match_state(
     wanted = {**built, **state}
     for name in gone:
         wanted.pop(name, None)
-    now = state_of(model)
+    now = state_in(walk(model, rules))
     # Values that post-processing wrote here and not on the seed go back to what they were as built.
     other = {name: value for name, value in wanted.items() if name not in now or not _same(now[name], value)}
     if other:
-        apply_state(model, other, in_time, built)
-        now = state_of(model)  # a setter may have done something else
+        apply_state(model, other, in_time, built, rules=rules)
+        now = state_in(walk(model, rules))  # a setter may have done something else
     differences = [f"state {name}: only the receiver has it" for name in sorted(now.keys() - wanted.keys())]
     differences += [f"state {name}: only the seed has it" for name in sorted(wanted.keys() - now.keys())]
     differences += [

@@ -22,11 +22,9 @@ from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest.pairing import pair, paired_digests
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.tensors import Collection, account
 from vllm_rfork.model.traversal import walk
-
-#: LoRA puts each layer that it changes inside one of its own, under this name.
-_INSIDE_LORA = ".base_layer."
 
 #: The words of a mismatch between two workers, and what they mean between two moments of one.
 _WORDS = (("only the seed has it", "is gone"), (" on the seed", " then"), (" on the receiver", " now"))
@@ -46,13 +44,16 @@ class Vouched:
     device: torch.device
     kept: Collection | None
     model: weakref.ReferenceType[nn.Module]
+    rules: ModelRules
     hopeless: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest, collection: Collection, model: nn.Module, *, keeps: bool) -> Vouched:
+    def of(
+        cls, manifest: Manifest, collection: Collection, model: nn.Module, *, keeps: bool, rules: ModelRules
+    ) -> Vouched:
         """What ``collection`` holds now; ``keeps``: hold it until it is known whether it can be vouched for again."""
         device = collection.spans[0].data.device if collection.spans else torch.device("cpu")
-        return cls(manifest, device, collection if keeps else None, weakref.ref(model))
+        return cls(manifest, device, collection if keeps else None, weakref.ref(model), rules)
 
     def again(self) -> tuple[Collection, list[str]]:
         """The same tensors as they stand now, and the digests that their spans must have.
@@ -81,9 +82,10 @@ class Vouched:
             raise ForkError("the model is not there any more")
         device_side(self.device).synchronize()
         names = {entry.name for entry in self.manifest.tensors}
+        wrapped = f".{self.rules.wrapped_layer}."
         leaves = []
-        for leaf in walk(model):
-            name = leaf.name if leaf.name in names else leaf.name.replace(_INSIDE_LORA, ".")
+        for leaf in walk(model, self.rules):
+            name = leaf.name if leaf.name in names else leaf.name.replace(wrapped, ".")
             if name in names and isinstance(leaf.value, torch.Tensor):
                 leaves.append(dataclasses.replace(leaf, name=name))
         return account(leaves, self.device)

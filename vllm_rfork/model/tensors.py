@@ -1,6 +1,6 @@
 """A model's tensors as regions, spans and entries: what a seed offers and what a receiver fills.
 
-:func:`collect` looks at a model at one moment and keeps the memory it saw alive, by reference, so that the spans
+An inventory describes a model at one moment and keeps that memory alive, by reference, so that the spans
 stay valid when vLLM replaces parameters later. It decides what can be vouched for: whatever it cannot account for
 is an error, never left out.
 """
@@ -21,7 +21,7 @@ from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.schema import Manifest, ManifestHeader, Region, Span, StateValue, TensorEntry
-from vllm_rfork.model.traversal import Leaf, Opaque, walk
+from vllm_rfork.model.traversal import Leaf, Opaque
 
 #: A tensor off the engine's device travels inside the manifest up to this size, in bytes: scales and index tables.
 MAX_INLINE_NBYTES = 256 * 1024
@@ -38,7 +38,7 @@ class LocalSpan:
 
 @dataclass(frozen=True)
 class Collection:
-    """What :func:`collect` found.
+    """What :func:`account` found.
 
     ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
     maps the names of inline tensors to the tensors; ``opaque`` names native objects whose memory cannot be seen;
@@ -80,21 +80,16 @@ class Collection:
         )
 
 
-def collect(model: nn.Module, device: torch.device) -> Collection:
-    """Account for every tensor of ``model`` as it stands.
+def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
+    """Account for every tensor among ``leaves``, as it stands.
 
     Args:
-        model: a vLLM model, before or after post-processing.
+        leaves: of a walk through a model, before or after post-processing.
         device: where the engine reads and writes; small tensors elsewhere become inline entries.
 
     Raises:
         ForkError: a tensor has no memory yet, no plain strided memory, or a lot of memory on another device.
     """
-    return account(walk(model), device)
-
-
-def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
-    """As :func:`collect`, for the leaves of a walk."""
     leaves = list(leaves)
     found = [leaf for leaf in leaves if isinstance(leaf.value, torch.Tensor)]
     opaque = tuple(f"{leaf.name} ({leaf.value.kind})" for leaf in leaves if isinstance(leaf.value, Opaque))

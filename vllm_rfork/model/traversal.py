@@ -1,12 +1,14 @@
-"""Walks everything reachable from a model: the one place that knows where tensors and state hide.
+"""Traversal of everything reachable from a model: the one place that says where tensors and state hide.
 
 Tensors hide in parameters, buffers, plain attributes, lists, dicts, helper objects that are not modules, the closures
-of functions kept on any of these, weak references, and attributes of tensors. The walk is breadth-first, in an order
-that depends on registration order and sorted attribute names only, never on object addresses: what is reached in
-several ways is named after the shortest, and two processes that build the same model give every leaf the same name.
-There is no bound on depth. What is not looked into is left out by rule (``scratch``; what :data:`_FOREIGN` packages and
-the standard library make, queues and futures among it; attributes of text; classes and modules, which are the
-process's), or is an :class:`Opaque` leaf, or ends the walk. Must not change anything.
+of functions in any of these, weak references, and attributes of tensors. The walk is breadth-first. Its order depends
+on registration order and sorted attribute names only, never on object addresses: a value that is reached in several
+ways gets the shortest name, and two processes that build the same model give every leaf the same name. There is no
+bound on depth.
+
+:class:`~vllm_rfork.model.rules.ModelRules` say what is skipped: scratch memory, placeholders, objects of foreign
+packages and of the process. Attributes of text, classes and Python modules are skipped, too. All other values end in a
+leaf, an :class:`Opaque` one where memory cannot be seen.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import dataclasses
 import enum
 import inspect
 import os
-import sys
 import threading
 import types
 import weakref
@@ -33,14 +34,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vllm_rfork.errors import ForkError
 from vllm_rfork.model import value_codec
 from vllm_rfork.model.closures import keeps_own_results, opened
+from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.value_codec import Plain
-from vllm_rfork.vllm_compat.model_rules import SCRATCH, SCRATCH_OF, SCRATCH_WHEN, is_scratch_object
 
 __all__ = [
     "MAX_LEAVES",
     "MAX_NAME",
     "MAX_OBJECTS",
-    "SCRATCH",
     "Leaf",
     "Opaque",
     "Plain",
@@ -55,41 +55,13 @@ MAX_OBJECTS = 2_000_000
 #: How long a name may become, in characters: some 150 steps. vLLM's longest has 150 characters.
 MAX_NAME = 1_000
 
-#: Classes of vLLM that stand where a layer is left out, and keep it on the meta device: another pipeline stage has it,
-#: or nothing needs it (the head of an embedding model, the tower of a modality that was switched off).
-PLACEHOLDERS = frozenset({"StageMissingLayer", "PPMissingLayer"})
-
 #: nn.Module's own bookkeeping; of it hooks alone can hold something.
 _MODULE_INTERNAL = frozenset(vars(nn.Module()))
 #: And what stands on its class: torch reads some of it in every call (``_compiled_call_impl``).
 _MODULE_CLASS = frozenset(vars(nn.Module))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
-#: Packages whose objects hold no weights of the model, only machinery; torch's containers that do are modules. So do
-#: those of the standard library; the exceptions are below.
-_FOREIGN = frozenset(
-    {
-        "numpy",
-        "prometheus_client",
-        "pydantic",
-        "pydantic_core",
-        "regex",
-        "tokenizers",
-        "torch",
-        "torch_npu",
-        "tqdm",
-        "transformers",
-        "triton",
-        "zmq",
-    }
-)
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace, threading.local)
-_SCRATCH_SOMEWHERE = {name for _, name in (*SCRATCH_OF, *SCRATCH_WHEN)}
-
-#: vLLM's settings, names of number formats, the groups of ranks with their buffers and sockets, and compiled graphs,
-#: which get weights as inputs: shared by the whole process, or describing weights without holding any. vLLM-Ascend
-#: hangs them on MoE layers' configurations and on attention implementations.
-_PROCESS_WIDE = ("vllm.config", "vllm.scalar_type", "vllm.distributed", "vllm.compilation", "vllm_ascend.distributed")
 
 
 class _Below(enum.Enum):
@@ -121,8 +93,8 @@ class Leaf:
     value: Any
 
 
-def walk(model: nn.Module) -> Iterator[Leaf]:
-    """Every tensor and plain value reachable from ``model``.
+def walk(model: nn.Module, rules: ModelRules) -> Iterator[Leaf]:
+    """Every tensor and plain value reachable from ``model``, except what ``rules`` skip.
 
     Aliased tensors come once per name; helper objects and hidden modules once, under the shortest name. No two leaves
     have the same name.
@@ -132,7 +104,7 @@ def walk(model: nn.Module) -> Iterator[Leaf]:
             has left the model; or an array is too large to be compared; or an object of the model's raised while it
             was looked at.
     """
-    leaves = _Walker(model).leaves()
+    leaves = _Walker(model, rules).leaves()
     names: set[str] = set()
     while True:
         try:
@@ -177,15 +149,15 @@ def assign(leaf: Leaf, value: Plain) -> None:
         raise ForkError(f"state {leaf.name} of the seed cannot be set here: {error}") from error
 
 
-def may_be_added(module: nn.Module, key: str, value: Plain) -> bool:
+def may_be_added(module: nn.Module, key: str, value: Plain, rules: ModelRules) -> bool:
     """Whether loading may have added attribute ``key`` with the plain ``value`` to ``module``: :func:`walk` lists it.
 
     What the module has under that name already, its class's methods and torch's bookkeeping are never replaced. A value
     that stands on the class, such as a flag, may be overridden by one of its family.
     """
-    if not key.isidentifier() or key.startswith("__") or type(module).__name__ in PLACEHOLDERS:
+    if not key.isidentifier() or key.startswith("__") or rules.is_placeholder(module):
         return False
-    if key in _MODULE_INTERNAL or key in _MODULE_CLASS or _is_scratch(module, key):
+    if key in _MODULE_INTERNAL or key in _MODULE_CLASS or rules.is_scratch(module, key):
         return False
     held = (vars(module), module._parameters, module._buffers, module._modules)
     if any(key in each for each in held):
@@ -214,8 +186,9 @@ class _Place:
 
 
 class _Walker:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rules: ModelRules) -> None:
         self._model = model
+        self._rules = rules
         self._of_model = {id(module) for module in model.modules()}
         self._seen: set[int] = set()
         self._alive: list[Any] = []  # ids are only unique among living objects
@@ -250,14 +223,14 @@ class _Walker:
                 yield from self._module(module, name, below)
 
     def _module(self, module: nn.Module, name: str, below: _Below) -> Iterator[Leaf]:
-        if type(module).__name__ in PLACEHOLDERS:
+        if self._rules.is_placeholder(module):
             return
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
-                if tensor is not None and not _is_scratch(module, key):
+                if tensor is not None and not self._rules.is_scratch(module, key):
                     yield from self._tensor(tensor, _join(name, key), module, key, below)
         for key in sorted(set(vars(module)) - _MODULE_INTERNAL):
-            if not _is_scratch(module, key):
+            if not self._rules.is_scratch(module, key):
                 yield from self._meet(vars(module)[key], _join(name, key), module, key, below)
         for hooks in _HOOKS:
             for number, hook in enumerate(vars(module)[hooks].values()):
@@ -321,9 +294,9 @@ class _Walker:
             # One that the model does not register is kept in a list, for instance, so as to stay out of state_dict.
             if id(value) in self._of_model:
                 return
-        elif value is os.environ or is_scratch_object(value):
+        elif value is os.environ or self._rules.is_scratch_object(value):
             return
-        if below is _Below.MODULE and type(value).__name__.endswith("Config") and _is_helper(value):
+        if below is _Below.MODULE and type(value).__name__.endswith("Config") and not self._rules.is_foreign(value):
             below = _Below.CONFIG
         place = _Place(value, name, below)
         if below is not _Below.MODULE:
@@ -346,10 +319,10 @@ class _Walker:
         elif isinstance(value, Set):
             yield from self._set(value, name, below)
         if isinstance(value, (Mapping, list, tuple, deque, UserList, Set)):
-            if _is_helper(value) and getattr(value, "__dict__", None):
+            if not self._rules.is_foreign(value) and getattr(value, "__dict__", None):
                 yield from self._attributes(place)
         elif not (isinstance(value, (nn.Module, ValuesView, ItemsView)) or value_codec.is_array(value)):
-            if isinstance(value, _NAMESPACES) or _is_helper(value):
+            if isinstance(value, _NAMESPACES) or not self._rules.is_foreign(value):
                 yield from self._attributes(place)
             for label, inner, owner in opened(value):
                 yield from self._meet(inner, f"{name}.<{label}>", owner, label, below)
@@ -361,7 +334,7 @@ class _Walker:
             if label in labels:  # 1 and "1"
                 label = f"#{number}"
             labels.add(label)
-            if not (isinstance(key, str) and key in SCRATCH):
+            if not (isinstance(key, str) and key in self._rules.scratch_buffers):
                 yield from self._meet(inner, f"{name}[{label}]", value, key, below)
             if not value_codec.is_plain(key):
                 yield from self._meet(key, f"{name}.<key {number}>", (), number, _Below.CONFIG)
@@ -382,7 +355,7 @@ class _Walker:
             return False
         if isinstance(value, (tuple, frozenset)):
             return any(map(self._may_hold, value))
-        if isinstance(value, (torch.Tensor, Mapping, list, *_NAMESPACES)) or _is_helper(value):
+        if isinstance(value, (torch.Tensor, Mapping, list, *_NAMESPACES)) or not self._rules.is_foreign(value):
             return True
         parts = opened(value)
         if isinstance(value, types.FunctionType):  # may lead back to itself
@@ -405,18 +378,8 @@ class _Walker:
         for key in sorted(attributes, key=str):
             if key == "data" and isinstance(value, (UserList, UserDict)):
                 continue  # its items, which have been met
-            if not _is_scratch(value, key):
+            if not self._rules.is_scratch(value, key):
                 yield from self._meet(attributes[key], f"{name}.{key}", value, key, below)
-
-
-def _is_scratch(holder: Any, key: str) -> bool:
-    if key in SCRATCH:
-        return True
-    if key not in _SCRATCH_SOMEWHERE:
-        return False
-    return any((kind.__name__, key) in SCRATCH_OF for kind in type(holder).__mro__) or any(
-        name == key and vars(holder).get(flag) is True for flag, name in SCRATCH_WHEN
-    )
 
 
 def _label(key: Any) -> str:
@@ -430,13 +393,6 @@ def _label(key: Any) -> str:
     if isinstance(key, tuple) and all(isinstance(part, (str, int, torch.dtype, type(None))) for part in key):
         return f"({', '.join(map(str, key))})"
     return ""
-
-
-def _is_helper(value: Any) -> bool:
-    module = type(value).__module__ or ""
-    package = module.partition(".")[0]
-    foreign = package in _FOREIGN or package in sys.stdlib_module_names
-    return not (foreign or module.startswith(_PROCESS_WIDE))
 
 
 def _is_native(value: Any) -> bool:

@@ -42,7 +42,7 @@ def files_of(
 
     Args:
         load_format: the fallback's.
-        secondary: ``secondary_weights`` of the built model: towers and heads with files of their own.
+        secondary: :func:`secondary_sources` of the built model.
         main: false for those alone.
     """
     if load_format in NOT_FILES:
@@ -65,6 +65,11 @@ def files_of(
             Files(_matching(place, patterns)) if patterns else weight_files(place, "auto")
         )
     return parts
+
+
+def secondary_sources(model: Any) -> list[Any]:
+    """The sources of a built model's towers and heads that have files of their own, as :func:`files_of` takes them."""
+    return list(getattr(model, "secondary_weights", None) or ())
 
 
 def draft_name(vllm_config: Any, model_config: Any) -> str | None:
