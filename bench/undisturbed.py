@@ -201,7 +201,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     from vllm_rfork.manifest.segments import batches
     from vllm_rfork.model import digest
     from vllm_rfork.model.tensors import LocalSpan
-    from vllm_rfork.model.verification import ArrivalCheck
+    from vllm_rfork.model.verification import StreamingVerifier
 
     start = buffer.data_ptr()
     spans = [
@@ -215,7 +215,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     def read(how: str) -> float:
         side.synchronize()
         began = time.perf_counter()
-        check = ArrivalCheck(collection, list(expected), side, 60.0)
+        check = StreamingVerifier(collection, list(expected), side, 60.0)
         for batch in batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items):
             bounded_read(engine, manifest.endpoint, batch, 60.0)
             if how == "beside":

@@ -19,7 +19,7 @@ from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
 from vllm_rfork.model.tensors import Collection
-from vllm_rfork.model.verification import SAMPLE_EVERY, ArrivalCheck, get_ready, spans_to_check
+from vllm_rfork.model.verification import SAMPLE_EVERY, StreamingVerifier, get_ready, spans_to_check
 
 CPU = torch.device("cpu")
 SIZES = (1000, 70_001, 8, 300_000, 16, 40_000, 24, 2_100_000, 32, 90_000)
@@ -54,8 +54,8 @@ def right_digests(collection: Collection) -> dict[int, str]:
     return dict(enumerate(digest.digests(span.data for span in collection.spans)))
 
 
-def checked(collection: Collection, side: DeviceSide, how: str = "full") -> ArrivalCheck:
-    return ArrivalCheck(collection, spans_to_check(collection, how), side, 20.0)
+def checked(collection: Collection, side: DeviceSide, how: str = "full") -> StreamingVerifier:
+    return StreamingVerifier(collection, spans_to_check(collection, how), side, 20.0)
 
 
 @pytest.mark.parametrize("side", [CpuSide(CPU), accelerator()], ids=["at the end", "beside"])
@@ -189,7 +189,7 @@ def test_a_device_that_hangs_does_not_hang_the_start(collection: Collection) -> 
         def use(self) -> None:
             waits.wait(60)
 
-    check = ArrivalCheck(collection, [0], Hanging(CPU), 0.05)
+    check = StreamingVerifier(collection, [0], Hanging(CPU), 0.05)
     check.arrived(segments_of(collection))
     with pytest.raises(ForkError, match=r"has not finished its digests after 0\.05 s"):
         check.finish({0: "any"})

@@ -251,7 +251,7 @@ def cached() -> Any:
     [
         (lambda: {Helper(), Helper()}, "a set of 2 objects, which have no order"),
         (lambda: torch.ones(2).untyped_storage(), "UntypedStorage"),
-        (cached, "results that functools.lru_cache keeps"),
+        (cached, "results cached by functools.lru_cache"),
     ],
 )
 def test_what_may_hold_weights_and_cannot_be_named_is_opaque(thing: Any, reason: str) -> None:

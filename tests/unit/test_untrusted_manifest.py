@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import random
@@ -30,7 +31,7 @@ from vllm_rfork.model import digest, value_codec
 from vllm_rfork.model.python_state import changed_state, gone_state
 from vllm_rfork.model.tensors import Collection
 from vllm_rfork.model.traversal import walk
-from vllm_rfork.model.verification import ArrivalCheck
+from vllm_rfork.model.verification import StreamingVerifier
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     before = attributes(model)
-    plan.accept(model, ArrivalCheck(collection, numbers, device_side(CPU), 10.0), remote)
+    plan.accept(model, StreamingVerifier(collection, numbers, device_side(CPU), 10.0), remote)
     check_nothing_else_changed(model, before, remote)
     return model, remote
 
@@ -155,7 +156,7 @@ def check_nothing_else_changed(model: nn.Module, before: dict[str, object], remo
     for name, value in remote.state.items():
         ours, theirs = now[name], value
         if isinstance(value, dict):
-            ours, theirs = value_codec.from_data(ours), value_codec.from_data(value)
+            ours, theirs = value_codec.decode(ours), value_codec.decode(value)
         if type(ours) is not type(theirs) or not (ours == theirs or repr(ours) == repr(theirs)):  # NaN is not itself
             raise AssertionError(f"{name} is {now.get(name)!r}, not {value!r}")
     for leaf in walk(SEED, VLLM_RULES):
@@ -216,7 +217,7 @@ VALUES = st.one_of(
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.text(max_size=5), inner, max_size=4),
         max_leaves=20,
     ),
-    st.sampled_from([at(GOOD, path) for path in PATHS]),
+    st.sampled_from([at(GOOD, path) for path in PATHS]).map(copy.deepcopy),  # a second edit may write into it
 )
 
 
@@ -387,7 +388,7 @@ def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> No
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     with pytest.raises(ForkError, match="took longer than 10 s"):
-        plan.accept(model, ArrivalCheck(collection, numbers, device_side(CPU), 10.0), remote)
+        plan.accept(model, StreamingVerifier(collection, numbers, device_side(CPU), 10.0), remote)
     assert state_of(model) == BUILT
 
 

@@ -40,8 +40,9 @@ from vllm_rfork.model.python_state import (
     state_in,
 )
 from vllm_rfork.model.tensors import Collection, account, apply_inline, check_inline, with_inline
-from vllm_rfork.model.traversal import Leaf, Plain, walk
-from vllm_rfork.model.verification import ArrivalCheck, get_ready, spans_to_check
+from vllm_rfork.model.traversal import Leaf, walk
+from vllm_rfork.model.value_codec import Plain
+from vllm_rfork.model.verification import StreamingVerifier, get_ready, spans_to_check
 from vllm_rfork.net.advertise import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, seed_key_parts
 from vllm_rfork.vllm_compat import ascend, checkpoint_files, storage_loader
@@ -267,9 +268,11 @@ class LoadPlan:
         """What takes the bytes of one seed into ``collection``, and makes the rest of ``model`` what the seed's was."""
         numbers = spans_to_check(collection, self.settings.rfork_verify)
         side = device_side(self.device)
-        return _Incoming(self, model, ArrivalCheck(collection, numbers, side, self.settings.rfork_fork_timeout_sec))
+        return _Incoming(
+            self, model, StreamingVerifier(collection, numbers, side, self.settings.rfork_fork_timeout_sec)
+        )
 
-    def accept(self, model: nn.Module, check: ArrivalCheck, manifest: Manifest) -> None:
+    def accept(self, model: nn.Module, check: StreamingVerifier, manifest: Manifest) -> None:
         """Prove that the bytes are the seed's, and make the rest of the model what the seed's was.
 
         Raises:
@@ -568,7 +571,7 @@ class LoadPlan:
 class _Incoming:
     """:class:`~vllm_rfork.fork.session.Incoming` of one attempt."""
 
-    def __init__(self, plan: LoadPlan, model: nn.Module, check: ArrivalCheck) -> None:
+    def __init__(self, plan: LoadPlan, model: nn.Module, check: StreamingVerifier) -> None:
         self._plan, self._model, self._check = plan, model, check
         self.arrived, self.close = check.arrived, check.close
 

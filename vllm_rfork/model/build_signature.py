@@ -1,13 +1,12 @@
-"""How a model was built, as short texts that a seed and a receiver compare before a byte moves.
+"""Build signature: the choices of a model's constructors, as short texts that seed and receiver compare before a read.
 
-Constructors choose kernels and formats, and what post-processing makes of the weights follows from the choice: with
-another kernel the halves of a fused matrix change places, and every name, shape and digest still agrees. Fingerprints
-cover what decides the choice as far as it is known; this compares the choice itself.
+Constructors choose kernels and formats, and the result of post-processing depends on that choice: with another kernel
+the halves of a fused matrix change places, and every name, shape and digest still agrees. The fingerprint covers what
+is known to decide the choice; the signature compares the choice itself.
 
-Workers that may be paired must never be told apart by it, so much is left out, by rule: what is a process's or a host's
-own, what is sized by serving options that shape no weights, and what a value's kind does not tell apart from an address
-or a time. A value that one side does not have is no difference: graphs, adapters and the like add theirs. Looks at
-names and plain values only; must not change anything.
+It must not differ between workers that may be paired. So rules ignore what belongs to a process or a host, what is
+sized by serving options that shape no weights, and values that could be addresses or times. A value that only one side
+has is not a difference: graphs, adapters and the like add values.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_rfork.model.rules import ModelRules
-from vllm_rfork.model.traversal import Plain
+from vllm_rfork.model.value_codec import Plain
 
 #: Integers from here on may be addresses, times, identifiers or sizes of memory.
 LARGEST_INT = 1 << 24
 #: The same for floats, of times.
 LARGEST_FLOAT = 1e9
-#: Values up to this long are told as they are, in characters; others by a digest.
-MAX_TOLD = 40
+#: Values of up to this many characters are kept as they are; longer ones become a digest.
+MAX_SHOWN = 40
 MAX_TEXT = 64
 
 _MEMBER, _CLASS = ".<member>", ".<class>"
@@ -37,17 +36,18 @@ _NUMBER = re.compile(r"(?<=\[)\d+(?=\])|(?<![^.])\d+(?![^.\[])")
 _KEY = re.compile(r"\[([^\]]*)\]")
 _IN_CONTAINER = re.compile(r"\[[^\]]*\]")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-#: How deep helpers' classes are looked for: a quantization method's kernel is two steps from its layer.
+#: Levels of helper objects whose classes count: a quantization method's kernel is two steps from its layer.
 _DEPTH = 2
 
 
 def build_signature(model: Any, state: Mapping[str, Plain], *, kernels: bool, rules: ModelRules) -> dict[str, str]:
-    """What counts of how ``model`` was built: name → value or digest; layers that only differ by number are one name.
+    """Name → value or digest of what constructors chose; names that differ only by a number are one name with ``*``.
 
     Args:
-        model: a module, not loaded yet.
-        state: its plain values.
-        kernels: whether the choice of kernels counts: where post-processed bytes are passed on.
+        model: a module before anything is loaded into it.
+        state: its plain values, by name.
+        kernels: include the choice of kernels, because post-processed bytes are passed on.
+        rules: what to ignore, and which classes are the framework's.
     """
     modules = {name for name, _ in model.named_modules()}
     host = socket.gethostname()
@@ -55,39 +55,39 @@ def build_signature(model: Any, state: Mapping[str, Plain], *, kernels: bool, ru
     counted = {
         name: text
         for name, text in found
-        if text and not _ignored(name, rules) and (kernels or _structural(name, modules, rules))
+        if text is not None and not _ignored(name, rules) and (kernels or _structural(name, modules, rules))
     }
     if kernels:
         counted.update(_classes(model, rules))
     groups: dict[str, dict[str, str]] = {}
     for name, text in counted.items():
         groups.setdefault(_NUMBER.sub("*", name), {})[name] = text
-    return {pattern: _mark(members) for pattern, members in sorted(groups.items())}
+    return {pattern: _common(members) for pattern, members in sorted(groups.items())}
 
 
-def _mark(members: dict[str, str]) -> str:
-    """One text for all; where they differ among themselves, which has which counts too."""
+def _common(members: dict[str, str]) -> str:
+    """The members' common value, or a digest of which member has which value."""
     texts = set(members.values())
-    if len(texts) == 1 and len(text := min(texts)) <= MAX_TOLD:
+    if len(texts) == 1 and len(text := min(texts)) <= MAX_SHOWN:
         return text
-    told = "\n".join(f"{name}={text}" for name, text in sorted(members.items())) if len(texts) > 1 else min(texts)
-    return "#" + hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+    text = "\n".join(f"{name}={text}" for name, text in sorted(members.items())) if len(texts) > 1 else min(texts)
+    return "#" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _text(name: str, value: Plain, host: str) -> str:
-    """``value`` as text, empty where a value of its kind does not count."""
+def _text(name: str, value: Plain, host: str) -> str | None:
+    """``value`` as text; None if a value of its kind does not count."""
     if type(value) is bool:
         return str(value)
     if type(value) is int:
-        return str(value) if abs(value) < LARGEST_INT else ""
+        return str(value) if abs(value) < LARGEST_INT else None
     if type(value) is float:
-        # Six digits: the last ones of a computed number are not a choice.
-        return f"{value:.6g}" if math.isfinite(value) and abs(value) < LARGEST_FLOAT else ""
+        # Six digits: the last digits of a computed number are not a choice.
+        return f"{value:.6g}" if math.isfinite(value) and abs(value) < LARGEST_FLOAT else None
     if type(value) is not str or (name.endswith(">") and not name.endswith(_MEMBER)):
-        return ""
+        return None
     if len(value) > MAX_TEXT or value == host or _LIKE_A_HASH.search(value):
-        return ""
-    return value if _IDENTIFIER.fullmatch(value) else ""
+        return None
+    return value if _IDENTIFIER.fullmatch(value) else None
 
 
 def _ignored(name: str, rules: ModelRules) -> bool:
@@ -96,7 +96,7 @@ def _ignored(name: str, rules: ModelRules) -> bool:
 
 
 def _structural(name: str, modules: set[str], rules: ModelRules) -> bool:
-    """Whether this is a plain value of a registered module's own that tells no kernel."""
+    """Whether this is a registered module's own attribute that does not say which kernel is used."""
     own = _own_name(name)
     return (
         not name.endswith(_MEMBER)
@@ -106,7 +106,7 @@ def _structural(name: str, modules: set[str], rules: ModelRules) -> bool:
 
 
 def _own_name(name: str) -> str:
-    """The attribute's name, without those of what it is in and the places in it."""
+    """The attribute's name, without its path and indices."""
     return _IN_CONTAINER.sub("", name).removesuffix(_MEMBER).rpartition(".")[2]
 
 

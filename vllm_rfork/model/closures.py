@@ -1,6 +1,6 @@
-"""What functions, methods, references and iterators hold: tensors hide in closures, defaults and bound arguments.
+"""What functions, methods, references and iterators refer to: closures, defaults and bound arguments contain tensors.
 
-Lists what is there, one step deep; :mod:`~vllm_rfork.model.traversal` goes on from it. Calls nothing it looks at.
+One step deep; :mod:`~vllm_rfork.model.traversal` continues from there. No object is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
 def keeps_own_results(cached: Any) -> bool:
-    """Whether ``cached`` is a function made for this model that holds results; others are the process's."""
+    """Whether ``cached`` is a function of this model with cached results; module-level functions are the process's."""
     return (
         isinstance(cached, _LRU_CACHE)
         and "<locals>" in getattr(cached, "__qualname__", "<locals>")
@@ -27,12 +27,12 @@ def keeps_own_results(cached: Any) -> bool:
     )
 
 
-#: Label, what was found under it, and its owner for :func:`assign`.
-Parts = Iterator[tuple[str, Any, Any]]
+#: Label, object, and the object's owner as in :class:`~vllm_rfork.model.traversal.Leaf`.
+Referents = Iterator[tuple[str, Any, Any]]
 
 
-def opened(value: Any) -> Parts:  # noqa: PLR0912 - one branch per kind
-    """What functions and the like hold; nothing for what is left out by rule."""
+def referents(value: Any) -> Referents:  # noqa: PLR0912 - one branch per kind
+    """The objects that ``value`` refers to; none if it is not a function, method, reference or iterator."""
     if isinstance(value, types.FunctionType):
         yield from _function(value)
     elif isinstance(value, functools.partial):
@@ -53,18 +53,18 @@ def opened(value: Any) -> Parts:  # noqa: PLR0912 - one branch per kind
     elif isinstance(value, memoryview):
         yield "memory", value.obj, ()
     elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
-        # Looked at without drawing from it.
+        # Through the garbage collector, without advancing it.
         for number, inner in enumerate(gc.get_referents(value)):
             if not (value_codec.is_plain(inner) or isinstance(inner, (types.FrameType, types.CodeType))):
                 yield f"held {number}", inner, ()
 
 
-def _function(function: types.FunctionType) -> Parts:
-    """What its closure holds; those of its defaults and attributes that are no plain values."""
+def _function(function: types.FunctionType) -> Referents:
+    """The variables of its closure; defaults and attributes unless they are plain values."""
     for label, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         try:
             inner = cell.cell_contents
-        except ValueError:  # an empty cell: the variable is not bound yet
+        except ValueError:  # the variable is not bound yet
             continue
         yield label, inner, cell
     others = [(f"default {number}", inner) for number, inner in enumerate(function.__defaults__ or ())]

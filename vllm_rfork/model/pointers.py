@@ -12,7 +12,7 @@ from vllm_rfork.devices.base import DeviceSide
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.model.tensors import Collection
-from vllm_rfork.model.value_codec import Plain, integers
+from vllm_rfork.model.value_codec import Plain, wide_integers
 
 #: Number of integers that are compared at a time; masks and copies for them take about 100 MB.
 PIECE = 1 << 23
@@ -36,7 +36,7 @@ def check_no_addresses(collection: Collection, state: dict[str, Plain], memory: 
         if _any_inside(tensor, starts, ends):
             raise ForkError(f"tensor {name} contains addresses of this process's memory, invalid in any other")
     for name, value in state.items():
-        if any(_inside(number, starts, ends) for number in integers(value)):
+        if any(_inside(number, starts, ends) for number in wide_integers(value)):
             raise ForkError(f"state {name} is an address in this process's memory, invalid in any other")
 
 

@@ -1,13 +1,16 @@
-"""The Python-side state of a model: plain values that loading and post-processing leave beside the tensors.
+"""The Python-side state of a model: plain values that loading and post-processing set beside the tensors.
 
-A memory copy does not carry them, so they travel in the manifest: what changed between the structure as built and the
-moment at which the seed vouches for it, and what was there before and is no plain value any more. The receiver makes
-its own the same or refuses. Small arrays of numpy, sets and bytes travel likewise (``plain_values``); of larger ones,
-and of what cannot be set, a text is compared.
+A memory copy does not carry them, so they travel in the manifest: the values that changed between the model as built
+and the moment of publication, and the names that had a plain value before and have none now. The receiver sets its own
+values to the same, or refuses. Small numpy arrays, sets and bytes travel likewise
+(:mod:`~vllm_rfork.model.value_codec`); of larger ones, and of what cannot be set, a text is compared.
 """
 
 from __future__ import annotations
 
+import inspect
+import types
+from collections import UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -18,11 +21,13 @@ from torch import nn
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.logs.quoting import printable
 from vllm_rfork.model.rules import ModelRules
-from vllm_rfork.model.traversal import Leaf, Opaque, Plain, assign, may_be_added, may_become, walk
-from vllm_rfork.model.value_codec import family, from_data, is_plain
+from vllm_rfork.model.traversal import MODULE_INTERNAL, Leaf, Opaque, walk
+from vllm_rfork.model.value_codec import Plain, assign_in_place, decode, family, from_plain, is_plain
 
-#: How names end under which something is compared, and never set.
+#: Suffixes of names whose values are compared and never set.
 COMPARED = (".<member>", ".<digest>", ".<value>", ".<native>", ".<opaque>")
+#: Attributes of nn.Module itself: torch reads some of them in every call (``_compiled_call_impl``).
+_MODULE_CLASS = frozenset(vars(nn.Module))
 
 
 def state_in(leaves: Iterable[Leaf]) -> dict[str, Plain]:
@@ -31,24 +36,24 @@ def state_in(leaves: Iterable[Leaf]) -> dict[str, Plain]:
 
 
 def changed_state(before: dict[str, Plain], after: dict[str, Plain]) -> dict[str, Plain]:
-    """What loading set: values that are new or differ."""
+    """The values in ``after`` that are new or different."""
     return {name: value for name, value in after.items() if name not in before or not _same(before[name], value)}
 
 
+def gone_state(before: dict[str, Plain], after: dict[str, Plain]) -> tuple[str, ...]:
+    """The names in ``before`` alone, sorted: deleted, or replaced by a tensor or an object."""
+    return tuple(sorted(before.keys() - after.keys()))
+
+
 def check_passed_on(state: dict[str, Plain]) -> None:
-    """Prove that a model that has just been built can be given ``state``, as far as names tell.
+    """Prove, as far as names show, that ``state`` can be set on a model that has just been built.
 
     Raises:
-        ForkError: names what is compared only: enumerations' members, what is too large to travel, native objects.
+        ForkError: names values that can only be compared: members of enumerations, large values, native objects.
     """
     if stuck := [name for name in state if name.endswith(COMPARED)]:
         more = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
         raise ForkError(f"loading set {', '.join(stuck[:5])}{more}, which cannot be passed on")
-
-
-def gone_state(before: dict[str, Plain], after: dict[str, Plain]) -> tuple[str, ...]:
-    """What was a plain value and is none any more: deleted, or replaced by a tensor or an object; sorted."""
-    return tuple(sorted(before.keys() - after.keys()))
 
 
 def apply_state(
@@ -59,15 +64,15 @@ def apply_state(
     *,
     rules: ModelRules,
 ) -> None:
-    """Make ``model`` hold ``state`` as the seed's does.
+    """Set the values in ``state``, which a seed sent, in ``model``.
 
-    A name that this model's own walk does not list is set where loading may have added it to a registered module
-    (:func:`~vllm_rfork.model.traversal.may_be_added`), and a value replaces only one of its family.
-    Everything is checked before anything is set.
+    A name that a traversal of this model does not list is set if loading may have added it to a registered module. A
+    value replaces only one of its family. Everything is checked before anything is set.
 
     Args:
         in_time: raises ForkError when there is no time left.
-        built: this model's state as built; what it lists may be set again where something else has taken its place.
+        built: this model's state as built; its names may be set again where something else has taken their place.
+        rules: of the traversal.
 
     Raises:
         ForkError: a place does not exist here or cannot be written, or a value is not plain or of another family.
@@ -88,7 +93,7 @@ def apply_state(
         if here is None:
             places.append((_unlisted(name, modules, value, built, rules), value))
         elif not _same(here.value, value):
-            if not may_become(here.value, value):
+            if not _may_become(here.value, value):
                 raise ForkError(
                     f"state {printable(name)} of the seed is a {family(value)}, here it is a {family(here.value)}",
                     mutated=True,
@@ -96,19 +101,7 @@ def apply_state(
             places.append((here, value))
     for place, value in places:
         in_time()
-        assign(place, value)
-
-
-def _unlisted(
-    name: str, modules: Mapping[str, nn.Module], value: Any, built: Mapping[str, Plain], rules: ModelRules
-) -> Leaf:
-    """The place of an attribute that loading added and construction does not make, or that is no plain value now."""
-    owner_name, _, key = name.rpartition(".")
-    owner = modules.get(owner_name)
-    was_plain = name in built and may_become(built[name], value)
-    if owner is None or not (may_be_added(owner, key, value, rules) or (was_plain and key in vars(owner))):
-        raise ForkError(f"state {printable(name)} of the seed has no place here", mutated=True)
-    return Leaf(name, owner, key, None)
+        _assign(place, value)
 
 
 def match_state(
@@ -120,23 +113,23 @@ def match_state(
     *,
     rules: ModelRules,
 ) -> None:
-    """Make ``model``, which was post-processed from other bytes, hold what the seed's holds; then look again.
+    """Give ``model``, which was post-processed from other bytes, the state of the seed's, and verify it.
 
     Args:
-        built: this model's state as built, which by the fingerprint was the seed's too.
+        built: this model's state as built, which equals the seed's because their fingerprints are equal.
         state: the seed's changes since then.
-        gone: what was plain when the seed was built and is no longer.
-        in_time: as of :func:`apply_state`.
+        gone: names that had a plain value when the seed was built and have none now.
+        in_time, rules: as of :func:`apply_state`.
 
     Raises:
-        ManifestMismatch: state differs that cannot be set; the error lists all of it.
+        ManifestMismatch: state differs that cannot be set; lists every difference.
         ForkError: a place cannot be written.
     """
     wanted = {**built, **state}
     for name in gone:
         wanted.pop(name, None)
     now = state_in(walk(model, rules))
-    # Values that post-processing wrote here and not on the seed go back to what they were as built.
+    # Values that post-processing wrote here and not on the seed are set back to what they were as built.
     other = {name: value for name, value in wanted.items() if name not in now or not _same(now[name], value)}
     if other:
         apply_state(model, other, in_time, built, rules=rules)
@@ -154,16 +147,73 @@ def match_state(
         raise error
 
 
+def _unlisted(
+    name: str, modules: Mapping[str, nn.Module], value: Any, built: Mapping[str, Plain], rules: ModelRules
+) -> Leaf:
+    """The place of an attribute that loading added, or that had a plain value as built and has none now."""
+    owner_name, _, key = name.rpartition(".")
+    owner = modules.get(owner_name)
+    was_plain = name in built and _may_become(built[name], value)
+    if owner is None or not (_may_be_added(owner, key, value, rules) or (was_plain and key in vars(owner))):
+        raise ForkError(f"state {printable(name)} of the seed has no place here", mutated=True)
+    return Leaf(name, owner, key, None)
+
+
+def _may_be_added(module: nn.Module, key: str, value: Plain, rules: ModelRules) -> bool:
+    """Whether loading may have added attribute ``key`` to ``module``, so that a traversal lists it.
+
+    Existing attributes of the module, its class's methods and torch's own attributes are never replaced. A plain value
+    on the class, such as a flag, may be overridden by one of its family.
+    """
+    if not key.isidentifier() or key.startswith("__") or rules.is_placeholder(module):
+        return False
+    if key in MODULE_INTERNAL or key in _MODULE_CLASS or rules.is_scratch(module, key):
+        return False
+    if any(key in each for each in (vars(module), module._parameters, module._buffers, module._modules)):
+        return False
+    on_class = inspect.getattr_static(type(module), key, None)
+    return is_plain(on_class) and _may_become(from_plain(on_class), value)
+
+
+def _may_become(old: Plain, new: Plain) -> bool:
+    """Whether loading may have replaced ``old`` by ``new``: of one family, or None on either side."""
+    return len({family(old), family(new)} - {"none"}) < 2
+
+
+def _assign(leaf: Leaf, value: Plain) -> None:
+    """Set ``value`` at the place of ``leaf``; an array or a set of the same kind is overwritten in place.
+
+    Raises:
+        ForkError: the place cannot be written (a closure, a tuple, a read-only attribute), or the value is not one.
+    """
+    new = decode(value)
+    by_index = isinstance(leaf.owner, (Mapping, list, deque, UserList))
+    try:
+        if isinstance(leaf.owner, (tuple, types.CellType)):
+            raise TypeError(f"a {type(leaf.owner).__name__} cannot be written")
+        if isinstance(value, dict):
+            old = leaf.owner[leaf.key] if by_index else getattr(leaf.owner, leaf.key, None)
+            if assign_in_place(old, new):
+                return
+        if by_index:
+            leaf.owner[leaf.key] = new
+        else:
+            setattr(leaf.owner, leaf.key, new)
+    except Exception as error:
+        # Setters run their own code, and a module raises KeyError for a name that it uses otherwise.
+        raise ForkError(f"state {leaf.name} of the seed cannot be set here: {error}") from error
+
+
 def _check_data(name: str, value: Any) -> None:
     try:
-        from_data(value)
+        decode(value)
     except ForkError as error:
         text = f"state {printable(name)} of the seed is not a plain value: {error}"
         raise ForkError(text, mutated=True) from error
 
 
 def _shown(value: Any) -> str:
-    """``value`` for a message; only the kind of one that is no number and no text."""
+    """``value`` for a message; only the kind of one that is neither a number nor text."""
     return printable(repr(value)) if is_plain(value) else f"a {family(value)} {printable(str(next(iter(value), '')))}"
 
 

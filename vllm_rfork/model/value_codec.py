@@ -1,11 +1,11 @@
-"""Values of a model's Python side that JSON does not know, as plain data and back: arrays of numpy, sets, bytes.
+"""Codec for values of a model's Python side that JSON cannot represent: numpy arrays, sets, bytes and others.
 
-Small ones can be passed on. Of larger ones there is a text that tells two of them apart, so that a difference is an
-error; still larger ones are refused. Looks at values that are given and at nothing behind them. numpy is not imported:
-where the process has none, there is no array of it.
+Small values are encoded as plain data and can be set on a receiver. Larger ones are encoded as a text with a digest,
+so that a difference is an error; still larger ones are refused. numpy is not imported: a process without it has none
+of its arrays.
 
-What comes from a seed is taken only in the form in which :func:`as_data` writes it, and within its bounds: a seed that
-sends anything else may mean harm (a set of numbers with one hash, for instance, takes quadratic time to build).
+Data from a seed is decoded only if it has exactly the form that :func:`encode` produces, and within its bounds: other
+data may be an attack (a set of numbers with one hash, for instance, takes quadratic time to build).
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from typing import Any
 
 from vllm_rfork.errors import ForkError
 
-#: What travels: plain values as they are, everything else as a mapping whose first key is one of ``_MAKERS``.
+#: An encoded value: a plain value as it is, any other as a mapping whose first key is one of ``_DECODERS``.
 Plain = bool | int | float | str | None | dict[str, Any]
 
-#: What is passed on has at most this many bytes (a set: elements times 8): tables of scales and indices are smaller.
+#: Maximum size of a value that is passed on, in bytes (8 for each member of a set). Tables of scales are smaller.
 MAX_PASSED_NBYTES = 64 * 1024
-#: What is compared has at most this many; arrays that are mapped from a file of weights are larger.
+#: Maximum size of a value that is compared, in bytes. Arrays that are mapped from a file of weights are larger.
 MAX_COMPARED_NBYTES = 64 * 1024 * 1024
 
-#: Hexadecimal digits of an integer that JSON does not hold.
+#: Hexadecimal digits of an integer that JSON cannot represent.
 MAX_INT_DIGITS = 4096
 #: Members of one set with the same hash: two by chance (-1 and -2), more by intent.
 MAX_SAME_HASH = 16
 
-#: numpy's kinds that are numbers: no objects, no texts, no structures.
+#: numpy's kinds of numbers: not objects, texts or structures.
 _NUMBERS = "?biufc"
-#: As numpy names a type of numbers in ``dtype.str``.
+#: A type of numbers in numpy's ``dtype.str``.
 _DTYPE = re.compile(r"[<>|][biufc][0-9]{1,2}")
 _TYPECODES = frozenset("bBhHiIlLqQfd")
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 _INT = re.compile(rf"-?0x[0-9a-f]{{1,{MAX_INT_DIGITS}}}")
 _FLOATS = frozenset({"nan", "inf", "-inf"})
 _HEX_FLOAT = re.compile(r"-?0x[01]\.[0-9a-f]{1,13}p[+-][0-9]{1,4}|nan|-?inf")
-#: What JSON holds exactly.
+#: JSON represents integers up to this size exactly.
 _LARGEST_INT = 1 << 63
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``value`` is of one of the types that JSON has, and of no subclass."""
+    """Whether ``value`` is of a type that JSON has, and not of a subclass."""
     return value is None or type(value) in (bool, int, float, str)
 
 
 def from_plain(value: Any) -> Plain:
-    """``value``, which is plain; what JSON has no number for as a mapping."""
+    """Encode ``value``, which is plain; as a mapping if it is a number that JSON lacks."""
     if type(value) is float and not math.isfinite(value):
         return {"float": str(value)}
     if type(value) is int and not -_LARGEST_INT <= value < _LARGEST_INT:
@@ -62,13 +62,13 @@ def from_plain(value: Any) -> Plain:
 
 
 def is_array(value: Any) -> bool:
-    """Whether ``value`` is an array of numpy's."""
+    """Whether ``value`` is a numpy array."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def is_data(value: Any) -> bool:
-    """Whether ``value`` is one that :func:`as_data` takes."""
+    """Whether :func:`encode` accepts ``value``."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return not value.dtype.hasobject
@@ -81,12 +81,12 @@ def _is_plain_all_through(value: Any) -> bool:
     return all(map(_is_plain_all_through, value)) if type(value) is tuple else is_plain(value)
 
 
-def as_data(value: Any) -> dict[str, Any] | str:
-    """``value`` as plain data, equal for equal values in every process; a text that only tells what it is where it
-    cannot be passed on.
+def encode(value: Any) -> dict[str, Any] | str:
+    """``value`` as plain data, equal for equal values in every process; as a text with a digest if it is too large to
+    be passed on, or of a type that cannot be set.
 
     Raises:
-        ForkError: it is too large even to be compared.
+        ForkError: it is too large to be compared.
     """
     if isinstance(value, Set):
         members = sorted(value, key=lambda member: (type(member).__name__, repr(member)))
@@ -119,23 +119,23 @@ def _digest(raw: bytes) -> str:
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def from_data(data: Any) -> Any:
-    """The value that ``data``, which came from elsewhere, stands for.
+def decode(data: Any) -> Any:
+    """The value that ``data``, which a seed sent, represents.
 
     Raises:
-        ForkError: it stands for none, or is not written as :func:`as_data` writes it.
+        ForkError: it does not have the form that :func:`encode` produces.
     """
     if is_plain(data):
         return data
     try:
         kind = _kind(data)
-        return _MAKERS[kind](data)
+        return _DECODERS[kind](data)
     except Exception as error:
-        raise ForkError(f"{_beginning(data)} is no plain value") from error
+        raise ForkError(f"{_beginning(data)} is not an encoded value") from error
 
 
 def family(data: Any) -> str:
-    """The family of the value that ``data`` stands for: values of one family may take each other's places."""
+    """The family of the value that ``data`` represents: values of one family may replace each other."""
     if data is None:
         return "none"
     if type(data) is str:
@@ -144,15 +144,15 @@ def family(data: Any) -> str:
 
 
 def _kind(data: Any) -> str:
-    """The key that says of which type the value is; the first, and the others are that type's."""
+    """The first key, which names the value's type; the other keys must be those of that type."""
     kind = next(iter(data)) if type(data) is dict and data else None
     if not isinstance(kind, str) or data.keys() != _FIELDS.get(kind):
-        raise TypeError("not of the form that values have")
+        raise TypeError("not the form of an encoded value")
     return kind
 
 
 def _beginning(data: Any) -> str:
-    """The beginning of ``data`` as text, without making a text of all of it."""
+    """A short description of ``data``, which may be large."""
     if type(data) is dict:
         return f"a mapping of {len(data)} keys, the first {str(next(iter(data), None))[:40]!r},"
     return f"a list of {len(data)}" if type(data) is list else f"a {type(data).__name__}"
@@ -167,29 +167,29 @@ def _bytes(data: dict[str, Any]) -> bytes:
 
 def _float(data: dict[str, Any]) -> float:
     if data["float"] not in _FLOATS:
-        raise ValueError("a number that JSON holds")
+        raise ValueError("a number that JSON represents")
     return float(data["float"])
 
 
 def _int(data: dict[str, Any]) -> int:
     if not _INT.fullmatch(data["int"]) or from_plain(value := int(data["int"], 16)) != data:
-        raise ValueError("no integer, or one that JSON holds")
+        raise ValueError("not an integer, or one that JSON represents")
     return value
 
 
 def _complex(data: dict[str, Any]) -> complex:
     real, imag = data["complex"]
     if not (_HEX_FLOAT.fullmatch(real) and _HEX_FLOAT.fullmatch(imag)):
-        raise ValueError("no complex number")
+        raise ValueError("not a complex number")
     return complex(float.fromhex(real), float.fromhex(imag))
 
 
 def _members(members: Any) -> list[Any]:
-    """The members of a set, none of them yet in one."""
+    """The members of a set, before any set is built of them."""
     if type(members) is not list or len(members) * 8 > MAX_PASSED_NBYTES:
         raise TypeError("not the members of a set, or too many")
-    made = [member if is_plain(member) else _NUMBER_MAKERS[_kind(member)](member) for member in members]
-    # Hashes are numbers that differ: unlike the members, they cannot be chosen so that counting them takes long.
+    made = [member if is_plain(member) else _NUMBER_DECODERS[_kind(member)](member) for member in members]
+    # Counting is fast whatever the seed sends: different hashes do not collide with each other.
     if made and max(Counter(map(hash, made)).values()) > MAX_SAME_HASH:
         raise ValueError("too many members with the same hash")
     return made
@@ -197,7 +197,7 @@ def _members(members: Any) -> list[Any]:
 
 def _array(data: dict[str, Any]) -> array.array[Any]:
     if data["array"] not in _TYPECODES:
-        raise ValueError("no type of numbers")
+        raise ValueError("not a type of numbers")
     return array.array(data["array"], _bytes(data))
 
 
@@ -205,9 +205,9 @@ def _numpy(data: dict[str, Any]) -> Any:
     numpy = sys.modules["numpy"]
     shape, scalar = data["shape"], data["scalar"]
     if not _DTYPE.fullmatch(data["numpy"]):
-        raise TypeError("no numbers")
+        raise TypeError("not a type of numbers")
     if type(shape) is not list or len(shape) > 64 or any(type(size) is not int or size < 0 for size in shape):
-        raise TypeError("no shape")
+        raise TypeError("not a shape")
     if type(scalar) is not bool or (scalar and shape):
         raise TypeError("neither an array nor a scalar")
     kind = numpy.dtype(data["numpy"])
@@ -215,10 +215,10 @@ def _numpy(data: dict[str, Any]) -> Any:
     return values[()] if scalar else values.copy()
 
 
-#: By the first key.
-_NUMBER_MAKERS: dict[str, Any] = {"float": _float, "int": _int}
-_MAKERS: dict[str, Any] = {
-    **_NUMBER_MAKERS,
+#: By first key.
+_NUMBER_DECODERS: dict[str, Any] = {"float": _float, "int": _int}
+_DECODERS: dict[str, Any] = {
+    **_NUMBER_DECODERS,
     "complex": _complex,
     "set": lambda data: set(_members(data["set"])),
     "frozenset": lambda data: frozenset(_members(data["frozenset"])),
@@ -227,7 +227,7 @@ _MAKERS: dict[str, Any] = {
     "array": _array,
     "numpy": _numpy,
 }
-#: All keys of each kind's mapping.
+#: First key → all keys.
 _FIELDS: dict[str, set[str]] = {
     kind: {kind, *others.split()}
     for kind, others in {
@@ -243,8 +243,8 @@ _FAMILIES = {
 }
 
 
-def put_into(held: Any, value: Any) -> bool:
-    """Give ``held`` the content of ``value`` where it stands, so that everyone who has it sees it; whether it could."""
+def assign_in_place(held: Any, value: Any) -> bool:
+    """Copy the content of ``value`` into ``held``, for all that refer to it; False if ``held`` cannot take it."""
     if type(held) is not type(value):
         return False
     if type(held) is set:
@@ -260,12 +260,12 @@ def put_into(held: Any, value: Any) -> bool:
     return False
 
 
-def integers(data: Plain) -> Iterator[int]:
-    """Numbers in ``data`` that are wide enough to be addresses."""
+def wide_integers(data: Plain) -> Iterator[int]:
+    """The integers in ``data`` that are wide enough to be addresses."""
     if type(data) is int:
         yield data
     elif isinstance(data, dict):
-        value = from_data(data)
+        value = decode(data)
         if isinstance(value, (set, frozenset)):
             yield from (member for member in value if type(member) is int)
         elif isinstance(value, array.array):

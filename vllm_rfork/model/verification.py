@@ -1,8 +1,8 @@
-"""Comparing what a fork reads with the seed's digests, while the rest is still on its way.
+"""Verification of a fork's bytes against the seed's digests, while the rest is still being read.
 
-A copy engine moves bytes at the speed of a link, a digest reads them at the speed of memory: beside each other, the
-digests cost a fork little more than those of its last batch. Which digests are right is known only from
-:meth:`ArrivalCheck.finish`, after the seed has vouched for its epoch once more.
+A copy engine moves bytes at the speed of a link, and a digest reads them at the speed of memory. So the digests cost a
+fork little more than those of its last batch. The expected digests arrive with :meth:`StreamingVerifier.finish`, after
+the seed has confirmed its epoch once more.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from vllm_rfork.threads.native import native_thread
 
 logger = worker_logger(__name__)
 
-#: ``rfork_verify=sample`` looks at every so-many-th span.
+#: ``rfork_verify=sample`` compares one span of so many.
 SAMPLE_EVERY = 8
-#: How long to wait, in seconds, for digests that nobody needs any more: at most those of a few batches.
+#: How long :meth:`StreamingVerifier.close` waits for digests in progress, in seconds: those of a few batches.
 CLOSE_S = 5.0
 
 
 def spans_to_check(collection: Collection, how: str) -> list[int]:
-    """Numbers of the spans that ``rfork_verify`` asks to compare: ``full``, ``sample`` or ``off``."""
+    """Numbers of the spans to compare for an ``rfork_verify`` of ``full``, ``sample`` or ``off``."""
     every = {"full": 1, "sample": SAMPLE_EVERY}
     return list(range(0, len(collection.spans), every[how])) if how in every else []
 
 
 def get_ready(side: DeviceSide) -> threading.Thread:
-    """Have the device load the digests' kernels in the background; returns the thread that waits for it.
+    """Load the digests' kernels on the device in the background; returns the thread that does it.
 
-    A first use takes a GPU some 25 ms, which is nothing while a model is built and much beside a read.
+    The first use takes about 25 ms on a GPU: negligible while a model is built, and much during a read.
     """
 
     def digest_something() -> None:
         try:
             side.use()
-            nbytes = digest.ROWS * digest.COLUMNS * 8 + 1  # a whole block, and a rest
+            nbytes = digest.ROWS * digest.COLUMNS * 8 + 1  # a whole block and a remainder
             digest.digest(torch.zeros(nbytes, dtype=torch.uint8, device=side.device))
-        except Exception as error:  # noqa: BLE001 - whoever needs a digest later finds out, and says so
+        except Exception as error:  # noqa: BLE001 - the digests that a fork needs will report it
             logger.debug("%s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
 
     thread = native_thread(digest_something, "rfork-verify-ready")
@@ -56,14 +56,14 @@ def get_ready(side: DeviceSide) -> threading.Thread:
     return thread
 
 
-class ArrivalCheck:
-    """Digests of one attempt's spans; see the module's docstring.
+class StreamingVerifier:
+    """Digests of the spans that one fork reads.
 
     Args:
-        numbers: of the spans that are compared.
-        side: the device's. Where it copies by itself, a span's digest is queued as soon as all its bytes are there, on
-            a thread of its own. A processor has the same cores for both, and digests at the end.
-        timeout_s: how long :meth:`finish` waits for that thread: a device may hang.
+        numbers: the spans to compare, as indices into ``collection.spans``.
+        side: the device. If it has a copy engine, a thread queues a span's digest as soon as all its bytes are there.
+            A processor uses the same cores for both, and computes the digests at the end.
+        timeout_s: how long :meth:`finish` waits for that thread; a device may hang.
     """
 
     def __init__(self, collection: Collection, numbers: Sequence[int], side: DeviceSide, timeout_s: float) -> None:
@@ -78,7 +78,7 @@ class ArrivalCheck:
         self._thread: threading.Thread | None = None
 
     def arrived(self, segments: Sequence[Segment]) -> None:
-        """Take note of bytes that are there; returns at once."""
+        """Record segments that have been read; returns at once."""
         if not self._side.copies_by_itself or not self.numbers:
             return
         if self._thread is None:
@@ -87,14 +87,14 @@ class ArrivalCheck:
         self._batches.put(segments)
 
     def finish(self, expected: Mapping[int, str], timeout_s: float | None = None) -> None:
-        """Compare; ``expected`` has a digest for each number, or the seed never vouched for that memory.
+        """Compare all digests with ``expected``, by number of the span.
 
         Args:
-            timeout_s: how long to wait for digests of what has arrived, where that is less than this object's bound.
+            timeout_s: how long to wait for digests in progress, if less than this object's bound.
 
         Raises:
-            VerificationError: bytes are not the seed's.
-            ForkError: digests could not be taken, or not in time.
+            VerificationError: bytes differ, or ``expected`` has no digest of a span.
+            ForkError: digests could not be computed, or not in time.
         """
         if unknown := [number for number in self.numbers if not expected.get(number)]:
             raise VerificationError(f"the seed has no digests of {names_in(self.collection, unknown)}")
@@ -114,7 +114,7 @@ class ArrivalCheck:
                 text = f"{self._side.text} has not finished its digests after {bound_s:g} s"
                 raise ForkError(text, mutated=True)
             for failure in self._failures:
-                # It is this device's fault, and another seed would meet it again.
+                # It is this device's fault and would occur with another seed, too.
                 text = f"no digests: {type(failure).__name__}: {failure}"
                 raise ForkError(text, mutated=True) from failure
         wrong = digest.differing(self._found, {number: expected[number] for number in self.numbers})
@@ -125,19 +125,19 @@ class ArrivalCheck:
             )
 
     def close(self) -> None:
-        """Let go of the spans: take no more digests, and wait for the ones that are being taken. Idempotent."""
+        """Release the spans: start no more digests, and wait for those in progress. Idempotent."""
         self._given_up = True
         if self._thread is not None:
             self._batches.put(None)
             self._thread.join(CLOSE_S)
             if self._thread.is_alive():
-                logger.warning("digests on %s do not end; their memory stays allocated", self._side.text)
+                logger.warning("digests on %s have not ended; their memory stays allocated", self._side.text)
 
     def _run(self) -> None:
         try:
             self._side.use()
             self._digest_arrivals()
-        except BaseException as error:  # noqa: BLE001 - it is raised again on the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised again by finish()
             self._failures.append(error)
 
     def _digest_arrivals(self) -> None:
@@ -155,7 +155,7 @@ class ArrivalCheck:
                     continue
                 number = by_address[place][1]
                 if segment.local >= spans[number].address + spans[number].nbytes:
-                    continue  # of a span that is not compared
+                    continue  # in a span that is not compared
                 missing[number] -= segment.nbytes
                 if not missing[number]:
                     digester.add(spans[number].data)
@@ -163,7 +163,7 @@ class ArrivalCheck:
             busy_s += time.perf_counter() - began
         if self._given_up:
             return
-        # What is not read is compared all the same: another model's use of it must not have changed it.
+        # Spans that were not read are compared, too: another model's use of them must not have changed them.
         for number in sorted(missing):
             if missing[number]:
                 digester.add(spans[number].data)
