@@ -38,7 +38,7 @@ def _names() -> frozenset[str]:
     names = {*rules.placeholders, *rules.scratch_objects, *rules.scratch_buffers, rules.wrapped_layer}
     names |= {name for pair in (*rules.scratch_of_class, *rules.scratch_if_flag) for name in pair}
     names |= {*CHANGES_WEIGHTS, *CAPTURES_GRAPHS, *HANDS_OUT, *chain.from_iterable(LEAVES_WEIGHTS.values())}
-    for table in (config_fields.ALWAYS, config_fields.IN_RUNTIME):
+    for table in (config_fields.BOTH_LAYOUTS, config_fields.RUNTIME_ONLY):
         names |= set(chain.from_iterable(table.values()))
     for path in ALLOWED[0].rglob("*.py"):
         names |= {

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ignored import IGNORED_FIELDS, IGNORED_PACKAGES
 from vllm_rfork.seed_key import build_fingerprint
 from vllm_rfork.vllm_compat.fingerprint import canonical, config_fields, environment, installed, packages
 from vllm_rfork.vllm_compat.fingerprint import facts as fingerprint
@@ -51,7 +52,10 @@ def configured() -> Any:
         for name in fields_of(section):
             if not hasattr(target, name):
                 setattr(target, name, f"{section}.{name}")
-    for path in (*config_fields.WHOLE_ALWAYS.values(), *config_fields.WHOLE_IN_RUNTIME.values()):
+    for path in (
+        *config_fields.WHOLE_SECTION_BOTH_LAYOUTS.values(),
+        *config_fields.WHOLE_SECTION_RUNTIME_ONLY.values(),
+    ):
         setattr(config, path, SimpleNamespace(backend=Backend.FLASH, nested=SimpleNamespace(choice=1)))
     return config
 
@@ -66,8 +70,8 @@ def place(config: Any, path: str) -> Any:
 
 
 def fields_of(section: str) -> list[str]:
-    left_out = [name for names in config_fields.LEFT_OUT[section].values() for name in names]
-    return [*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ()), *left_out]
+    left_out = [name for names in IGNORED_FIELDS[section].values() for name in names]
+    return [*config_fields.BOTH_LAYOUTS.get(section, ()), *config_fields.RUNTIME_ONLY.get(section, ()), *left_out]
 
 
 def digest(
@@ -108,14 +112,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 BOTH, RUNTIME = {"checkpoint", "runtime"}, {"runtime"}
 COUNTED = [
-    *((section, name, BOTH) for section, names in config_fields.ALWAYS.items() for name in names),
-    *((section, name, RUNTIME) for section, names in config_fields.IN_RUNTIME.items() for name in names),
+    *((section, name, BOTH) for section, names in config_fields.BOTH_LAYOUTS.items() for name in names),
+    *((section, name, RUNTIME) for section, names in config_fields.RUNTIME_ONLY.items() for name in names),
 ]
 #: Configuration objects are looked at elsewhere; a target or a draft is told by which of them is loaded.
 LOOKED_AT = {"multimodal_config", "eplb_config", "hf_config", "draft_model_config"}
 LEFT_OUT = [
     (section, name)
-    for section, reasons in config_fields.LEFT_OUT.items()
+    for section, reasons in IGNORED_FIELDS.items()
     for names in reasons.values()
     for name in names
     if section != "vllm" and name not in LOOKED_AT
@@ -145,17 +149,19 @@ def test_no_option_is_in_two_places_and_every_reason_is_text() -> None:
     for section in (*config_fields.SECTIONS, "vllm"):
         names = fields_of(section)
         assert len(names) == len(set(names)), section
-        assert all(reason.strip() for reason in config_fields.LEFT_OUT[section])
+        assert all(reason.strip() for reason in IGNORED_FIELDS[section])
 
 
-@pytest.mark.parametrize(("path", "expected"), [*((path, BOTH) for path in config_fields.WHOLE_ALWAYS.values())])
+@pytest.mark.parametrize(
+    ("path", "expected"), [*((path, BOTH) for path in config_fields.WHOLE_SECTION_BOTH_LAYOUTS.values())]
+)
 def test_whole_sections_move_it(path: str, expected: set[str]) -> None:
     changed = configured()
     getattr(changed, path).nested.choice = 2
     assert layouts_moved(configured(), changed) == expected
 
 
-@pytest.mark.parametrize("path", config_fields.WHOLE_IN_RUNTIME.values())
+@pytest.mark.parametrize("path", config_fields.WHOLE_SECTION_RUNTIME_ONLY.values())
 def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
     for change in ({"backend": Backend.TRITON}, {"a_new_option": 1}):
         changed = configured()
@@ -167,7 +173,7 @@ def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
     ("section", "name"),
     [
         (section, name)
-        for section, why in config_fields.WHOLE_LEFT_OUT.items()
+        for section, why in config_fields.WHOLE_SECTION_IGNORED.items()
         for names in why.values()
         for name in names
     ],
@@ -175,7 +181,7 @@ def test_kernel_options_move_it_in_the_runtime_layout(path: str) -> None:
 def test_what_is_left_out_of_a_whole_section_does_not_move_it(section: str, name: str) -> None:
     """Eager workers warm nothing up and run other norms: their weights are those of workers with graphs."""
     changed = configured()
-    setattr(getattr(changed, config_fields.WHOLE_IN_RUNTIME[section]), name, "another")
+    setattr(getattr(changed, config_fields.WHOLE_SECTION_RUNTIME_ONLY[section]), name, "another")
     assert not layouts_moved(configured(), changed)
 
 
@@ -312,9 +318,9 @@ def test_the_toolkit_of_an_accelerator_counts_where_kernels_do(
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        *((module, BOTH) for module in packages.ALWAYS),
-        *((module, RUNTIME) for module in packages.IN_RUNTIME),
-        *((module, set()) for names in packages.LEFT_OUT.values() for module in names),
+        *((module, BOTH) for module in packages.BOTH_LAYOUTS),
+        *((module, RUNTIME) for module in packages.RUNTIME_ONLY),
+        *((module, set()) for names in IGNORED_PACKAGES.values() for module in names),
     ],
     ids=_said,
 )
@@ -442,16 +448,16 @@ def test_a_variable_moves_it_where_it_shapes_weights(name: str, expected: set[st
 
 def test_every_pattern_of_the_environment_can_match() -> None:
     """None stands behind a list that wins over its own."""
-    for pattern in environment.IN_RUNTIME:
+    for pattern in environment.RUNTIME_ONLY:
         name = re.sub(r"\[(.).*?\]", r"\1", pattern.replace("*", "X"))
-        assert environment.place_of(name) in {"runtime", "always"}, pattern
+        assert environment.place_of(name) in {"runtime only", "both layouts"}, pattern
 
 
 def test_what_is_left_out_is_named_from_its_beginning() -> None:
     """But for secrets, whose values must count nowhere, and for the ends of names that say enough."""
     ends = {"VLLM_*_PORT", "VLLM_*_SIDE_CHANNEL_HOST", "VLLM_*_TIMEOUT", "VLLM_*_TIMEOUT_S", "VLLM_*_TIMEOUT_SECONDS"}
     secrets = {"*_API_KEY", "*SECRET*", "*PASSWORD*", "*TOKEN"}
-    patterns = {pattern for names in environment.LEFT_OUT.values() for pattern in names}
+    patterns = {pattern for names in environment.IGNORED.values() for pattern in names}
     assert {pattern for pattern in patterns if "*" in pattern[:-1]} == ends | secrets
 
 

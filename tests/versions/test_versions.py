@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tests.ignored import IGNORED_FIELDS
 from tests.versions import uses
 from versions import __main__ as command
 from versions import releases, table
@@ -52,8 +53,8 @@ def test_the_releases_span_what_is_promised() -> None:
 def test_every_option_and_variable_of_a_release_has_its_place(record: dict[str, Any]) -> None:
     """What shapes weights, and what does not and why: a new one fails until somebody has said it."""
     for section, names in record["fields"].items():
-        left_out = {name for group in config_fields.LEFT_OUT[section].values() for name in group}
-        known = left_out | {*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ())}
+        left_out = {name for group in IGNORED_FIELDS[section].values() for name in group}
+        known = left_out | {*config_fields.BOTH_LAYOUTS.get(section, ()), *config_fields.RUNTIME_ONLY.get(section, ())}
         assert set(names) - known == set(), section
     variables = [name for name in record["environment"] if name.startswith("VLLM_")]
     assert variables
@@ -81,8 +82,8 @@ def test_no_option_is_in_the_tables_that_no_release_has() -> None:
     for section in (*config_fields.SECTIONS, "vllm"):
         theirs = {name for record in of_vllm for name in record["fields"][section]}
         # An InitVar, or a name that only lives in a property, is no field.
-        ours = {*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ())}
-        left_out = {name for group in config_fields.LEFT_OUT[section].values() for name in group}
+        ours = {*config_fields.BOTH_LAYOUTS.get(section, ()), *config_fields.RUNTIME_ONLY.get(section, ())}
+        left_out = {name for group in IGNORED_FIELDS[section].values() for name in group}
         assert (ours | left_out) - theirs == set(), section
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ignored import IGNORED_FIELDS, IGNORED_PACKAGES
 from tests.vllm.engine_process import vllm_config
 from vllm_rfork.seed_key import build_fingerprint
 from vllm_rfork.vllm_compat.fingerprint import config_fields, packages
@@ -94,21 +95,21 @@ def test_every_package_that_vllm_looks_for_where_it_shapes_weights_is_in_one_of_
     """vLLM takes other kernels where one is there; a new one fails here until somebody has read what it does."""
     theirs = set(modules_asked_for()) - set(sys.stdlib_module_names) - WORDS_OF_COMMENTS - {"vllm"}
     assert theirs > {"flashinfer", "deep_gemm", "triton_kernels", "cutlass", "humming", "tilelang"}
-    left_out = {name for names in packages.LEFT_OUT.values() for name in names}
-    assert theirs - left_out - {*packages.ALWAYS, *packages.IN_RUNTIME} == set()
+    left_out = {name for names in IGNORED_PACKAGES.values() for name in names}
+    assert theirs - left_out - {*packages.BOTH_LAYOUTS, *packages.RUNTIME_ONLY} == set()
 
 
 def test_no_package_is_in_two_lists() -> None:
-    left_out = [name for names in packages.LEFT_OUT.values() for name in names]
-    everything = [*packages.ALWAYS, *packages.IN_RUNTIME, *left_out]
+    left_out = [name for names in IGNORED_PACKAGES.values() for name in names]
+    everything = [*packages.BOTH_LAYOUTS, *packages.RUNTIME_ONLY, *left_out]
     assert len(everything) == len(set(everything))
 
 
 @pytest.mark.parametrize("section", [*config_fields.SECTIONS, "vllm"])
 def test_every_field_of_vllm_s_configuration_is_in_one_of_the_tables(section: str) -> None:
     """A new field fails here until somebody has said whether it shapes weights; other releases: tests/versions."""
-    counted = {*config_fields.ALWAYS.get(section, ()), *config_fields.IN_RUNTIME.get(section, ())}
-    left_out = {name for names in config_fields.LEFT_OUT[section].values() for name in names}
+    counted = {*config_fields.BOTH_LAYOUTS.get(section, ()), *config_fields.RUNTIME_ONLY.get(section, ())}
+    left_out = {name for names in IGNORED_FIELDS[section].values() for name in names}
     theirs = {field.name for field in dataclasses.fields(configurations()[section])}
     assert theirs - counted - left_out == set()
 
@@ -162,7 +163,7 @@ def test_the_sections_are_where_vllm_has_them_and_their_facts_are_canonical(mode
 def test_what_is_left_out_of_a_whole_section_is_a_field_of_it() -> None:
     import vllm.config as vllm
 
-    left_out = {name for names in config_fields.WHOLE_LEFT_OUT["kernel"].values() for name in names}
+    left_out = {name for names in config_fields.WHOLE_SECTION_IGNORED["kernel"].values() for name in names}
     theirs = {field.name for field in dataclasses.fields(vllm.KernelConfig)}
     assert left_out < theirs
     # What chooses kernels stays.

@@ -1,6 +1,6 @@
-"""Configuration objects of any kind as plain data: equal configurations give equal data in every process.
+"""Canonical form of configuration objects: equal configurations give equal plain data in every process.
 
-No ``repr`` of an object is used: it may hold an address. Nothing is executed beyond attribute access on data objects.
+``repr`` is not used, because it may contain an address. Only attributes of data objects are read.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-#: Objects nested deeper than this are named, not looked into.
+#: Of objects nested deeper than this only the class counts.
 MAX_DEPTH = 12
 
 
-def plain(value: Any, *, leave_out: frozenset[str] = frozenset()) -> Any:
+def plain(value: Any, *, ignored: frozenset[str] = frozenset()) -> Any:
     """``value`` as nested dicts, lists, text, numbers, booleans and None.
 
-    Objects become their class's name and their public attributes; enumerations, dtypes, classes, functions, patterns
-    and paths their names; sets are sorted. Mappings leave out the keys in ``leave_out``, at any depth.
+    An object becomes the name of its class and its public attributes; enumerations, dtypes, classes, functions,
+    patterns and paths become their names; sets are sorted. Keys in ``ignored`` are skipped, at any depth.
     """
-    return _plain(value, leave_out, ())
+    return _plain(value, ignored, ())
 
 
-def _plain(value: Any, leave_out: frozenset[str], above: tuple[int, ...]) -> Any:
+def _plain(value: Any, ignored: frozenset[str], above: tuple[int, ...]) -> Any:
     for kinds, name_of in _SIMPLE:
         if isinstance(value, kinds):
             return name_of(value)
@@ -37,21 +37,21 @@ def _plain(value: Any, leave_out: frozenset[str], above: tuple[int, ...]) -> Any
         return _class_name(value)
     if len(above) >= MAX_DEPTH or id(value) in above:
         return _class_name(type(value))
-    return _nested(value, leave_out, (*above, id(value)))
+    return _nested(value, ignored, (*above, id(value)))
 
 
-def _nested(value: Any, leave_out: frozenset[str], above: tuple[int, ...]) -> Any:
+def _nested(value: Any, ignored: frozenset[str], above: tuple[int, ...]) -> Any:
     if isinstance(value, Mapping):
         items = ((_key(key), inner) for key, inner in value.items())
-        return {key: _plain(inner, leave_out, above) for key, inner in items if key not in leave_out}
+        return {key: _plain(inner, ignored, above) for key, inner in items if key not in ignored}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner, leave_out, above) for inner in value]
+        return [_plain(inner, ignored, above) for inner in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((_plain(inner, leave_out, above) for inner in value), key=_text)
+        return sorted((_plain(inner, ignored, above) for inner in value), key=_text)
     if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__"):
         return _class_name(type(value))
     public = {name: inner for name, inner in vars(value).items() if not name.startswith("_")}
-    return {"class": _class_name(type(value)), "fields": _plain(public, leave_out, above)}
+    return {"class": _class_name(type(value)), "fields": _plain(public, ignored, above)}
 
 
 def _key(key: Any) -> str:
@@ -67,7 +67,7 @@ def _class_name(named: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-#: What needs no looking into. The first that fits: an enumeration may be a number or text as well.
+#: Types without contents; the first match counts, because an enumeration may be a number or text as well.
 _SIMPLE: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (enum.Enum, lambda value: f"{type(value).__name__}.{value.name}"),
     ((bool, int, str, type(None)), lambda value: value),
@@ -78,5 +78,5 @@ _SIMPLE: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (re.Pattern, lambda value: value.pattern),
     (type, _class_name),
 )
-#: Named, never looked into: what they hold is not configuration.
+#: Only the class of these counts: their contents are not configuration.
 _OPAQUE = (torch.Tensor, torch.nn.Module, logging.Logger)

@@ -1,16 +1,16 @@
-"""Which options and environment variables shape weights, and which do not, and why.
+"""Configuration fields that shape weights.
 
-Every field of the configurations below has its place here; a test compares them with the installed vLLM, so that a
-new field is looked at by a person. Tables only: :mod:`~vllm_rfork.vllm_compat.fingerprint.facts` reads them.
+``BOTH_LAYOUTS`` shape the structure or what loading puts into it. ``RUNTIME_ONLY`` choose kernels, and so what
+post-processing makes of the weights; in the checkpoint layout the receiver post-processes for itself. A field that a
+version of vLLM does not have is skipped.
 
-``ALWAYS`` shapes the structure or what loading puts into it, so it counts in both layouts. ``IN_RUNTIME`` chooses
-kernels, and with them what post-processing makes of the weights: it counts in the runtime layout alone, since in the
-checkpoint layout the receiver post-processes for itself. A field that a version of vLLM does not have is not there.
+Every other field of these sections is in ``ignored.json``, with the reason; a test compares both with the installed
+vLLM, so that a person decides about each new field.
 """
 
 from __future__ import annotations
 
-#: Where each section hangs on a VllmConfig; "model" is the model configuration in question, a draft's or the target's.
+#: Section → its path in a VllmConfig; "model" is the configuration of the model to load, a draft's or the target's.
 SECTIONS: dict[str, str] = {
     "model": "model",
     "multimodal": "model.multimodal_config",
@@ -24,14 +24,14 @@ SECTIONS: dict[str, str] = {
     "speculative": "speculative_config",
 }
 
-#: Sections that count whole, whatever fields a version gives them.
-WHOLE_ALWAYS = {"offload": "offload_config", "engram": "engram_config"}
-WHOLE_IN_RUNTIME = {"attention": "attention_config", "kernel": "kernel_config", "mamba": "mamba_config"}
+#: Sections that count with all their fields.
+WHOLE_SECTION_BOTH_LAYOUTS = {"offload": "offload_config", "engram": "engram_config"}
+WHOLE_SECTION_RUNTIME_ONLY = {"attention": "attention_config", "kernel": "kernel_config", "mamba": "mamba_config"}
 
-#: Section that counts whole → why → fields that do not. Eager workers and those with graphs differ in these.
-WHOLE_LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
+#: The exceptions: section → reason → fields. Workers with graphs differ from eager ones in these.
+WHOLE_SECTION_IGNORED: dict[str, dict[str, tuple[str, ...]]] = {
     "kernel": {
-        "compiles and tunes kernels that have been chosen": (
+        "compiles and tunes kernels that are already chosen": (
             "enable_flashinfer_autotune",
             "enable_cutedsl_warmup",
             "enable_jit_warmup",
@@ -43,16 +43,16 @@ WHOLE_LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-ALWAYS: dict[str, tuple[str, ...]] = {
+BOTH_LAYOUTS: dict[str, tuple[str, ...]] = {
     "model": (
         "dtype",
         "revision",
         "code_revision",
         "quantization",
         "quantization_config",
-        # LongRoPE chooses between two tables by it.
+        # It decides between two tables of LongRoPE.
         "max_model_len",
-        # Which class the model is, and what is left of it.
+        # The model's class, and which parts of it are built.
         "model_impl",
         "model_class_overrides",
         "is_submodel_config",
@@ -68,7 +68,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "data_parallel_size",
-        # The seed key has no place for it. Independent replicas all have 0.
+        # The seed key does not contain it. Independent replicas all have 0.
         "data_parallel_rank",
         "prefill_context_parallel_size",
         "decode_context_parallel_size",
@@ -84,7 +84,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         "cache_dtype",
         "kv_cache_dtype_skip_layers",
         "calculate_kv_scales",
-        # Where there was no offload_config yet.
+        # Before vLLM had offload_config.
         "cpu_offload_gb",
         "cpu_offload_params",
     ),
@@ -97,354 +97,22 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-IN_RUNTIME: dict[str, tuple[str, ...]] = {
+RUNTIME_ONLY: dict[str, tuple[str, ...]] = {
     "model": ("override_attention_dtype",),
     "multimodal": ("mm_encoder_attn_backend", "mm_encoder_attn_dtype"),
     "parallel": ("all2all_backend", "enable_dbo", "dcp_comm_backend"),
-    # SFA on Ascend keeps or drops projections by it.
+    # It decides whether SFA on Ascend keeps or drops projections.
     "kv_transfer": ("kv_role",),
-    # Post-processing makes the kernels of experts and of packed embeddings for so many tokens at once, and what it
-    # leaves beside the tensors becomes the seed's: a receiver that takes larger batches would overrun them. On Ascend
-    # it decides by them whether MLA's projections are packed into one (enable_mlapo).
+    # Post-processing sizes kernels of experts and of packed embeddings for this number of tokens, and a receiver gets
+    # the seed's sizes: with larger batches it would overrun them. On Ascend they also decide whether MLA's projections
+    # are packed into one (enable_mlapo).
     "scheduler": ("max_num_batched_tokens", "max_num_scheduled_tokens"),
     "speculative": ("moe_backend", "attention_backend", "kv_cache_dtype"),
 }
 
-#: Section → why → fields; "vllm" is the VllmConfig itself. Nothing here changes a byte of the weights.
-LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
-    "vllm": {
-        "looked at field by field": (
-            "model_config",
-            "cache_config",
-            "parallel_config",
-            "load_config",
-            "device_config",
-            "kv_transfer_config",
-            "scheduler_config",
-            "speculative_config",
-        ),
-        "counts whole": (
-            "offload_config",
-            "engram_config",
-            "attention_config",
-            "kernel_config",
-            "mamba_config",
-            "quant_config",
-            "additional_config",
-        ),
-        "whether there is one counts in the runtime layout for models with experts, whose kernel is chosen by it; "
-        "adapters themselves wrap layers later and leave the base's bytes alone": ("lora_config",),
-        "shapes graphs, not weights, but for one custom op, which counts as rotary_op": ("compilation_config",),
-        "acts through other fields: of compilation_config and kernel_config": ("optimization_level",),
-        "acts through max_num_batched_tokens, which counts, max_num_seqs and the sizes of graphs": (
-            "performance_mode",
-        ),
-        "about requests, caches, logs or life cycle": (
-            "aux_output_config",
-            "watermark_config",
-            "diffusion_config",
-            "structured_outputs_config",
-            "observability_config",
-            "logging_config",
-            "profiler_config",
-            "kv_events_config",
-            "ec_transfer_config",
-            "ec_manager_config",
-            "reasoning_config",
-            "weight_transfer_config",
-            "shutdown_timeout",
-            "watchdog_config",
-        ),
-        "different for every instance": ("instance_id",),
-    },
-    "model": {
-        "where the same bytes lie": ("model", "model_weights", "served_model_name", "hf_config_path", "config_format"),
-        "counts whole, as hf_config": ("hf_config", "hf_text_config", "hf_overrides"),
-        "counts as what it resolves to": ("runner", "convert"),
-        "counts with random weights alone, which are drawn from it": ("seed",),
-        "set while loading, from what was loaded": ("word_embeddings_untied_by_checkpoint",),
-        "turns text and media into tokens": (
-            "tokenizer",
-            "tokenizer_mode",
-            "tokenizer_revision",
-            "skip_tokenizer_init",
-            "allowed_local_media_path",
-            "allowed_media_domains",
-            "io_processor_plugin",
-            "renderer_num_workers",
-            "enable_prompt_embeds",
-        ),
-        "sampling and what is done with results": (
-            "return_sampling_mask",
-            "enable_return_routed_experts",
-            "max_logprobs",
-            "logprobs_mode",
-            "use_fp64_gumbel",
-            "generation_config",
-            "override_generation_config",
-            "logits_processors",
-            "pooler_config",
-        ),
-        "how the model runs": (
-            "enforce_eager",
-            "disable_sliding_window",
-            "disable_cascade_attn",
-            "enable_trace_replay",
-            "spec_target_max_model_len",
-        ),
-        "permissions": ("trust_remote_code", "hf_token", "allow_deprecated_quantization"),
-        "where memory comes from; what cannot be registered is refused": (
-            "enable_sleep_mode",
-            "sleep_preserve_parameter_names",
-            "sleep_mode_backend",
-            "sleep_mode_offload_cudagraph",
-            "enable_nccl_comm_suspend",
-            "enable_cumem_allocator",
-        ),
-        "looked at field by field": ("multimodal_config",),
-    },
-    "multimodal": {
-        "turns media into input": (
-            "enable_mm_embeds",
-            "media_io_kwargs",
-            "mm_processor_kwargs",
-            "mm_device_do_normalize",
-            "mm_processor_cache_gb",
-            "mm_processor_cache_type",
-            "mm_hasher_algorithm",
-            "mm_shm_cache_max_object_size_mb",
-            "interleave_mm_strings",
-            "skip_mm_profiling",
-            "video_pruning_rate",
-            "video_pruning_method",
-            "mm_tensor_ipc",
-            "allow_missing_mm_embeddings",
-            "mm_ipc_gpu_memory_gb",
-        ),
-        "where scales are written to": ("mm_encoder_fp8_scale_save_path", "mm_encoder_fp8_scale_save_margin"),
-    },
-    "parallel": {
-        "ranks, which are in the seed key or say only where a worker runs": (
-            "node_rank",
-            "rank",
-            "data_parallel_rank_local",
-            "data_parallel_index",
-            "_api_process_rank",
-        ),
-        "where the same ranks run": (
-            "nnodes",
-            "data_parallel_size_local",
-            "assigned_physical_gpu_ids",
-            "numa_bind",
-            "numa_bind_nodes",
-            "numa_bind_cpus",
-            "placement_group",
-        ),
-        "addresses and ports": (
-            "data_parallel_master_ip",
-            "data_parallel_rpc_port",
-            "data_parallel_master_port",
-            "_data_parallel_master_port_list",
-            "_coord_store_port",
-            "_stateless_dp_group_port_list",
-            "_stateless_ep_group_port_list",
-            "_stateless_eplb_group_port_list",
-            "_stateless_world_group_port_list",
-            "master_addr",
-            "master_port",
-        ),
-        "how processes are started and talk": (
-            "data_parallel_backend",
-            "data_parallel_external_lb",
-            "data_parallel_hybrid_lb",
-            "dp_sync_interval",
-            "max_parallel_loading_workers",
-            "disable_custom_all_reduce",
-            "enable_shm_tensor_arena",
-            "disable_nccl_for_dp_synchronization",
-            "ray_workers_use_nsight",
-            "ray_runtime_env",
-            "distributed_executor_backend",
-            "worker_cls",
-            "sd_worker_cls",
-            "worker_extension_cls",
-            "distributed_timeout_seconds",
-            "cpu_distributed_timeout_seconds",
-            "_api_process_count",
-            "enable_fault_tolerance",
-            "fault_tolerance_config",
-        ),
-        "how batches and caches are split": (
-            "enable_batch_sharded_sampling",
-            "ubatch_size",
-            "dbo_decode_token_threshold",
-            "dbo_prefill_token_threshold",
-            "dcp_kv_cache_interleave_size",
-            "cp_kv_cache_interleave_size",
-            "_allow_auto_resolve_cp_interleave_size",
-        ),
-        "follows from the sizes, or from the model": ("world_size", "is_moe_model"),
-        "a worker that reconfigures withdraws first": ("enable_elastic_ep", "elastic_ep_max_dp_size"),
-        "looked at field by field": ("eplb_config",),
-    },
-    "eplb": {
-        "when experts move, after which a worker is no seed": (
-            "window_size",
-            "step_interval",
-            "log_balancedness",
-            "log_balancedness_interval",
-            "use_async",
-            "communicator",
-            "enable_migration_batching",
-        ),
-    },
-    "cache": {
-        "shapes caches": (
-            "block_size",
-            "user_specified_block_size",
-            "kv_cache_layout",
-            "prefix_match_unit",
-            "gpu_memory_utilization",
-            "num_gpu_blocks_override",
-            "enable_prefix_caching",
-            "prefix_caching_hash_algo",
-            "prefix_cache_retention_interval",
-            "mamba_page_size_padded",
-            "skip_page_size_padded",
-            "mamba_block_size",
-            "mamba_cache_dtype",
-            "mamba_ssm_cache_dtype",
-            "mamba_cache_mode",
-            "enable_mamba_shared_prefix_checkpoint",
-            "replayssm_buffer_len",
-            "use_replayssm",
-            "use_kda_recoverssm",
-            "num_gpu_blocks",
-            "num_cpu_blocks",
-            "effective_attention_block_size",
-            "kv_cache_size_tokens",
-            "kv_cache_max_concurrency",
-            "hash_block_size",
-            "cache_hit_alignment_tokens",
-            "kv_sharing_fast_prefill",
-            "swa_bounded_replay",
-            "kv_cache_memory_bytes",
-            "kv_offloading_size",
-            "kv_offloading_backend",
-            "_block_size_resolved",
-            "swap_space",
-            "cpu_kvcache_space_bytes",
-            "user_specified_mamba_block_size",
-            "enable_mamba_fine_grained_prefix_cache",
-            "simple_cpu_offload_num_blocks",
-        ),
-        "follows from the model": ("is_attention_free", "sliding_window"),
-    },
-    "load": {
-        "how storage is read; the bytes are the checkpoint's": (
-            "load_format",
-            "download_dir",
-            "safetensors_load_strategy",
-            "safetensors_prefetch_num_threads",
-            "safetensors_prefetch_block_size",
-            "model_loader_extra_config",
-            "ignore_patterns",
-            "use_tqdm_on_load",
-            "pt_load_map_location",
-        ),
-        "the device's type and generation count": ("device",),
-    },
-    "device": {"the device's type and generation count": ("device", "device_type")},
-    "kv_transfer": {
-        "moves caches": (
-            "kv_connector",
-            "engine_id",
-            "kv_buffer_device",
-            "kv_port",
-            "kv_connector_extra_config",
-            "kv_connector_module_path",
-            "enable_permute_local_kv",
-            "kv_load_failure_policy",
-            "kv_buffer_size",
-            "kv_ip",
-            "kv_parallel_size",
-            "kv_rank",
-        ),
-    },
-    "scheduler": {
-        "follows from the model": ("runner_type", "is_multimodal_model"),
-        "sizes buffers that are written in every step; one that no rule leaves out makes a mismatch": (
-            "max_num_seqs",
-            "max_num_encoder_input_tokens",
-            "encoder_cache_size",
-        ),
-        "which requests run when, and how their answers go out": (
-            "max_num_active_seqs",
-            "max_num_partial_prefills",
-            "max_long_partial_prefills",
-            "long_prefill_token_threshold",
-            "long_prefill_token_threshold_adaptive",
-            "max_num_queued_reqs",
-            "max_num_queued_tokens",
-            "enable_chunked_prefill",
-            "policy",
-            "disable_chunked_mm_input",
-            "scheduler_cls",
-            "disable_hybrid_kv_cache_manager",
-            "scheduler_reserve_full_isl",
-            "watermark",
-            "prefill_schedule_interval",
-            "async_scheduling",
-            "stream_interval",
-        ),
-    },
-    "speculative": {
-        "in the draft's own model configuration": (
-            "model",
-            "max_model_len",
-            "revision",
-            "code_revision",
-            "target_model_config",
-            "target_parallel_config",
-            "draft_model_config",
-            "draft_parallel_config",
-            "draft_load_config",
-        ),
-        "follows from the target's size": ("tensor_parallel_size",),
-        "how drafts are made and judged": (
-            "enforce_eager",
-            "num_speculative_tokens",
-            "num_speculative_tokens_per_batch_size",
-            "index_share_for_mtp_iteration",
-            "disable_padded_drafter_batch",
-            "disable_eagle_block_drop",
-            "use_local_argmax_reduction",
-            "use_heterogeneous_vocab",
-            "prompt_lookup_max",
-            "prompt_lookup_min",
-            "suffix_decoding_max_tree_depth",
-            "suffix_decoding_max_cached_requests",
-            "suffix_decoding_max_spec_factor",
-            "suffix_decoding_min_token_prob",
-            "rejection_sample_method",
-            "synthetic_acceptance_rates",
-            "synthetic_acceptance_length",
-            "enable_adaptive_verification",
-            "draft_sample_method",
-            "dspark_draft_topk",
-            "disable_lookahead_block_hashes",
-            "fly_entropy_threshold",
-            "fly_entropy_top_k",
-            "fly_window_size",
-            "speculative_token_tree",
-            "xpress_topc",
-        ),
-    },
-}
-
-#: ``additional_config`` belongs to the platform's plugin and counts whole, unknown keys too, but for these.
-ADDITIONAL_LEFT_OUT = {
+#: ``additional_config`` belongs to the platform's plugin. All its keys count, unknown ones too, except these.
+ADDITIONAL_IGNORED = {
     "where logs and dumps go": ("ascend_log_path", "dump_config", "dump_config_path"),
-    "parses the configuration anew": ("refresh",),
+    "parses the configuration again": ("refresh",),
     "binds threads": ("enable_cpu_binding", "cpu_binding"),
 }

@@ -1,20 +1,21 @@
-"""Environment variables that shape weights, and those that do not, with the reason; see ``config_fields.py``.
+"""Environment variables that shape weights, and those that are ignored, with the reason.
 
-Names are patterns as for files. In the runtime layout a variable of vLLM's that is in no list counts as well: the
-next version's kernels may hang on it, and a fork that does not happen is better than a wrong one. So what is left out
-is named as exactly as can be: a wide pattern there would take in names that nobody has read.
+Names are shell patterns. In the runtime layout a variable of vLLM's that matches no pattern counts as well: a kernel of
+the next version may depend on it, and a fork that does not happen is better than a wrong one. So ignored variables are
+named as exactly as possible; a wide pattern would include names that nobody has read.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
+from typing import Literal
 
-#: Variables whose name begins so are vLLM's or its platform plugins'.
+#: Variables of vLLM and its platform plugins.
 PREFIXES = ("VLLM_", "VLLM_ASCEND_")
 
-#: Both layouts: structure, sharding, and what loading makes of the checkpoint.
-ALWAYS = (
+#: Structure, sharding, and what loading makes of the checkpoint.
+BOTH_LAYOUTS = (
     "VLLM_PP_LAYER_PARTITION",
     "VLLM_MLA_DISABLE",
     "VLLM_REPLICATE_EMBED",
@@ -29,17 +30,17 @@ ALWAYS = (
     "VLLM_USE_HW_AGNOSTIC",
     "VLLM_USE_MODELSCOPE",
     "VLLM_TEST_FORCE_LOAD_FORMAT",
-    # Scales of caches for which a checkpoint has none; read by vLLM before 0.20.
+    # Scales of caches if the checkpoint has none; read by vLLM before 0.20.
     "[KQV]_SCALE_CONSTANT",
-    # vLLM-Ascend: which rank holds which part of a matrix.
+    # vLLM-Ascend: which rank has which part of a matrix.
     "VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE",
     "VLLM_ASCEND_ENABLE_FLASHCOMM*",
     "DYNAMIC_EPLB",
     "EXPERT_MAP_RECORD",
 )
 
-#: The runtime layout: kernels, and with them padding, order, packing and derived tensors.
-IN_RUNTIME = (
+#: Kernels, and so padding, order, packing and derived tensors.
+RUNTIME_ONLY = (
     "VLLM_ROCM_FP8_PADDING",
     "VLLM_ROCM_MOE_PADDING",
     "VLLM_ROCM_USE_*",
@@ -82,7 +83,7 @@ IN_RUNTIME = (
     "VLLM_WEIGHT_OFFLOADING_DISABLE_*",
     "VLLM_TARGET_DEVICE",
     "VLLM_SSM_CONV_STATE_LAYOUT",
-    # vLLM-Ascend: the private format, what MLAPO packs, and fused kernels that want their own order.
+    # vLLM-Ascend: the private format, what MLAPO packs, and fused kernels that need their own order.
     "VLLM_ASCEND_ENABLE_NZ",
     "VLLM_ASCEND_ENABLE_MLAPO",
     "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE",
@@ -90,8 +91,8 @@ IN_RUNTIME = (
     "VLLM_ASCEND_ENABLE_CONTEXT_PARALLEL",
 )
 
-#: Why → names.
-LEFT_OUT: Mapping[str, tuple[str, ...]] = {
+#: Reason → patterns.
+IGNORED: Mapping[str, tuple[str, ...]] = {
     "secrets, and this project's own options": ("*_API_KEY", "*SECRET*", "*PASSWORD*", "*TOKEN", "RFORK_*"),
     "addresses, ports and names of one process or host": (
         "VLLM_HOST_IP",
@@ -171,7 +172,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
         "VLLM_SKIP_MODEL_NAME_VALIDATION",
         "VLLM_SERVER_DEV_MODE",
     ),
-    "counts as the plugins that it lets be loaded": ("VLLM_PLUGINS",),
+    "counts as the plugins that it selects": ("VLLM_PLUGINS",),
     "logs, usage statistics, debugging": (
         "VLLM_NO_USAGE_STATS",
         "VLLM_USAGE_*",
@@ -307,32 +308,29 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def place_of(name: str) -> str:
-    """``always``, ``runtime``, ``left out``, or ``unknown`` for a variable in no list.
-
-    What counts always or is left out wins over what counts in the runtime layout: those patterns are the wider ones.
-    """
-    if _in(name, ALWAYS):
-        return "always"
-    if any(_in(name, names) for names in LEFT_OUT.values()):
-        return "left out"
-    return "runtime" if _in(name, IN_RUNTIME) else "unknown"
+def place_of(name: str) -> Literal["both layouts", "runtime only", "ignored", "unknown"]:
+    """The table with a pattern for ``name``; the wider patterns of ``RUNTIME_ONLY`` are tried last."""
+    if _in(name, BOTH_LAYOUTS):
+        return "both layouts"
+    if any(_in(name, patterns) for patterns in IGNORED.values()):
+        return "ignored"
+    return "runtime only" if _in(name, RUNTIME_ONLY) else "unknown"
 
 
 def shaping_environment(environ: Mapping[str, str], *, runtime: bool) -> dict[str, str]:
-    """The variables of ``environ`` that count, as they are set.
+    """The variables in ``environ`` that count, with their values.
 
-    One that is set to its default differs from one that is not set: a needless mismatch, which costs a fork, and a
-    value that was understood wrongly would cost a model.
+    A variable with its default value differs from one that is not set. That is a needless mismatch, which costs a
+    fork; a value that was interpreted wrongly would cost a model.
     """
-    counted = {}
-    for name, value in environ.items():
-        place = place_of(name)
-        if place == "always" or (
-            runtime and (place == "runtime" or (place == "unknown" and name.startswith(PREFIXES)))
-        ):
-            counted[name] = value
-    return counted
+    return {name: value for name, value in environ.items() if _counts(name, runtime=runtime)}
+
+
+def _counts(name: str, *, runtime: bool) -> bool:
+    place = place_of(name)
+    if place == "unknown":
+        return runtime and name.startswith(PREFIXES)
+    return place == "both layouts" or (runtime and place == "runtime only")
 
 
 def _in(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,15 +1,16 @@
 """The facts that shape a worker's bytes, as plain data for :func:`~vllm_rfork.seed_key.build_fingerprint`.
 
-Which options, variables and packages count, in which layout, and which do not and why, is in
-``config_fields.py``, ``environment.py`` and ``packages.py``. Of the ranks, only those outside the seed key are here:
-without expert parallelism, experts are cut across data and context parallel ranks as well.
+``config_fields.py``, ``environment.py``, ``packages.py`` and ``ignored.json`` say which options, variables and packages
+count in which layout. Of the ranks, only those outside the seed key are here: without expert parallelism, experts are
+split across data and context parallel ranks as well.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ from vllm_rfork.vllm_compat.fingerprint.canonical import plain
 from vllm_rfork.vllm_compat.fingerprint.environment import shaping_environment
 from vllm_rfork.vllm_compat.worker_identity import is_draft
 
-#: Keys of a Hugging Face configuration that say where a model came from or how it talks, not what its bytes are.
-#: ``_name_or_path``: the same model may lie in different folders. ``transformers_version``: the writer's version.
-#: Generation defaults: sampling only.
+#: Keys of a Hugging Face configuration that do not describe bytes: where the model is (``_name_or_path``), which
+#: version wrote the file (``transformers_version``), and defaults for generation.
 VOLATILE = frozenset(
     {
         "_name_or_path",
@@ -41,10 +41,10 @@ VOLATILE = frozenset(
     }
 )
 
-#: What building and loading write into a quantization's configuration: the model's class decides, or a clock.
+#: Fields of a quantization's configuration that building and loading write: by the model's class, or from a clock.
 WRITTEN_BY_LOADING = frozenset({"packed_modules_mapping", "quantized_layers", "online_quantization_time"})
 
-#: Parts of names by which a model's configuration tells that it has experts, in whatever words.
+#: Parts of names in the configuration of a model with experts.
 WORDS_FOR_EXPERTS = ("expert", "moe")
 
 
@@ -61,15 +61,17 @@ def fingerprint_facts(
 ) -> dict[str, Any]:
     """Everything that shapes the bytes in memory in ``layout``.
 
-    What chooses kernels counts in the runtime layout alone. ``dummy``: weights are random ones, drawn from the seed.
+    Args:
+        dummy: weights are random, drawn from the seed.
+        context_rank: this worker's rank among those of context parallelism.
     """
     runtime = layout == "runtime"
-    facts_of_model = plain(model_config.hf_config.to_dict(), leave_out=VOLATILE)
+    facts_of_model = plain(model_config.hf_config.to_dict(), ignored=VOLATILE)
     facts: dict[str, Any] = {
         "plugin": __version__,
         "vllm": _version_of_vllm(),
         "plugins": installed.plugins(environ),
-        "libraries": installed.modules(packages.ALWAYS),
+        "libraries": installed.modules(packages.BOTH_LAYOUTS),
         "torch": torch.__version__.partition("+")[0],
         "layout": layout,
         "engine": engine,
@@ -87,7 +89,7 @@ def fingerprint_facts(
         "rotary_op": _rotary_op(vllm_config, facts_of_model, device),
     }
     if runtime:
-        kernels = facts["kernels"] = installed.modules(packages.IN_RUNTIME)
+        kernels = facts["kernels"] = installed.modules(packages.RUNTIME_ONLY)
         if "flashinfer" in kernels and "flashinfer_cubin" not in kernels:
             facts["toolkit_tools"] = installed.toolkit_tools(environ)
         facts["lora"] = _experts_with_lora(vllm_config, facts_of_model)
@@ -95,20 +97,23 @@ def fingerprint_facts(
 
 
 def _options(vllm_config: Any, model_config: Any, *, runtime: bool) -> dict[str, Any]:
-    """Section → field → value; a section or field that this vLLM does not have is not there."""
+    """Section → field → value, without sections and fields that this vLLM does not have."""
     options: dict[str, Any] = {}
     for section, path in config_fields.SECTIONS.items():
         found = _at(vllm_config, model_config, path)
         if found is None:
             continue
-        names = config_fields.ALWAYS.get(section, ()) + (config_fields.IN_RUNTIME.get(section, ()) if runtime else ())
+        names = config_fields.BOTH_LAYOUTS.get(section, ())
+        if runtime:
+            names += config_fields.RUNTIME_ONLY.get(section, ())
         options[section] = {name: plain(getattr(found, name)) for name in names if hasattr(found, name)}
-    whole = {**config_fields.WHOLE_ALWAYS, **(config_fields.WHOLE_IN_RUNTIME if runtime else {})}
+    whole = dict(config_fields.WHOLE_SECTION_BOTH_LAYOUTS)
+    if runtime:
+        whole |= config_fields.WHOLE_SECTION_RUNTIME_ONLY
     for section, path in whole.items():
         found = _at(vllm_config, model_config, path)
         if found is not None:
-            left_out = {name for names in config_fields.WHOLE_LEFT_OUT.get(section, {}).values() for name in names}
-            options[section] = plain(found, leave_out=frozenset(left_out))
+            options[section] = plain(found, ignored=_names(config_fields.WHOLE_SECTION_IGNORED.get(section, {})))
     return options
 
 
@@ -121,22 +126,27 @@ def _at(vllm_config: Any, model_config: Any, path: str) -> Any:
 
 
 def _quantization(vllm_config: Any, model_config: Any) -> Any:
-    """The target's; a draft is built from its own model configuration, and by then loading the target has written to
-    this object, otherwise from storage than by a fork."""
+    """The target's; None for a draft, which is built from its own model configuration.
+
+    By the time a draft is loaded, loading the target has written to this object, and a fork writes other values.
+    """
     if is_draft(vllm_config, model_config):
         return None
-    return plain(getattr(vllm_config, "quant_config", None), leave_out=WRITTEN_BY_LOADING)
+    return plain(getattr(vllm_config, "quant_config", None), ignored=WRITTEN_BY_LOADING)
 
 
 def _additional_config(vllm_config: Any) -> Any:
-    """A dict, or an object of the platform's plugin."""
-    left_out = {name for names in config_fields.ADDITIONAL_LEFT_OUT.values() for name in names}
-    return plain(getattr(vllm_config, "additional_config", None) or {}, leave_out=frozenset(left_out))
+    """A dict, or an object of the platform's plugin, as plain data."""
+    ignored = _names(config_fields.ADDITIONAL_IGNORED)
+    return plain(getattr(vllm_config, "additional_config", None) or {}, ignored=ignored)
+
+
+def _names(by_reason: Mapping[str, Iterable[str]]) -> frozenset[str]:
+    return frozenset(chain.from_iterable(by_reason.values()))
 
 
 def _device_generation(device: torch.device, *, runtime: bool) -> dict[str, Any]:
-    """In the checkpoint layout the receiver post-processes for its own device: of the device, what decides about
-    structure counts."""
+    """The device, as far as it shapes weights: in the checkpoint layout only what decides the structure."""
     facts: dict[str, Any] = {"type": device.type}
     if device.type == "cpu":
         facts["machine"] = platform.machine()
@@ -146,7 +156,7 @@ def _device_generation(device: torch.device, *, runtime: bool) -> dict[str, Any]
     if device.type == "cuda":
         facts["capability"] = list(torch.cuda.get_device_capability(device))
     if runtime:
-        # ``cann``: torch_npu's; MLA's projections are packed from one of its versions on.
+        # torch_npu sets ``cann``; from one of its versions on, MLA's projections are packed.
         toolkits = (getattr(torch.version, name, None) for name in ("cuda", "hip", "cann"))
         facts["toolkit"] = next((str(toolkit) for toolkit in toolkits if toolkit), None)
     backend = getattr(torch, device.type, None)
@@ -156,9 +166,9 @@ def _device_generation(device: torch.device, *, runtime: bool) -> dict[str, Any]
 
 
 def _experts_with_lora(vllm_config: Any, facts_of_model: Any) -> bool:
-    """With adapters vLLM takes other kernels for experts, and these other weights: halves of ``w13`` change places.
+    """Whether adapters change the kernel of experts: the halves of ``w13`` change places then.
 
-    Whether a model has experts is asked broadly. A dense model's weights are the same with adapters and without.
+    The weights of a dense model are the same with adapters and without. The check for experts is broad on purpose.
     """
     if getattr(vllm_config, "lora_config", None) is None:
         return False
@@ -166,10 +176,10 @@ def _experts_with_lora(vllm_config: Any, facts_of_model: Any) -> bool:
 
 
 def _rotary_op(vllm_config: Any, facts_of_model: Any, device: torch.device) -> bool | None:
-    """On GPUs, and for scaled rotary embeddings as DeepSeek's: whether ``custom_ops`` has vLLM's own operation on.
+    """Whether ``custom_ops`` enables vLLM's rotary operation; None unless on a GPU with scaled rotary embeddings.
 
-    FlashInfer's then takes the table of cosines in float32; the others, in the model's type. Graphs have it off by
-    default, eager workers on. Nothing else that ``custom_ops`` chooses is in memory.
+    With it, FlashInfer needs the table of cosines in float32; otherwise it is in the model's type. It is off by default
+    with graphs and on in eager workers. Nothing else that ``custom_ops`` chooses is in memory.
     """
     if device.type != "cuda":
         return None
@@ -182,7 +192,7 @@ def _rotary_op(vllm_config: Any, facts_of_model: Any, device: torch.device) -> b
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value of plain data, at any depth."""
+    """Every key and value in nested plain data."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield name, inner
@@ -193,7 +203,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _version_of_vllm() -> str:
-    """Without a distribution (a source tree on the path) what it says itself."""
+    """The distribution's version; the module's own if there is none (a source tree on the path)."""
     version = installed.version_of("vllm")
     if version is None:
         import vllm

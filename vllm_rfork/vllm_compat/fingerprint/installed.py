@@ -1,6 +1,6 @@
-"""What is installed beside vLLM and this package, as plain data for the fingerprint.
+"""Installed packages and plugins, as plain data for the fingerprint.
 
-Nothing is imported to find out: importing a kernel library may initialize a device.
+Nothing is imported: importing a kernel library may initialize a device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vllm_rfork.vllm_compat.fingerprint import packages
 #: Entry points of these groups run inside workers and may change how models are built or processed.
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
-#: Where FlashInfer looks for a CUDA toolkit that nothing names.
+#: Where FlashInfer looks for a CUDA toolkit by default.
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
 
 
 @functools.cache
 def version_of(distribution: str) -> str | None:
-    """None where it is not installed."""
+    """The version of ``distribution``, or None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -31,9 +31,9 @@ def version_of(distribution: str) -> str | None:
 
 
 def modules(names: Iterable[str]) -> dict[str, list[str]]:
-    """Those of ``names`` that can be found, with the distributions that brought them, ``name==version``.
+    """The modules in ``names`` that exist, with their distributions as ``name==version``.
 
-    A module without a distribution (a folder on the path) counts as well: vLLM finds it there too.
+    A module without a distribution (a folder on the path) counts as well, because vLLM finds it, too.
     """
     return {name: list(brought_by) for name in names if (brought_by := _module(name)) is not None}
 
@@ -42,7 +42,7 @@ def modules(names: Iterable[str]) -> dict[str, list[str]]:
 def _module(name: str) -> tuple[str, ...] | None:
     try:
         found = importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # ValueError: in sys.modules without a specification, put there by hand
+    except (ImportError, ValueError):  # ValueError: in sys.modules without a specification
         found = False
     if not found:
         return None
@@ -54,13 +54,15 @@ def _module(name: str) -> tuple[str, ...] | None:
 
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
-    """Reads the records of everything that is installed: for modules that cannot be told otherwise."""
+    """The distributions of every module. Slow: reads the records of everything that is installed."""
     return metadata.packages_distributions()
 
 
 def toolkit_tools(environ: Mapping[str, str]) -> dict[str, bool]:
-    """Whether FlashInfer could compile its kernels: without kernels that are compiled already, and without these
-    tools, vLLM goes without FlashInfer."""
+    """Which of the tools exist that FlashInfer needs to compile kernels.
+
+    Without them, and without precompiled kernels, vLLM does not use FlashInfer.
+    """
     path = environ.get("PATH")
     nvcc = shutil.which("nvcc", path=path)
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
@@ -73,11 +75,10 @@ def toolkit_tools(environ: Mapping[str, str]) -> dict[str, bool]:
 
 
 def plugins(environ: Mapping[str, str]) -> dict[str, list[str]]:
-    """Distribution and version → plugins of it that vLLM loads into workers.
+    """Distribution and version → names of its plugins that vLLM loads into workers.
 
-    This package counts by itself, and so do vLLM's own plugins (LoRA resolvers): with vLLM's version. Where
-    ``VLLM_PLUGINS`` names ``rfork`` alone they are not loaded, and shape no weights.
-    ``VLLM_PLUGINS`` names those that are loaded; where it is not set, all are.
+    ``VLLM_PLUGINS`` selects those that are loaded; all are if it is not set. This package is not among them, because it
+    counts separately, nor are vLLM's own plugins (LoRA resolvers), which shape no weights.
     """
     allowed = environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else None
     loaded: dict[str, list[str]] = {}

@@ -1,16 +1,16 @@
-"""Installed packages that shape weights, and those that do not, with the reason; see ``config_fields.py``.
+"""Installed packages that shape weights.
 
-vLLM asks whether a module is there and chooses by it, so these are names of modules, not of distributions. Every module
-that its models, layers, kernels, platforms and attention backends look for has its place here; a test compares the
-lists with the installed vLLM's source.
+vLLM checks whether a module exists and chooses by it, so these are names of modules, not of distributions. Every other
+module that its models, layers, kernels, platforms and attention backends look for is in ``ignored.json``, with the
+reason; a test compares both with the installed vLLM's source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: Both layouts: their code is part of models, or makes weights of what storage holds.
-ALWAYS = (
+#: Their code is part of models, or makes weights of what is in storage.
+BOTH_LAYOUTS = (
     "transformers",
     "timm",
     "terratorch",
@@ -20,8 +20,8 @@ ALWAYS = (
     "gguf",
 )
 
-#: The runtime layout: they bring kernels, and kernels want weights in their own order.
-IN_RUNTIME = (
+#: They contain kernels, which need weights in their own order.
+RUNTIME_ONLY = (
     "aiter",
     "auto_round_kernel",
     "b12x",
@@ -54,51 +54,7 @@ IN_RUNTIME = (
     "zentorch",
 )
 
-#: Why → modules.
-LEFT_OUT: Mapping[str, tuple[str, ...]] = {
-    "counts by its own version": ("torch",),
-    "the device's type and generation count": ("amdsmi", "cuda", "libtpu", "nvidia", "tpu_inference"),
-    "reads storage; the bytes are the checkpoint's": (
-        "fastsafetensors",
-        "filelock",
-        "huggingface_hub",
-        "instanttensor",
-        "modelscope",
-        "runai_model_streamer",
-        "safetensors",
-        "tensorizer",
-    ),
-    "turns text and media into input": (
-        "PIL",
-        "mistral_common",
-        "tokenizers",
-        "torchaudio",
-        "torchcodec",
-        "torchvision",
-    ),
-    "arithmetic and reshaping that vLLM writes out, and helpers of the host": (
-        "cachetools",
-        "cbor2",
-        "cloudpickle",
-        "einops",
-        "numpy",
-        "packaging",
-        "psutil",
-        "pybase64",
-        "regex",
-        "requests",
-        "setproctitle",
-        "tqdm",
-        "typing_extensions",
-        "urllib3",
-        "xxhash",
-        "yaml",
-    ),
-    "makes drafts without a model": ("arctic_inference", "numba"),
-    "starts processes, and lets them talk": ("ray", "zmq"),
-}
-
-#: Distributions that bring a module, where none has its name.
+#: Distributions that contain a module, if their name is not the module's.
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "aiter": ("amd-aiter",),
     "conch": ("conch-triton-kernels",),
