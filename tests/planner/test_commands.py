@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.redis_server import free_port
@@ -20,6 +21,7 @@ from tests.standin import build
 from vllm_rfork.cli import doctor_checks
 from vllm_rfork.cli.main import main
 from vllm_rfork.messages import encode_text
+from vllm_rfork.net.client import Answer
 from vllm_rfork.planner.settings import Settings
 
 TOKEN = "a-token-that-no-output-may-hold"
@@ -188,6 +190,40 @@ def test_the_doctor_says_what_to_do_about_a_planner_that_is_not_there(monkeypatc
     first = json.loads(done.output)[0]
     assert (first["check"], first["state"]) == ("planner", "fail")
     assert "vllm-rfork planner" in first["advice"]
+
+
+def test_every_command_uses_the_replica_that_answers(planner: PlannerUnderTest) -> None:
+    urls = f"http://127.0.0.1:{free_port()},{planner.url}"
+    assert KEY in run("seeds", "--url", urls).output
+    assert KEY in run("leases", RFORK_SCHEDULER_URL=urls).output
+
+
+def test_the_doctor_reports_each_replica(planner: PlannerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_the_planner(monkeypatch)
+    dead = f"http://127.0.0.1:{free_port()}"
+    done = run("doctor", "--url", f"{dead},{planner.url}", "--json")
+    found = states(done)
+    assert done.exit_code == 1
+    assert [found[f"planner {dead}"], found[f"planner {planner.url}"], found[f"planner ready {planner.url}"]] == [
+        "fail",
+        "ok",
+        "ok",
+    ]
+
+
+@pytest.mark.parametrize(("leader", "state"), [("http://b", "ok"), ("nobody", "fail")])
+def test_a_replica_that_stands_by_is_well_only_beside_a_leader(
+    leader: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_the_planner(monkeypatch)
+
+    def ask(url: str, path: str, **_: object) -> Answer:
+        leads = url == leader or path == "/healthz"
+        return Answer(200 if leads else 503, CIMultiDictProxy(CIMultiDict()), b"another replica leads", url)
+
+    monkeypatch.setattr(doctor_checks, "ask", ask)
+    found = states(run("doctor", "--url", "http://a,http://b", "--json", VLLM_HOST_IP=""))
+    assert found["planner ready http://a"] == state
 
 
 def test_the_doctor_says_that_the_token_is_wrong(planner: PlannerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,10 @@ class ReceiverCalls(PlannerCalls):
         """
         headers = _question(seed_key, fingerprint, exclude, intent, labels)
         headers[messages.TICKET] = messages.encode_text(ticket)
-        held_s = max(wait_s or 0.0, messages.SLICE_S if in_queue else 0.0)
-        deadline = self._clock() + self.request_timeout_s + held_s
+        longest_s = max(wait_s or 0.0, messages.SLICE_S if in_queue else 0.0)
+        deadline = self._clock() + self.request_timeout_s + longest_s
+        # A planner that queues receivers holds a call for one slice. Any other may hold it for the whole wait.
+        held_s = messages.SLICE_S if in_queue else longest_s
         answer = await self._acquired(headers, deadline, wait_s, held_s=held_s, has_ticket=True)
         waiting = messages.header(answer.headers, messages.WAITING)
         if answer.status != 404 or waiting is None:
