@@ -142,7 +142,7 @@ def test_a_seed_serves_is_suspended_and_serves_again(process: Process) -> None:
     assert slot.state is SUSPENDED
     assert process.withdrawn == [REASON]
     assert process.manager.seeds() == []
-    process.manager.come_back()
+    process.manager.resume()
     process.settle(slot)
     assert slot.state is SERVING
     process.manager.withdraw("the worker shuts down", last=True)
@@ -156,12 +156,12 @@ def test_a_change_that_begins_while_a_seed_comes_back_keeps_it_away(process: Pro
     process.change()
     tensors = slot.publication.tensors  # type: ignore[union-attr]
     tensors.find = process.change
-    process.manager.come_back()
+    process.manager.resume()
     assert len(process.begun) == 1, "a seed came in the middle of a change"
     assert slot.state is SUSPENDED
 
     tensors.find = object
-    process.manager.come_back()
+    process.manager.resume()
     process.settle(slot)
     assert len(process.begun) == 2, "no seed came after it"
     assert slot.state is SERVING
@@ -178,7 +178,7 @@ def test_a_worker_that_is_over_remembers_no_seed(process: Process, finding: str)
             raise ForkError("tensors are gone")
 
     slot.publication.tensors.find = again  # type: ignore[union-attr]
-    process.manager.come_back()
+    process.manager.resume()
     assert process.manager.slots == ()
     assert len(process.begun) == 1
 
@@ -211,7 +211,7 @@ def test_a_return_that_fails_waits_for_the_next_change_unless_memory_would_be_ke
     slot = process.publish(recoverable=recoverable)
     process.change()
     process.error = ForkError("other bytes")
-    process.manager.come_back()
+    process.manager.resume()
     process.settle(slot)
     assert slot.state is after
 
@@ -227,7 +227,7 @@ def test_tensors_that_are_not_found_are_looked_for_after_the_next_change_unless_
         raise ForkError("a tensor is gone")
 
     slot.publication.tensors.find = not_there  # type: ignore[union-attr]
-    process.manager.come_back()
+    process.manager.resume()
     assert slot.state is after
 
 
@@ -237,7 +237,7 @@ def test_a_return_does_not_follow_a_start_that_hangs(process: Process) -> None:
     slot = process.publish(timeout_s=0.1)
     process.change()
     hanging = slot.thread
-    process.manager.come_back()
+    process.manager.resume()
     process.settle(slot)
     assert hanging is not None
     assert hanging.is_alive()
@@ -247,16 +247,16 @@ def test_a_return_does_not_follow_a_start_that_hangs(process: Process) -> None:
 
 def test_graphs_wait_for_seeds_that_still_need_the_device(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = process.manager
-    assert manager.leaves_device_alone(), "there is no seed"
+    assert manager.device_is_idle(), "there is no seed"
 
     process.go.clear()
     process.publish(captures_graphs=False)
-    assert manager.leaves_device_alone(), "a processor captures nothing"
+    assert manager.device_is_idle(), "a processor captures nothing"
 
     process.publish()
     monkeypatch.setattr(managers, "LEAVES_DEVICE_WITHIN_S", 0.05)
-    assert not manager.leaves_device_alone()
+    assert not manager.device_is_idle()
 
     monkeypatch.setattr(managers, "LEAVES_DEVICE_WITHIN_S", 20.0)
     threading.Timer(0.05, process.go.set).start()
-    assert manager.leaves_device_alone(), "it has what it needs"
+    assert manager.device_is_idle(), "it has what it needs"

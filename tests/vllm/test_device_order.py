@@ -25,7 +25,7 @@ from vllm_rfork.load.outcome import CapturedTensors
 from vllm_rfork.model import digest, relocation
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
-from vllm_rfork.vllm_compat.worker_hooks import Change, Changes
+from vllm_rfork.vllm_compat.worker_hooks import Change, WeightChanges
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -176,7 +176,7 @@ def test_a_seed_that_comes_back_waits_for_what_the_change_has_queued(
     )
     (old,) = manager().seeds(30)
     with serving(device):
-        Changes(manager()).run(Change("weights are updated"), device.queue, "an update")
+        WeightChanges(manager()).run(Change("weights are updated"), device.queue, "an update")
         eventually(lambda: [seed for seed in manager().seeds(30) if seed.address], "there is a seed again")
     assert device.early == []
     assert device.between("an update", "registered") == ["an update", "waited", "addresses", "registered"]

@@ -21,7 +21,7 @@ from vllm_rfork.errors import SeedError
 from vllm_rfork.load import plan
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.seeding.seed import Seed
-from vllm_rfork.vllm_compat.worker_hooks import Change, Changes
+from vllm_rfork.vllm_compat.worker_hooks import Change, WeightChanges
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
 
@@ -29,9 +29,9 @@ NORM = "model.norm.weight"
 
 
 @pytest.fixture
-def changes() -> Changes:
+def changes() -> WeightChanges:
     """What a worker's wrapped methods tell."""
-    return Changes(manager())
+    return WeightChanges(manager())
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def confirm(seed: Seed, address: Any, epoch: str) -> None:
 
 @pytest.mark.parametrize("where", ["kept beside the model", "in the model"])
 def test_after_a_change_that_left_the_bytes_it_is_a_seed_again_in_another_epoch(
-    where: str, model_a: Path, default_a: Any, planner: Planner, changes: Changes, request: pytest.FixtureRequest,
+    where: str, model_a: Path, default_a: Any, planner: Planner, changes: WeightChanges, request: pytest.FixtureRequest,
     rfork_log: LogRecords,
 ) -> None:  # fmt: skip
     if where == "in the model":
@@ -104,7 +104,7 @@ def test_after_a_change_that_left_the_bytes_it_is_a_seed_again_in_another_epoch(
 
 
 def test_a_fixed_port_is_taken_again_and_a_lease_of_the_old_epoch_does_not_keep_it(
-    model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:
     """Planners know a seed by address, port and rank. The oldest let one drain until its receiver has let go of it."""
     extra = extra_for(
@@ -132,7 +132,7 @@ def test_a_fixed_port_is_taken_again_and_a_lease_of_the_old_epoch_does_not_keep_
 
 
 def test_changed_bytes_stay_away_and_keep_no_memory(
-    model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:
     """On CPU the loaded tensors are kept beside the model's packed ones."""
     model, old = loaded(model_a, planner, "changed")
@@ -153,7 +153,7 @@ def test_changed_bytes_stay_away_and_keep_no_memory(
 
 @pytest.mark.usefixtures("in_place")
 def test_on_accelerators_a_withdrawn_seed_holds_no_memory_and_finds_the_tensors_anew(
-    model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:
     """vLLM may replace every tensor during a change; what it frees must be free, and what is there then counts."""
     model, old = loaded(model_a, planner, "replaced")
@@ -177,7 +177,7 @@ def test_on_accelerators_a_withdrawn_seed_holds_no_memory_and_finds_the_tensors_
 
 @pytest.mark.usefixtures("in_place")
 def test_a_later_change_may_bring_the_bytes_back(
-    model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:
     """After the deepest sleep memory is there again and weights are not, until they are loaded again."""
     model, old = loaded(model_a, planner, "asleep")
@@ -209,7 +209,12 @@ def test_a_later_change_may_bring_the_bytes_back(
     ids=["gone", "other shape", "aliased"],
 )
 def test_tensors_that_are_not_what_they_were_are_named(
-    spoil: Callable[[Any], None], said: str, model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    spoil: Callable[[Any], None],
+    said: str,
+    model_a: Path,
+    planner: Planner,
+    changes: WeightChanges,
+    rfork_log: LogRecords,
 ) -> None:
     model, _ = loaded(model_a, planner, "other tensors")
     changes.run(Change("weights are reloaded"), spoil, model)
@@ -224,7 +229,7 @@ def _reshape(parameter: Any) -> None:
 
 @pytest.mark.usefixtures("in_place")
 def test_what_serving_adds_to_the_model_does_not_keep_a_seed_away(
-    model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:
     """Caches; and LoRA, which puts layers inside layers of its own and leaves their bytes alone."""
     model, old = loaded(model_a, planner, "added to")
@@ -246,7 +251,7 @@ def test_what_serving_adds_to_the_model_does_not_keep_a_seed_away(
 
 
 def test_a_return_that_meets_the_next_change_waits_for_the_one_after(
-    model_a: Path, planner: Planner, changes: Changes, monkeypatch: pytest.MonkeyPatch, rfork_log: LogRecords
+    model_a: Path, planner: Planner, changes: WeightChanges, monkeypatch: pytest.MonkeyPatch, rfork_log: LogRecords
 ) -> None:
     _, old = loaded(model_a, planner, "changed often")
     checking, go_on = held_up_recheck(monkeypatch)
@@ -269,7 +274,7 @@ def test_a_return_that_meets_the_next_change_waits_for_the_one_after(
 
 @pytest.mark.parametrize("how", ["a last change", "a last change inside another"])
 def test_there_is_no_coming_back_after_the_last_change(
-    how: str, model_a: Path, planner: Planner, changes: Changes, rfork_log: LogRecords
+    how: str, model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:
     model, old = loaded(model_a, planner, "for good")
     down = next(e for e in old.keep.entries if e.name == "model.layers.0.mlp.down_proj.weight")
@@ -286,7 +291,7 @@ def test_there_is_no_coming_back_after_the_last_change(
     assert digests_of(model)
 
 
-def test_an_error_of_the_change_is_the_callers(model_a: Path, planner: Planner, changes: Changes) -> None:
+def test_an_error_of_the_change_is_the_callers(model_a: Path, planner: Planner, changes: WeightChanges) -> None:
     _, old = loaded(model_a, planner, "raises")
 
     def fail() -> None:

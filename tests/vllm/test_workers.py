@@ -23,13 +23,13 @@ class Log:
         self.lines: list[str] = []
         self.quiet = True
 
-    def leaves_device_alone(self) -> bool:
+    def device_is_idle(self) -> bool:
         return self.quiet
 
     def withdraw(self, reason: str, *, last: bool) -> None:
         self.lines.append(f"withdrawn{' for good' if last else ''}: {reason}")
 
-    def come_back(self) -> None:
+    def resume(self) -> None:
         self.lines.append(BACK)
 
     @property

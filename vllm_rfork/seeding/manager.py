@@ -101,7 +101,7 @@ class SeedManager:
     def withdraw(self, reason: str, *, last: bool) -> None:
         """Withdraw every seed and wait until no receiver can get its addresses any more.
 
-        Unless this is the ``last`` change, :meth:`come_back` will be called when it is over; until then, tensors that
+        Unless this is the ``last`` change, :meth:`resume` will be called when it is over; until then, tensors that
         are kept beside the model stay. Otherwise they are dropped.
         """
         with self._lock:
@@ -117,7 +117,7 @@ class SeedManager:
             if slot.thread is not None and slot.thread is not threading.current_thread():
                 slot.thread.join(_JOIN_S)  # it announces nothing any more
 
-    def leaves_device_alone(self) -> bool:
+    def device_is_idle(self) -> bool:
         """Wait a little for seeds that are being started; False if one may still need the device."""
         with self._lock:
             starting = [
@@ -128,7 +128,7 @@ class SeedManager:
         deadline = time.monotonic() + LEAVES_DEVICE_WITHIN_S
         return all(off_device.wait(max(0.0, deadline - time.monotonic())) for off_device in starting)
 
-    def come_back(self) -> None:
+    def resume(self) -> None:
         """Start the suspended seeds again, in the background, if their bytes are the same.
 
         Call it when a change is over. Finding the tensors is done here, while nothing can change the model; digesting

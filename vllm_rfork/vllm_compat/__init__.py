@@ -1,6 +1,6 @@
-"""Everything that depends on vLLM's and vLLM-Ascend's internals, and nothing else.
+"""Everything that depends on vLLM's and vLLM-Ascend's internals.
 
-Every private attribute and every difference between versions is named in this package, so that a new vLLM release is
-read against one folder. The repository's ``versions/table.py`` lists what is relied on, for the check against published
-releases.
+Their names (modules, classes, attributes) occur only here, in ``loader.py`` and in ``plugin.py``; a test checks it. A
+new release of theirs is read against this package. The repository's ``versions/table.py`` lists the interfaces that it
+relies on, for the check against published releases.
 """

@@ -1,4 +1,4 @@
-"""Which files vLLM would load a model from, as far as they are on this machine. Downloads nothing.
+"""The files that vLLM would load a model from, if they are on this machine. Downloads nothing.
 
 Patterns are those of vLLM's loaders (read in 0.32: ``DefaultModelLoader._prepare_weights``, ``ShardedStateLoader``).
 """
@@ -18,7 +18,7 @@ from typing import Any
 from vllm_rfork.manifest.checkpoint_identity import Files
 from vllm_rfork.vllm_compat.worker_identity import is_draft
 
-#: The main part of a checkpoint; other parts have the names of their folders or files.
+#: Name of a checkpoint's main part; other parts are named after their folders or files.
 WEIGHTS = "weights"
 
 #: Formats whose weights are not files of the model's folder.
@@ -27,11 +27,11 @@ NOT_FILES = frozenset({"dummy", "tensorizer"})
 _SHARDED = ("model-rank-*-part-*.safetensors", "model-pp-*-tp-*-part-*.safetensors")
 _PATTERNS: Mapping[str, tuple[str, ...]] = {"pt": ("*.pt",), "npcache": ("*.bin",), "gguf": ("*.gguf",)}
 _ANY = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-#: Beside weights, of training; vLLM leaves them out, too.
+#: Files of training, which vLLM skips, too.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 #: One file of several.
 _SHARD = re.compile(r"-[0-9]+-of-(?P<all>[0-9]+)(?=\.)")
-#: A hub's cache: the name of a repository is in the path.
+#: A folder in a hub's cache, with the repository's name in its path.
 _SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+/?$")
 
 
@@ -43,7 +43,7 @@ def files_of(
     Args:
         load_format: the fallback's.
         secondary: :func:`secondary_sources` of the built model.
-        main: false for those alone.
+        main: False for the secondary parts only.
     """
     if load_format in NOT_FILES:
         return {}
@@ -73,10 +73,9 @@ def secondary_sources(model: Any) -> list[Any]:
 
 
 def draft_name(vllm_config: Any, model_config: Any) -> str | None:
-    """The repository that a draft or EAGLE model is of; None for a target, and for a folder without that name.
+    """The repository of a draft or EAGLE model; None for a target, and for a folder that does not name one.
 
-    ``model_url`` is the user's name for the target and for the MTP layers in it. Drafts in folders are compared by
-    their files.
+    ``model_url`` names the target and its MTP layers. Drafts in folders are compared by their files.
     """
     if not is_draft(vllm_config, model_config):
         return None
@@ -90,7 +89,7 @@ def draft_name(vllm_config: Any, model_config: Any) -> str | None:
 
 
 def local_folder(name: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """The folder that holds a model, named by a path or by a repository of a hub; None where there is none here."""
+    """The local folder of a model, given as a path or as a repository of a hub; None if there is none."""
     if os.path.exists(name):
         return Path(name)
     if os.path.isabs(name) or "://" in name:
@@ -111,7 +110,7 @@ def local_folder(name: str, revision: str | None, download_dir: str | None) -> P
 
 
 def weight_files(folder: Path, load_format: str) -> Files:
-    """The weight files of ``folder`` for a load format; none where an index names more than there are."""
+    """The weight files in ``folder`` for a load format; none if an index names missing files."""
     if folder.is_file():
         return Files([folder])
     if load_format in ("sharded_state", "runai_streamer_sharded"):
@@ -136,9 +135,9 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _by_index(folder: Path, found: list[Path]) -> list[Path]:
-    """Those that the checkpoint's index names; none where one is missing, as in a download that goes on or broke off.
+    """The files that the checkpoint's index names; none if one is missing, as during a download.
 
-    The index may be written last, so without one the numbers in names are asked.
+    A download may write the index last, so without an index the numbers in the names decide.
     """
     index = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
     path = folder / index.get(found[0].suffix, "")
@@ -150,7 +149,7 @@ def _by_index(folder: Path, found: list[Path]) -> list[Path]:
 
 
 def _all_of_them(files: Sequence[Path]) -> bool:
-    """Whether no number is missing where names say how many there are, as ``model-00001-of-00004`` does."""
+    """Whether no file is missing whose existence names imply, as ``model-00001-of-00004`` does."""
     there: Counter[tuple[str, str]] = Counter()
     for file in files:
         if found := _SHARD.search(file.name):
@@ -159,7 +158,7 @@ def _all_of_them(files: Sequence[Path]) -> bool:
 
 
 def _dense_modules(folder: Path) -> list[str]:
-    """Folders of a Sentence-Transformers model's modules, which vLLM loads as projections behind the model."""
+    """Folders of a Sentence-Transformers model's modules, which vLLM loads as projections after the model."""
     path = folder / "modules.json"
     if not path.is_file():
         return []

@@ -1,7 +1,7 @@
-"""Checks this package's options in vLLM's front end, before the model is looked at and any engine process starts.
+"""Validates this package's options in vLLM's front end, before the model is read and any engine process starts.
 
-The loader checks them as well, but in a worker: many seconds and two processes later, and the reason then stands in
-the middle of the tracebacks of three processes. ``EngineArgs.create_engine_config`` runs in the front end, for
+The loader validates them as well, but in a worker: many seconds and two processes later, with the reason in the middle
+of the tracebacks of three processes. ``EngineArgs.create_engine_config`` runs in the front end, for
 ``vllm serve`` and for ``LLM(...)``; plugins are loaded before it, in ``EngineArgs.__post_init__`` (vLLM 0.17 to 0.33).
 """
 
@@ -15,10 +15,10 @@ _MARK = "_rfork_checks_options"
 
 
 def check_options_early(load_format: str, check: Callable[[Any], object]) -> None:
-    """Let every later ``create_engine_config`` for ``load_format`` call ``check`` with its extra config. Idempotent.
+    """Make every later ``create_engine_config`` for ``load_format`` call ``check`` with its extra config. Idempotent.
 
-    What ``check`` raises fails the start. A vLLM without that method, or arguments that are not a mapping yet, are
-    checked in the worker alone.
+    An error of ``check`` fails the start. With a vLLM that lacks that method, or with an extra config that is not a
+    mapping yet, only the worker validates.
     """
     from vllm.engine import arg_utils
 

@@ -1,8 +1,8 @@
-"""Lets vLLM copy this package's environment variables to the workers that Ray starts.
+"""Copies this package's environment variables to the workers that Ray starts.
 
-vLLM copies the variables whose names it knows from the driver to Ray's workers, and a user can name more in
-``VLLM_RAY_EXTRA_ENV_VARS_TO_COPY`` (read in vLLM 0.17 to 0.32). Without them a worker on another node has neither
-``MODEL_URL``, and never forks, nor ``RFORK_SEED_TLS=require``, and serves in plain text.
+vLLM copies a list of variables from the driver to Ray's workers, and ``VLLM_RAY_EXTRA_ENV_VARS_TO_COPY`` adds to it
+(read in vLLM 0.17 to 0.32). Otherwise a worker on another node lacks ``MODEL_URL``, and never forks, and
+``RFORK_SEED_TLS=require``, and serves in plain text.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import MutableMapping
 from vllm_rfork.config import ENVIRONMENT
 from vllm_rfork.engines.nixl.peer import ALLOW_TCP
 
-#: vLLM's option: names between commas, in addition to those that it copies anyway.
+#: vLLM's option: more names, separated by commas.
 EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
-#: They say where one machine stands; the driver's would be wrong on every other node.
+#: They describe one machine; the driver's values would be wrong on every other node.
 OF_ONE_HOST = frozenset({"RFORK_LABELS"})
 
-#: Read by workers, whatever the extra config says.
+#: The variables that workers read.
 COPIED = tuple(sorted({*ENVIRONMENT.values(), ALLOW_TCP} - OF_ONE_HOST))
 
 
 def copy_to_ray_workers(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Add this package's variables to those that vLLM copies, beside what the user has named. Idempotent."""
+    """Add this package's variables to those that vLLM copies and the user has named. Idempotent."""
     named = [name.strip() for name in environ.get(EXTRA, "").split(",") if name.strip()]
     environ[EXTRA] = ",".join([*named, *(name for name in COPIED if name not in named)])
     try:

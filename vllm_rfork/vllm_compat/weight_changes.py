@@ -1,7 +1,7 @@
-"""Changes to the weights of this process: while one is going on, it offers no seed.
+"""Changes to the weights of this process: while one is in progress, the process has no seed.
 
-Changes are methods and functions that are called on workers (``worker_hooks.py``, ``worker_calls.py``). They call each
-other, and some stay open from one call to another. Must not decide what the weights are worth: the guard does.
+A change is a method or function called on a worker (``worker_hooks.py``, ``worker_calls.py``). Changes call each other,
+and some last from one call to another.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class Change:
     """What a worker method does to weights.
 
     Attributes:
-        reason: what the log says.
-        begins: a change that the method leaves open, if it is one.
-        ends: changes that are over when the method has returned.
-        ends_failing: changes that are over when it has raised.
-        last: after it the weights are not those of the seed's key any more, or the memory is gone: there is no
-            coming back.
+        reason: text for the log.
+        begins: name of a change that lasts beyond the method, or empty.
+        ends: changes that end when the method returns.
+        ends_failing: changes that end when it raises.
+        last: after it the weights do not belong to the seed's key any more, or their memory is gone, so that the seed
+            cannot resume.
     """
 
     reason: str
@@ -32,24 +32,24 @@ class Change:
     last: bool = False
 
 
-class Guard(Protocol):
-    """Whoever knows the seeds of this process. No method may raise."""
+class WeightChangeListener(Protocol):
+    """The owner of this process's seeds. No method may raise."""
 
     def withdraw(self, reason: str, *, last: bool) -> None:
-        """Be no seed any more when this returns; ``last``: for good."""
+        """Withdraw all seeds before returning; for good if ``last``."""
 
-    def leaves_device_alone(self) -> bool:
-        """Wait a little for seeds that are being started; False where one may still need the device."""
+    def device_is_idle(self) -> bool:
+        """Wait briefly for seeds that are being started; False if one may still use the device."""
 
-    def come_back(self) -> None:
-        """No change is open any more: be a seed again if the weights are what they were."""
+    def resume(self) -> None:
+        """No change is in progress any more: make the seeds available again if the weights are what they were."""
 
 
-class Changes:
-    """Which changes are going on in this process, in methods that call each other and from method to method."""
+class WeightChanges:
+    """The changes in progress in this process, and the calls of its listener."""
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, listener: WeightChangeListener) -> None:
+        self._listener = listener
         self._lock = threading.Lock()
         self._running = 0
         self._open: set[str] = set()
@@ -60,13 +60,13 @@ class Changes:
         return self._running > 0
 
     def run(self, change: Change, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``method`` with the seed withdrawn, and let it come back after the outermost one."""
+        """Call ``method`` with all seeds withdrawn; the end of the outermost change resumes them."""
         with self._lock:
             self._running += 1
             if change.last:
-                self._open.clear()  # what comes after it is another model
+                self._open.clear()  # what follows is another model
             self._open.update({change.begins} - {""})
-        self._guard.withdraw(change.reason, last=change.last)
+        self._listener.withdraw(change.reason, last=change.last)
         ended = change.ends_failing
         try:
             returned = method(*args, **kwargs)
@@ -78,10 +78,10 @@ class Changes:
                 self._open.difference_update(ended)
                 over = not self._running and not self._open and not change.last
             if over:
-                self._guard.come_back()
+                self._listener.resume()
 
     def run_alone(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``method`` while no seed of this process asks anything of the device."""
-        if self._guard.leaves_device_alone():
+        """Call ``method`` while no seed of this process uses the device."""
+        if self._listener.device_is_idle():
             return method(*args, **kwargs)
         return self.run(Change("graphs are captured"), method, *args, **kwargs)

@@ -1,12 +1,12 @@
-"""Calls into a worker from outside: ``collective_rpc`` takes a function, or the name of any attribute.
+"""Hooks on calls into a worker: ``collective_rpc`` accepts a function, or the name of any attribute.
 
-A function gets the worker and may write to its weights, so the seed is withdrawn while it runs, as for a method that
-is known to change them (``worker_hooks.py``). Names reach a worker through the attributes of vLLM's
-``WorkerWrapperBase``, functions through ``run_method`` (one process, Ray) or as bytes that the loop of a worker
-process unpickles. Read in vLLM 0.32; what an older version does not have is skipped.
+A function gets the worker and may write to its weights, so it runs as a change, like the methods in
+``worker_hooks.py``. Names reach a worker through vLLM's ``WorkerWrapperBase``, functions through ``run_method`` (one
+process, Ray) or as bytes that the loop of a worker process unpickles. Read in vLLM 0.32; names that an older version
+lacks are skipped.
 
-What no hook can see: code in the same process that follows references from the engine to the model
-(``llm.llm_engine.model_executor.driver_worker...``). The digests that a receiver checks (``rfork_verify``) do see it.
+No hook covers code in the same process that follows references from the engine to the model
+(``llm.llm_engine.model_executor.driver_worker...``). The digests that a receiver verifies (``rfork_verify``) do.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_rfork.vllm_compat.weight_changes import Change, Changes
+from vllm_rfork.vllm_compat.weight_changes import Change, WeightChanges
 
-#: On functions and objects that guard something already.
+#: On functions and objects that are hooks already.
 MARK = "__rfork_withdraws_first__"
 
-#: Why → methods of the workers of vLLM and vLLM-Ascend that leave weights alone. Every other public method is in a
-#: table of ``worker_hooks.py`` or in :data:`HANDS_OUT`; tests compare them with the installed vLLM and with releases.
+#: Reason → worker methods of vLLM and vLLM-Ascend that do not change weights. Every other public method is in a table
+#: of ``worker_hooks.py`` or in :data:`HANDS_OUT`; tests compare them with the installed vLLM and with releases.
 LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "serves requests": (
         "execute_model",
@@ -33,9 +33,14 @@ LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
         "synchronize_device",
         "handle_ft_command",
     ),
-    "wraps adapters around layers, whose own weights stay": ("add_lora", "remove_lora", "list_loras", "pin_lora"),
+    "wraps adapters around layers, whose own weights do not change": (
+        "add_lora",
+        "remove_lora",
+        "list_loras",
+        "pin_lora",
+    ),
     "reads weights": ("compute_weight_checksums", "save_sharded_state", "get_model_inspection"),
-    "makes caches and drops them": (
+    "creates and drops caches": (
         "initialize_cache",
         "initialize_from_config",
         "get_kv_cache_spec",
@@ -70,27 +75,27 @@ LEAVES_WEIGHTS: Mapping[str, tuple[str, ...]] = {
 }
 _LEAVES_WEIGHTS = frozenset(name for names in LEAVES_WEIGHTS.values() for name in names)
 
-#: Methods that return the model. Called by a function inside a worker they are part of that change; called by name
-#: they give the model itself to whoever runs in the same process, and nobody sees what becomes of it.
+#: Methods that return the model. A call inside a function on a worker is part of that change. A call by name gives the
+#: model to code in the same process, whose writes no hook sees.
 HANDS_OUT = ("get_model", "get_draft_model")
 
-#: What can be called by name; objects with a call of their own, such as modules, are state.
+#: Types of attributes that are called by name; other callables, such as modules, are state.
 _CALLABLE = (types.MethodType, types.FunctionType, types.BuiltinFunctionType, functools.partial)
 
 _FUNCTION_CALLED = Change("a function is called on the worker")
 
 
-def guard_calls(changes: Changes) -> list[str]:
-    """Let every call by function, and by a name that is not known to leave weights alone, run as a change. Idempotent.
+def hook_calls(changes: WeightChanges) -> list[str]:
+    """Run every call by function, and every call by a name that may change weights, as a change. Idempotent.
 
     Returns:
-        Names of what is guarded now.
+        The names of the hooks that exist now.
     """
-    return [*_guard_names(changes), *_guard_functions(changes), *_guard_bytes(changes)]
+    return [*_hook_names(changes), *_hook_functions(changes), *_hook_bytes(changes)]
 
 
 def is_vllms(cls: type) -> bool:
-    """Whether a class belongs to vLLM or to its platform's plugin, whose methods are in tables."""
+    """Whether a class belongs to vLLM or its platform's plugin, so that its methods are in the tables."""
     return cls.__module__.partition(".")[0] in {"builtins", "typing", "abc", "vllm", "vllm_ascend", _platform()}
 
 
@@ -103,18 +108,18 @@ def _platform() -> str:
 
 
 def change_by_name(worker: Any, name: str) -> Change | None:
-    """The change that calling ``worker.<name>`` from outside may be; None where it is none, or guards itself."""
+    """The change that a call of ``worker.<name>`` makes; None if it makes none, or has a hook of its own."""
     if name in HANDS_OUT:
         return Change(f"the model is handed out ({name})", last=True)
     owner = next((cls for cls in type(worker).__mro__ if name in vars(cls)), None)
     if owner is not None and (hasattr(vars(owner)[name], MARK) or name in _LEAVES_WEIGHTS):
         return None
     if owner is not None and is_vllms(owner) and not name.startswith("_"):
-        return None  # newer than the tables; vLLM calls such methods itself, some of them in every step
+        return None  # newer than the tables; vLLM itself calls such methods, some of them in every step
     return Change(f"the worker's {name} is called")
 
 
-def _guard_names(changes: Changes) -> list[str]:
+def _hook_names(changes: WeightChanges) -> list[str]:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     original = WorkerWrapperBase.__getattr__
@@ -123,7 +128,7 @@ def _guard_names(changes: Changes) -> list[str]:
         @functools.wraps(original)
         def getattr_(self: Any, attr: str) -> Any:
             found = original(self, attr)
-            # Inside a change a function looks at the worker through the same wrapper.
+            # A function on the worker reads attributes through the same wrapper, inside its change.
             if not isinstance(found, _CALLABLE) or changes.active:
                 return found
             change = change_by_name(self.worker, attr)
@@ -134,8 +139,8 @@ def _guard_names(changes: Changes) -> list[str]:
     return ["WorkerWrapperBase.__getattr__"]
 
 
-def _guard_functions(changes: Changes) -> list[str]:
-    """``run_method(worker, function or bytes, ...)``, in every module that has imported it."""
+def _hook_functions(changes: WeightChanges) -> list[str]:
+    """Wrap ``run_method(worker, function or bytes, ...)`` in every module that has imported it."""
     from vllm.v1 import serial_utils
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
@@ -155,23 +160,23 @@ def _guard_functions(changes: Changes) -> list[str]:
     return [f"{module.__name__}.run_method" for module in _vllms_modules() if hasattr(module, "run_method")]
 
 
-def _guard_bytes(changes: Changes) -> list[str]:
-    """The loop of a worker process, which unpickles the function that it is sent and calls it with the worker."""
-    guarded = []
+def _hook_bytes(changes: WeightChanges) -> list[str]:
+    """Wrap the unpickler in the loop of a worker process, which calls unpickled functions with the worker."""
+    hooked = []
     for module in _vllms_modules():
         pickler = getattr(module, "cloudpickle", None)
         if "multiproc_executor" not in module.__name__ or pickler is None:
             continue
         if not hasattr(pickler, MARK):
             module.cloudpickle = _Pickler(pickler, changes)  # type: ignore[attr-defined]
-        guarded.append(f"{module.__name__}.cloudpickle")
-    return guarded
+        hooked.append(f"{module.__name__}.cloudpickle")
+    return hooked
 
 
 class _Pickler:
-    """The module ``cloudpickle``; functions that it loads run as changes."""
+    """The module ``cloudpickle``, except that functions loaded by it run as changes."""
 
-    def __init__(self, module: Any, changes: Changes) -> None:
+    def __init__(self, module: Any, changes: WeightChanges) -> None:
         self._module, self._changes = module, changes
         setattr(self, MARK, True)
 
@@ -179,12 +184,12 @@ class _Pickler:
         return getattr(self._module, name)
 
     def loads(self, *args: Any, **kwargs: Any) -> Any:
-        """As cloudpickle's."""
+        """Load as cloudpickle does."""
         loaded: Callable[..., Any] = self._module.loads(*args, **kwargs)
         return functools.partial(self._changes.run, _FUNCTION_CALLED, loaded)
 
 
 def _vllms_modules() -> list[types.ModuleType]:
-    """What is imported of vLLM and of its platform's plugin."""
+    """The imported modules of vLLM and its platform's plugin."""
     roots = {"vllm", "vllm_ascend", _platform()}
     return [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in roots and module]

@@ -1,4 +1,4 @@
-"""What vLLM's configuration says about a worker: its ranks and its role."""
+"""A worker's ranks and role, from vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 
 
 def worker_identity(vllm_config: Any, model_config: Any) -> WorkerIdentity:
-    """Where this process stands; distributed groups must be initialised, as they are when a model is loaded."""
+    """The identity of this process. Distributed groups must be initialized, as they are when a model is loaded."""
     from vllm.distributed import parallel_state
 
     parallel = vllm_config.parallel_config
@@ -46,10 +46,12 @@ def _local_rank(parallel: Any, parallel_state: Any) -> int:
     local_rank = int(parallel_state.get_world_group().local_rank)
     dp_local = getattr(parallel, "data_parallel_rank_local", None)
     if dp_local is None and getattr(parallel, "distributed_executor_backend", None) not in ("ray", "external_launcher"):
-        dp_local = getattr(parallel, "data_parallel_index", 0)  # as vLLM chooses its devices; the others count by node
+        dp_local = getattr(
+            parallel, "data_parallel_index", 0
+        )  # as vLLM assigns devices; the other executors count by node
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
     first = int(dp_local or 0) * math.prod(int(getattr(parallel, name, 1) or 1) for name in sizes)
-    # Data parallel engines of one node count their workers from 0 each, unless the platform's worker has added up.
+    # Each data parallel engine of a node counts its workers from 0, unless the platform's worker adds an offset.
     return local_rank if local_rank >= first else local_rank + first
 
 
