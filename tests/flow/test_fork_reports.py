@@ -14,10 +14,11 @@ from aiohttp import web
 
 from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of
 from tests.unit.interop_planners import serve
+from vllm_rfork.clients import SeedClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, MemoryEngine
-from vllm_rfork.errors import ForkError, VerificationError
+from vllm_rfork.errors import ForkError, SeedError, VerificationError
 from vllm_rfork.fork.session import Attempt, Target
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment
@@ -147,6 +148,42 @@ async def test_a_fork_reports_its_own_time_and_not_the_leases() -> None:
     assert re.search(r"\bengine \d+\.\d{3} s \(overlapped\)", stages), stages
     assert re.search(r"\bplanner \d+\.\d{3} s \(before\)", stages), stages
     assert all(re.fullmatch(r"[a-z ]+ \d+\.\d{3} s( \(\w+\))?", each) for each in stages.split(", ")), stages
+
+
+@pytest.mark.parametrize(
+    ("fault", "written"),
+    [
+        ("register_fails", False),
+        ("connect_fails", False),
+        ("the seed is gone", False),
+        ("another epoch", False),
+        ("stall_read=1", True),
+        ("fail_read=1", True),
+    ],
+)
+async def test_memory_may_be_written_from_the_first_read_on(
+    fault: str, written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the bytes are what they were, and the model can be loaded as it stands."""
+    async with fleet() as made:
+        if "=" in fault or "fails" in fault:
+            monkeypatch.setenv(FAULT_VARIABLE, fault)
+        elif fault == "another epoch":
+            monkeypatch.setattr(SeedClient, "confirm_epoch", refused)
+        else:
+            await made.service.stop()
+        buffer = Buffer("cpu", NBYTES)
+        attempt = made.attempt()
+        with pytest.raises(ForkError):
+            await asyncio.to_thread(attempt.run, target_of(buffer))
+        await asyncio.to_thread(attempt.close)
+    assert attempt.has_written is written
+    if not written:
+        assert buffer.read(0, NBYTES) == bytes(NBYTES)
+
+
+async def refused(*args: Any) -> None:
+    raise SeedError("another epoch")
 
 
 @pytest.mark.parametrize(

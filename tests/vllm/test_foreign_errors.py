@@ -167,6 +167,7 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         progress=lambda nbytes: None,
         checkpoint=lambda: None,
         connected=lambda lane: None,
+        first_write=lambda: None,
     )
     keeper: Any = SimpleNamespace(lease=SimpleNamespace(seed="s"), check=lambda: None)
     with pytest.MonkeyPatch.context() as patch:

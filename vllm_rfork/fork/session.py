@@ -32,7 +32,7 @@ from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.messages import Lease, OtherSeeds, SeedAddress
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.event_loop import BackgroundTask, background
-from vllm_rfork.threads.native import native_thread
+from vllm_rfork.threads.deadline import start_on_thread
 
 logger = worker_logger(__name__)
 
@@ -128,6 +128,8 @@ class Attempt:
         self.engine_name = engine_name
         self.times = StageTimes()
         self.intent = uuid.uuid4().hex if settings.rfork_become_seed else ""
+        #: A fork may have written to the destination. Set in one place, immediately before the first read.
+        self.has_written = False
         self.seed: SeedAddress | None = None
         self.lane = engine_name
         self.facts = dict(facts or {})
@@ -152,24 +154,21 @@ class Attempt:
         self._intending: BackgroundTask | None = None
         self._intent_stands = False  # the planner may remember the intent
         self._registered: Any = None  # what keeps registered memory alive until the engine is closed
-        self._opening: concurrent.futures.Future[TransferEngine] = concurrent.futures.Future()
-        # A daemon, not an executor's thread: a native call that never returns must not keep the process alive.
-        native_thread(self._open, "rfork-engine", (self._opening,)).start()
+        self._opening = start_on_thread(self._open, "rfork-engine")
 
-    def _open(self, opening: concurrent.futures.Future[TransferEngine]) -> None:
+    def _open(self) -> TransferEngine:
         started = time.perf_counter()
         try:
             engine = engine_class(self.engine_name)()
             engine.open(self._engine_config)
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the engine is needed
-            if not isinstance(error, ForkError):
-                text = f"unexpected {type(error).__name__}: {error}"
-                error = _caused_by(error, EngineError(self.engine_name, "open", text))
-            opening.set_exception(error)
-            return
+        except ForkError:
+            raise
+        except BaseException as error:
+            text = f"unexpected {type(error).__name__}: {error}"
+            raise EngineError(self.engine_name, "open", text) from error
         self.times.seconds["engine"] = time.perf_counter() - started
         self.times.outside["engine"] = "overlapped"
-        opening.set_result(engine)
+        return engine
 
     def engine(self) -> TransferEngine:
         """The open engine; waits for it.
@@ -407,6 +406,7 @@ class Attempt:
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
                 progress=progress,
                 connected=connected,
+                first_write=self._first_write,
                 arrived=incoming.arrived,
                 untouched=target.untouched,
                 checkpoint=self.checkpoint,
@@ -426,6 +426,9 @@ class Attempt:
             raise
         finally:
             incoming.close()
+
+    def _first_write(self) -> None:
+        self.has_written = True
 
     async def _released(self, grant: _Grant, **outcome: Any) -> None:
         await grant.keeper.stop()  # first, so that no renewal follows the release
@@ -449,8 +452,7 @@ class Attempt:
     def reopen_engine(self) -> None:
         """Replace an engine that failed by a fresh one, so that this worker can still become a seed."""
         self.close_engine()
-        self._opening = concurrent.futures.Future()
-        self._open(self._opening)
+        self._opening = start_on_thread(self._open, "rfork-engine")
 
     def close_engine(self) -> None:
         """Close the engine and with it every registration; before the registered memory is let go. Idempotent.
@@ -529,11 +531,6 @@ def _close(engine: TransferEngine, keep: Any) -> None:
             return
         logger.warning("%s; its buffers stay allocated until this process ends", error)
         _given_up.append((engine, keep))
-
-
-def _caused_by(cause: BaseException, error: EngineError) -> EngineError:
-    error.__cause__ = cause
-    return error
 
 
 def _mutated(error: ForkError) -> ForkError:

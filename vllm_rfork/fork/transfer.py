@@ -23,7 +23,7 @@ from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.net.event_loop import background
-from vllm_rfork.threads.native import native_thread
+from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline
 
 logger = worker_logger(__name__)
 
@@ -72,6 +72,7 @@ class ForkRequest:
         checkpoint: gives the identity of this worker's own files; may wait for it.
         untouched: addresses of local spans that are not read, since others use them already.
         progress: called with bytes copied so far.
+        first_write: called once, immediately before the first byte may be written.
         arrived: called with what has just been copied; returns at once.
         connected: called with the lane, such as ``nixl/rdma``, once the peer is reached.
     """
@@ -85,6 +86,7 @@ class ForkRequest:
     untouched: frozenset[int] = frozenset()
     checkpoint: Callable[[], Mapping[str, str] | None] = lambda: None
     progress: Callable[[int], None] = lambda nbytes: None
+    first_write: Callable[[], None] = lambda: None
     arrived: Callable[[Sequence[Segment]], None] = lambda segments: None
     connected: Callable[[str], None] = lambda lane: None
 
@@ -121,6 +123,7 @@ def fork(request: ForkRequest, keeper: LeaseKeeper, times: StageTimes) -> Manife
             # Addresses are good within their epoch alone: no byte is read by those of one that is over ...
             _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
         reading = True
+        request.first_write()
         with times.stage("read"):
             _read(request, keeper, remote, segments, deadline)
         with times.stage("epoch"):
@@ -185,29 +188,21 @@ def bounded(engine: TransferEngine, operation: str, timeout_s: float, call: Call
         EngineError: the engine's own, or ``in_flight`` where it did not return one second after its bound: the
             thread and the buffers then belong to it for the rest of the process's life.
     """
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - it is raised again on the caller's thread
-            failures.append(error)
-
-    thread = native_thread(run, f"rfork-{operation}")
-    thread.start()
-    thread.join(timeout_s + 1.0)
-    if thread.is_alive():
+    bound_s = timeout_s + 1.0
+    try:
+        call_with_deadline(call, bound_s, f"rfork-{operation}")
+    except DeadlineExceeded as late:
         raise EngineError(
             engine.name,
             operation,
-            f"no return within {timeout_s + 1.0:.1f} s",
+            str(late),
             mutated=operation == "read",
             retry_elsewhere=False,
             in_flight=True,
             side=None,  # by the operation
-        )
-    for failure in failures:
-        if isinstance(failure, ForkError):
-            raise failure
-        text = f"unexpected {type(failure).__name__}: {failure}"
-        raise EngineError(engine.name, operation, text, side="receiver") from failure
+        ) from None
+    except ForkError:
+        raise
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error}"
+        raise EngineError(engine.name, operation, text, side="receiver") from error

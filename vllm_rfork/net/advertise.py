@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ipaddress
 import os
 import socket
-import threading
 import time
 import urllib.parse
 from typing import Any
@@ -16,6 +14,7 @@ from vllm_rfork.errors import ConfigError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import BadMessage
 from vllm_rfork.net.addresses import canonical_host
+from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline
 
 logger = worker_logger(__name__)
 
@@ -146,18 +145,15 @@ def _look_up(host: str, port: int, timeout_s: float) -> Any:
         TimeoutError: no answer within ``timeout_s`` seconds.
         OSError: there is no such name.
     """
-    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
-    def look_up() -> None:
-        try:
-            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            answer.set_exception(OSError(str(error)))
+    def look_up() -> Any:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
-    threading.Thread(target=look_up, name="rfork-lookup", daemon=True).start()
     try:
-        return answer.result(timeout_s)
-    except concurrent.futures.TimeoutError as error:
+        return call_with_deadline(look_up, timeout_s, "rfork-lookup", delays_exit=False)
+    except UnicodeError as error:
+        raise OSError(str(error)) from error
+    except DeadlineExceeded as error:
         raise TimeoutError(
             f"the planner's host {host} was not found within {timeout_s:g} s (rfork_request_timeout_sec)"
         ) from error

@@ -16,7 +16,6 @@ Must not read or write weights, and must not raise: an agreement that cannot be 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.threads.native import native_thread
+from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline
 from vllm_rfork.vllm_compat.worker_identity import is_draft
 
 logger = worker_logger(__name__)
@@ -184,23 +183,13 @@ class Agreement:
         Raises:
             _StoreLost: it failed, or took longer than ``timeout_s`` and the grace. No call is made any more then.
         """
-        answer: concurrent.futures.Future[str] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(call())
-            except Exception as error:  # noqa: BLE001 - whatever a store raises; the caller turns it into a no
-                answer.set_exception(error)
-
-        native_thread(run, "rfork-agreement").start()
+        bound_s = timeout_s + STORE_GRACE_S
         try:
-            return answer.result(timeout_s + STORE_GRACE_S)
-        except concurrent.futures.TimeoutError:
+            return call_with_deadline(call, bound_s, "rfork-agreement")
+        except DeadlineExceeded:
             # Its thread may still be in a call; the others will not hear of this rank again.
-            self._broken = (
-                f"rank {self.rank}: the store of the ranks did not answer within {timeout_s + STORE_GRACE_S:g} s"
-            )
-        except Exception as error:  # noqa: BLE001
+            self._broken = f"rank {self.rank}: the store of the ranks did not answer within {bound_s:g} s"
+        except Exception as error:  # noqa: BLE001 - whatever a store raises; the caller turns it into a no
             self._broken = f"rank {self.rank}: the store of the ranks failed: {_shortened(str(error))}"
         raise _StoreLost(self._broken)
 
