@@ -197,7 +197,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     from types import SimpleNamespace
 
     from vllm_rfork.devices.registry import device_side
-    from vllm_rfork.fork.transfer import bounded_read
+    from vllm_rfork.fork.transfer import read_batch
     from vllm_rfork.manifest.segments import batches
     from vllm_rfork.model import digest
     from vllm_rfork.model.tensors import LocalSpan
@@ -217,7 +217,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
         began = time.perf_counter()
         check = StreamingVerifier(collection, list(expected), side, 60.0)
         for batch in batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items):
-            bounded_read(engine, manifest.endpoint, batch, 60.0)
+            read_batch(engine, manifest.endpoint, batch, 60.0)
             if how == "beside":
                 check.arrived(batch)
         if how == "beside":

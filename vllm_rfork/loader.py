@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
 from vllm_rfork.fork.progress import forking_progress
-from vllm_rfork.fork.session import Target
+from vllm_rfork.fork.session import Destination
 from vllm_rfork.load.outcome import NotASeed, outcome_of
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.logs.worker import worker_logger
@@ -135,7 +135,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 # Outside the handler's frame the failed model has no references left.
                 model = None
             if model is None:
-                plan.attempt.close_engine()
+                plan.attempt.engine.close()
                 plan.forget_fork()
                 registries.restore()
                 storage_loader.release_memory(plan.device)
@@ -230,13 +230,12 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             "falling back to load_format=%s: %s: %s",
             plan.settings.rfork_fallback_load_format,
             type(error).__name__,
-            plan.attempt.told.once(error),  # the error itself would keep the model, wherever somebody keeps log records
+            plan.attempt.logged.once(error),  # not the error: log records that are kept would keep the model
         )
         plan.tell_others(error)
-        plan.reopen_engine = True
-        plan.attempt.give_back()
-        plan.attempt.let_go()
-        plan.attempt.forget_failures(error)
+        plan.attempt.cancel_reservation()
+        plan.attempt.engine.discard()
+        plan.attempt.drop_tracebacks(error)
 
     def _fork_over(self, plan: LoadPlan, model: nn.Module) -> None:
         """Fork into the structure that post-processing has made of dummy weights."""
@@ -253,7 +252,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         collection, remote = plan.agreed_fork(lambda: self._read(plan, model, prepared or plan.collect_empty(model)))
         plan.capture_forked(collection, remote)
         if plan.no_seed_reason:
-            plan.attempt.let_go()  # nobody will keep for it what post-processing replaces
+            plan.attempt.engine.close_if_registered()  # nobody will keep for it what post-processing replaces
         seconds = time.perf_counter() - started
         logger.info(
             "forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s lane=%s (%s)",
@@ -262,7 +261,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             seconds,
             remote.nbytes / 1e9 / max(seconds, 1e-9),
             plan.attempt.seed,
-            plan.attempt.engine_name,
+            plan.attempt.engine.name,
             plan.layout,
             plan.attempt.lane,
             plan.attempt.times,
@@ -273,7 +272,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         local = collection.manifest(plan.manifest_header())
         with forking_progress(collection.nbytes, shown=plan.shows_progress) as progress:
             remote = plan.attempt.run(
-                Target(
+                Destination(
                     local,
                     lambda: plan.incoming(model, collection),
                     collection,

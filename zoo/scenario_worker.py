@@ -25,7 +25,7 @@ from zoo.workers import Order, _ask, _innermost, _Lines, recorded
 
 #: Places of a fork where a worker can be stopped: the function of ``vllm_rfork.fork.transfer``, and which call of it.
 #: The first request is the manifest's, the second asks whether its epoch still holds; all on the loading thread.
-BEFORE_EPOCH, BEFORE_READ = ("_wait", 2), ("bounded_read", 1)
+BEFORE_EPOCH, BEFORE_READ = ("_wait", 2), ("read_batch", 1)
 
 EXPANDABLE = "expandable_segments:True"
 

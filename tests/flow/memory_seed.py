@@ -14,7 +14,7 @@ import sys
 
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.fork.session import Attempt
+from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.seeding.seed import Seed, SeedConfig
 from vllm_rfork.selftest.buffers import Buffer
@@ -46,15 +46,15 @@ def manifest_of(buffer: Buffer, digest: str = "") -> Manifest:
     )
 
 
-def attempt_of(settings: Settings) -> Attempt:
-    return Attempt(settings, KEY, "memory", EngineConfig(device="cpu"))
+def session_of(settings: Settings) -> ForkSession:
+    return ForkSession(settings, KEY, "memory", EngineConfig(device="cpu"))
 
 
-def seed_of(settings: Settings, attempt: Attempt, buffer: Buffer) -> Seed:
-    """The seed, not started yet, of the bytes in ``buffer``, which ``attempt``'s engine has registered or will."""
+def seed_of(settings: Settings, session: ForkSession, buffer: Buffer) -> Seed:
+    """The seed, not started yet, of the bytes in ``buffer``, which ``session``'s engine has registered or will."""
     config = SeedConfig(
         planner_url=settings.rfork_scheduler_url,
-        credentials=attempt.credentials,
+        credentials=session.credentials,
         bind_host=settings.rfork_seed_bind_host,
         advertise_host=settings.rfork_seed_advertise_host,
         port=0,
@@ -62,19 +62,19 @@ def seed_of(settings: Settings, attempt: Attempt, buffer: Buffer) -> Seed:
         request_timeout_s=settings.rfork_request_timeout_sec,
         ready_timeout_s=settings.rfork_seed_timeout_sec,
         heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
-        labels=attempt.labels,
+        labels=session.labels,
         slots=settings.rfork_seed_slots or None,
     )
     manifest = manifest_of(buffer, digest_of(buffer))
-    return Seed(config, manifest, attempt.hand_over_engine(), buffer, lambda: None, attempt.intent)
+    return Seed(config, manifest, session.engine.hand_over(), buffer, lambda: None, session.intent.id)
 
 
 def main() -> None:
     settings = parse_config(json.loads(sys.argv[1])).settings
     buffer = Buffer("cpu", NBYTES)
     buffer.write(0, contents())
-    attempt = attempt_of(settings)
-    seed = seed_of(settings, attempt, buffer)
+    session = session_of(settings)
+    seed = seed_of(settings, session, buffer)
     print(json.dumps({"address": str(seed.start())}), flush=True)
     for order in sys.stdin:
         if order == "withdraw\n":

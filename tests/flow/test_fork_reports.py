@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of
+from tests.flow.memory_seed import NBYTES, contents, digest_of, manifest_of, session_of
 from tests.unit.interop_planners import serve
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, MemoryEngine
 from vllm_rfork.errors import ForkError, SeedError, VerificationError
-from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.seed_service import SeedService
@@ -28,7 +28,7 @@ from vllm_rfork.selftest.buffers import Buffer
 WITHIN_S = 60.0
 
 
-class Incoming:
+class Taking:
     """Takes the bytes; raises what a test asks for."""
 
     def __init__(self, arrived: BaseException | None = None, accept: BaseException | None = None) -> None:
@@ -92,8 +92,8 @@ class Fleet:
         app.router.add_route("*", "/{any}", other)
         return app
 
-    def attempt(self) -> Attempt:
-        return attempt_of(
+    def session(self) -> ForkSession:
+        return session_of(
             parse_config(
                 {"rfork_scheduler_url": self.url, "rfork_request_timeout_sec": 10.0, "rfork_become_seed": False}, {}
             ).settings
@@ -114,17 +114,17 @@ async def fleet() -> AsyncIterator[Fleet]:
     made.engine.close()
 
 
-def target_of(buffer: Buffer, incoming: Callable[[], Any] = Incoming) -> Target:
-    return Target(manifest_of(buffer), incoming, buffer, lambda nbytes: None)
+def target_of(buffer: Buffer, sink: Callable[[], Any] = Taking) -> Destination:
+    return Destination(manifest_of(buffer), sink, buffer, lambda nbytes: None)
 
 
-async def failed(made: Fleet, incoming: Callable[[], Any] = Incoming) -> dict[str, str]:
+async def failed(made: Fleet, sink: Callable[[], Any] = Taking) -> dict[str, str]:
     """The report on a fork that is to fail."""
-    attempt = made.attempt()
+    session = made.session()
     with pytest.raises(ForkError):
-        await asyncio.to_thread(attempt.run, target_of(Buffer("cpu", NBYTES), incoming))
+        await asyncio.to_thread(session.run, target_of(Buffer("cpu", NBYTES), sink))
     found = await made.report()
-    await asyncio.to_thread(attempt.close)
+    await asyncio.to_thread(session.close)
     assert found["RFORK-RESULT"] == "failed"
     return found
 
@@ -132,19 +132,19 @@ async def failed(made: Fleet, incoming: Callable[[], Any] = Incoming) -> dict[st
 async def test_a_fork_reports_its_own_time_and_not_the_leases() -> None:
     """In the runtime layout post-processing of dummy weights lies between the lease and the fork."""
     async with fleet() as made:
-        attempt = made.attempt()
-        await asyncio.to_thread(attempt.reserve, "f1")
+        session = made.session()
+        await asyncio.to_thread(session.reserve, "f1")
         await asyncio.sleep(1.0)  # the post-processing
         began = time.monotonic()
-        await asyncio.to_thread(attempt.run, target_of(Buffer("cpu", NBYTES)))
+        await asyncio.to_thread(session.run, target_of(Buffer("cpu", NBYTES)))
         took_s = time.monotonic() - began
         found = await made.report()
-        await asyncio.to_thread(attempt.close)
+        await asyncio.to_thread(session.close)
     assert 0 < float(found["RFORK-SECONDS"]) <= took_s + 0.001  # three decimals on the wire
     assert found["RFORK-NBYTES"] == str(NBYTES)
     assert (found["RFORK-RESULT"], found["RFORK-LANE"]) == ("ok", "memory")
     assert not {"RFORK-CAUSE", "RFORK-SIDE"} & set(found)
-    stages = str(attempt.times)
+    stages = str(session.times)
     assert re.search(r"\bengine \d+\.\d{3} s \(overlapped\)", stages), stages
     assert re.search(r"\bplanner \d+\.\d{3} s \(before\)", stages), stages
     assert all(re.fullmatch(r"[a-z ]+ \d+\.\d{3} s( \(\w+\))?", each) for each in stages.split(", ")), stages
@@ -173,11 +173,11 @@ async def test_memory_may_be_written_from_the_first_read_on(
         else:
             await made.service.stop()
         buffer = Buffer("cpu", NBYTES)
-        attempt = made.attempt()
+        session = made.session()
         with pytest.raises(ForkError):
-            await asyncio.to_thread(attempt.run, target_of(buffer))
-        await asyncio.to_thread(attempt.close)
-    assert attempt.has_written is written
+            await asyncio.to_thread(session.run, target_of(buffer))
+        await asyncio.to_thread(session.close)
+    assert session.has_written is written
     if not written:
         assert buffer.read(0, NBYTES) == bytes(NBYTES)
 
@@ -212,11 +212,11 @@ async def test_a_seed_that_does_not_answer_is_to_blame() -> None:
 
 async def test_wrong_bytes_are_the_seeds_and_memory_that_runs_out_is_the_receivers() -> None:
     async with fleet() as made:
-        found = await failed(made, lambda: Incoming(accept=VerificationError("a digest differs")))
+        found = await failed(made, lambda: Taking(accept=VerificationError("a digest differs")))
     assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("VerificationError", "seed")
     assert found["RFORK-NBYTES"] == str(NBYTES), "that many had been copied"
     async with fleet() as made:
-        found = await failed(made, lambda: Incoming(arrived=MemoryError()))
+        found = await failed(made, lambda: Taking(arrived=MemoryError()))
     assert (found["RFORK-CAUSE"], found["RFORK-SIDE"]) == ("MemoryError", "receiver")
 
 
@@ -224,13 +224,13 @@ async def test_the_same_long_text_is_not_logged_twice(caplog: pytest.LogCaptureF
     """A seed that failed is reported at once; where no other comes, the fallback refers to that line."""
     long = "; ".join(f"span {number}: digest 0f0f here, f0f0 on the seed" for number in range(20))
     async with fleet() as made:
-        attempt = made.attempt()
-        broken = target_of(Buffer("cpu", NBYTES), lambda: Incoming(accept=VerificationError(long)))
+        session = made.session()
+        broken = target_of(Buffer("cpu", NBYTES), lambda: Taking(accept=VerificationError(long)))
         with pytest.raises(VerificationError) as caught:
-            await asyncio.to_thread(attempt.run, broken)
+            await asyncio.to_thread(session.run, broken)
         await made.report()
-        told = attempt.told.once(caught.value)
-        await asyncio.to_thread(attempt.close)
+        told = session.logged.once(caught.value)
+        await asyncio.to_thread(session.close)
     assert sum(long in record.getMessage() for record in caplog.records) == 1
     assert long not in told
     assert told.startswith("span 0: digest")

@@ -17,7 +17,7 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ForkError, NoSeedAvailable
-from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.app import PlannerProcess
@@ -29,9 +29,9 @@ from vllm_rfork.selftest.buffers import Buffer
 OWN = {"options.model.dtype": "bfloat16", "hf_config.tie_word_embeddings": "true", "torch": "2.9"}
 
 
-def attempt_at(url: str) -> Attempt:
+def session_at(url: str) -> ForkSession:
     options = {"rfork_scheduler_url": url, "rfork_become_seed": False, "rfork_request_timeout_sec": 10.0}
-    return Attempt(parse_config(options, {}).settings, KEY, "memory", EngineConfig(device="cpu"), OWN)
+    return ForkSession(parse_config(options, {}).settings, KEY, "memory", EngineConfig(device="cpu"), OWN)
 
 
 @contextlib.asynccontextmanager
@@ -71,13 +71,13 @@ async def test_the_facts_that_differ_are_named_once(caplog: pytest.LogCaptureFix
         others = f"f2;3;{first}, f3;1;{second}"
         answer = {"RFORK-MISS": "fingerprint", "RFORK-OTHER-FINGERPRINTS": others}
         async with serve(planner_that_answers(404, answer)) as url:
-            attempt = attempt_at(url)
+            session = session_at(url)
             for _ in range(2):
                 with pytest.raises(NoSeedAvailable, match=r"\(fingerprint: ") as caught:
-                    await asyncio.to_thread(attempt.reserve, "f1")
+                    await asyncio.to_thread(session.reserve, "f1")
             assert caught.value.reason == "fingerprint"
             await until(lambda: bool(warnings(caplog)), "the warning")
-            await asyncio.to_thread(attempt.close)
+            await asyncio.to_thread(session.close)
     (line,) = warnings(caplog)
     assert "4 seeds of key" in line
     assert line.endswith("dtype: bfloat16 here, float16 on 3 seeds; tie_word_embeddings: true here, false on 1 seed")
@@ -88,24 +88,24 @@ async def test_planner_seed_and_receiver_together(caplog: pytest.LogCaptureFixtu
     process = PlannerProcess(settings_from({"port": 0}), tokens=Tokens(None, {}))
     async with process.running(), seed({**OWN, "options.model.dtype": "float16"}, "f2") as address:
         await PlannerClient(process.url).announce(KEY, address, fingerprint="f2")
-        attempt = attempt_at(process.url)
+        session = session_at(process.url)
         with pytest.raises(NoSeedAvailable) as caught:
-            await asyncio.to_thread(attempt.reserve, "f1")
+            await asyncio.to_thread(session.reserve, "f1")
         assert caught.value.reason == "fingerprint"
         await until(lambda: bool(warnings(caplog)), "the warning")
-        await asyncio.to_thread(attempt.close)
+        await asyncio.to_thread(session.close)
     assert warnings(caplog)[0].endswith("it was built with other facts: dtype: bfloat16 here, float16 on 1 seed")
 
 
 async def test_a_seed_that_does_not_tell_its_facts_is_named_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     answer = {"RFORK-MISS": "fingerprint", "RFORK-OTHER-FINGERPRINTS": "f2;1;127.0.0.1:1:0"}
     async with serve(planner_that_answers(404, answer)) as url:
-        attempt = attempt_at(url)
+        session = session_at(url)
         with pytest.raises(NoSeedAvailable):
-            await asyncio.to_thread(attempt.reserve, "f1")
+            await asyncio.to_thread(session.reserve, "f1")
         await until(lambda: bool(warnings(caplog)), "the warning")
-        await asyncio.to_thread(attempt.close)
-    assert "seed 127.0.0.1:1:0 does not tell its facts" in warnings(caplog)[0]
+        await asyncio.to_thread(session.close)
+    assert "seed 127.0.0.1:1:0 did not return its facts" in warnings(caplog)[0]
 
 
 async def test_with_a_planner_that_knows_no_fingerprints_too(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,28 +113,28 @@ async def test_with_a_planner_that_knows_no_fingerprints_too(caplog: pytest.LogC
     async with seed({**OWN, "torch": "2.8"}, "f2") as address:
         grant = {**address.headers(), "USER_ID": "u1"}
         async with serve(planner_that_answers(200, grant)) as url:
-            attempt = attempt_at(url)
+            session = session_at(url)
 
             def fork() -> None:
-                target = Target(manifest_of(Buffer("cpu", NBYTES)), Incoming, None, lambda nbytes: None)
-                attempt.run(target)
+                target = Destination(manifest_of(Buffer("cpu", NBYTES)), Incoming, None, lambda nbytes: None)
+                session.run(target)
 
             with pytest.raises(ForkError) as caught:
                 await asyncio.to_thread(fork)
             assert caught.value.side == "receiver", "nobody's failure"
             await until(lambda: bool(warnings(caplog)), "the warning")
-            await asyncio.to_thread(attempt.close)
+            await asyncio.to_thread(session.close)
     assert warnings(caplog)[0].endswith("torch: 2.9 here, 2.8 on 1 seed")
 
 
 async def test_other_words_and_broken_entries_harm_nobody() -> None:
     answer = {"RFORK-MISS": "tired", "RFORK-OTHER-FINGERPRINTS": "f2;many;x, ;;, f3;1"}
     async with serve(planner_that_answers(404, answer)) as url:
-        attempt = attempt_at(url)
+        session = session_at(url)
         with pytest.raises(NoSeedAvailable) as caught:
-            await asyncio.to_thread(attempt.reserve, "f1")
+            await asyncio.to_thread(session.reserve, "f1")
         assert (caught.value.reason, caught.value.others) == ("", ())
-        await asyncio.to_thread(attempt.close)
+        await asyncio.to_thread(session.close)
 
 
 class Incoming:

@@ -1,6 +1,6 @@
 """Many workers start at once beside a planner process: one reads storage at most, and the others fork.
 
-The workers are threads with the loader's own parts (Attempt, Seed) and the memory engine; all options have their
+The workers are threads with the loader's own parts (ForkSession, Seed) and the memory engine; all options have their
 defaults, as in the README.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of, seed_of
+from tests.flow.memory_seed import NBYTES, contents, digest_of, manifest_of, seed_of, session_of
 from tests.planner.processes import PlannerUnderTest
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.errors import NoSeedAvailable, VerificationError
-from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.net.event_loop import background
@@ -56,10 +56,10 @@ class Fleet:
 
     planner: PlannerUnderTest
     options: dict[str, Any] = field(default_factory=dict)
-    loading: Callable[[Attempt], None] = lambda attempt: None
+    loading: Callable[[ForkSession], None] = lambda session: None
     sources: list[str] = field(default_factory=list)
     seeds: list[Seed] = field(default_factory=list)
-    attempts: list[Attempt] = field(default_factory=list)
+    sessions: list[ForkSession] = field(default_factory=list)
 
     def settings(self) -> Settings:
         given = {
@@ -87,21 +87,21 @@ class Fleet:
     def worker(self) -> None:
         """One worker's start: a fork or storage, and then it is a seed."""
         settings = self.settings()
-        attempt = attempt_of(settings)
-        self.attempts.append(attempt)
+        session = session_of(settings)
+        self.sessions.append(session)
         buffer = Buffer("cpu", NBYTES)
         try:
-            attempt.run(Target(manifest_of(buffer), lambda: Taking(buffer), buffer, lambda nbytes: None))
+            session.run(Destination(manifest_of(buffer), lambda: Taking(buffer), buffer, lambda nbytes: None))
             self.sources.append("fork")
         except NoSeedAvailable:
             self.sources.append("storage")
-            self.loading(attempt)
-            if not attempt.intent:
+            self.loading(session)
+            if not session.intent.id:
                 return  # it cannot become a seed
             buffer.write(0, contents())
-        seed = seed_of(settings, attempt, buffer)
+        seed = seed_of(settings, session, buffer)
         seed.start()
-        attempt.end_intent()
+        session.intent.stop_renewing()
         self.seeds.append(seed)
 
     def snapshot(self) -> dict[str, Any]:
@@ -117,8 +117,8 @@ class Fleet:
     def end(self) -> None:
         for seed in self.seeds:
             seed.withdraw("the test is over")
-        for attempt in self.attempts:
-            attempt.close()
+        for session in self.sessions:
+            session.close()
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_one_seed_and_eight_receivers_that_start_at_once_are_eight_forks(fleet: 
 
 
 def test_of_a_cold_fleet_of_ten_one_reads_storage_and_nine_fork(fleet: Fleet) -> None:
-    fleet.loading = lambda attempt: fleet.until(lambda found: len(found["waiting"]) == 9, "nine wait for one")
+    fleet.loading = lambda session: fleet.until(lambda found: len(found["waiting"]) == 9, "nine wait for one")
     fleet.start(10)
     assert sorted(fleet.sources) == ["fork"] * 9 + ["storage"]
     found = fleet.until(lambda found: len(found["seeds"]) == 10, "all are seeds")
@@ -150,12 +150,12 @@ def test_of_a_cold_fleet_of_ten_one_reads_storage_and_nine_fork(fleet: Fleet) ->
 def test_when_the_loader_cannot_be_a_seed_one_other_loads_and_eight_fork(fleet: Fleet) -> None:
     first = threading.Event()
 
-    def loading(attempt: Attempt) -> None:
+    def loading(session: ForkSession) -> None:
         waiting = 8 if first.is_set() else 9
         fleet.until(lambda found: len(found["waiting"]) == waiting, f"{waiting} wait for one")
         if waiting == 9:
             first.set()
-            attempt.close()  # takes its intent back
+            session.close()  # takes its intent back
 
     fleet.loading = loading
     fleet.start(10)

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from tests.authority import Authority
-from tests.flow.memory_seed import NBYTES, attempt_of, contents, digest_of, manifest_of
+from tests.flow.memory_seed import NBYTES, contents, digest_of, manifest_of, session_of
 from tests.planner.processes import ROOT, PlannerUnderTest
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import NoSeedAvailable, PlannerError, SeedError, VerificationError
-from vllm_rfork.fork.session import Target
+from vllm_rfork.fork.session import Destination
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.net.credentials import Credentials
@@ -127,7 +127,7 @@ class Taking:
 
 def fork(fleet: Fleet, **changed: str) -> bytes:
     """What a receiver's memory holds after its fork; raises what the loader would fall back on."""
-    attempt = attempt_of(parse_config(fleet.options, {**fleet.environment, **changed}).settings)
+    session = session_of(parse_config(fleet.options, {**fleet.environment, **changed}).settings)
     buffer = Buffer("cpu", NBYTES)
 
     def verify(remote: Manifest) -> None:
@@ -135,10 +135,10 @@ def fork(fleet: Fleet, **changed: str) -> bytes:
             raise VerificationError("other bytes")
 
     try:
-        attempt.run(Target(manifest_of(buffer), lambda: Taking(verify), buffer, lambda nbytes: None))
+        session.run(Destination(manifest_of(buffer), lambda: Taking(verify), buffer, lambda nbytes: None))
         return buffer.read(0, NBYTES)
     finally:
-        attempt.close()
+        session.close()
         buffer.close()
 
 

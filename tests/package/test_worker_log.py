@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.package.test_light_imports import LIGHT
-from vllm_rfork.logs.worker import SHORT, Told, worker_logger
+from vllm_rfork.logs.worker import SHORT, LoggedTexts, worker_logger
 
 PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
 #: The planner logs as itself; this one file hands the worker's loggers to vLLM's.
@@ -98,7 +98,7 @@ def test_each_logger_adds_the_prefix_once(module: str, caplog: pytest.LogCapture
 
 
 def test_a_long_text_is_logged_whole_once_and_a_short_one_always() -> None:
-    told, other_load = Told(), Told()
+    told, other_load = LoggedTexts(), LoggedTexts()
     long = "tensor w: shape (1, 2) here, (2, 1) on the seed; " * 20
     assert (told.once("short"), told.once("short")) == ("short", "short")
     assert told.once(ValueError(long)) == long

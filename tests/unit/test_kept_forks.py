@@ -48,7 +48,7 @@ def plan_of(ranks: Ranks, layout: str) -> LoadPlan:
         seed_key="k",
         fingerprint="f",
         layout=layout,
-        attempt=cast("Any", SimpleNamespace(engine_name="memory")),
+        attempt=cast("Any", SimpleNamespace(engine=SimpleNamespace(name="memory"), leases=SimpleNamespace())),
         advertise_host="",
         load_config=None,
         shows_progress=False,
@@ -81,7 +81,9 @@ def test_a_rank_takes_a_lease_in_its_turn_and_then_lets_the_next_one_have_its_ow
             rfork_seed_timeout_sec=1.0,
         ),
     )
-    plan.attempt = cast("Any", SimpleNamespace(reserve=lambda fingerprint: ranks.asked.append(("", "lease"))))
+    plan.attempt = cast(
+        "Any", SimpleNamespace(reserve=lambda fingerprint: ranks.asked.append(("", "lease")), leases=SimpleNamespace())
+    )
     monkeypatch.setattr(LoadPlan, "collect_empty", lambda plan, model: None)
     monkeypatch.setattr(LoadPlan, "_look_at_built", lambda plan, model: None)
     plan.prepare(torch.nn.Module())

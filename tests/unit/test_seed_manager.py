@@ -75,7 +75,12 @@ class Process:
             tensors=Tensors(recoverable=recoverable),
             engine=cast("Any", SimpleNamespace(close=lambda: self.given_up.append("engine"))),
             intent=cast(
-                "Any", SimpleNamespace(end=lambda: None, take_back=lambda: self.given_up.append("intent"), token="")
+                "Any",
+                SimpleNamespace(
+                    stop_renewing=lambda: None,
+                    withdraw=lambda: self.given_up.append("intent"),
+                    id="",
+                ),
             ),
             checkpoint=lambda: None,
             set_device=lambda: None,

@@ -19,8 +19,8 @@ from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
 from vllm_rfork.fork import seed_wait
-from vllm_rfork.fork.seed_wait import Question
-from vllm_rfork.fork.session import Attempt
+from vllm_rfork.fork.seed_wait import LeaseRequest
+from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress, Waiting, parse_waiting
 
 KEY = "/models/q$prod$kv_both$0$0"
@@ -84,9 +84,9 @@ class Script:
         return [request.headers.get(name) for request in self.seen]
 
 
-def question(url: str, time: Time | None = None, **more: Any) -> Question:
+def question(url: str, time: Time | None = None, **more: Any) -> LeaseRequest:
     clock: dict[str, Any] = {} if time is None else {"clock": time, "sleep": time.sleep}
-    return Question(PlannerClient(url, request_timeout_s=5.0), KEY, "f1", **clock, **more)
+    return LeaseRequest(PlannerClient(url, request_timeout_s=5.0), KEY, "f1", **clock, **more)
 
 
 async def ask(script: Script, **more: Any) -> Lease:
@@ -262,7 +262,7 @@ async def test_a_rank_whose_instance_loads_leaves_the_queue_while_its_question_i
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        leaving = question(url, given_up=lambda: "rank 0: it loads" if held.is_set() else "")
+        leaving = question(url, no_longer_needed=lambda: "rank 0: it loads" if held.is_set() else "")
         with pytest.raises(NoSeedAvailable, match="rank 0: it loads"):
             await asyncio.wait_for(asyncio.to_thread(leaving.lease), WITHIN_S)
         assert leaving.left
@@ -271,26 +271,26 @@ async def test_a_rank_whose_instance_loads_leaves_the_queue_while_its_question_i
         await runner.cleanup()
 
 
-# --- what an attempt makes of it -------------------------------------------------------------------------------------
+# --- what an session makes of it -------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
-async def attempt_at(script: Script, **options: Any) -> AsyncIterator[Attempt]:
+async def session_at(script: Script, **options: Any) -> AsyncIterator[ForkSession]:
     async with serve(script.app()) as url:
         settings = parse_config({"rfork_scheduler_url": url, "rfork_request_timeout_sec": 5.0, **options}, {}).settings
-        attempt = Attempt(settings, KEY, "memory", EngineConfig(device="cpu"))
+        session = ForkSession(settings, KEY, "memory", EngineConfig(device="cpu"))
         try:
-            yield attempt
+            yield session
         finally:
-            await asyncio.to_thread(attempt.close)
+            await asyncio.to_thread(session.close)
 
 
 async def test_who_leaves_the_queue_by_itself_tells_the_planner_that_it_loads() -> None:
     script = Script(Waiting(1, 120.0, None, "loading"))
-    async with attempt_at(script) as attempt:
-        attempt.given_up = lambda: "rank 1: it loads" if script.seen else ""
+    async with session_at(script) as session:
+        session.leases.no_longer_needed = lambda: "rank 1: it loads" if script.seen else ""
         with pytest.raises(NoSeedAvailable):
-            await asyncio.to_thread(attempt.reserve, "f1")
+            await asyncio.to_thread(session.reserve, "f1")
         await until(lambda: script.others, "it states its intent")
         assert script.others[0] == ("/rfork_intent", "30")
 
@@ -298,9 +298,9 @@ async def test_who_leaves_the_queue_by_itself_tells_the_planner_that_it_loads() 
 @pytest.mark.parametrize(("given", "sent"), [({}, None), ({"rfork_seed_wait_sec": 0.0}, "0")], ids=["default", "0"])
 async def test_the_option_decides_whether_a_wait_is_stated(given: dict[str, Any], sent: str | None) -> None:
     script = Script(404)
-    async with attempt_at(script, **given) as attempt:
+    async with session_at(script, **given) as session:
         with pytest.raises(NoSeedAvailable):
-            await asyncio.to_thread(attempt.reserve, "f1")
+            await asyncio.to_thread(session.reserve, "f1")
     assert script.sent("RFORK-WAIT-SEC") == [sent]
     assert len(script.seen) == 1
 

@@ -22,7 +22,7 @@ from torch import nn
 from tests.inventory import collect, state_of
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
-from vllm_rfork.fork.transfer import StageTimes
+from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import pair
@@ -97,7 +97,7 @@ GOOD = json.loads(
 
 
 def plan_of(layout: str) -> LoadPlan:
-    attempt = SimpleNamespace(engine_name="memory", times=StageTimes(), left_s=lambda: 10.0, take_back_intent=None)
+    attempt = SimpleNamespace(engine=SimpleNamespace(name="memory"), times=StageTimes(), left_s=lambda: 10.0)
     return LoadPlan(
         settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=10.0, rfork_verify="full")),
         device=CPU,

@@ -101,17 +101,17 @@ def _tables() -> dict[str, tuple[int, str]]:
 def _fail_drafts(seen: Seen) -> None:
     """There is no seed for a target; a draft's is found, and breaks off when it has been read."""
     from vllm_rfork.errors import ForkError, NoSeedAvailable
-    from vllm_rfork.fork.session import Attempt
+    from vllm_rfork.fork.session import ForkSession
 
     def reserve(self: Any, fingerprint: str) -> None:
         if not self.seed_key.endswith("$draft"):
             raise NoSeedAvailable("no seed for a target")
 
     def run(self: Any, target: Any) -> Any:
-        for span in target.keep.spans:
+        for span in target.memory.spans:
             if span.address not in target.untouched:
                 span.data.fill_(0x55)
                 seen.written += 1
         raise ForkError("the seed died", mutated=True)
 
-    Attempt.reserve, Attempt.run = reserve, run  # type: ignore[method-assign]
+    ForkSession.reserve, ForkSession.run = reserve, run  # type: ignore[method-assign]

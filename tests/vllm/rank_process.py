@@ -121,12 +121,12 @@ def _needs_both_ranks() -> list[int]:
 def _fail(rank: int, fault: str) -> Callable[[], None]:
     """Give this rank a seed that says what the rank expects, and rank 1 the fault; returns what undoes it."""
     from vllm_rfork.errors import ForkError, ManifestMismatch, NoSeedAvailable
-    from vllm_rfork.fork.session import Attempt
+    from vllm_rfork.fork.session import ForkSession
     from vllm_rfork.manifest.schema import Manifest
     from vllm_rfork.vllm_compat import storage_loader
 
     here = rank == 1
-    before = {name: getattr(Attempt, name) for name in ("reserve", "peek", "run")}
+    before = {name: getattr(ForkSession, name) for name in ("reserve", "peek", "run")}
     fill = storage_loader.fill_with_dummies
 
     def reserve(self: Any, fingerprint: str) -> None:
@@ -139,7 +139,7 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
             fingerprint=fingerprint,
             epoch="",
             layout="runtime",
-            engine=self.engine_name,
+            engine=self.engine.name,
             endpoint="",
             regions=(),
             spans=(),
@@ -149,7 +149,7 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
     def run(self: Any, target: Any) -> Any:
         if here and fault == "before a write":
             raise ManifestMismatch("the seed's tensors are others")
-        for span in target.keep.spans:
+        for span in target.memory.spans:
             if span.address not in target.untouched:
                 span.data.zero_()
         if here:
@@ -163,12 +163,12 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
             raise RuntimeError("out of memory")
         fill(*args)
 
-    Attempt.reserve, Attempt.peek, Attempt.run = reserve, peek, run  # type: ignore[method-assign]
+    ForkSession.reserve, ForkSession.peek, ForkSession.run = reserve, peek, run  # type: ignore[method-assign]
     storage_loader.fill_with_dummies = filled
 
     def restore() -> None:
         for name, method in before.items():
-            setattr(Attempt, name, method)
+            setattr(ForkSession, name, method)
         storage_loader.fill_with_dummies = fill
 
     return restore

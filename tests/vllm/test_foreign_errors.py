@@ -19,7 +19,9 @@ from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, ForkError
 from vllm_rfork.fork import session, transfer
-from vllm_rfork.fork.session import Attempt, Target
+from vllm_rfork.fork.leases import HeldLease, Leases
+from vllm_rfork.fork.session import Destination, ForkSession
+from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.vllm_compat.agreement import Agreement
@@ -128,16 +130,16 @@ def test_state_that_cannot_be_set_rebuilds_the_model(planner: Planner) -> None:
 
 def _run(planner: Planner, accept: Any) -> None:
     settings = parse_config(extra_for(planner.url)).settings
-    one = Attempt(settings, "key", "memory", EngineConfig(device="cpu"))
+    one = ForkSession(settings, "key", "memory", EngineConfig(device="cpu"))
     local = SimpleNamespace(fingerprint="f", regions=())
     lease = SimpleNamespace(seed="127.0.0.1:1:0", ttl_s=None)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session, "fork", lambda *args: SimpleNamespace(nbytes=0))
-            patch.setattr(Attempt, "_grant", lambda *args: SimpleNamespace(lease=lease, keeper=None))
-            patch.setattr(Attempt, "_end_grant", lambda *args: None)
+            patch.setattr(session, "transfer", lambda *args: SimpleNamespace(nbytes=0))
+            patch.setattr(Leases, "acquire", lambda *args: HeldLease(lease, None))
+            patch.setattr(Leases, "release", lambda *args: None)
             taking = SimpleNamespace(accept=accept, arrived=lambda segments: None, close=lambda: None)
-            one.run(Target(local, lambda: taking, None, lambda nbytes: None))  # type: ignore[arg-type]
+            one.run(Destination(local, lambda: taking, None, lambda nbytes: None))  # type: ignore[arg-type]
     finally:
         one.close()
 
@@ -174,5 +176,5 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         patch.setattr(transfer, "_wait", lambda request, call: remote)
         patch.setattr(transfer, "pair", lambda local, remote: [Segment(8, 8, 8)])
         with pytest.raises(EngineError) as caught:
-            transfer.fork(request, keeper, transfer.StageTimes())
+            transfer.transfer(request, keeper, StageTimes())
     assert caught.value.in_flight

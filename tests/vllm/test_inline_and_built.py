@@ -15,7 +15,7 @@ from torch import nn
 from tests.inventory import collect, match_state, state_of
 from vllm_rfork.devices.registry import device_side
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
-from vllm_rfork.fork.transfer import StageTimes
+from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import built_differences, pair
@@ -368,7 +368,11 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
         attempt=cast(
             "Any",
             SimpleNamespace(
-                engine_name="engine", times=StageTimes(), take_back_intent=lambda: None, left_s=lambda: 1.0
+                engine=SimpleNamespace(name="engine"),
+                leases=SimpleNamespace(),
+                times=StageTimes(),
+                intent=SimpleNamespace(withdraw=lambda: None),
+                left_s=lambda: 1.0,
             ),
         ),
         advertise_host="",

@@ -13,7 +13,7 @@ from tests.vllm.conftest import LogRecords, extra_for
 from tests.vllm.engine_process import distributed, vllm_config
 from tests.vllm.models import qwen2
 from vllm_rfork.config import parse_config
-from vllm_rfork.fork.session import Attempt
+from vllm_rfork.fork.intent import Intent
 from vllm_rfork.load import plan as plans
 from vllm_rfork.manifest.facts import MAX_FACTS, differences
 
@@ -35,8 +35,8 @@ def test_a_worker_without_an_address_is_no_seed_and_still_reads_from_others(
     try:
         assert "rfork_seed_advertise_host" in plan.no_seed_reason
         assert plan.unreachable is None
-        assert plan.attempt.intent == "", "nobody is to wait for it"
-        assert plan.attempt.engine().registered_nbytes == 0
+        assert plan.attempt.intent.id == "", "nobody is to wait for it"
+        assert plan.attempt.engine.opened().registered_nbytes == 0
     finally:
         plan.attempt.close()
 
@@ -45,16 +45,16 @@ def test_as_soon_as_it_is_known_that_it_will_be_no_seed_the_intent_is_taken_back
     model_a: Path, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
-    take_back = Attempt.take_back_intent
-    monkeypatch.setattr(Attempt, "take_back_intent", lambda self: (taken.append(self.intent), take_back(self)))
+    take_back = Intent.withdraw
+    monkeypatch.setattr(Intent, "withdraw", lambda self: (taken.append(self.id), take_back(self)))
     plan = make(model_a)
     try:
-        intent = plan.attempt.intent
+        intent = plan.attempt.intent.id
         assert intent
         assert taken == []
         plan.refuse_to_seed("its weights cannot be accounted for")
         assert taken == [intent]
-        assert plan.attempt.intent == ""
+        assert plan.attempt.intent.id == ""
     finally:
         plan.attempt.close()
 

@@ -1,4 +1,4 @@
-"""The progress bar of a long read, as vLLM shows one while it loads shards."""
+"""The progress bar of a long read, like vLLM's for the shards of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 @contextmanager
 def forking_progress(nbytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over ``nbytes`` bytes; yields a function that is told how many have been copied so far.
+    """A bar over ``nbytes`` bytes; yields a function that takes the number of bytes copied so far.
 
-    The bar appears with the first bytes: where there is no seed, nothing is shown.
+    The bar appears with the first bytes: nothing is shown if there is no seed.
     """
     bar: tqdm[None] | None = None
 

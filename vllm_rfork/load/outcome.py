@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from vllm_rfork.devices.registry import device_side
-from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import ForkError
-from vllm_rfork.fork.session import Attempt
 from vllm_rfork.load import plan as plans
 from vllm_rfork.load.plan import LoadPlan
 from vllm_rfork.manifest.schema import Manifest
@@ -37,7 +35,7 @@ def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
     """The publication of what ``plan`` has captured of ``model``, or the reason why there is none."""
     if plan.no_seed_reason or plan.collection is None:
         level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
-        return NotASeed(plan.attempt.told.once(plan.no_seed_reason or "no weights were captured"), level)
+        return NotASeed(plan.attempt.logged.once(plan.no_seed_reason or "no weights were captured"), level)
     keeps = plan.device.type in plans.KEEPS_LOADED
     manifest = plan.seed_manifest()
     vouched = Vouched.of(manifest, plan.collection, model, keeps=keeps, rules=VLLM_RULES)
@@ -45,12 +43,12 @@ def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
         role="draft" if plan.identity.is_draft else "target",
         config=_seed_config(plan),
         tensors=CapturedTensors(plan.device, manifest, plan.collection, plan.digests, vouched),
-        engine=_Engine(plan.attempt, reopen=plan.reopen_engine),
-        intent=_Intent(plan.attempt),
+        engine=plan.attempt.engine,
+        intent=plan.attempt.intent,
         checkpoint=plan.files.published,
         set_device=device_side(plan.device).use,
         captures_graphs=plan.device.type != "cpu",
-        told=plan.attempt.told,
+        logged=plan.attempt.logged,
     )
 
 
@@ -129,42 +127,3 @@ class CapturedTensors:
     def release(self) -> None:
         """See the protocol."""
         self._collection = None
-
-
-class _Engine:
-    """:class:`~vllm_rfork.seeding.publication.SeedEngine` of a worker's fork session."""
-
-    def __init__(self, attempt: Attempt, *, reopen: bool) -> None:
-        self._attempt, self._reopen = attempt, reopen
-
-    def hand_over(self) -> TransferEngine:
-        """See the protocol."""
-        if self._reopen:
-            self._attempt.reopen_engine()
-        self._reopen = True  # a seed closes its engine when it ends
-        return self._attempt.hand_over_engine()
-
-    def close(self) -> None:
-        """See the protocol."""
-        self._reopen = True
-        self._attempt.close_engine()
-
-
-class _Intent:
-    """:class:`~vllm_rfork.seeding.publication.Intent` of a worker's fork session."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-
-    @property
-    def token(self) -> str:
-        """See the protocol."""
-        return self._attempt.intent
-
-    def end(self) -> None:
-        """See the protocol."""
-        self._attempt.end_intent()
-
-    def take_back(self) -> None:
-        """See the protocol."""
-        self._attempt.take_back_intent()

@@ -21,7 +21,7 @@ from vllm_rfork.devices.registry import device_side
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.registry import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, ManifestMismatch, PlannerError, VerificationError
-from vllm_rfork.fork.session import MAX_SEEDS, Attempt
+from vllm_rfork.fork.session import MAX_SEEDS, ForkSession
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
 from vllm_rfork.manifest.facts import short_facts
@@ -76,7 +76,6 @@ class LoadPlan:
 
     Attributes:
         files: the checkpoint's files on this machine.
-        reopen_engine: it was closed, or may hold registrations of an attempt that failed; a seed needs a fresh one.
         may_fork: false once an attempt has failed in a way that made the model unusable.
         no_fork_reason: why this worker's memory cannot be written to by an engine; empty where it can.
         holds_dummies: the model was filled with dummy weights, and no fork has replaced them yet.
@@ -95,7 +94,7 @@ class LoadPlan:
     seed_key: str
     fingerprint: str
     layout: str
-    attempt: Attempt
+    attempt: ForkSession
     advertise_host: str
     load_config: Any
     shows_progress: bool
@@ -106,7 +105,6 @@ class LoadPlan:
     holds_dummies: bool = False
     holds_fork: bool = False
     no_seed_reason: str = ""
-    reopen_engine: bool = False
     unreachable: PlannerError | None = None
     shared_storages: frozenset[int] = frozenset()
     built: dict[str, Plain] = field(default_factory=dict)
@@ -183,7 +181,7 @@ class LoadPlan:
             seed_key=seed_key,
             fingerprint=build_fingerprint(facts),
             layout=layout,
-            attempt=Attempt(settings, seed_key, engine_name, config, short_facts(facts), checkpoint=files.identity),
+            attempt=ForkSession(settings, seed_key, engine_name, config, short_facts(facts), checkpoint=files.identity),
             files=files,
             advertise_host=host,
             load_config=vllm_config.load_config,
@@ -210,7 +208,7 @@ class LoadPlan:
         """Remember why this worker will not be a seed; said once, when it would have become one."""
         if not self.no_seed_reason:
             self.no_seed_reason = reason
-        self.attempt.take_back_intent()
+        self.attempt.intent.withdraw()
 
     def manifest_header(self) -> ManifestHeader:
         """The header of every manifest of this worker; the seed fills in endpoint, epoch and checkpoint."""
@@ -219,7 +217,7 @@ class LoadPlan:
             fingerprint=self.fingerprint,
             layout=self.layout,
             built=self.marks,
-            engine=self.attempt.engine_name,
+            engine=self.attempt.engine.name,
             digest_algorithm=digest.ALGORITHM,
         )
 
@@ -382,7 +380,7 @@ class LoadPlan:
         """
         written = stage != SEED_STAGE
         # A rank that waits for a seed is told when another has said no.
-        self.attempt.given_up = None if self.agreement.alone else partial(self.agreement.refused, stage)
+        self.attempt.leases.no_longer_needed = None if self.agreement.alone else partial(self.agreement.refused, stage)
         try:
             # Whatever it is: an error that goes its own way would be told to no other rank.
             with _whatever_is_raised("this worker cannot fork"):
@@ -492,7 +490,7 @@ class LoadPlan:
             return
         self._loaded = collection.manifest(self.manifest_header(), digests=self.digests)
         # Post-processing may free this memory, so no registration of the fork may outlive it.
-        self.reopen_engine = self.attempt.let_go() or self.reopen_engine
+        self.attempt.engine.close_if_registered()
 
     def settle(self, model: nn.Module) -> None:
         """After post-processing: capture the runtime layout, or see whether all that was loaded is still there.
@@ -569,7 +567,7 @@ class LoadPlan:
 
 
 class _Incoming:
-    """:class:`~vllm_rfork.fork.session.Incoming` of one attempt."""
+    """:class:`~vllm_rfork.fork.session.Sink` of one seed's bytes."""
 
     def __init__(self, plan: LoadPlan, model: nn.Module, check: StreamingVerifier) -> None:
         self._plan, self._model, self._check = plan, model, check

@@ -1,9 +1,8 @@
-"""The loggers of a worker: one filter puts ``RFork:`` in front of each of their lines and makes them printable.
+"""The loggers of a worker: one filter adds the prefix ``RFork:`` to every line and makes the line printable.
 
-vLLM's log holds the lines of many packages, so every line of this one begins the same way. No call site types the
-prefix. Lines quote planners, seeds and requests, so what would forge another line or steer a terminal is escaped here,
-whatever the call site did. The planner has a log of its own and does not use this module. Must not import anything of
-the package but ``quoting``.
+vLLM's log contains the lines of many packages, so every line of this one begins the same way. Lines quote planners,
+seeds and requests, so characters that would forge another line or steer a terminal are escaped here. The planner has
+its own log and does not use this module.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ PREFIX = "RFork: "
 
 
 class Prefixed(logging.Filter):
-    """Puts :data:`PREFIX` in front of a record's message, once, and escapes what does not print in it."""
+    """Adds :data:`PREFIX` to a record's message, once, and escapes unprintable characters."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change ``record`` in place; never drops one."""
+        """Change ``record`` in place; no record is dropped."""
         if not str(record.msg).startswith(PREFIX):  # a record may come back, from a queue for example
             record.msg = f"{PREFIX}{record.msg}"
         message = record.getMessage()
@@ -32,14 +31,14 @@ class Prefixed(logging.Filter):
 SHORT = 160
 
 
-class Told:
-    """The long texts that one load has logged: a failure is often reported where it happens and where it ends."""
+class LoggedTexts:
+    """The long texts that one load has logged: a failure is often logged where it happens and where it ends."""
 
     def __init__(self) -> None:
         self._texts: set[str] = set()
 
     def once(self, text: object) -> str:
-        """``text``, or its first :data:`SHORT` characters where this load has logged the whole."""
+        """``text``, or its first :data:`SHORT` characters if this load has logged all of it."""
         text = str(text)
         if len(text) <= SHORT:
             return text
@@ -55,7 +54,7 @@ _PREFIXED = Prefixed()
 def worker_logger(name: str) -> logging.Logger:
     """The logger called ``name``, with the prefix.
 
-    A filter of a logger sees that logger's own records alone, not its children's: each module asks here.
+    A logger's filter applies to its own records only, not to its children's: every module calls this function.
     """
     logger = logging.getLogger(name)
     logger.addFilter(_PREFIXED)  # does nothing the second time

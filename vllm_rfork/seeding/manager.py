@@ -179,7 +179,7 @@ class SeedManager:
             self._failed(slot, publication, start, None)
         finally:
             start.off_device.set()
-            publication.intent.end()
+            publication.intent.stop_renewing()
             start.tensors.release()
 
     def _start(self, slot: Slot, publication: Publication, start: _Start) -> None:
@@ -224,7 +224,7 @@ class SeedManager:
             keep=start.tensors.keep,
             recheck=start.tensors.recheck,
             # An earlier announcement has fulfilled the intent, or it was taken back.
-            intent="" if start.returning else publication.intent.token,
+            intent="" if start.returning else publication.intent.id,
             off_device=start.off_device,
         )
 
@@ -242,7 +242,7 @@ class SeedManager:
         elif error is not None:
             again = " again" if start.returning else ""
             logger.warning(
-                "this worker is not a seed%s: %s: %s", again, type(error).__name__, publication.told.once(error)
+                "this worker is not a seed%s: %s: %s", again, type(error).__name__, publication.logged.once(error)
             )
 
     def _end(self, slot: Slot) -> None:
@@ -260,7 +260,7 @@ class SeedManager:
 def _give_up(publication: Publication) -> None:
     """Close the engine and take the intent back: this publication has no seed now."""
     publication.engine.close()
-    publication.intent.take_back()
+    publication.intent.withdraw()
 
 
 @functools.cache

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_rfork.config import Settings
-from vllm_rfork.engines.base import TransferEngine
-from vllm_rfork.logs.worker import Told
+from vllm_rfork.fork.engine_handle import EngineHandle
+from vllm_rfork.fork.intent import Intent
+from vllm_rfork.logs.worker import LoggedTexts
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seed_key import WorkerIdentity
@@ -81,34 +82,6 @@ class PublishedTensors(Protocol):
         """Drop :attr:`keep`; :meth:`relocate` finds the tensors again."""
 
 
-class SeedEngine(Protocol):
-    """The transfer engine of this worker, between the fork that used it and the seed that will own it."""
-
-    def hand_over(self) -> TransferEngine:
-        """Return an open engine, a new one if the last one was closed or handed over; the caller closes it.
-
-        Raises:
-            EngineError: it cannot be opened.
-        """
-
-    def close(self) -> None:
-        """Close the engine if it has not been handed over. Idempotent."""
-
-
-class Intent(Protocol):
-    """The planner's record that this worker loads from storage and will be a seed."""
-
-    @property
-    def token(self) -> str:
-        """The record's name at the planner; empty if there is none."""
-
-    def end(self) -> None:
-        """Stop renewing it: the announcement fulfils it, or it expires."""
-
-    def take_back(self) -> None:
-        """Delete it at the planner, so that no receiver waits for this worker. Idempotent."""
-
-
 @dataclass(frozen=True)
 class Publication:
     """One loaded model to publish: how its seed is reached, its tensors, and this worker's engine.
@@ -118,18 +91,18 @@ class Publication:
         checkpoint: returns the identity of the checkpoint files, None if unknown; may wait for storage.
         set_device: makes the model's device the current one of the calling thread.
         captures_graphs: graphs may be captured on this device, and the work of other threads would disturb that.
-        told: texts that the load has logged already.
+        logged: the long texts that the load has logged already.
     """
 
     role: str
     config: SeedConfig
     tensors: PublishedTensors
-    engine: SeedEngine
+    engine: EngineHandle
     intent: Intent
     checkpoint: Callable[[], dict[str, str] | None]
     set_device: Callable[[], None]
     captures_graphs: bool
-    told: Told = field(default_factory=Told)
+    logged: LoggedTexts = field(default_factory=LoggedTexts)
 
 
 def seed_ports(settings: Settings, identity: WorkerIdentity) -> list[int]:

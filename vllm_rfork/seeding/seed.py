@@ -18,6 +18,7 @@ import msgspec
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import ForkError, SeedError
+from vllm_rfork.fork.engine_handle import close_or_quarantine
 from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
@@ -170,21 +171,14 @@ class Seed:
             self._attempt("stop the heartbeat", lambda: task.cancel(bound_s))
         if service is not None:
             self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
-        if self._attempt("close the engine", self.engine.close):
-            self.keep = None
-        else:
-            _given_up.append((self.engine, self.keep))
+        close_or_quarantine(self.engine, self.keep)
+        self.keep = None
         self.recheck = None
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Whether ``action`` worked; cleaning up goes on where it did not, and the log says why."""
+    @staticmethod
+    def _attempt(what: str, action: Callable[[], object]) -> None:
+        """Run one step of the clean-up; the clean-up continues if it fails, and the log names the cause."""
         try:
             action()
         except (ForkError, TimeoutError, OSError) as error:
             logger.warning("could not %s: %s", what, error)
-            return False
-        return True
-
-
-#: Engines that could not be closed, with the memory that peers may still read through them.
-_given_up: list[tuple[TransferEngine, Any]] = []

@@ -17,7 +17,7 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
-from vllm_rfork.fork.session import Attempt
+from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net import advertise
 from vllm_rfork.net.advertise import advertise_host
@@ -33,8 +33,8 @@ def settings(url: str, **more: Any) -> Settings:
     return parse_config({"rfork_scheduler_url": url, "rfork_request_timeout_sec": 5.0, **more}, {}).settings
 
 
-def attempt_at(url: str, **more: Any) -> Attempt:
-    return Attempt(settings(url, **more), KEY, "memory", EngineConfig(device="cpu"))
+def session_at(url: str, **more: Any) -> ForkSession:
+    return ForkSession(settings(url, **more), KEY, "memory", EngineConfig(device="cpu"))
 
 
 @contextlib.asynccontextmanager
@@ -44,9 +44,9 @@ async def planner() -> AsyncIterator[PlannerClient]:
         yield PlannerClient(process.url)
 
 
-async def ask(attempt: Attempt) -> None:
+async def ask(session: ForkSession) -> None:
     with pytest.raises(NoSeedAvailable):
-        await asyncio.to_thread(attempt.reserve, "f1")
+        await asyncio.to_thread(session.reserve, "f1")
 
 
 async def intents(client: PlannerClient) -> list[Any]:
@@ -59,18 +59,18 @@ async def intents(client: PlannerClient) -> list[Any]:
 
 def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """From its reservation on, on the clock; what checks and sets the seed's state asks for what is left."""
-    attempt = attempt_at("http://127.0.0.1:1", rfork_fork_timeout_sec=20.0)
+    session = session_at("http://127.0.0.1:1", rfork_fork_timeout_sec=20.0)
     now = 1000.0
     monkeypatch.setattr("vllm_rfork.fork.session.time.monotonic", lambda: now)
-    monkeypatch.setattr(attempt, "engine", lambda: None)
-    monkeypatch.setattr(attempt, "_grant", lambda fingerprint: None)
-    attempt.reserve("f1")
-    assert attempt.left_s() == 20.0
+    monkeypatch.setattr(session.engine, "opened", lambda: None)
+    monkeypatch.setattr(session, "_acquire", lambda fingerprint: None)
+    session.reserve("f1")
+    assert session.left_s() == 20.0
     now += 19.0
-    assert attempt.left_s() == 1.0
+    assert session.left_s() == 1.0
     now += 1.0
     with pytest.raises(ForkError, match=r"took longer than 20 s \(rfork_fork_timeout_sec\)"):
-        attempt.left_s()
+        session.left_s()
 
 
 # --- intents ---------------------------------------------------------------------------------------------------------
@@ -78,39 +78,39 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_who_waits_for_a_worker_that_will_be_no_seed_is_told_at_once() -> None:
     async with planner() as client:
-        attempt = attempt_at(client.urls[0])
-        await ask(attempt)
+        session = session_at(client.urls[0])
+        await ask(session)
         waiting = asyncio.create_task(client.acquire(KEY, fingerprint="f1", wait_s=600, intent="another"))
         while not (await client.snapshot())["waiting"]:
             await asyncio.sleep(0.01)
-        await asyncio.to_thread(attempt.close)
+        await asyncio.to_thread(session.close)
         with pytest.raises(NoSeedAvailable) as told:
             await asyncio.wait_for(waiting, WITHIN_S)
         assert told.value.intent_granted, "now that one is waited for"
-        await asyncio.to_thread(attempt.close)
+        await asyncio.to_thread(session.close)
 
 
 async def test_a_worker_that_becomes_a_seed_takes_nothing_back() -> None:
     """Its announcement fulfils the intent, and until then others wait."""
     async with planner() as client:
-        attempt = attempt_at(client.urls[0])
-        await ask(attempt)
-        await asyncio.to_thread(attempt.end_intent)
+        session = session_at(client.urls[0])
+        await ask(session)
+        await asyncio.to_thread(session.intent.stop_renewing)
         assert len(await intents(client)) == 1
-        await client.announce(KEY, SeedAddress("127.0.0.1", 7000, 0), fingerprint="f1", intent=attempt.intent)
+        await client.announce(KEY, SeedAddress("127.0.0.1", 7000, 0), fingerprint="f1", intent=session.intent.id)
         assert await intents(client) == []
-        attempt.close_engine()
+        session.engine.close()
 
 
 @pytest.mark.parametrize("when", ["told not to", "found out before it asks"])
 async def test_a_worker_that_will_be_no_seed_states_no_intent(when: str) -> None:
     async with planner() as client:
-        attempt = attempt_at(client.urls[0], rfork_become_seed=when != "told not to")
+        session = session_at(client.urls[0], rfork_become_seed=when != "told not to")
         if when != "told not to":
-            await asyncio.to_thread(attempt.take_back_intent)
-        await ask(attempt)
+            await asyncio.to_thread(session.intent.withdraw)
+        await ask(session)
         assert await intents(client) == []
-        await asyncio.to_thread(attempt.close)
+        await asyncio.to_thread(session.close)
 
 
 async def test_an_intent_that_may_have_been_heard_is_taken_back_as_well() -> None:
@@ -126,10 +126,10 @@ async def test_an_intent_that_may_have_been_heard_is_taken_back_as_well() -> Non
     app = web.Application()
     app.router.add_route("*", "/{any}", handle)
     async with serve(app) as url:
-        attempt = attempt_at(url)
+        session = session_at(url)
         with pytest.raises(Exception, match="500"):
-            await asyncio.to_thread(attempt.reserve, "f1")
-        await asyncio.to_thread(attempt.close)
+            await asyncio.to_thread(session.reserve, "f1")
+        await asyncio.to_thread(session.close)
     assert calls == [("/get_seed", None), ("/rfork_intent", "0")]
 
 
@@ -143,9 +143,9 @@ async def test_planners_that_keep_no_intents_are_not_bothered() -> None:
     app = web.Application()
     app.router.add_route("*", "/{any}", handle)
     async with serve(app) as url:
-        attempt = attempt_at(url)
-        await ask(attempt)
-        await asyncio.to_thread(attempt.close)
+        session = session_at(url)
+        await ask(session)
+        await asyncio.to_thread(session.close)
     assert calls == ["/get_seed"]
 
 
@@ -181,15 +181,15 @@ async def test_a_receiver_says_where_it_stands_when_it_asks(monkeypatch: pytest.
     app = web.Application()
     app.router.add_get("/get_seed", handle)
     async with serve(app) as url:
-        attempt = attempt_at(url, rfork_labels="rack=b", rfork_become_seed=False)
-        await ask(attempt)
-        await asyncio.to_thread(attempt.close)
+        session = session_at(url, rfork_labels="rack=b", rfork_become_seed=False)
+        await ask(session)
+        await asyncio.to_thread(session.close)
     assert seen == ["host=node-7,rack=b"]
 
 
 def test_secrets_that_cannot_be_read_fail_the_start_by_name() -> None:
     with pytest.raises(ConfigError, match="rfork_token_file"):
-        attempt_at("http://planner:1", rfork_token_file="/nowhere/token")
+        session_at("http://planner:1", rfork_token_file="/nowhere/token")
 
 
 # --- its own address -------------------------------------------------------------------------------------------------
