@@ -196,7 +196,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     """Median seconds of a whole read, by when digests are computed; ``first`` is the first read of each kind."""
     from types import SimpleNamespace
 
-    from vllm_rfork.devices.registry import device_side
+    from vllm_rfork.devices.registry import device_backend
     from vllm_rfork.fork.transfer import read_batch
     from vllm_rfork.manifest.segments import batches
     from vllm_rfork.model import digest
@@ -210,7 +210,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     ]
     collection: Any = SimpleNamespace(spans=spans, entries=())
     expected = {number: span.digest for number, span in enumerate(manifest.spans)}
-    side, limits = device_side(buffer.device), engine.limits
+    side, limits = device_backend(buffer.device), engine.limits
 
     def read(how: str) -> float:
         side.synchronize()

@@ -19,7 +19,7 @@ from tests.ascend import models
 from tests.ascend.fake_torch_npu import FakeTorchNpu, segment
 from tests.inventory import collect, match_state, sizes_of, state_of
 from vllm_rfork.devices import registry
-from vllm_rfork.devices.npu import NpuSide
+from vllm_rfork.devices.npu import NpuBackend
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.manifest.codec import validate_manifest
 from vllm_rfork.manifest.pairing import pair
@@ -47,7 +47,7 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorchNpu]:
     """The processor's tensors, seen as an NPU's."""
     fake = FakeTorchNpu()
     monkeypatch.setitem(sys.modules, "torch_npu", fake)
-    monkeypatch.setitem(registry._SIDES, "cpu", NpuSide)
+    monkeypatch.setitem(registry._BACKENDS, "cpu", NpuBackend)
     yield fake
     models.SfaImpl.q_hadamard = None
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tests.inventory import collect
-from vllm_rfork.devices.base import DeviceSide
-from vllm_rfork.devices.cpu import CpuSide
+from vllm_rfork.devices.base import DeviceBackend
+from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
@@ -25,9 +25,9 @@ CPU = torch.device("cpu")
 SIZES = (1000, 70_001, 8, 300_000, 16, 40_000, 24, 2_100_000, 32, 90_000)
 
 
-def accelerator() -> DeviceSide:
+def accelerator() -> DeviceBackend:
     """Host memory behind a device that copies by itself."""
-    return DeviceSide(CPU)
+    return DeviceBackend(CPU)
 
 
 @pytest.fixture
@@ -54,13 +54,15 @@ def right_digests(collection: Collection) -> dict[int, str]:
     return dict(enumerate(digest.digests(span.data for span in collection.spans)))
 
 
-def checked(collection: Collection, side: DeviceSide, how: str = "full") -> StreamingVerifier:
+def checked(collection: Collection, side: DeviceBackend, how: str = "full") -> StreamingVerifier:
     return StreamingVerifier(collection, spans_to_check(collection, how), side, 20.0)
 
 
-@pytest.mark.parametrize("side", [CpuSide(CPU), accelerator()], ids=["at the end", "beside"])
+@pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
 @pytest.mark.parametrize("max_nbytes", [1 << 30, 4096, 70_000])
-def test_what_arrives_in_any_pieces_is_found_right(collection: Collection, side: DeviceSide, max_nbytes: int) -> None:
+def test_what_arrives_in_any_pieces_is_found_right(
+    collection: Collection, side: DeviceBackend, max_nbytes: int
+) -> None:
     check = checked(collection, side)
     for batch in batches(segments_of(collection)[::-1], max_nbytes=max_nbytes, max_items=3):
         check.arrived(batch)
@@ -68,9 +70,9 @@ def test_what_arrives_in_any_pieces_is_found_right(collection: Collection, side:
     check.close()
 
 
-@pytest.mark.parametrize("side", [CpuSide(CPU), accelerator()], ids=["at the end", "beside"])
+@pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
 @pytest.mark.parametrize("span", range(len(SIZES)))
-def test_a_wrong_byte_in_any_span_is_named(collection: Collection, side: DeviceSide, span: int) -> None:
+def test_a_wrong_byte_in_any_span_is_named(collection: Collection, side: DeviceBackend, span: int) -> None:
     expected = right_digests(collection)
     collection.spans[span].data[-1] ^= 1
     check = checked(collection, side)
@@ -126,8 +128,8 @@ def test_digests_are_queued_while_bytes_are_still_on_their_way(
     check.close()
 
 
-@pytest.mark.parametrize("side", [CpuSide(CPU), accelerator()], ids=["at the end", "beside"])
-def test_what_was_not_read_is_compared_all_the_same(collection: Collection, side: DeviceSide) -> None:
+@pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
+def test_what_was_not_read_is_compared_all_the_same(collection: Collection, side: DeviceBackend) -> None:
     """Spans that an earlier model uses are not written, and a fork must not take them for right unseen."""
     expected = right_digests(collection)
     collection.spans[3].data[7] ^= 1
@@ -138,8 +140,8 @@ def test_what_was_not_read_is_compared_all_the_same(collection: Collection, side
     check.close()
 
 
-@pytest.mark.parametrize("side", [CpuSide(CPU), accelerator()], ids=["at the end", "beside"])
-def test_a_sample_looks_at_its_spans_only(collection: Collection, side: DeviceSide) -> None:
+@pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
+def test_a_sample_looks_at_its_spans_only(collection: Collection, side: DeviceBackend) -> None:
     expected = right_digests(collection)
     collection.spans[1].data[0] ^= 1
     check = checked(collection, side, "sample")
@@ -185,8 +187,8 @@ def test_a_span_that_the_seed_did_not_vouch_for_is_refused(collection: Collectio
 def test_a_device_that_hangs_does_not_hang_the_start(collection: Collection) -> None:
     waits = threading.Event()
 
-    class Hanging(DeviceSide):
-        def use(self) -> None:
+    class Hanging(DeviceBackend):
+        def set_current(self) -> None:
             waits.wait(60)
 
     check = StreamingVerifier(collection, [0], Hanging(CPU), 0.05)
@@ -208,8 +210,8 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
     assert whole
     assert rest
 
-    class Failing(DeviceSide):
-        def use(self) -> None:
+    class Failing(DeviceBackend):
+        def set_current(self) -> None:
             raise RuntimeError("the device is lost")
 
     with caplog.at_level("DEBUG", "vllm_rfork"):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.inventory import collect, state_of
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
 from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.plan import LoadPlan
@@ -133,7 +133,7 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     before = attributes(model)
-    plan.accept(model, StreamingVerifier(collection, numbers, device_side(CPU), 10.0), remote)
+    plan.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
     check_nothing_else_changed(model, before, remote)
     return model, remote
 
@@ -388,7 +388,7 @@ def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> No
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     with pytest.raises(ForkError, match="took longer than 10 s"):
-        plan.accept(model, StreamingVerifier(collection, numbers, device_side(CPU), 10.0), remote)
+        plan.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
     assert state_of(model) == BUILT
 
 

@@ -18,7 +18,7 @@ import torch
 
 from tests.vllm.conftest import Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
-from vllm_rfork.devices.cpu import CpuSide
+from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.load import plan
 from vllm_rfork.load.outcome import CapturedTensors
@@ -89,7 +89,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     one = Device()
     monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
     monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
-    monkeypatch.setattr(CpuSide, "synchronize", lambda side: one.wait())
+    monkeypatch.setattr(CpuBackend, "synchronize", lambda side: one.wait())
     for where, name, what in (
         (DefaultModelLoader, "load_weights", "loading"),
         (storage_loader, "fill_with_dummies", "dummies"),

@@ -14,7 +14,7 @@ from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.falling_back import falls_back
 from tests.vllm.faults import raising, with_attribute
 from vllm_rfork.config import parse_config
-from vllm_rfork.devices.cpu import CpuSide
+from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, ForkError
@@ -55,7 +55,7 @@ def test_an_allocator_that_cannot_be_asked_costs_the_fork_and_not_the_start(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As CUDA's own asynchronous allocator, which keeps no snapshot."""
-    monkeypatch.setattr(CpuSide, "blocks", raising(RuntimeError("snapshot is not meaningful")))
+    monkeypatch.setattr(CpuBackend, "blocks", raising(RuntimeError("snapshot is not meaningful")))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="is not meaningful", rfork_become_seed=True)
     assert any("not a seed" in line and "is not meaningful" in line for line in rfork_log.warnings)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.inventory import collect, match_state, state_of
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.plan import LoadPlan
@@ -51,7 +51,7 @@ def scales(aliased: bool) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_rfork.model.tensors.device_side", lambda device: device_side(CPU))
+    monkeypatch.setattr("vllm_rfork.model.tensors.device_backend", lambda device: device_backend(CPU))
 
 
 @pytest.mark.parametrize("seed_is", [True, False])
@@ -308,7 +308,7 @@ def offering(**tensors: torch.Tensor) -> nn.Module:
 
 def checked(model: nn.Module, state: dict[str, Any], device: torch.device = CPU) -> None:
     collection = collect(model, device)
-    check_no_addresses(collection, state, memory_of(model, collection, device_side(CPU)))
+    check_no_addresses(collection, state, memory_of(model, collection, device_backend(CPU)))
 
 
 def test_addresses_of_scratch_are_refused_in_tables_and_values() -> None:
@@ -346,7 +346,7 @@ def test_every_block_of_the_allocator_counts(monkeypatch: pytest.MonkeyPatch) ->
 
     model = offering()
     collection = collect(model, CPU)
-    side = device_side(CPU)
+    side = device_backend(CPU)
     monkeypatch.setattr(type(side), "blocks", lambda self: [Block(1 << 40, 4096)])
     memory = memory_of(model, collection, side)
     check_no_addresses(collection, {"pointer": (1 << 40) + 4096}, memory)
@@ -357,7 +357,7 @@ def test_every_block_of_the_allocator_counts(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
     """One load of the runtime layout, for a device on which nothing here lies."""
-    monkeypatch.setattr("vllm_rfork.load.plan.device_side", lambda device: device_side(CPU))
+    monkeypatch.setattr("vllm_rfork.load.plan.device_backend", lambda device: device_backend(CPU))
     return LoadPlan(
         settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=1.0)),
         device=ELSEWHERE,

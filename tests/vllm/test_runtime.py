@@ -19,7 +19,7 @@ from torch import nn
 from tests.inventory import state_of
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, load, vllm_config
-from vllm_rfork.devices.cpu import CpuSide
+from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.load import plan
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
@@ -57,7 +57,7 @@ def accelerated(runtime_allowed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's processor post-processes as an accelerator would, and the layout is allowed on it."""
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-    monkeypatch.setattr(CpuSide, "copies_by_itself", True)
+    monkeypatch.setattr(CpuBackend, "has_copy_engine", True)
     monkeypatch.setattr(Qwen2ForCausalLM, "process_weights_after_loading", process_like_an_accelerator, raising=False)
 
 
@@ -269,7 +269,7 @@ def pack_by_pairs(weight: torch.Tensor) -> torch.Tensor:
 def on_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime layout is allowed, with the post-processing that vLLM has for processors."""
     monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
-    monkeypatch.setattr(CpuSide, "copies_by_itself", True)
+    monkeypatch.setattr(CpuBackend, "has_copy_engine", True)
 
 
 def test_weights_packed_into_native_objects_are_not_offered(
@@ -471,7 +471,9 @@ def test_memory_that_no_engine_can_register_is_neither_written_to_nor_offered(
         patched.setattr(storage_loader, "unregistrable", lambda *_: "weights lie in a pool")
         told = load(vllm_config(model_a, load_format="rfork", extra=extra))
     with monkeypatch.context() as patched:
-        patched.setattr(CpuSide, "unregistrable", lambda _, regions=(): "segments expand" if regions else "")
+        patched.setattr(
+            CpuBackend, "registration_obstacle", lambda _, regions=(): "segments expand" if regions else None
+        )
         seen = load(vllm_config(model_a, load_format="rfork", extra=extra))
 
     assert digests_of(told) == digests_of(seen) == digests_of(wanted)

@@ -1,6 +1,5 @@
-"""What differs between the processor, CUDA and Ascend about memory, behind one small face.
+"""Memory of the host, CUDA and Ascend devices behind one interface, :class:`~vllm_rfork.devices.base.DeviceBackend`.
 
-Everything above asks :func:`~vllm_rfork.devices.registry.device_side` and never a backend of its own. Here torch is
-allowed and vLLM is not; ``allocator_blocks.py`` needs neither. Nothing here imports ``torch_npu`` before an NPU is
-asked for.
+Other packages call :func:`~vllm_rfork.devices.registry.device_backend`. Uses torch, except in ``allocator_blocks.py``;
+``torch_npu`` is imported with the first NPU.
 """

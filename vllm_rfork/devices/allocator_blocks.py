@@ -1,7 +1,7 @@
-"""Blocks of the caching allocator, and how registered regions are fitted into them. Plain data: no torch.
+"""Blocks of the caching allocator, and the ranges of them to register. Plain data: no torch.
 
-Registering is paid per call and per range, so ranges that lie close together in one block are registered as one. A
-range never leaves its block: what lies beyond it belongs to somebody else, or to nobody.
+Registration costs time per call and per range, so ranges that are close together in one block are registered as one. A
+range never leaves its block: the memory beyond it belongs to someone else, or is not mapped.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from typing import Any
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Region
 
-#: Where HIXL's ``auto`` and ``hccs`` routes want a registration to begin, in bytes.
+#: The alignment of registrations that HIXL's ``auto`` and ``hccs`` routes require, in bytes.
 HIXL_ALIGNMENT = 2 * 1024 * 1024
 
-#: Less than this much memory between two tensors of one block is registered along with them, in bytes. The allocator
-#: rounds requests up by less; a larger gap is memory that somebody else uses or that was given back, and in an
-#: expandable segment whole pages of this size may lose their backing.
+#: Two tensors of one block are registered together if fewer bytes than this lie between them. The allocator rounds
+#: requests up by less. A larger gap is in use elsewhere or was freed; in an expandable segment, whole pages of this
+#: size may lose their physical memory.
 MAX_GAP = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Block:
-    """One contiguous piece of device memory that the caching allocator holds (torch calls it a segment).
+    """One contiguous piece of device memory of the caching allocator (torch calls it a segment).
 
     Attributes:
-        address, nbytes: where it lies.
-        expandable: it is virtual memory whose physical pages come and go.
+        expandable: virtual memory whose physical pages are mapped and unmapped.
     """
 
     address: int
@@ -45,7 +44,7 @@ class Block:
 def blocks_of(snapshot: Iterable[Mapping[str, Any]], index: int) -> list[Block]:
     """The blocks on device ``index`` in an allocator's snapshot, by address.
 
-    ``snapshot`` is what ``torch.cuda.memory_snapshot()`` and ``torch_npu.npu.memory_snapshot()`` return: one mapping
+    ``snapshot`` is the result of ``torch.cuda.memory_snapshot()`` or ``torch_npu.npu.memory_snapshot()``: one mapping
     per segment.
     """
     return sorted(
@@ -59,17 +58,17 @@ def blocks_of(snapshot: Iterable[Mapping[str, Any]], index: int) -> list[Block]:
 
 
 class BlockMap:
-    """Blocks by address, to find the one that a region lies in."""
+    """Blocks by address, to find the one that contains a region."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = sorted(blocks, key=lambda block: block.address)
         self._starts = [block.address for block in self._blocks]
 
     def holding(self, region: Region) -> Block | None:
-        """The block that ``region`` lies in, or None where it lies in no known one.
+        """The block that contains ``region``; None if no known block does.
 
         Raises:
-            ForkError: it lies partly in one.
+            ForkError: a block contains part of it.
         """
         end = region.address + region.nbytes
         number = bisect.bisect_left(self._starts, end) - 1  # the last block that begins before the region ends
@@ -88,17 +87,17 @@ def merge_into_blocks(
     alignment: int = 1,
     max_gap_nbytes: int = MAX_GAP,
 ) -> tuple[tuple[Region, ...], tuple[int, ...]]:
-    """Few ranges to register instead of many, and which of them holds each region.
+    """A few ranges to register instead of many regions, and the range of each region.
 
-    Regions of one block are joined where less than ``max_gap_nbytes`` lie between them. The ranges never overlap, each
-    region lies in exactly one, and each begins at a multiple of ``alignment`` bytes without leaving its block. A region
-    in no known block stays by itself.
+    Regions of one block are joined if fewer than ``max_gap_nbytes`` lie between them. The ranges do not overlap, each
+    region lies in exactly one, and each begins at a multiple of ``alignment`` bytes within its block. A region in no
+    known block is a range of its own.
 
     Returns:
         The ranges by address, and for each of ``regions``, in the given order, the index of its range.
 
     Raises:
-        ForkError: a range cannot begin at a multiple of ``alignment``, or a region lies partly in a block.
+        ForkError: a range cannot begin at a multiple of ``alignment``, or a block contains part of a region.
     """
     known = BlockMap(blocks)
     merged: list[tuple[int, int, Block | None]] = []
@@ -111,12 +110,12 @@ def merge_into_blocks(
         last = merged[-1] if merged else None
         same_block = last is not None and block is not None and block == last[2]
         if last is not None and (region.address < last[1] or (same_block and low - last[1] < max_gap_nbytes)):
-            # Ranges that overlap are one in any case: engines refuse them.
+            # Overlapping ranges are always joined, because engines reject them.
             merged[-1] = (last[0], max(high, last[1]), last[2])
         elif low < floor:
             raise ForkError(
-                f"{region} cannot be registered from a multiple of {alignment} bytes on without leaving its block of "
-                f"the allocator, which begins at {floor:#x}"
+                f"{region} cannot be registered from a multiple of {alignment} bytes on: its block of the allocator "
+                f"begins at {floor:#x}"
             )
         else:
             merged.append((low, high, block))

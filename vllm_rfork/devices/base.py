@@ -1,8 +1,4 @@
-"""What a device can do, in the one form in which the rest of the package asks for it.
-
-Must not know a model, an engine or vLLM. The answers for plain host memory stand here; a backend overrides what it
-does otherwise.
-"""
+"""The device backend: everything that the package needs from a type of device. The base class is host memory."""
 
 from __future__ import annotations
 
@@ -16,43 +12,42 @@ from vllm_rfork.devices.allocator_blocks import Block, BlockMap, blocks_of
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Region
 
-#: ``private_format`` of a tensor whose bytes lie as its shape and strides say.
+#: ``private_format`` of a tensor whose bytes are laid out as its shape and strides describe.
 PLAIN = 0
 
 
-class DeviceSide:
-    """One device of this process, host memory unless a subclass says otherwise."""
+class DeviceBackend:
+    """One device of this process: host memory, unless a subclass overrides it."""
 
-    #: The variable that chooses and renumbers this backend's devices for a process; empty where there is none.
+    #: The environment variable that selects and renumbers the devices of a process; empty if there is none.
     visible_variable: ClassVar[str] = ""
-    #: The variables that configure the backend's caching allocator; the first that is set counts.
+    #: The environment variables that configure the caching allocator; the first one that is set counts.
     allocator_variables: ClassVar[tuple[str, ...]] = ()
-    #: Why engines cannot keep expandable segments registered; empty where they can.
-    expandable_refused: ClassVar[str] = ""
-
-    #: Copies into this memory and work on it go on beside each other, without a processor's part in either.
-    copies_by_itself: ClassVar[bool] = True
+    #: The reason why engines cannot keep expandable segments registered; None if they can.
+    expandable_obstacle: ClassVar[str | None] = None
+    #: Copies and kernels overlap: the device has its own copy engine.
+    has_copy_engine: ClassVar[bool] = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     @property
     def index(self) -> int:
-        """The device's number as this process counts, within the variable that chooses visible devices."""
+        """The device's number within the process, that is, among the visible devices."""
         return 0
 
     @property
-    def numbered(self) -> torch.device:
-        """The same device for every thread: one without a number is whichever is the asking thread's own."""
+    def with_index(self) -> torch.device:
+        """The device with its index: without one, ``cuda`` means the current device of the calling thread."""
         return torch.device(self.device.type, self.index)
 
     @property
-    def text(self) -> str:
-        """``cpu``, ``cuda:1``: what engines are told. The number counts as this process does, not as the host does."""
+    def name(self) -> str:
+        """``cpu``, ``cuda:1``: the device as ``EngineConfig`` takes it, numbered within the process."""
         return "cpu"
 
     def physical_id(self, environment: Mapping[str, str] | None = None) -> str:
-        """How the host calls this device: its number, or the identifier that the variable lists. For people and logs.
+        """The device's number on the host, or the identifier that the variable lists. For people and logs.
 
         Raises:
             ForkError: the variable lists fewer devices.
@@ -62,48 +57,47 @@ class DeviceSide:
         if not listed:
             return str(self.index)
         if self.index >= len(listed):
-            raise ForkError(f"{self.text} counts within {self.visible_variable}={variable}, which lists {len(listed)}")
+            raise ForkError(f"there is no {self.name}: {self.visible_variable}={variable} lists {len(listed)} devices")
         return listed[self.index]
 
-    def use(self) -> None:
-        """Make this the calling thread's device; a thread begins with the backend's first one."""
+    def set_current(self) -> None:
+        """Make this the calling thread's current device; a new thread begins with the first one."""
 
     def synchronize(self) -> None:
-        """Wait for everything that was queued: asynchronous layout conversions must have finished before an address is
-        registered or a byte is digested."""
+        """Wait for all queued work: layout conversions must have finished before memory is registered or digested."""
 
     def empty_cache(self) -> None:
-        """Give memory that the caching allocator holds and nobody uses back to the device."""
+        """Return the caching allocator's unused memory to the device."""
 
     def private_format(self, tensor: torch.Tensor) -> int:
-        """The number of the private layout that ``tensor``'s bytes lie in; :data:`PLAIN` where there is none."""
+        """The number of ``tensor``'s private layout; :data:`PLAIN` if it has none."""
         return PLAIN
 
     def empty_in_format(self, shape: Sequence[int], dtype: torch.dtype, private_format: int) -> torch.Tensor:
-        """An uninitialised tensor here whose bytes lie in ``private_format``.
+        """An uninitialised tensor on this device with the layout ``private_format``.
 
         Raises:
             ForkError: this device has no such layout.
         """
         if private_format != PLAIN:
-            raise ForkError(f"{self.text} has no private layout {private_format}")
+            raise ForkError(f"{self.name} has no private layout {private_format}")
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def extent(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """First and one-past-last byte address that a non-empty tensor occupies.
+        """The addresses of the first byte of a non-empty tensor and of the byte after its last.
 
         Raises:
-            ForkError: a view whose place within a private layout cannot be told.
+            ForkError: a view within a private layout, which has no address of its own.
         """
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = tensor.data_ptr()
         return start, start + (last + 1) * tensor.element_size()
 
     def bytes_of(self, tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """The live bytes from address ``start`` to before ``end`` as a 1-D uint8 tensor, which keeps them alive.
+        """The bytes from ``start`` to ``end`` (exclusive), as a 1-D uint8 tensor that shares and keeps the memory.
 
         Args:
-            tensor: one whose storage holds all of them.
+            tensor: its storage contains all of them.
             start, end: absolute addresses.
         """
         storage = tensor.untyped_storage()
@@ -111,50 +105,52 @@ class DeviceSide:
         return data.set_(storage, start - storage.data_ptr(), (end - start,), (1,))
 
     def alignment(self, environment: Mapping[str, str] | None = None) -> int:
-        """At which multiples, in bytes, memory that is registered has to begin."""
+        """Registered memory must begin at a multiple of this many bytes."""
         return 1
 
     def blocks(self) -> list[Block]:
-        """The caching allocator's blocks on this device, by address; none for host memory.
+        """The caching allocator's blocks on this device, by address; empty for host memory.
 
         Raises:
-            ForkError: another allocator is in its place, which does not tell.
+            ForkError: another allocator is in use, and it does not list its blocks.
         """
         try:
             return blocks_of(self._snapshot(), self.index)
         except RuntimeError as error:
-            raise ForkError(f"the allocator of {self.text} does not tell where its memory lies: {error}") from error
+            raise ForkError(f"the allocator of {self.name} does not list its memory: {error}") from error
 
     def _snapshot(self) -> Iterable[Mapping[str, Any]]:
-        """The caching allocator's segments, as torch describes them."""
+        """The caching allocator's segments, as torch's ``memory_snapshot`` returns them."""
         return ()
 
-    def unregistrable(self, regions: Iterable[Region] = (), environment: Mapping[str, str] | None = None) -> str:
-        """Why engines cannot keep memory of this device registered; empty where they can.
+    def registration_obstacle(
+        self, regions: Iterable[Region] = (), environment: Mapping[str, str] | None = None
+    ) -> str | None:
+        """The reason why engines cannot keep memory of this device registered; None if they can.
 
         Args:
-            regions: the memory in question. Where none is given, the allocator's configuration decides.
+            regions: the memory to register. If it is empty, the allocator's configuration decides.
             environment: instead of the process's.
         """
-        if not self.expandable_refused:
-            return ""
-        asked = list(regions)
-        if not asked:
-            return self._refused_by(os.environ if environment is None else environment)
+        if self.expandable_obstacle is None:
+            return None
+        given = list(regions)
+        if not given:
+            return self._allocator_obstacle(os.environ if environment is None else environment)
         blocks = BlockMap(self.blocks())
-        if any(block.expandable for block in map(blocks.holding, asked) if block is not None):
-            return f"the weights lie in expandable segments: {self.expandable_refused}"
-        return ""
+        if any(block.expandable for block in map(blocks.holding, given) if block is not None):
+            return f"the weights lie in expandable segments: {self.expandable_obstacle}"
+        return None
 
-    def _refused_by(self, environment: Mapping[str, str]) -> str:
-        """Why the allocator's configuration rules registering out; empty where it does not."""
+    def _allocator_obstacle(self, environment: Mapping[str, str]) -> str | None:
+        """The setting of the caching allocator that prevents registration, if there is one."""
         for variable in self.allocator_variables:
             if value := environment.get(variable, ""):
                 options = dict(option.partition(":")[::2] for option in value.split(","))
                 chosen = {key.strip(): text.strip().lower() for key, text in options.items()}
                 if chosen.get("expandable_segments") == "true":
-                    return f"{variable}={value} makes memory expandable: {self.expandable_refused}"
+                    return f"{variable}={value} makes memory expandable: {self.expandable_obstacle}"
                 if chosen.get("backend") == "cudamallocasync":
                     return f"{variable}={value} takes memory from the driver's pool, which other processes cannot open"
-                return ""
-        return ""
+                return None
+        return None

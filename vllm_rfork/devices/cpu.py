@@ -1,4 +1,4 @@
-"""Host memory: nothing is queued, nothing is private, and every address can be registered."""
+"""Host memory: no queues, no private layouts, and every address can be registered."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import ClassVar
 
 import torch
 
-from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.devices.base import DeviceBackend
 
 
-class CpuSide(DeviceSide):
-    """See the module's docstring; nearly all answers are the base's."""
+class CpuBackend(DeviceBackend):
+    """Host memory, as the base class has it."""
 
-    copies_by_itself: ClassVar[bool] = False
+    has_copy_engine: ClassVar[bool] = False
 
     @property
-    def numbered(self) -> torch.device:
-        """Host memory has no number."""
+    def with_index(self) -> torch.device:
+        """``cpu``: host memory has no index."""
         return self.device

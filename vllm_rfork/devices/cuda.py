@@ -1,4 +1,4 @@
-"""CUDA devices, by ``torch.cuda`` alone."""
+"""CUDA devices, through ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.devices.base import DeviceBackend
 
 
-class CudaSide(DeviceSide):
+class CudaBackend(DeviceBackend):
     """One CUDA device of this process."""
 
     visible_variable: ClassVar[str] = "CUDA_VISIBLE_DEVICES"
     allocator_variables: ClassVar[tuple[str, ...]] = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     # vLLM refuses KV connectors over such memory for the same reason.
-    expandable_refused: ClassVar[str] = (
-        "their physical pages come and go beneath a registration, and other processes cannot open them; "
+    expandable_obstacle: ClassVar[str | None] = (
+        "their physical pages change under a registration, and other processes cannot open them; "
         "set expandable_segments:False to fork"
     )
 
     @property
     def index(self) -> int:
-        """The device's number as this process counts."""
+        """The device's number within the process."""
         return int(torch.cuda.current_device() if self.device.index is None else self.device.index)
 
     @property
-    def text(self) -> str:
+    def name(self) -> str:
         """``cuda:1``."""
         return f"cuda:{self.index}"
 
-    def use(self) -> None:
-        """Make this the calling thread's device."""
+    def set_current(self) -> None:
+        """Make this the calling thread's current device."""
         torch.cuda.set_device(self.index)
 
     def synchronize(self) -> None:
@@ -40,7 +40,7 @@ class CudaSide(DeviceSide):
         torch.cuda.synchronize(self.device)
 
     def empty_cache(self) -> None:
-        """Give unused memory of the caching allocator back."""
+        """Return the caching allocator's unused memory."""
         torch.cuda.empty_cache()
 
     def _snapshot(self) -> Iterable[Mapping[str, Any]]:

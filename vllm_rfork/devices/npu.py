@@ -1,12 +1,12 @@
-"""Ascend NPUs, by ``torch_npu``, which is imported when the first one is asked for.
+"""Ascend NPUs, through ``torch_npu``, which is imported with the first one.
 
-A tensor in a private layout (NZ) has its bytes in another order than its shape and strides say, may be padded to whole
-tiles, and carries the layout's number on its storage. So it occupies its whole storage; it is read and written as raw
-bytes through an alias whose storage does not know the layout; and the storage itself is never handed to ``set_``,
-which may overwrite what it says about itself.
+The bytes of a tensor in a private layout (NZ) are in another order than its shape and strides describe. They may be
+padded to whole tiles, and its storage carries the layout's number. Such a tensor occupies its whole storage. It is read
+and written as raw bytes through an alias without a layout; its own storage is never passed to ``set_``, which may
+overwrite that number.
 
-Expandable segments are not refused here: vLLM-Ascend turns them on by default, and its own loader registers such
-memory with the same engine.
+Expandable segments are accepted here: vLLM-Ascend enables them by default, and its own loader registers such memory
+with the same engine.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_rfork.devices.allocator_blocks import HIXL_ALIGNMENT
-from vllm_rfork.devices.base import PLAIN, DeviceSide
+from vllm_rfork.devices.base import PLAIN, DeviceBackend
 from vllm_rfork.errors import ForkError
 
-#: ``acl_format`` of "as shape and strides say".
+#: The ``acl_format`` of a layout that shape and strides describe.
 ND = 2
-#: Formats that only name what the dimensions mean: undefined, NCHW, NHWC, ND, HWCN, NDHWC, NCDHW, NC, NCL.
+#: Formats that only name the dimensions: undefined, NCHW, NHWC, ND, HWCN, NDHWC, NCDHW, NC, NCL.
 _PLAIN_FORMATS = frozenset({-1, 0, 1, ND, 16, 27, 30, 35, 47})
 
 
-class NpuSide(DeviceSide):
+class NpuBackend(DeviceBackend):
     """One NPU of this process.
 
     Raises:
-        ForkError: ``torch_npu`` is not installed, or does not come up.
+        ForkError: ``torch_npu`` is not installed, or does not start.
     """
 
     visible_variable: ClassVar[str] = "ASCEND_RT_VISIBLE_DEVICES"
@@ -43,21 +43,21 @@ class NpuSide(DeviceSide):
         super().__init__(device)
         try:
             self._npu: Any = importlib.import_module("torch_npu")
-        except (ImportError, OSError, RuntimeError) as error:  # its libraries fail in their own ways
+        except (ImportError, OSError, RuntimeError) as error:  # its libraries raise each of these
             raise ForkError(f"torch_npu cannot be imported: {error}") from error
 
     @property
     def index(self) -> int:
-        """The device's number as this process counts."""
+        """The device's number within the process."""
         return int(self._npu.npu.current_device() if self.device.index is None else self.device.index)
 
     @property
-    def text(self) -> str:
+    def name(self) -> str:
         """``npu:1``."""
         return f"npu:{self.index}"
 
-    def use(self) -> None:
-        """Make this the calling thread's device, context included."""
+    def set_current(self) -> None:
+        """Make this the calling thread's current device and create its context."""
         self._npu.npu.set_device(self.index)
 
     def synchronize(self) -> None:
@@ -65,25 +65,25 @@ class NpuSide(DeviceSide):
         self._npu.npu.synchronize(self.index)
 
     def empty_cache(self) -> None:
-        """Give unused memory of the caching allocator back."""
+        """Return the caching allocator's unused memory."""
         self._npu.npu.empty_cache()
 
     def private_format(self, tensor: torch.Tensor) -> int:
-        """The private layout's ``acl_format`` (29 is NZ); :data:`~vllm_rfork.devices.base.PLAIN` for all plain ones."""
+        """The ``acl_format`` of a private layout (29 is NZ); :data:`~vllm_rfork.devices.base.PLAIN` otherwise."""
         if tensor.device.type != self.device.type:
             return PLAIN
         number = int(self._npu.get_npu_format(tensor))
         return PLAIN if number in _PLAIN_FORMATS else number
 
     def empty_in_format(self, shape: Sequence[int], dtype: torch.dtype, private_format: int) -> torch.Tensor:
-        """An uninitialised tensor here; torch_npu sizes its storage for the layout."""
+        """An uninitialised tensor on this device; torch_npu sizes its storage for the layout."""
         tensor: torch.Tensor = self._npu.empty_with_format(
             tuple(shape), dtype=dtype, device=self.device, acl_format=private_format or ND
         )
         return tensor
 
     def extent(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """As elsewhere for plain tensors; the whole storage, padding included, for one in a private layout."""
+        """As in the base class for plain tensors; the whole storage with its padding for a private layout."""
         if self.private_format(tensor) == PLAIN:
             return super().extent(tensor)
         storage = tensor.untyped_storage()
@@ -92,7 +92,7 @@ class NpuSide(DeviceSide):
         return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
     def bytes_of(self, tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """Through views alone where the layout is plain; else through an alias that does not know the layout."""
+        """Through views if the layout is plain; otherwise through an alias without a layout."""
         storage = tensor.untyped_storage()
         whole = tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
         if self.private_format(tensor) != PLAIN:
@@ -105,7 +105,7 @@ class NpuSide(DeviceSide):
         return view
 
     def alignment(self, environment: Mapping[str, str] | None = None) -> int:
-        """2 MiB where the engine is told to go over HIXL, whose ``auto`` and ``hccs`` routes want it; else 1."""
+        """2 MiB if the engine uses HIXL, whose ``auto`` and ``hccs`` routes require it; otherwise 1."""
         backend = (os.environ if environment is None else environment).get("TRANSFER_ENGINE_BACKEND", "")
         return HIXL_ALIGNMENT if backend.strip().lower() == "hixl" else 1
 

@@ -1,25 +1,25 @@
-"""Which side answers for a torch device."""
+"""The backend of each type of torch device."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_rfork.devices.base import DeviceSide
-from vllm_rfork.devices.cpu import CpuSide
-from vllm_rfork.devices.cuda import CudaSide
-from vllm_rfork.devices.npu import NpuSide
+from vllm_rfork.devices.base import DeviceBackend
+from vllm_rfork.devices.cpu import CpuBackend
+from vllm_rfork.devices.cuda import CudaBackend
+from vllm_rfork.devices.npu import NpuBackend
 from vllm_rfork.errors import ForkError
 
-_SIDES: dict[str, type[DeviceSide]] = {"cpu": CpuSide, "cuda": CudaSide, "npu": NpuSide}
+_BACKENDS: dict[str, type[DeviceBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "npu": NpuBackend}
 
 
-def device_side(device: torch.device) -> DeviceSide:
-    """The side that answers for ``device``.
+def device_backend(device: torch.device) -> DeviceBackend:
+    """The backend of ``device``.
 
     Raises:
-        ForkError: nothing here knows devices of that type, or its backend is missing.
+        ForkError: devices of that type are not supported, or its package is missing.
     """
-    side = _SIDES.get(device.type)
-    if side is None:
-        raise ForkError(f"nothing is known about devices of type {device.type}")
-    return side(device)
+    backend = _BACKENDS.get(device.type)
+    if backend is None:
+        raise ForkError(f"devices of type {device.type} are not supported; RFork knows {', '.join(_BACKENDS)}")
+    return backend(device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError
 from vllm_rfork.load import plan as plans
 from vllm_rfork.load.plan import LoadPlan
@@ -46,7 +46,7 @@ def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
         engine=plan.attempt.engine,
         intent=plan.attempt.intent,
         checkpoint=plan.files.published,
-        set_device=device_side(plan.device).use,
+        set_device=device_backend(plan.device).set_current,
         captures_graphs=plan.device.type != "cpu",
         logged=plan.attempt.logged,
     )
@@ -111,7 +111,7 @@ class CapturedTensors:
         """
         if self._collection is None:
             raise ForkError("the tensors have been released")
-        device_side(self._device).synchronize()
+        device_backend(self._device).synchronize()
         found = digest.digests(span.data for span in self._collection.spans)
         wrong = digest.differing(dict(enumerate(found)), dict(enumerate(self._digests)))
         if wrong:

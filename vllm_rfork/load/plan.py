@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vllm_rfork.config import Settings
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.registry import engine_for_device
 from vllm_rfork.errors import ConfigError, ForkError, ManifestMismatch, PlannerError, VerificationError
@@ -127,8 +127,8 @@ class LoadPlan:
             ConfigError: there is no such engine or layout for this device.
         """
         # Here, on the thread that loads: the seed's and the digests' threads have other devices of their own.
-        device = device_side(storage_loader.target_device(vllm_config)).numbered
-        side = device_side(device)
+        device = device_backend(storage_loader.target_device(vllm_config)).with_index
+        side = device_backend(device)
         layout = layout_for(settings, device)
         engine_name = settings.rfork_engine if settings.rfork_engine != "auto" else engine_for_device(device.type)
         identity = worker_identity(vllm_config, model_config)
@@ -173,7 +173,7 @@ class LoadPlan:
             # The whole bound has been used up, and a call to the planner would look the name up again.
             host, unreachable = "", PlannerError(str(error))
         # Without an address of its own a worker can still read from others.
-        config = EngineConfig(device=side.text, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec)
+        config = EngineConfig(device=side.name, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec)
         plan = cls(
             settings=settings,
             device=device,
@@ -200,7 +200,7 @@ class LoadPlan:
         if reason := storage_loader.unregistrable(vllm_config, device):
             plan.no_fork_reason = reason
             plan.refuse_to_seed(reason)
-        elif side.copies_by_itself and settings.rfork_verify != "off":
+        elif side.has_copy_engine and settings.rfork_verify != "off":
             get_ready(side)
         return plan
 
@@ -241,11 +241,11 @@ class LoadPlan:
     def _collect_with_leaves(self, model: nn.Module) -> tuple[Collection, list[Leaf]]:
         """As :meth:`_collect`, and the walk that it comes from: a walk through a large model takes a while."""
         with _whatever_is_raised("the model's memory cannot be looked at"):
-            side = device_side(self.device)
+            side = device_backend(self.device)
             side.synchronize()
             leaves = list(walk(model, VLLM_RULES))
             collection = account(leaves, self.device)
-            reason = side.unregistrable(collection.regions)
+            reason = side.registration_obstacle(collection.regions)
         if reason:
             raise ForkError(reason)
         return collection, leaves
@@ -265,7 +265,7 @@ class LoadPlan:
     def incoming(self, model: nn.Module, collection: Collection) -> _Incoming:
         """What takes the bytes of one seed into ``collection``, and makes the rest of ``model`` what the seed's was."""
         numbers = spans_to_check(collection, self.settings.rfork_verify)
-        side = device_side(self.device)
+        side = device_backend(self.device)
         return _Incoming(
             self, model, StreamingVerifier(collection, numbers, side, self.settings.rfork_fork_timeout_sec)
         )
@@ -461,7 +461,7 @@ class LoadPlan:
             raise ForkError(f"loading replaced {', '.join(gone[:5])} by what cannot be passed on as plain values")
         self.state = dict(changed_state(self.built, after))
         check_passed_on(self.state)
-        check_no_addresses(collection, self.state, memory_of(model, collection, device_side(self.device)))
+        check_no_addresses(collection, self.state, memory_of(model, collection, device_backend(self.device)))
         self.digests = self._digests(collection)
         return collection
 
@@ -516,7 +516,7 @@ class LoadPlan:
                 check_accounted(self._weights, tensor_sizes(leaves))
                 after = state_in(leaves)
                 state = changed_state(self.built, after)
-                check_no_addresses(collection, state, memory_of(model, collection, device_side(self.device)))
+                check_no_addresses(collection, state, memory_of(model, collection, device_backend(self.device)))
                 self.digests = self._digests(collection)
         except ForkError as error:
             self.refuse_to_seed(f"the {self.layout} layout cannot be vouched for: {error}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.devices.base import DeviceBackend
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.model.tensors import Collection
@@ -40,7 +40,7 @@ def check_no_addresses(collection: Collection, state: dict[str, Plain], memory: 
             raise ForkError(f"state {name} is an address in this process's memory, invalid in any other")
 
 
-def memory_of(model: nn.Module, collection: Collection, side: DeviceSide) -> list[Region]:
+def memory_of(model: nn.Module, collection: Collection, side: DeviceBackend) -> list[Region]:
     """The memory of this process's tensors, including scratch memory, which no traversal reports.
 
     It consists of the allocator's blocks, if the allocator lists them; the storages behind ``collection``; and those

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest.pairing import pair, paired_digests
 from vllm_rfork.manifest.schema import Manifest
@@ -80,7 +80,7 @@ class Vouched:
         if model is None:
             self.hopeless = True
             raise ForkError("the model is not there any more")
-        device_side(self.device).synchronize()
+        device_backend(self.device).synchronize()
         names = {entry.name for entry in self.manifest.tensors}
         wrapped = f".{self.rules.wrapped_layer}."
         leaves = []

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from vllm_rfork.devices.allocator_blocks import merge_into_blocks
-from vllm_rfork.devices.base import DeviceSide
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.base import DeviceBackend
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.schema import Manifest, ManifestHeader, Region, Span, StateValue, TensorEntry
 from vllm_rfork.model.traversal import Leaf, Opaque
@@ -108,7 +108,7 @@ def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
                 f"tensor {leaf.name} has {tensor.numel() * tensor.element_size()} bytes on {tensor.device}, where the "
                 f"engine for {device} cannot reach them (offloaded weights cannot be forked)"
             )
-    side = device_side(device)
+    side = device_backend(device)
     spans, span_of = _spans(on_device, side)
     regions, span_regions = _regions(spans, side)
     groups = _inline_groups(inline)
@@ -184,7 +184,9 @@ def _may_be_addresses(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.uint64)
 
 
-def _spans(tensors: list[tuple[str, torch.Tensor]], side: DeviceSide) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
+def _spans(
+    tensors: list[tuple[str, torch.Tensor]], side: DeviceBackend
+) -> tuple[tuple[LocalSpan, ...], dict[str, int]]:
     """Merge overlapping tensors into spans, numbered in the order in which the walk first meets them."""
     spans: list[LocalSpan] = []
     span_of: dict[str, int] = {}
@@ -203,7 +205,7 @@ def _inline_groups(inline: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]
     groups: dict[str, tuple[int, int]] = {}
     count = 0
     for device, names in by_device.items():
-        side = device_side(device)
+        side = device_backend(device)
         for start, _, members in _overlapping([side.extent(inline[name]) for name in names]):
             for number in members:
                 groups[names[number]] = count, inline[names[number]].data_ptr() - start
@@ -223,7 +225,7 @@ def _overlapping(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int, lis
     return sorted(groups, key=lambda group: min(group[2]))
 
 
-def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int, side: DeviceSide) -> torch.Tensor:
+def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int, side: DeviceBackend) -> torch.Tensor:
     for _, tensor in members:
         storage = tensor.untyped_storage()
         base = storage.data_ptr()
@@ -232,7 +234,7 @@ def _bytes_of(members: list[tuple[str, torch.Tensor]], start: int, end: int, sid
     raise ForkError("tensors " + ", ".join(name for name, _ in members) + " overlap without sharing one storage")
 
 
-def _regions(spans: tuple[LocalSpan, ...], side: DeviceSide) -> tuple[tuple[Region, ...], tuple[int, ...]]:
+def _regions(spans: tuple[LocalSpan, ...], side: DeviceBackend) -> tuple[tuple[Region, ...], tuple[int, ...]]:
     """Few regions for many spans: registering is paid per region.
 
     Where an allocator keeps blocks, spans that lie close together in one; elsewhere those of one storage.
@@ -267,7 +269,7 @@ def _entry(
     inline: dict[str, torch.Tensor],
     groups: dict[str, tuple[int, int]],
     *,
-    side: DeviceSide,
+    side: DeviceBackend,
 ) -> TensorEntry:
     tensor: torch.Tensor = leaf.value
     name = leaf.name

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from vllm_rfork.devices.base import DeviceSide
+from vllm_rfork.devices.base import DeviceBackend
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.segments import Segment
@@ -37,7 +37,7 @@ def spans_to_check(collection: Collection, how: str) -> list[int]:
     return list(range(0, len(collection.spans), every[how])) if how in every else []
 
 
-def get_ready(side: DeviceSide) -> threading.Thread:
+def get_ready(side: DeviceBackend) -> threading.Thread:
     """Load the digests' kernels on the device in the background; returns the thread that does it.
 
     The first use takes about 25 ms on a GPU: negligible while a model is built, and much during a read.
@@ -45,11 +45,11 @@ def get_ready(side: DeviceSide) -> threading.Thread:
 
     def digest_something() -> None:
         try:
-            side.use()
+            side.set_current()
             nbytes = digest.ROWS * digest.COLUMNS * 8 + 1  # a whole block and a remainder
             digest.digest(torch.zeros(nbytes, dtype=torch.uint8, device=side.device))
         except Exception as error:  # noqa: BLE001 - the digests that a fork needs will report it
-            logger.debug("%s cannot digest yet: %s: %s", side.text, type(error).__name__, error)
+            logger.debug("%s cannot digest yet: %s: %s", side.name, type(error).__name__, error)
 
     thread = native_thread(digest_something, "rfork-verify-ready")
     thread.start()
@@ -66,7 +66,7 @@ class StreamingVerifier:
         timeout_s: how long :meth:`finish` waits for that thread; a device may hang.
     """
 
-    def __init__(self, collection: Collection, numbers: Sequence[int], side: DeviceSide, timeout_s: float) -> None:
+    def __init__(self, collection: Collection, numbers: Sequence[int], side: DeviceBackend, timeout_s: float) -> None:
         self.collection = collection
         self._side = side
         self._timeout_s = timeout_s
@@ -79,7 +79,7 @@ class StreamingVerifier:
 
     def arrived(self, segments: Sequence[Segment]) -> None:
         """Record segments that have been read; returns at once."""
-        if not self._side.copies_by_itself or not self.numbers:
+        if not self._side.has_copy_engine or not self.numbers:
             return
         if self._thread is None:
             self._thread = native_thread(self._run, "rfork-verify")
@@ -111,7 +111,7 @@ class StreamingVerifier:
             bound_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
             self._thread.join(bound_s)
             if self._thread.is_alive():
-                text = f"{self._side.text} has not finished its digests after {bound_s:g} s"
+                text = f"{self._side.name} has not finished its digests after {bound_s:g} s"
                 raise ForkError(text, mutated=True)
             for failure in self._failures:
                 # It is this device's fault and would occur with another seed, too.
@@ -131,11 +131,11 @@ class StreamingVerifier:
             self._batches.put(None)
             self._thread.join(CLOSE_S)
             if self._thread.is_alive():
-                logger.warning("digests on %s have not ended; their memory stays allocated", self._side.text)
+                logger.warning("digests on %s have not ended; their memory stays allocated", self._side.name)
 
     def _run(self) -> None:
         try:
-            self._side.use()
+            self._side.set_current()
             self._digest_arrivals()
         except BaseException as error:  # noqa: BLE001 - raised again by finish()
             self._failures.append(error)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_rfork.devices.registry import device_side
+from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.vllm_compat import ascend, fallback_format
 
@@ -127,7 +127,7 @@ def target_device(vllm_config: Any) -> torch.device:
 def release_memory(device: torch.device) -> None:
     """Give freed memory back after a model has been dropped, as vLLM does around loading."""
     gc.collect()
-    device_side(device).empty_cache()
+    device_backend(device).empty_cache()
 
 
 def never_a_seed(vllm_config: Any) -> str:
@@ -144,7 +144,7 @@ def never_a_seed(vllm_config: Any) -> str:
 def unregistrable(vllm_config: Any, device: torch.device) -> str:
     """Why engines cannot keep this worker's weights registered, as far as settings tell; empty where they can.
 
-    :meth:`~vllm_rfork.devices.base.DeviceSide.unregistrable` tells more once the weights lie somewhere.
+    :meth:`~vllm_rfork.devices.base.DeviceBackend.registration_obstacle` tells more once the weights lie somewhere.
     """
     if device.type == "cpu":
         return ""
@@ -156,7 +156,7 @@ def unregistrable(vllm_config: Any, device: torch.device) -> str:
             )
     if reason := _offloads(vllm_config):
         return reason
-    return device_side(device).unregistrable()
+    return device_backend(device).registration_obstacle() or ""
 
 
 def _offloads(vllm_config: Any) -> str:
