@@ -151,7 +151,7 @@ class EngineError(ForkError):
 
     Args:
         engine: the engine's name in ``rfork_engine``.
-        operation: ``open``, ``register``, ``connect``, ``read``, ``unregister`` or ``close``.
+        operation: ``open``, ``register``, ``connect``, ``read`` or ``close``.
         text: what the engine said, or what was seen.
         code: the engine's own code, by name where it has one.
         in_flight: a read was abandoned and the engine cannot say that it will write no more. The buffers

@@ -109,9 +109,6 @@ class Remote:
     def register(self, *regions: Sequence[int]) -> None:
         self.call("register", regions=regions)
 
-    def unregister(self, *regions: Sequence[int]) -> None:
-        self.call("unregister", regions=regions)
-
     def endpoint(self) -> str:
         text: str = self.call("endpoint")
         return text
@@ -240,11 +237,10 @@ class EngineContract:
         receiver.read(endpoint, [[target, source, MIB]])
         assert receiver.digest(target) == seed.digest(source)
         receiver.disconnect(endpoint)
-        receiver.unregister([target, MIB])
-        seed.unregister([source, MIB])
-        assert (receiver.registered_nbytes, seed.registered_nbytes) == (0, 0)
+        assert (receiver.registered_nbytes, seed.registered_nbytes) == (MIB, MIB)
         receiver.close()
         seed.close()
+        assert (receiver.registered_nbytes, seed.registered_nbytes) == (0, 0)
 
     def test_many_small_segments_and_nothing_beside_them(self, processes: Processes) -> None:
         """Unaligned addresses and odd lengths; the bytes between the segments keep their old contents."""
@@ -416,28 +412,7 @@ class EngineContract:
     def test_registering_nothing_is_nothing(self, processes: Processes) -> None:
         seed = processes.start()
         seed.register()
-        seed.unregister()
         assert seed.registered_nbytes == 0
-
-    def test_unregistering_what_is_not_registered_is_refused(self, processes: Processes) -> None:
-        seed = processes.start()
-        source = seed.alloc(2 * PAGE)
-        seed.register([source, PAGE])
-        for region in ([source + PAGE, PAGE], [source, PAGE - 1]):
-            with pytest.raises(EngineError) as caught:
-                seed.unregister(region)
-            self.check(caught.value, "unregister")
-        assert seed.registered_nbytes == PAGE
-
-    def test_memory_can_be_registered_again(self, processes: Processes) -> None:
-        seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)
-        receiver.disconnect(endpoint)
-        seed.unregister([source, PAGE])
-        seed.register([source, PAGE])
-        endpoint = seed.endpoint()
-        receiver.connect(endpoint)
-        receiver.read(endpoint, [[target, source, PAGE]])
-        assert receiver.digest(target) == seed.digest(source)
 
     def test_calls_before_open_and_reads_without_connect_are_refused(self, processes: Processes) -> None:
         _, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)

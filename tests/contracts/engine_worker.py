@@ -76,9 +76,6 @@ class Worker:
     def register(self, regions: list[list[int]]) -> None:
         self._engine().register([Region(*region) for region in regions])
 
-    def unregister(self, regions: list[list[int]]) -> None:
-        self._engine().unregister([Region(*region) for region in regions])
-
     def registered_nbytes(self) -> int:
         return self._engine().registered_nbytes
 

@@ -75,9 +75,6 @@ class Native:
     def batch_register_memory(self, *arguments: Any) -> Answer:
         return self._do("register", *arguments)
 
-    def batch_unregister_memory(self, *arguments: Any) -> Answer:
-        return self._do("unregister", *arguments)
-
     def batch_transfer_sync_read(self, *arguments: Any) -> Answer:
         return self._do("read", *arguments)
 
@@ -352,25 +349,12 @@ def test_registration_is_one_call_and_leaves_nothing_behind_when_refused(engine:
     assert Native.made[0].called("register")[-1] == ([0x1000, 0x2000, 0x3000], [100, 100, 100])
 
 
-def test_an_unregistration_that_stops_halfway_is_brought_to_its_end(engine: YuanRongEngine) -> None:
-    """The engine's batch is not atomic: what is gone already says kNotFound, and what it keeps stays in the table."""
-    engine.open(CONFIG)
-    engine.register(REGIONS)
-    Native.script = {"unregister": [Answer(5, "odd"), Answer(3, "gone"), Answer(0), Answer(5, "odd")]}
-    with pytest.raises(EngineError, match="kRuntimeError"):
-        engine.unregister(REGIONS)
-    assert engine.registered_nbytes == 100
-    engine.unregister(REGIONS[2:])
-    assert engine.registered_nbytes == 0
-
-
 def test_hixl_refuses_under_a_read_and_is_asked_again(engine: YuanRongEngine) -> None:
     engine.open(CONFIG)
     engine.register(REGIONS)
-    Native.script = {"unregister": [Answer(8, "a peer reads")] * 2, "finalize": [Answer(8, "a peer reads")] * 2}
-    engine.unregister(REGIONS)
+    Native.script = {"finalize": [Answer(8, "a peer reads")] * 2}
     engine.close()
-    assert [len(Native.made[0].called(operation)) for operation in ("unregister", "finalize")] == [3, 3]
+    assert len(Native.made[0].called("finalize")) == 3
 
 
 def test_an_engine_that_cannot_be_finalized_keeps_its_memory(engine: YuanRongEngine) -> None:

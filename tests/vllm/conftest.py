@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from tests.open_engines import open_engines
 from tests.standin.build import build, environment
 from tests.vllm import models
-from vllm_rfork.engines.memory import open_engines
 from zoo.planner import FleetPlanner, Planner, eventually
 from zoo.processes import fork_server
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 
+from tests.open_engines import open_engines
 from tests.vllm.conftest import LogRecords, eventually, extra_for
 from tests.vllm.engine_process import load_digested, vllm_config
-from vllm_rfork.engines.memory import open_engines
 from vllm_rfork.net.event_loop import background
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.open_engines import open_engines
 from tests.vllm import fakes, models
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import free_port, load, load_digested, vllm_config
 from tests.vllm.falling_back import falls_back, nothing_left_behind
-from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.load import plan
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.open_engines import open_engines
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, extra_for
 from tests.vllm.engine_process import load, vllm_config
 from tests.vllm.falling_back import falls_back
 from tests.vllm.faults import raising, scrambled
-from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import ForkError
 from vllm_rfork.fork import transfer
 from vllm_rfork.load.plan import LoadPlan

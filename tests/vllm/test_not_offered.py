@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tests.open_engines import open_engines
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.faults import scrambled, with_attribute
-from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.load import plan
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat.storage_loader import never_a_seed, quantizes_online

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.open_engines import open_engines
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
 from tests.vllm.faults import held_up_recheck
-from vllm_rfork.engines.memory import MemoryEngine, open_engines
+from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.seeding.manager import SeedManager, manager
 
 pytestmark = pytest.mark.vllm

@@ -28,7 +28,7 @@ class EngineConfig:
             process sees its devices (within ``CUDA_VISIBLE_DEVICES``, ``ASCEND_RT_VISIBLE_DEVICES``), which on
             the second node is not the global rank.
         host: the address under which peers reach this process; IPv4 literal where the engine demands one.
-        timeout_s: bound on ``open``, ``register``, ``connect``, ``unregister`` and ``close``, in seconds.
+        timeout_s: bound on ``open``, ``register``, ``connect`` and ``close``, in seconds.
         options: the engine's own settings, read from the environment by its adapter's documentation.
     """
 
@@ -72,7 +72,7 @@ class TransferEngine(abc.ABC):
     def register(self, regions: Sequence[Region]) -> None:
         """Make ``regions`` (disjoint, nbytes > 0) readable by peers and writable by ``read``. All or nothing.
 
-        The caller keeps the memory alive until ``unregister`` or ``close`` has returned.
+        The caller keeps the memory alive until ``close`` has returned.
         """
 
     @abc.abstractmethod
@@ -100,10 +100,6 @@ class TransferEngine(abc.ABC):
     @abc.abstractmethod
     def disconnect(self, endpoint: str) -> None:
         """Forget the peer. Idempotent; unknown peers are ignored."""
-
-    @abc.abstractmethod
-    def unregister(self, regions: Sequence[Region]) -> None:
-        """Take back what ``register`` gave. Raises where one of the regions is not registered."""
 
     @property
     @abc.abstractmethod

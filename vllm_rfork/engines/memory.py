@@ -8,7 +8,7 @@ Faults come from the constructor, or from ``RFORK_MEMORY_FAULT`` where the engin
 list read at ``open``: ``register_fails``, ``flip_byte=17,fail_read=2``. The names are the fields of :class:`Faults`.
 
 The endpoint names the process and where in it the engine keeps its table of registrations; the reader fetches that
-table anew for each read, so a peer that unregistered, closed or died is noticed, and what a peer has not registered is
+table anew for each read, so a peer that closed or died is noticed, and what a peer has not registered is
 refused.
 """
 
@@ -21,7 +21,6 @@ import struct
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -40,7 +39,6 @@ _ROW = struct.Struct("=QQ")
 _MAX_REGIONS = 1 << 20
 #: Whose failure a failed read of another process is: it ended, or this process may not read it.
 _SIDES: dict[int, Side] = {errno.ESRCH: "seed", errno.EPERM: "receiver", errno.ENOMEM: "receiver"}
-_open: weakref.WeakSet[MemoryEngine] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Faults:
     """What goes wrong, counted per engine object.
 
     Attributes:
-        open_fails, register_fails, connect_fails, unregister_fails: the call raises ``EngineError``.
+        open_fails, register_fails, connect_fails: the call raises ``EngineError``.
         close_fails: ``close`` raises with ``in_flight=True``, each time.
         fail_read: the read of this number (from 1) raises, having copied half of its bytes.
         flip_byte: the byte of this number (from 0, over all reads) arrives with its lowest bit flipped.
@@ -61,7 +59,6 @@ class Faults:
     open_fails: bool = False
     register_fails: bool = False
     connect_fails: bool = False
-    unregister_fails: bool = False
     close_fails: bool = False
     fail_read: int = 0
     flip_byte: int = -1
@@ -88,11 +85,6 @@ def parse_faults(text: str) -> Faults:
         except ValueError as error:
             raise ConfigError(FAULT_VARIABLE, f"{name} has no number {value!r}", "name=number") from error
     return Faults(**given)  # type: ignore[arg-type]
-
-
-def open_engines() -> list[MemoryEngine]:
-    """The engines of this process that are open now, in no order: what a test looks at for leaks."""
-    return list(_open)
 
 
 class _Peer:
@@ -196,7 +188,6 @@ class MemoryEngine(TransferEngine):
         self._identity = uuid.uuid4().bytes
         self._reads = self._bytes_read = 0
         self._publish()
-        _open.add(self)
 
     @property
     def endpoint(self) -> str:
@@ -285,14 +276,6 @@ class MemoryEngine(TransferEngine):
         """Forget the peer."""
         self._peers.pop(endpoint, None)
 
-    def unregister(self, regions: Sequence[Region]) -> None:
-        """Stop peers from reading ``regions``."""
-        self._require_open("unregister")
-        self._fault("unregister", self.faults.unregister_fails)
-        self._table.check_known(regions)
-        self._table.remove(regions)
-        self._publish()
-
     @property
     def registered_nbytes(self) -> int:
         """Bytes that peers may read now."""
@@ -309,7 +292,6 @@ class MemoryEngine(TransferEngine):
         self._peers = {}
         self._table.clear()
         self._publish()
-        _open.discard(self)
 
     def _publish(self) -> None:
         """Put the table where peers look; the rows are in place before the header names them."""

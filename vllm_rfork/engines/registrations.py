@@ -49,20 +49,6 @@ class RegionTable:
             self._nbytes_at[region.address] = region.nbytes
         self._starts = sorted(self._nbytes_at)
 
-    def check_known(self, regions: Sequence[Region]) -> None:
-        """Raise :class:`EngineError` where one of ``regions`` is not registered exactly so, or is named twice."""
-        seen: set[int] = set()
-        for region in regions:
-            if self._nbytes_at.get(region.address) != region.nbytes or region.address in seen:
-                raise EngineError(self._engine, "unregister", f"{region} is not registered")
-            seen.add(region.address)
-
-    def remove(self, regions: Iterable[Region]) -> None:
-        """Drop ``regions``, which :meth:`check_known` has passed."""
-        for region in regions:
-            del self._nbytes_at[region.address]
-        self._starts = sorted(self._nbytes_at)
-
     def clear(self) -> None:
         """Drop everything."""
         self._starts = []

@@ -195,16 +195,6 @@ class CudaIpcEngine(TransferEngine):
         with self._exclusively("connect") as driver:
             self._unmap(driver, self._peers.pop(endpoint))
 
-    def unregister(self, regions: Sequence[Region]) -> None:
-        """Forget ``regions``, and the handles of allocations in which none is left. Open mappings stay with peers."""
-        with self._exclusively("unregister"):
-            self._table.check_known(regions)
-            self._table.remove(regions)
-            allocations = [self._allocations[base] for base in sorted(self._allocations)]
-            known = RangeMap([(each.base, each.nbytes) for each in allocations])
-            used = {known.containing(region.address, region.nbytes) for region in self._table.regions}
-            self._allocations = {each.base: each for number, each in enumerate(allocations) if number in used}
-
     @property
     def registered_nbytes(self) -> int:
         """Bytes registered now, the identity's page not counted."""

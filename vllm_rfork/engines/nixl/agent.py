@@ -123,11 +123,6 @@ class Agent:
         with self.translated("register"):
             self._agent.registerMem(self._registration(regions, memory), [])
 
-    def unregister(self, regions: Sequence[Descriptor], memory: str = "") -> None:
-        """Forget ``regions``."""
-        with self.translated("unregister"):
-            self._agent.deregisterMem(self._registration(regions, memory), [])
-
     def metadata(self) -> bytes:
         """How a peer reaches the agent and what it has registered."""
         with self.translated("register"):

@@ -146,14 +146,6 @@ class NixlEngine(TransferEngine):
                 agent.register(self._descriptors(regions))
                 self._table.add(regions)
 
-    def unregister(self, regions: Sequence[Region]) -> None:
-        """Unregister all of ``regions`` in one call. A read over cross-memory attach succeeds all the same."""
-        with self._exclusively("unregister") as agent:
-            self._table.check_known(regions)
-            if regions:
-                agent.unregister(self._descriptors(regions))
-                self._table.remove(regions)
-
     def connect(self, endpoint: str, timeout_s: float) -> None:
         """Choose the lane, refuse a dangerous one, and read the peer's identity over it."""
         deadline = time.monotonic() + timeout_s

@@ -142,25 +142,6 @@ class YuanRongEngine(TransferEngine):
                 raise failure("register", result)
             self._table.add(regions)
 
-    def unregister(self, regions: Sequence[Region]) -> None:
-        """One native call. It is not atomic, so after an error the rest goes one by one."""
-        with self._exclusively("unregister") as native:
-            self._table.check_known(regions)
-            if not regions:
-                return
-            result = self._patiently(
-                native, "unregister", "batch_unregister_memory", [region.address for region in regions]
-            )
-            if not result.is_error():
-                self._table.remove(regions)
-                return
-            first = failure("unregister", result)
-            for region in regions:
-                result = native.call("unregister", "batch_unregister_memory", [region.address])
-                if not result.is_error() or code_name(result) == "kNotFound":
-                    self._table.remove([region])
-            raise first
-
     def connect(self, endpoint: str, timeout_s: float) -> None:
         """Ask the peer's engine for a sign of life and, for the generations that need it, start the relay."""
         deadline = time.monotonic() + timeout_s

@@ -42,8 +42,8 @@ class Binding:
     """The installed wheel.
 
     Attributes:
-        engine_class: ``TransferEngine``; ``initialize``, ``batch_register_memory``, ``batch_transfer_sync_read``,
-            ``batch_unregister_memory`` and ``finalize`` are the same in every generation.
+        engine_class: ``TransferEngine``; ``initialize``, ``batch_register_memory``, ``batch_transfer_sync_read``
+            and ``finalize`` are the same in every generation.
         bounds_control_calls: the generation with HIXL, which gives its control calls 10 s and releases the GIL in a
             read. The others wait for a silent peer for ever, and every Python thread waits with them.
     """
