@@ -20,6 +20,7 @@ from tests.planner.redis_server import free_port
 from tests.standin import build
 from vllm_rfork.cli import doctor_checks
 from vllm_rfork.cli.main import main
+from vllm_rfork.engines.registry import DEFAULT_ENGINE
 from vllm_rfork.messages import encode_text
 from vllm_rfork.net.client import Answer
 from vllm_rfork.planner.settings import Settings
@@ -269,7 +270,7 @@ def only_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_engine_that_is_not_installed_fails_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hide = "import sys; sys.modules['yr'] = None"
-    monkeypatch.setitem(doctor_checks._EXAMINERS, "yuanrong", f"{hide}\n{doctor_checks._EXAMINERS['yuanrong']}")
+    monkeypatch.setattr(doctor_checks, "_EXAMINE", f"{hide}\n{doctor_checks._EXAMINE}")
     found = doctor_checks.engine("yuanrong", wanted=True)
     assert found.state == doctor_checks.FAIL
     assert "vllm-rfork[ascend]" in found.advice
@@ -328,7 +329,7 @@ def test_an_unusable_url_is_told_by_every_command(url: str, monkeypatch: pytest.
 
 
 def test_an_engine_whose_start_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor_checks._EXAMINERS, "nixl", "import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setattr(doctor_checks, "_EXAMINE", "import os; os.kill(os.getpid(), 11)")
     found = doctor_checks.engine("nixl", wanted=False)
     assert found.state == doctor_checks.FAIL
     assert "signal 11" in found.found
@@ -337,9 +338,9 @@ def test_an_engine_whose_start_crashes_is_a_finding(monkeypatch: pytest.MonkeyPa
 def test_engines_are_examined_without_torch(standin: Path) -> None:
     """And so the doctor works on a host that has none."""
     code = "import sys; sys.modules['torch'] = None"
-    for name, examiner in doctor_checks._EXAMINERS.items():
+    for name in dict.fromkeys(DEFAULT_ENGINE.values()):
         done = subprocess.run(
-            [sys.executable, "-c", doctor_checks._EXAMINE.format(examiner=f"{code}\n{examiner}")],
+            [sys.executable, "-c", f"{code}\n{doctor_checks._EXAMINE}", name],
             env={**os.environ, "LD_LIBRARY_PATH": str(standin)},
             capture_output=True,
             text=True,

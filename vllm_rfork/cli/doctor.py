@@ -14,13 +14,14 @@ from vllm_rfork.cli import doctor_checks
 from vllm_rfork.cli.announcing import announced_address
 from vllm_rfork.cli.doctor_checks import FAIL, NOTE, OK, Finding
 from vllm_rfork.cli.planner_api import echo_json, json_option, planner_options, print_table, shown
+from vllm_rfork.engines.registry import DEFAULT_ENGINE, engine_names
 
 _STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
 
 
 @click.command(epilog="Exit status: 0 if no check failed, else 1.")
 @planner_options
-@click.option("--engine", type=click.Choice(["yuanrong", "nixl"]), help="engine that must work here")
+@click.option("--engine", type=click.Choice(engine_names()), help="engine that must work here")
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | None, as_json: bool) -> None:
@@ -39,7 +40,8 @@ def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | 
 
 def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Finding]:
     """All findings, in the order in which a fork depends on them."""
-    engines = [doctor_checks.engine(name, wanted=name == wanted) for name in ("yuanrong", "nixl")]
+    names = dict.fromkeys([*DEFAULT_ENGINE.values(), *([wanted] if wanted else [])])
+    engines = [doctor_checks.engine(name, wanted=name == wanted) for name in names]
     if wanted is None and not any(each.state == OK for each in engines):
         if doctor_checks.is_worker_host():
             engines = [dataclasses.replace(each, state=FAIL) for each in engines]

@@ -26,30 +26,13 @@ _CMA_TIMEOUT_S = 20.0
 UNWIND = "libunwind.so.8"
 _READY = "planner ready"
 
-#: Engine → a function ``examine`` that loads what the engine itself would load, and returns what works here.
-_EXAMINERS = {
-    "yuanrong": """
-from vllm_rfork.engines.yuanrong.native import AclRuntime, load_binding
-def examine():
-    load_binding()
-    if not AclRuntime().has_device_memory:
-        return "its package and an Ascend runtime without device memory (a host stand-in) load"
-    return "its package and the Ascend runtime load"
-""",
-    "nixl": """
-from vllm_rfork.engines.nixl.agent import Agent
-def examine():
-    Agent("rfork-doctor", "DRAM", emulation=False).destroy()
-    return "an agent opens, with UCX"
-""",
-}
 _EXAMINE = """
 import os, sys
 os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-{examiner}
+from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError, EngineUnavailable
 try:
-    print(examine(), flush=True)
+    print(engine_class(sys.argv[1]).self_check(), flush=True)
 except EngineUnavailable as error:
     print(error, file=sys.stderr, flush=True)
     os._exit(3)
@@ -170,7 +153,7 @@ def engine(name: str, *, wanted: bool) -> Finding:
     """The state of engine ``name`` on this host; ``wanted`` makes its absence a failure."""
     check = f"engine {name}"
     state = FAIL if wanted else NOTE
-    command = [sys.executable, "-c", _EXAMINE.format(examiner=_EXAMINERS[name])]
+    command = [sys.executable, "-c", _EXAMINE, name]
     try:
         done = subprocess.run(  # noqa: S603 - this very Python, and a constant
             command, capture_output=True, text=True, errors="replace", check=False, timeout=_IMPORT_TIMEOUT_S

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vllm_rfork.engines.registry import ENGINES
+from vllm_rfork.engines.registry import ENGINES, engine_names
 from vllm_rfork.selftest.processes import CODES, run
 from vllm_rfork.selftest.roles import Trial
 
@@ -30,7 +30,7 @@ class Size(click.ParamType[int]):
 
 
 @click.command(epilog="Exit status: " + "; ".join(f"{code} {text}" for code, text in CODES.items()) + ".")
-@click.option("--engine", type=click.Choice(sorted(ENGINES)), required=True, help="transfer engine to test")
+@click.option("--engine", type=click.Choice(sorted(engine_names())), required=True, help="transfer engine to test")
 @click.option("--device", default="cpu", show_default=True, help="receiver's torch device: cpu, cuda:0, npu:0")
 @click.option("--seed-device", default=None, help="seed's device  [default: the receiver's]")
 @click.option("--size", "nbytes", type=Size(), default="256M", show_default=True, help="bytes to fork")
@@ -51,7 +51,7 @@ def selftest(ctx: click.Context, /, seed_device: str | None, host: str | None, *
     Run this first on new hardware. It starts a seed and a receiver on this machine, transfers the bytes with the
     engine that vLLM would use, and prints seconds and GB/s.
     """
-    if host is not None and (hint := ENGINES[given["engine"]].host_hint):
+    if host is not None and (row := ENGINES.get(given["engine"])) and (hint := row.host_hint):
         raise click.UsageError(f"--host has no effect on engine {given['engine']}: {hint}")
     report = run(Trial(seed_device=seed_device or given["device"], host=host or "127.0.0.1", **given))
     for line in report.lines:

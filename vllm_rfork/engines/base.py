@@ -56,6 +56,18 @@ class TransferEngine(abc.ABC):
     #: Default bounds for one ``read``; ``rfork_max_batch_bytes`` lowers or raises the first.
     limits: ClassVar[Limits]
 
+    @classmethod
+    def self_check(cls) -> str:
+        """Load the native parts as ``open`` does; returns what works on this machine, for ``vllm-rfork doctor``.
+
+        Runs in a process of its own, which may crash.
+
+        Raises:
+            EngineUnavailable: something is not installed.
+            EngineError: something does not work.
+        """
+        return "its adapter can be imported"
+
     @abc.abstractmethod
     def open(self, config: EngineConfig) -> None:
         """Start the engine. Raises :class:`EngineUnavailable` where its package is missing."""

@@ -1,29 +1,36 @@
-"""Which engine a name means, and how to install it: imported on first use, never before."""
+"""The engines by name: adapters, install hints, default devices. An adapter is imported when it is first used.
+
+The engines of this package are rows of :data:`ENGINES`. Another distribution adds one by an entry point in the group
+``vllm_rfork.engines``: its name is the engine's name, its object a subclass of
+:class:`~vllm_rfork.engines.base.TransferEngine`. It cannot replace an engine of this package.
+"""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 
 from vllm_rfork.engines.base import TransferEngine
-from vllm_rfork.errors import ConfigError
+from vllm_rfork.errors import ConfigError, EngineUnavailable
+
+GROUP = "vllm_rfork.engines"
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine.
+    """An engine of this package.
 
     Attributes:
-        module, cls: the adapter's.
-        hint: the command that installs what it needs.
-        host_hint: how to choose the network interface, for an engine that does not listen on ``EngineConfig.host``;
-            empty for one that does.
+        module, cls: the adapter.
+        hint: how to install what it needs.
+        host_hint: how to select the network interface, for an engine that ignores ``EngineConfig.host``.
     """
 
     module: str
     cls: str
     hint: str
-    host_hint: str = ""
+    host_hint: str | None = None
 
 
 ENGINES: dict[str, EngineRow] = {
@@ -39,7 +46,7 @@ ENGINES: dict[str, EngineRow] = {
     "cuda_ipc": EngineRow(
         "vllm_rfork.engines.cuda_ipc.engine",
         "CudaIpcEngine",
-        "it needs the NVIDIA driver alone, no package",
+        "install the NVIDIA driver; in a container, the NVIDIA container toolkit mounts it",
         host_hint="it uses no network",
     ),
     "memory": EngineRow(
@@ -50,31 +57,73 @@ ENGINES: dict[str, EngineRow] = {
     ),
 }
 
-#: ``rfork_engine=auto``: by torch device type.
+#: The engine of ``rfork_engine=auto``, by torch device type.
 DEFAULT_ENGINE: dict[str, str] = {"npu": "yuanrong", "cuda": "nixl", "cpu": "nixl"}
 
 
+def engine_names() -> list[str]:
+    """The names of all engines, those of other distributions last."""
+    return [*ENGINES, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(ENGINES))]
+
+
+def install_hint(name: str) -> str:
+    """How to install what one of this package's engines needs."""
+    return ENGINES[name].hint
+
+
 def engine_class(name: str) -> type[TransferEngine]:
-    """The adapter class called ``name``; importing it does not import the engine's native package.
+    """The adapter class called ``name``. Importing it does not import the engine's native package.
 
     Raises:
-        ConfigError: there is no engine of that name.
+        ConfigError: no engine has that name, or two distributions have one.
+        EngineUnavailable: another distribution's engine cannot be imported, or is not an engine of that name.
     """
-    row = ENGINES.get(name)
-    if row is None:
-        raise ConfigError("rfork_engine", f"there is no engine {name!r}", "auto, " + ", ".join(ENGINES))
-    cls: type[TransferEngine] = getattr(importlib.import_module(row.module), row.cls)
-    return cls
+    if (row := ENGINES.get(name)) is not None:
+        cls: type[TransferEngine] = getattr(importlib.import_module(row.module), row.cls)
+        return cls
+    found = list(entry_points(group=GROUP, name=name))
+    if not found:
+        raise ConfigError("rfork_engine", f"there is no engine {name!r}", "auto, " + ", ".join(engine_names()))
+    if len(found) > 1:
+        owners = ", ".join(sorted(_owner(entry) for entry in found))
+        raise ConfigError("rfork_engine", f"engine {name!r} is in several distributions ({owners})", "any other engine")
+    return _load(found[0])
+
+
+def _load(entry: EntryPoint) -> type[TransferEngine]:
+    owner = _owner(entry)
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        text = f"{entry.value} of {owner} cannot be imported: {type(error).__name__}: {error}"
+        raise EngineUnavailable(entry.name, text, hint=f"install a working {owner}") from error
+    problem = None
+    if not (isinstance(loaded, type) and issubclass(loaded, TransferEngine)):
+        problem = "is not a subclass of TransferEngine"
+    elif missing := sorted(loaded.__abstractmethods__):
+        problem = f"lacks {', '.join(missing)}"
+    elif loaded.name != entry.name:
+        problem = f"is called {loaded.name!r}, not {entry.name!r}"
+    if problem is not None:
+        text = f"{entry.value} of {owner} {problem}"
+        raise EngineUnavailable(entry.name, text, hint=f"report it to the authors of {owner}")
+    engine: type[TransferEngine] = loaded
+    return engine
+
+
+def _owner(entry: EntryPoint) -> str:
+    """The distribution of an entry point, with its version."""
+    dist = entry.dist
+    return "an unknown distribution" if dist is None else f"{dist.name} {dist.version}"
 
 
 def engine_for_device(device_type: str) -> str:
-    """The engine that ``auto`` means on a torch device type.
+    """The engine that ``auto`` selects for a torch device type.
 
     Raises:
-        ConfigError: no engine is known for it.
+        ConfigError: there is none.
     """
     if device_type not in DEFAULT_ENGINE:
-        raise ConfigError(
-            "rfork_engine", f"auto knows no engine for device type {device_type!r}", "one of " + ", ".join(ENGINES)
-        )
+        problem = f"auto selects no engine for device type {device_type!r}"
+        raise ConfigError("rfork_engine", problem, "one of " + ", ".join(engine_names()))
     return DEFAULT_ENGINE[device_type]

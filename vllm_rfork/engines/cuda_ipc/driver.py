@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable
 
 NAME = "cuda_ipc"
@@ -22,7 +23,6 @@ _NON_BLOCKING_STREAM = 1
 _LAZY_PEER_ACCESS = 1
 #: The allocation of the handle does not exist any more, or never did.
 _SEEDS_FAILURES = frozenset({"CUDA_ERROR_INVALID_HANDLE", "CUDA_ERROR_INVALID_VALUE"})
-_HINT = "it comes with the NVIDIA driver; in a container, the NVIDIA container toolkit mounts it"
 
 
 class _Handle(ctypes.Structure):
@@ -70,7 +70,7 @@ def _library() -> Any:
             function = getattr(library, name)
             function.argtypes, function.restype = types, ctypes.c_int
     except (OSError, AttributeError) as error:
-        raise EngineUnavailable(NAME, f"the CUDA driver cannot be loaded: {error}", hint=_HINT) from error
+        raise EngineUnavailable(NAME, f"the CUDA driver cannot be loaded: {error}", hint=install_hint(NAME)) from error
     return library
 
 

@@ -83,6 +83,12 @@ class CudaIpcEngine(TransferEngine):
 
     # -- the port ------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def self_check(cls) -> str:
+        """Load the driver and retain the first device's context."""
+        Driver(0).release()
+        return "the CUDA driver loads, and there is a device"
+
     def open(self, config: EngineConfig) -> None:
         """Retain the device's primary context and make streams: milliseconds where torch has the context already.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from vllm_rfork.engines.nixl.peer import NAME
-from vllm_rfork.engines.registry import ENGINES
+from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable, Side
 
 #: Tried in this order. ``nixl`` is a thin package over one of the other two.
@@ -44,10 +44,10 @@ def load_bindings() -> Any:
         except ModuleNotFoundError as error:
             # Only the absence of that package means "try the next"; NIXL without its numpy is a broken install.
             if error.name not in {name, f"{name}._bindings"}:
-                raise EngineUnavailable(NAME, f"{name} needs {error.name}", hint=ENGINES[NAME].hint) from error
+                raise EngineUnavailable(NAME, f"{name} needs {error.name}", hint=install_hint(NAME)) from error
         except ImportError as error:
-            raise EngineUnavailable(NAME, f"{name} cannot be loaded: {error}", hint=ENGINES[NAME].hint) from error
-    raise EngineUnavailable(NAME, "NIXL is not installed", hint=ENGINES[NAME].hint)
+            raise EngineUnavailable(NAME, f"{name} cannot be loaded: {error}", hint=install_hint(NAME)) from error
+    raise EngineUnavailable(NAME, "NIXL is not installed", hint=install_hint(NAME))
 
 
 def native_errors(bindings: Any) -> tuple[type[BaseException], ...]:
@@ -93,7 +93,7 @@ class Agent:
             config.syncMode = self._native.NIXL_THREAD_SYNC_RW
             self._agent = self._native.nixlAgent(name, config)
             if "UCX" not in self._agent.getAvailPlugins():
-                raise EngineUnavailable(NAME, "this NIXL has no UCX plugin", hint=ENGINES[NAME].hint)
+                raise EngineUnavailable(NAME, "this NIXL has no UCX plugin", hint=install_hint(NAME))
             # A UCX setting through NIXL's parameter, not through the environment: other users of UCX in the process
             # keep theirs, and a UCX_PROTO_EMULATION_ENABLE that the user set wins.
             self._agent.createBackend(

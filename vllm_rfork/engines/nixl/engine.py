@@ -92,6 +92,12 @@ class NixlEngine(TransferEngine):
 
     # -- the port ------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def self_check(cls) -> str:
+        """Open an agent."""
+        Agent("rfork-doctor", "DRAM", emulation=False).destroy()
+        return "an agent opens, with UCX"
+
     def open(self, config: EngineConfig) -> None:
         """Make an agent: about half a second, with the GIL released."""
         kind, _, index = config.device.partition(":")

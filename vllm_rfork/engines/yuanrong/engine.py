@@ -93,6 +93,14 @@ class YuanRongEngine(TransferEngine):
 
     # -- the port ------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def self_check(cls) -> str:
+        """Load the wheel and the Ascend runtime."""
+        load_binding()
+        if not AclRuntime().has_device_memory:
+            return "its package and an Ascend runtime without device memory (a host stand-in) load"
+        return "its package and the Ascend runtime load"
+
     def open(self, config: EngineConfig) -> None:
         """Start the engine on a free port of ``config.host``.
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable, Side
 
 NAME = "yuanrong"
 MODULE = "yr.datasystem"
-HINT = "install it with: pip install 'vllm-rfork[ascend]'"
 ACL = "libascendcl.so"
 
 #: Every code of ``StatusCode`` (transfer-engine) and ``ErrorCode`` (datasystem); the contract tests compare.
@@ -63,8 +63,8 @@ def load_binding() -> Binding:
     except ModuleNotFoundError as error:
         # Only the absence of this very module means "not installed"; another one missing is told as it is.
         if error.name in (MODULE, MODULE.partition(".")[0]):
-            raise EngineUnavailable(NAME, f"the module {MODULE} is not installed", hint=HINT) from error
-        raise EngineUnavailable(NAME, f"{MODULE} cannot be imported: {error}", hint=HINT) from error
+            raise EngineUnavailable(NAME, f"the module {MODULE} is not installed", hint=install_hint(NAME)) from error
+        raise EngineUnavailable(NAME, f"{MODULE} cannot be imported: {error}", hint=install_hint(NAME)) from error
     except (ImportError, OSError) as error:
         raise _unloadable(error) from error
     try:
