@@ -5,10 +5,12 @@ Works on a GPU and on the host stand-in for the driver.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vllm_rfork.engines.cuda_ipc.driver import Driver
 
-#: The environment variable by which a suite asks its workers for such memory.
-DRIVER_MEMORY = "RFORK_TEST_DRIVER_MEMORY"
+#: The checkout, for processes that the contract tests start.
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class DriverBuffer:

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.contracts.driver_buffer import DRIVER_MEMORY
-from tests.contracts.engine_suite import MIB, PAGE, ROOT, EngineContract, Processes
+from tests.contracts.driver_buffer import ROOT
 from tests.standin import build
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.cuda_ipc.endpoint import decode
 from vllm_rfork.errors import EngineError
+from vllm_rfork.testing import MIB, PAGE, EngineContract, Processes
 
 ON_GPU = os.environ.get("RFORK_TEST_GPU") == "1"
 
@@ -27,12 +27,12 @@ ON_GPU = os.environ.get("RFORK_TEST_GPU") == "1"
 class TestCudaIpcEngine(EngineContract):
     engine: ClassVar[str] = "cuda_ipc"
     device: ClassVar[str] = "cuda:0"
+    buffer: ClassVar[str] = "tests.contracts.driver_buffer:DriverBuffer"
     memory_outlives_its_process: ClassVar[bool] = True
     faults: ClassVar[Mapping[str, object]] = {}
 
     def environment(self) -> Mapping[str, str]:
-        driver = {} if ON_GPU else build.cuda_environment(build.build(), **self.faults)
-        return {**driver, DRIVER_MEMORY: "1"}
+        return {} if ON_GPU else build.cuda_environment(build.build(), **self.faults)
 
     def test_tensors_of_one_allocation_share_a_handle(self, processes: Processes) -> None:
         seed = processes.start()

@@ -9,13 +9,13 @@ from typing import ClassVar
 
 import pytest
 
-from tests.contracts.engine_suite import EngineContract
 from tests.open_engines import open_engines
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, Faults, MemoryEngine, parse_faults
 from vllm_rfork.errors import ConfigError, EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
+from vllm_rfork.testing import EngineContract
 
 CONFIG = EngineConfig(device="cpu")
 N = 1000

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from tests.contracts.engine_suite import MIB, PAGE, ROOT, EngineContract, Processes, Remote, WorkerGone
+from tests.contracts.driver_buffer import ROOT
 from vllm_rfork.engines.nixl.peer import decode_endpoint, encode_endpoint
 from vllm_rfork.errors import EngineError
+from vllm_rfork.testing import MIB, PAGE, EngineContract, Processes, WorkerGone, WorkerProcess
 
 
 def changed(endpoint: str, **fields: Any) -> str:
@@ -112,7 +113,7 @@ class TestNixlOverTcp(EngineContract):
     def environment(self) -> Mapping[str, str]:
         return {"UCX_TLS": "tcp", "RFORK_NIXL_ALLOW_TCP": "1"}
 
-    def fence(self, processes: Processes, seed: Remote, source: int, nbytes: int) -> None:
+    def fence(self, processes: Processes, seed: WorkerProcess, source: int, nbytes: int) -> None:
         """The seed may die of the read that was given up; a dead seed owes nothing either."""
         try:
             super().fence(processes, seed, source, nbytes)

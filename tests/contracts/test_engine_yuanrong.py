@@ -16,12 +16,12 @@ from typing import ClassVar
 
 import pytest
 
-from tests.contracts.engine_suite import MIB, PAGE, ROOT, EngineContract, Processes, Remote
-from tests.contracts.engine_worker import pattern
+from tests.contracts.driver_buffer import ROOT
 from tests.standin import build, wheels
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.yuanrong.native import CODES
 from vllm_rfork.errors import EngineError
+from vllm_rfork.testing import MIB, PAGE, EngineContract, Processes, WorkerProcess, pattern
 
 #: What the engine's wait of 10 s becomes in the tests that let it run out.
 WAIT_S = 1.0
@@ -66,7 +66,7 @@ class YuanRongContract(EngineContract):
         options = {"receive_wait_s": str(WAIT_S)} if "wait_scale" in self.faults else {}
         return EngineConfig(device="cpu", host="127.0.0.1", timeout_s=20.0, options=options)
 
-    def start_with(self, processes: Processes, **faults: object) -> Remote:
+    def start_with(self, processes: Processes, **faults: object) -> WorkerProcess:
         self.faults = faults
         worker = processes.start()
         self.faults = {}
@@ -78,7 +78,7 @@ class YuanRongContract(EngineContract):
         nbytes: int,
         seed_faults: Mapping[str, object],
         receiver_faults: Mapping[str, object],
-    ) -> tuple[Remote, Remote, int, int, str]:
+    ) -> tuple[WorkerProcess, WorkerProcess, int, int, str]:
         """As ``seed_and_receiver``, with faults on either side."""
         seed, receiver = self.start_with(processes, **seed_faults), self.start_with(processes, **receiver_faults)
         source, target = seed.alloc(nbytes, seed=7), receiver.alloc(nbytes)
@@ -218,7 +218,7 @@ class YuanRongContract(EngineContract):
         assert receiver.elapsed_s < BOUND_S
         self.still_good_after_giving_up(processes, receiver, target)
 
-    def still_good_after_giving_up(self, processes: Processes, receiver: Remote, target: int) -> None:
+    def still_good_after_giving_up(self, processes: Processes, receiver: WorkerProcess, target: int) -> None:
         with contextlib.suppress(EngineError):
             receiver.close()
         receiver.call("free", address=target)

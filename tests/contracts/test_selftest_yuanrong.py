@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.contracts.engine_suite import ROOT
+from tests.contracts.driver_buffer import ROOT
 from tests.standin import build, wheels
 from vllm_rfork.selftest.processes import FAILED, GOOD, WRONG_BYTES
 

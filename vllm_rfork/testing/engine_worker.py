@@ -1,6 +1,6 @@
-"""A process that holds one engine and some memory and does what the contract suite tells it over a socket.
+"""A process with one engine and some memory, controlled by the contract suite over a socket.
 
-Run as ``python -m tests.contracts.engine_worker FD``; one JSON object a line in either direction. It runs under any
+Run as ``python -m vllm_rfork.testing.engine_worker FD``; one JSON object a line in either direction. It runs under any
 interpreter that has the package's light dependencies and the engine's own.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,6 @@ import time
 import traceback
 from typing import Any
 
-from tests.contracts.driver_buffer import DRIVER_MEMORY, DriverBuffer
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError, RForkError
@@ -33,24 +33,19 @@ class Worker:
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.engine: TransferEngine | None = None
-        self.buffers: dict[int, Buffer | DriverBuffer] = {}
+        self.buffers: dict[int, Buffer] = {}
 
     def new(self, name: str) -> None:
         self.engine = engine_class(name)()
 
-    def alloc(self, device: str, nbytes: int, seed: int) -> int:
-        """A buffer whose bytes are :func:`pattern` of ``seed`` (0: zeros)."""
-        buffer = self._buffer(device, nbytes)
+    def alloc(self, kind: str, device: str, nbytes: int, seed: int) -> int:
+        """A buffer of class ``kind`` (``module:class``) whose bytes are :func:`pattern` of ``seed`` (0: zeros)."""
+        module, _, name = kind.partition(":")
+        buffer: Buffer = getattr(importlib.import_module(module), name)(device, nbytes)
         self.buffers[buffer.address] = buffer
         if seed:
             buffer.write(0, pattern(seed, nbytes))
         return buffer.address
-
-    def _buffer(self, device: str, nbytes: int) -> Buffer | DriverBuffer:
-        """Memory of the CUDA driver itself where the suite asks for that, so that no torch is needed."""
-        if os.environ.get(DRIVER_MEMORY):
-            return DriverBuffer(device, nbytes)
-        return Buffer(device, nbytes)
 
     def fill(self, address: int, seed: int) -> None:
         buffer = self.buffers[address]
@@ -89,7 +84,7 @@ class Worker:
         self._engine().read(endpoint, [Segment(*segment) for segment in segments], timeout_s)
 
     def in_threads(self, calls: list[dict[str, Any]]) -> None:
-        """Run commands one after another, each in a thread of its own."""
+        """Run commands one after another, each on a thread of its own."""
         for call in calls:
             failures: list[BaseException] = []
             thread = threading.Thread(target=self._keep_failure, args=(call, failures))
@@ -165,11 +160,14 @@ def as_json(config: EngineConfig) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Serve until the suite closes the socket."""
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         stream = connection.makefile("rwb")
         Worker(stream).serve()
-    # Native threads that an engine failed to end must not keep the process: the suite has its answers.
-    threading.Thread(target=lambda: (time.sleep(5), os._exit(3)), daemon=True).start()
+    # Native threads that an engine failed to end must not keep the process alive: the suite has its answers.
+    timer = threading.Timer(5.0, os._exit, (3,))
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":
