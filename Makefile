@@ -20,7 +20,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
 # Branches of the package that the tests of `make test` reach, with those of its processes; the floor is a little below
-COVERAGE := --cov --cov-report= --cov-fail-under=80
+COVERAGE := --cov --cov-report= --cov-fail-under=94
 
 # No access to a model hub, no usage reports, and no influence of the caller's Python.
 export HF_HUB_OFFLINE := 1

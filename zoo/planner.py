@@ -34,7 +34,7 @@ def meeting_port() -> int:
 
     For a port that is bound long after it was chosen: engines and seeds let the system assign theirs.
     """
-    for port in random.sample(range(20000, 32000), 100):
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):  # forked processes share a seed
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

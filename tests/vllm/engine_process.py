@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.observe import digests_of, watching
-from zoo.planner import free_port
+from zoo.planner import free_port, meeting_port
 
 __all__ = ["Loaded", "digests_of", "distributed", "free_port", "load", "load_digested", "vllm_config"]
 
@@ -52,7 +52,7 @@ def distributed(config: Any) -> Iterator[None]:
     with set_current_vllm_config(config):
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.init_distributed_environment(
-                1, 0, f"tcp://127.0.0.1:{free_port()}", local_rank=0, backend="gloo"
+                1, 0, f"tcp://127.0.0.1:{meeting_port()}", local_rank=0, backend="gloo"
             )
             parallel_state.ensure_model_parallel_initialized(1, 1)
         yield
