@@ -13,7 +13,7 @@ import yaml
 
 from vllm_rfork.config import ENVIRONMENT, parse_config
 from vllm_rfork.engines.registry import ENGINES
-from vllm_rfork.messages import HEALTHZ, METRICS, READYZ, parse_labels
+from vllm_rfork.messages import HEALTHZ, METRICS, parse_labels
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, check_environment, settings_from
 
@@ -29,6 +29,7 @@ API_VERSIONS = {
     "Deployment": "apps/v1",
     "StatefulSet": "apps/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
+    "PodDisruptionBudget": "policy/v1",
     "ServiceMonitor": "monitoring.coreos.com/v1",
 }
 #: Brought by whoever deploys.
@@ -123,15 +124,25 @@ def test_services_and_policies_choose_pods_that_exist() -> None:
                 assert all(node["port"] in ports_of(pod) for pod in pods)
 
 
-def test_planners_of_which_one_is_ready_can_be_updated_and_drained() -> None:
-    """Only the leading replica is ready: whatever waits for a second ready one waits for ever."""
-    spec = named("Deployment", "rfork-planner")["spec"]
-    assert spec["replicas"] == 2
-    assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": "100%"}
+def test_planners_can_be_updated_and_drained_one_after_the_other() -> None:
+    """A standby is ready, too: what waits for ready replicas would wait for ever if only the leader were."""
+    spec = named("StatefulSet", "rfork-planner")["spec"]
+    assert (spec["replicas"], spec["podManagementPolicy"]) == (2, "Parallel")
     (box,) = spec["template"]["spec"]["containers"]
-    assert box["readinessProbe"]["httpGet"]["path"] == "/readyz"
-    assert {box[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe")} == {"/healthz"}
-    assert not [each for path in FOLDER.glob("*.yaml") if "kind: PodDisruptionBudget" in (each := path.read_text())]
+    probes = ("startupProbe", "readinessProbe", "livenessProbe")
+    assert {box[probe]["httpGet"]["path"] for probe in probes} == {HEALTHZ}
+    (budget,) = things("PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 1
+    assert chosen(budget["spec"]["selector"]["matchLabels"]) == [spec["template"]]
+
+
+def planner_urls() -> str:
+    """The addresses of the planner's pods, which its headless Service names."""
+    replicas, service = named("StatefulSet", "rfork-planner")["spec"], named("Service", "rfork-planner")
+    assert service["spec"]["clusterIP"] == "None"
+    assert replicas["serviceName"] == service["metadata"]["name"]
+    port = service["spec"]["ports"][0]["port"]
+    return ",".join(f"http://rfork-planner-{each}.rfork-planner:{port}" for each in range(replicas["replicas"]))
 
 
 def test_the_engines_ports_are_open_to_workers_alone() -> None:
@@ -147,7 +158,7 @@ def test_the_engines_ports_are_open_to_workers_alone() -> None:
             assert [each["port"] for each in rule["ports"]] == ["api"]
     redis = named("NetworkPolicy", "rfork-redis")["spec"]["ingress"]
     assert [chosen(each["podSelector"]["matchLabels"]) for rule in redis for each in rule["from"]] == [
-        [named("Deployment", "rfork-planner")["spec"]["template"]]
+        [named("StatefulSet", "rfork-planner")["spec"]["template"]]
     ]
 
 
@@ -201,12 +212,10 @@ def test_the_planners_settings_are_settings_and_fit_the_rest() -> None:
     url = named("Secret", "rfork-redis")["stringData"]["url"]
     given = {name.removeprefix(ENVIRONMENT_PREFIX).lower(): value for name, value in data.items()}
     settings = settings_from({**given, "store": url})
-    pod = named("Deployment", "rfork-planner")["spec"]["template"]
+    pod = named("StatefulSet", "rfork-planner")["spec"]["template"]
     assert ports_of(pod) == {"http": settings.port}
     assert f"@rfork-redis:{ports_of(chosen({'app.kubernetes.io/name': 'rfork-redis'})[0])['redis']}/" in url
     (box,) = pod["spec"]["containers"]
-    assert {box[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe")} == {HEALTHZ}
-    assert box["readinessProbe"]["httpGet"]["path"] == READYZ
     assert str(settings.token_file).startswith(box["volumeMounts"][0]["mountPath"] + "/")
     # Those who wait are sent away, then requests under way end: either may take the whole time.
     assert pod["spec"]["terminationGracePeriodSeconds"] > 2 * settings.drain_sec
@@ -223,8 +232,7 @@ def test_redis_has_every_write_on_disk_before_it_is_answered() -> None:
 @pytest.mark.parametrize("name", ["rfork-vllm-ascend", "rfork-vllm-cuda"])
 def test_workers_are_given_options_that_exist_and_reach_the_planner(name: str) -> None:
     settings = parse_config(json.loads(named("ConfigMap", name)["data"]["extra-config.json"]), {}).settings
-    service = named("Service", "rfork-planner")
-    assert settings.rfork_scheduler_url == f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    assert settings.rfork_scheduler_url == planner_urls()
     assert not settings.missing
     assert settings.rfork_engine in ENGINES
     pod = named("Deployment", name)["spec"]["template"]

@@ -153,7 +153,7 @@ def test_the_schemas_are_years_apart() -> None:
 
 
 def planner() -> Thing:
-    return named("Deployment", "rfork-planner")
+    return named("StatefulSet", "rfork-planner")
 
 
 WRONG: dict[str, tuple[Callable[[], Thing], Callable[[Any], object]]] = {
