@@ -1,0 +1,38 @@
+"""Links between the pages lead somewhere, and the files that they name exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+#: Pages that name files of vLLM-Ascend, and the one about the past.
+OTHER_SOURCES = {"ascend.md", "interop.md", "CHANGELOG.md"}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_every_link_leads_to_a_page_and_a_heading(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in OTHER_SOURCES], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|yaml|txt|toml))`", page.read_text(encoding="utf-8"))
+    named = [name for name in named if not name.startswith("build/")]
+    bases = (ROOT, ROOT / "vllm_rfork", ROOT / "vllm_rfork" / "vllm_compat", ROOT / "docs")
+    assert [name for name in named if not any((base / name).exists() for base in bases)] == []
