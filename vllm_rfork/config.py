@@ -1,8 +1,7 @@
-"""The settings: read from ``--model-loader-extra-config`` first, from the environment second.
+"""A worker's settings, from ``--model-loader-extra-config`` first and from the environment second.
 
-Option names are the user's guide's. Each field says its unit, its default and the reason for it. Keys that begin
-with ``rfork_`` and are not listed here fail the start, since a misspelt option that is silently ignored is found
-out in an outage; all other unknown keys belong to the fallback loader. Must not import torch or vLLM.
+Option names are those of the user's guide. An unknown key that begins with ``rfork_`` fails the start: an ignored
+misspelling would be noticed in an outage. All other unknown keys belong to the fallback loader.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from vllm_rfork import messages
 from vllm_rfork.errors import ConfigError
 
-#: Option → environment variable that is asked when the extra config does not have it. The first five are the
-#: guide's; the token has one because a secret does not belong on a command line, and the others because an
-#: orchestrator knows them (files that it mounts, the machine that it chose) and the extra config is the same for all.
+#: Option → environment variable that is read if the extra config does not have it. The first five are the guide's. The
+#: token has one because a secret does not belong on a command line, the others because an orchestrator sets them for
+#: each machine (files that it mounts, labels), while the extra config is the same for all.
 ENVIRONMENT: dict[str, str] = {
     "model_url": "MODEL_URL",
     "model_deploy_strategy_name": "MODEL_DEPLOY_STRATEGY_NAME",
@@ -43,10 +42,10 @@ ENVIRONMENT: dict[str, str] = {
     "rfork_seed_tls_client_ca_file": "RFORK_SEED_TLS_CLIENT_CA_FILE",
 }
 
-#: Two ways to say one thing: where the extra config uses either, neither is looked for in the environment.
+#: Two forms of one option: if the extra config has either, neither is read from the environment.
 _EITHER = ("rfork_token", "rfork_token_file")
 
-#: Without these nothing can be matched: one WARNING, the default loader, no seed.
+#: Without these a worker logs one WARNING, loads with the default loader and does not become a seed.
 NEEDED = ("model_url", "model_deploy_strategy_name", "rfork_scheduler_url")
 
 #: Addresses of one planner: its replicas, or what stands before them.
@@ -57,13 +56,13 @@ _SEPARATOR = "rfork_seed_key_separator"
 
 
 def base_url(value: str) -> str:
-    """A planner's base URL in the form that every part of the package uses: without spaces around it and last slashes.
+    """A planner's base URL, without spaces around it and slashes at its end; an empty text is returned unchanged.
 
-    It is ``http://`` or ``https://``, a host, and optionally a port from 1 to 65535 and a path. A user and a password
-    may stand before the host. The empty text is returned as it is: no planner.
+    It consists of ``http://`` or ``https://``, optionally a user and a password, a host, and optionally a port from 1
+    to 65535 and a path.
 
     Raises:
-        ValueError: the text is not such a URL. Its message does not quote the URL, which may contain a password.
+        ValueError: not such a URL. The text does not quote the URL, which may contain a password.
     """
     value = value.strip()
     if not value:
@@ -76,7 +75,7 @@ def base_url(value: str) -> str:
         raise ValueError("a base URL has no query and no fragment")
     match = _AUTHORITY.match(value.partition("://")[2].partition("/")[0])
     if match is None or (match["port"] is not None and not 1 <= int(match["port"]) <= 65535):
-        raise ValueError("what follows :// is not a host and a port from 1 to 65535")
+        raise ValueError("after :// there must be a host, and optionally a port from 1 to 65535")
     _check_host(match["host"].strip("[]"), bracketed=match["host"].startswith("["))
     return value.rstrip("/")
 
@@ -107,12 +106,12 @@ def planner_urls(value: str) -> str:
 _NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]|\s")
 #: Optionally a user and a password; a name or an address, IPv6 in brackets; optionally a port.
 _AUTHORITY = re.compile(r"(?:[^\[\]@]*@)?(?P<host>\[[^\[\]]+\]|[^:\[\]]+)(:(?P<port>[0-9]{1,5}))?\Z")
-#: As RFC 1123 has it, and the underscore, which container runtimes put into names.
+#: RFC 1123, and the underscore, which container runtimes use in names.
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)\Z")
 
 
 def _check_host(host: str, *, bracketed: bool) -> None:
-    """Raise ValueError if no resolver can know ``host``: a name or a literal address, without brackets."""
+    """Raise ValueError if ``host`` is neither a name nor a literal address, without brackets."""
     if bracketed:
         ipaddress.IPv6Address(host)  # its error is a ValueError that names the address
         return
@@ -127,7 +126,7 @@ def _check_host(host: str, *, bracketed: bool) -> None:
 
 
 def _stripped(value: Any) -> Any:
-    """Text without the white space around it: a value read from a file or a Secret often ends in a line break."""
+    """Strip text: a value from a file or a Secret often ends with a line break."""
     return value.strip() if isinstance(value, str) else value
 
 
@@ -138,10 +137,10 @@ def _one_line(value: str) -> str:
 
 
 def _load_format(value: str) -> str:
-    """A load format in lower case; this package's own would make the loader fall back to itself."""
+    """A load format in lower case. With this package's own, the loader would fall back to itself."""
     value = value.strip().lower()
     if value in ("", "rfork"):
-        raise ValueError("not a format that reads storage")
+        raise ValueError("not a format that reads from storage")
     return value
 
 
@@ -150,7 +149,7 @@ _MAX_LABELS = messages.MAX_LABELS - 1
 
 
 def _labels(value: str) -> str:
-    """``host=a,rack=b`` without the labels that have no value: a variable may be empty on some machines."""
+    """``host=a,rack=b`` without the labels whose value is empty: a variable may be empty on some machines."""
     labels = messages.parse_labels(value)
     if len(labels) > _MAX_LABELS:
         raise ValueError(f"{len(labels)} labels")
@@ -161,12 +160,12 @@ PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Line = Annotated[str, AfterValidator(_one_line)]
-#: In vLLM's spelling: it ignores case, too.
+#: vLLM ignores case, too.
 LoadFormat = Annotated[str, AfterValidator(_one_line), AfterValidator(_load_format)]
-#: Not stripped: a space may be meant.
+#: Not stripped: a space may be intended.
 Separator = Annotated[str, AfterValidator(_one_line), Field(min_length=1, max_length=16)]
 
-#: What each kind of field accepts, in a user's words, for the error that fails the start.
+#: Accepted values of each kind of field, for the error that fails the start.
 _ACCEPTS: dict[Any, str] = {
     PositiveSeconds: "a finite number of seconds greater than 0",
     Seconds: "a finite number of seconds, 0 or more",
@@ -177,9 +176,9 @@ _ACCEPTS: dict[Any, str] = {
 
 
 class Settings(BaseModel):
-    """Everything a worker can be told; see ``docs`` for the same table in prose."""
+    """All options of a worker; README.md describes them for users."""
 
-    # The cause of a ConfigError is logged with it, and an input may be a token or an address with a password.
+    # The cause of a ConfigError is logged with it, and an input may be a token or a URL with a password.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     #: Logical model identifier; part of the seed key.
@@ -188,17 +187,17 @@ class Settings(BaseModel):
     model_deploy_strategy_name: Line = ""
     #: Base URL of the planner, or of its replicas, separated by commas.
     rfork_scheduler_url: Annotated[str, AfterValidator(planner_urls)] = ""
-    #: How long the own seed service may take to become healthy.
+    #: Bound in seconds until this worker's seed service is healthy.
     rfork_seed_timeout_sec: PositiveSeconds = 30.0
-    #: Between the parts of the seed key; equal across compatible instances.
+    #: Separator of the parts of the seed key; equal across compatible instances.
     rfork_seed_key_separator: Separator = "$"
-    #: Bound on one request, and on all that an unreachable planner may cost a start.
+    #: Bound of one request, and of the total delay of a start by an unreachable planner.
     rfork_request_timeout_sec: PositiveSeconds = 10.0
-    #: Planners drop a seed unseen for 60 s; half of that survives one lost beat.
+    #: Planners drop a seed after 60 s without a heartbeat; half of that allows for one lost heartbeat.
     rfork_heartbeat_interval_sec: PositiveSeconds = 30.0
-    #: Where the seed service listens.
+    #: Address on which the seed service listens.
     rfork_seed_bind_host: Line = "0.0.0.0"  # noqa: S104 - receivers are on other hosts; the guide's behaviour
-    #: The address that is announced; empty: found out from the route to the planner.
+    #: The announced address; empty: the local address of the route to the planner.
     rfork_seed_advertise_host: Line = ""
     #: 0: a random port; else base + 2 * local rank + (1 for a draft).
     rfork_seed_port_base: Annotated[int, Field(ge=0, le=65000)] = 0
@@ -206,51 +205,50 @@ class Settings(BaseModel):
     rfork_engine: Line = "auto"
     #: auto: checkpoint on CPU, runtime on accelerators.
     rfork_layout: Literal["auto", "checkpoint", "runtime"] = "auto"
-    #: full: every byte that arrived is checked against the seed's digests; sample: one span in eight; off: none.
+    #: full: verify every byte against the seed's digests; sample: one span in eight; off: none.
     rfork_verify: Literal["full", "sample", "off"] = "full"
-    #: The load format that is used when there is nobody to fork from.
+    #: The load format if there is no seed.
     rfork_fallback_load_format: LoadFormat = "auto"
-    #: false: fork, but offer nothing to others.
+    #: false: fork, but publish nothing.
     rfork_become_seed: bool = True
     #: Bytes per native call; None: the engine's own bound.
     rfork_max_batch_bytes: PositiveInt | None = None
-    #: How long one fork may take in all; a fork that takes longer gives up and loads from storage.
+    #: Bound of one whole fork in seconds; after it the worker loads from storage.
     rfork_fork_timeout_sec: PositiveSeconds = 600.0
-    #: The longest wait for a seed; 0: do not wait. None: as long as the planner expects waiting to be faster than
-    #: reading storage, by what it has measured; planners that measure nothing answer at once.
+    #: The longest wait for a seed; 0: do not wait. None: as long as the planner, by its measurements, expects a wait to
+    #: be faster than storage; planners that measure nothing answer at once.
     rfork_seed_wait_sec: Seconds | None = None
     #: Bearer token for planner and seed services; better given in the environment, or in a file.
     rfork_token: Annotated[Line, Field(repr=False)] = ""
     #: The same from a file, re-read when it changes: one token a line. The first is sent, both are accepted.
     rfork_token_file: Line = ""
-    #: Where this worker stands, ``host=a,rack=b,zone=c,nic=d``; planners choose near seeds by it. ``host`` is the
-    #: hostname where it is not given.
+    #: This worker's location, ``host=a,rack=b,zone=c,nic=d``, by which planners select near seeds. ``host`` defaults to
+    #: the hostname.
     rfork_labels: Annotated[Line, AfterValidator(_labels)] = ""
-    #: Leases that this seed carries at once; 0: the planner's own number.
+    #: Leases that this seed carries at once; 0: the planner decides.
     rfork_seed_slots: Annotated[int, Field(ge=0, le=1000)] = 0
-    #: PEM: the CAs that planner and seeds are checked against; empty: the system's.
+    #: PEM: CAs of planner and seeds; empty: the system's.
     rfork_tls_ca_file: Line = ""
-    #: PEM: this worker's certificate and chain, shown to planner and seeds, and the seed service's own.
+    #: PEM: certificate and chain of this worker, as client and as seed service.
     rfork_tls_cert_file: Line = ""
     #: PEM: its private key; empty: in the same file.
     rfork_tls_key_file: Line = ""
-    #: off: seeds speak http. require: https only, own and others'. prefer: https where the other side has it.
+    #: off: seeds use http. require: seeds use https. prefer: https if the other side supports it.
     rfork_seed_tls: Literal["off", "prefer", "require"] = "off"
-    #: The name that seeds' certificates must hold; empty: the address under which the seed is announced.
+    #: Name that seeds' certificates must contain; empty: the announced address of the seed.
     rfork_seed_tls_name: Line = ""
-    #: PEM: the own seed service asks callers for a certificate that one of these CAs signed.
+    #: PEM: CAs of callers; with them, the seed service requires a certificate from its callers.
     rfork_seed_tls_client_ca_file: Line = ""
 
     @property
     def missing(self) -> list[str]:
-        """The options without which nothing can be matched and which are not set."""
+        """Required options (:data:`NEEDED`) that are not set."""
         return [name for name in NEEDED if not getattr(self, name)]
 
     def labels(self, hostname: str) -> str:
-        """What this worker says of where it stands: ``rfork_labels``, and the hostname where they name no host.
+        """``rfork_labels``, and the hostname as ``host`` if they do not have that.
 
-        Workers with one hostname are on one machine, in one pod, or (in containers of other kinds) alone: never on
-        two machines, unless nobody gave those a name.
+        Workers with the same hostname are on one machine or in one pod; ``localhost`` is the exception.
         """
         given = self.rfork_labels
         named = any(each.startswith("host=") for each in given.split(","))
@@ -268,14 +266,14 @@ class ParsedConfig:
 
 
 def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> ParsedConfig:
-    """Settings from the extra config, with the environment for what it leaves out.
+    """Settings from the extra config, and from the environment for options that it does not have.
 
     Args:
         extra_config: ``model_loader_extra_config`` as vLLM parsed it.
         environment: defaults to ``os.environ``.
 
     Raises:
-        ConfigError: names the first field that is wrong, or an ``rfork_`` key that does not exist.
+        ConfigError: a field is wrong, or an ``rfork_`` key does not exist; the text names it.
     """
     if extra_config is not None and not isinstance(extra_config, Mapping):
         raise ConfigError("model_loader_extra_config", f"is a {type(extra_config).__name__}", "a JSON object")
@@ -307,7 +305,7 @@ def parse_config(extra_config: Mapping[str, Any] | None, environment: Mapping[st
 
 
 def _unknown_option(key: str) -> ConfigError:
-    """The error for a key that looks like an option of this package and is not one; suggests the nearest name."""
+    """The error for an unknown ``rfork_`` key; suggests the nearest name."""
     known = [name for name in Settings.model_fields if name.startswith(_PREFIX)]
     near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -315,10 +313,10 @@ def _unknown_option(key: str) -> ConfigError:
 
 
 def _no_blank_token(given_here: Mapping[str, Any], decided: Container[str], environment: Mapping[str, str]) -> None:
-    """Reject a token that is set and blank, such as from an empty Secret, and a file of tokens whose name is blank.
+    """Reject a blank token, such as from an empty Secret, and a blank name of a token file.
 
     Raises:
-        ConfigError: without a token the seed service would be open to all, which nobody wanted who set the variable.
+        ConfigError: the seed service would be open to everyone although a token was intended.
     """
     file_variable = ENVIRONMENT["rfork_token_file"]
     named = "" if "rfork_token_file" in decided else environment.get(file_variable, "")
@@ -334,24 +332,24 @@ def _no_blank_token(given_here: Mapping[str, Any], decided: Container[str], envi
 
 
 def _check_together(settings: Settings) -> None:
-    """What is right alone and wrong together.
+    """Check options that depend on each other.
 
     Raises:
-        ConfigError: names the field that cannot be what it is.
+        ConfigError: an option conflicts with another one.
     """
     if settings.rfork_token and settings.rfork_token_file:
-        raise ConfigError("rfork_token_file", "rfork_token is given as well", "a path, where there is no rfork_token")
+        raise ConfigError("rfork_token_file", "rfork_token is given as well", "a path, if rfork_token is not set")
     if settings.rfork_tls_key_file and not settings.rfork_tls_cert_file:
         raise ConfigError("rfork_tls_key_file", "there is no rfork_tls_cert_file", "a path beside the certificate's")
     if settings.rfork_seed_tls != "off" and settings.rfork_become_seed and not settings.rfork_tls_cert_file:
         raise ConfigError("rfork_seed_tls", "there is no rfork_tls_cert_file", "off, or a certificate beside it")
     if settings.rfork_seed_tls_client_ca_file and settings.rfork_seed_tls != "require":
         problem = f"rfork_seed_tls is {settings.rfork_seed_tls}, so callers need no certificate"
-        raise ConfigError("rfork_seed_tls_client_ca_file", problem, "a path, where rfork_seed_tls is require")
+        raise ConfigError("rfork_seed_tls_client_ca_file", problem, "a path, if rfork_seed_tls is require")
 
 
 def _from_text(name: str, variable: str, text: str) -> Any:
-    """An environment variable's text as the type of its option."""
+    """The text of an environment variable, converted to the type of its option."""
     kind = Settings.model_fields[name].annotation
     if kind not in (float, int):
         return text

@@ -1,8 +1,7 @@
 """Identity of a worker's weights: the seed key, which users declare, and the fingerprint, which they cannot.
 
-Equal seed keys mean "may be paired"; equal fingerprints mean "the bytes are interchangeable". The key is the
-installed base's and pinned by tests. Plain data only: what vLLM's configuration objects say is read in
-``vllm_compat`` and arrives here as text and numbers. Must not import torch or vLLM.
+Equal seed keys mean "may be paired"; equal fingerprints mean "the bytes are interchangeable". The key's form is that
+of legacy workers and pinned by tests. ``vllm_compat`` reads vLLM's configuration objects and passes text and numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Raised whenever what the digest covers changes its meaning, so that old and new never agree by accident.
+#: Increased whenever a fact of the digest changes its meaning, so that old and new never agree by accident.
 FINGERPRINT_VERSION = 3
 
 #: ``kv_mode`` without a KV-transfer configuration.
@@ -22,7 +21,7 @@ KV_BOTH = "kv_both"
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Where a worker stands in its instance; ranks count from 0.
+    """A worker's place in its instance; ranks count from 0.
 
     Attributes:
         kv_mode: ``kv_transfer_config.kv_role``, or ``kv_both``.
@@ -30,8 +29,8 @@ class WorkerIdentity:
         pp_rank: None without pipeline parallelism.
         ep_rank: None without expert parallelism, or for a model without experts.
         is_draft: the worker loads the draft model of speculative decoding.
-        context_rank: rank in prefill context parallelism; the key has no place for it, so it is in the fingerprint.
-        local_rank: the worker's number on its node; not part of the key, it chooses the seed service's port.
+        context_rank: rank in prefill context parallelism. The key does not contain it, the fingerprint does.
+        local_rank: the worker's number on its node. The key does not contain it; it selects the seed service's port.
     """
 
     kv_mode: str
@@ -47,8 +46,8 @@ class WorkerIdentity:
 def build_seed_key(model_url: str, strategy: str, identity: WorkerIdentity, *, separator: str = "$") -> str:
     """The documented form: ``model_url$strategy$kv_mode$node_rank$[ppN$]tp_rank[$epN][$draft]``.
 
-    ``model_url`` and ``strategy`` are taken as they are, whatever text they hold: the installed base does the
-    same. ``messages.encode_text`` makes the key safe for a header.
+    ``model_url`` and ``strategy`` may be any text, as with legacy workers. ``messages.encode_text`` makes the key safe
+    for a header.
     """
     return separator.join(seed_key_parts(model_url, strategy, identity).values())
 
@@ -56,7 +55,7 @@ def build_seed_key(model_url: str, strategy: str, identity: WorkerIdentity, *, s
 def seed_key_parts(model_url: str, strategy: str, identity: WorkerIdentity) -> dict[str, str]:
     """The parts of the seed key by name, in the key's order; each is a fact of the fingerprint as well.
 
-    The key alone is ambiguous where a part contains the separator: with ``-``, (``q-7b``, ``chat-prod``) and
+    The key alone is ambiguous if a part contains the separator: with ``-``, (``q-7b``, ``chat-prod``) and
     (``q-7b-chat``, ``prod``) have one key. The fingerprint tells such workers apart.
     """
     parts = {
@@ -79,11 +78,11 @@ def build_fingerprint(facts: Mapping[str, Any]) -> str:
     """Hexadecimal BLAKE2b-128 over the canonical JSON of ``facts``.
 
     Args:
-        facts: everything that shapes the bytes in memory; nested mappings, lists, text, numbers, booleans, None.
-            Key order does not matter.
+        facts: everything that determines the bytes in memory: nested mappings, lists, text, numbers, booleans, None.
+            The order of keys does not matter.
 
     Raises:
-        TypeError: a value that JSON cannot hold: it would not be canonical.
+        TypeError: a value has no JSON form and so no canonical one.
     """
     canonical = json.dumps(
         {"fingerprint_version": FINGERPRINT_VERSION, "facts": facts},

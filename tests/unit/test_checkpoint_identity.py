@@ -139,7 +139,7 @@ def test_a_file_that_is_still_being_written_has_no_identity(tmp_path: Path) -> N
     whole = path.stat().st_size
     for size in (whole - 1, whole // 2):
         os.truncate(path, size)
-        with pytest.raises(NoIdentity, match="shorter than its header says"):
+        with pytest.raises(NoIdentity, match="shorter than its header states"):
             identity(path)
 
 

@@ -56,7 +56,7 @@ def scripted(path: str, *statuses: int, method: str = "POST") -> tuple[web.Appli
     return app, seen
 
 
-# --- planners of the installed base -------------------------------------------------------------------------------
+# --- legacy planners ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,9 @@ async def test_a_manifest_that_breaks_off_is_an_error_not_a_short_manifest() -> 
             await SeedClient().manifest(address_of(url), KEY, FINGERPRINT)
 
 
-async def test_a_seed_of_the_installed_base_is_named_as_one() -> None:
+async def test_a_legacy_seed_is_named_as_one() -> None:
     async with seed({}) as (address, _):
-        with pytest.raises(SeedError, match="installed base"):
+        with pytest.raises(SeedError, match="legacy seed"):
             await SeedClient().manifest(address, KEY, FINGERPRINT)
 
 

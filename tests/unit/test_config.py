@@ -81,7 +81,7 @@ def test_the_environment_is_a_fallback_and_the_extra_config_wins(name: str) -> N
         ("rfork_scheduler_url", ",http://a:1", "number 1 is empty"),
         ("rfork_scheduler_url", "http://a:1,,http://b:1", "number 2 is empty"),
         ("rfork_scheduler_url", "http://a:1,b:1", "number 2: not an http"),
-        ("rfork_scheduler_url", "http://a:1,http://b:99999", "number 2: what follows"),
+        ("rfork_scheduler_url", "http://a:1,http://b:99999", "number 2: after ://"),
         ("rfork_scheduler_url", ",".join(f"http://h{n}" for n in range(9)), "or 8 with commas between"),
         ("rfork_scheduler_url", "http://h:99999", "http://planner:1223"),
         ("rfork_scheduler_url", "http://h:0", "http://planner:1223"),

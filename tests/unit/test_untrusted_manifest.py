@@ -335,7 +335,7 @@ def test_what_no_seed_sends_is_refused_before_it_takes_memory(what: str) -> None
         ({"epoch": "e" * 257}, "epoch of more than 256"),
         ({"layout": "e" * 257}, "layout of more than 256"),
         ({"state": {"a": 1 << 63}}, "too large a number"),
-        ({"state": {"a": 1}, "state_gone": ["b", "a"]}, "'a' of the seed's manifest is there and gone"),
+        ({"state": {"a": 1}, "state_gone": ["b", "a"]}, "'a' of the seed's manifest is both present and gone"),
     ],
 )
 def test_texts_and_numbers_have_bounds(fields: dict[str, Any], what: str) -> None:

@@ -94,7 +94,7 @@ def test_small_tensors_that_lie_in_one_storage_and_do_not_overlap_are_no_aliases
 def test_a_seed_that_does_not_say_which_small_tensors_share_memory_is_refused() -> None:
     ours = manifest_of(collect(scales(False), ELSEWHERE))
     silent = tuple(msgspec.structs.replace(entry, inline_group=None) for entry in ours.tensors)
-    with pytest.raises(ManifestMismatch, match="does not say which small tensors share memory"):
+    with pytest.raises(ManifestMismatch, match="does not report which small tensors share memory"):
         pair(ours, msgspec.structs.replace(ours, tensors=silent))
 
 
@@ -292,7 +292,7 @@ def test_what_one_side_alone_has_is_no_difference() -> None:
 
 
 def test_a_seed_that_does_not_say_how_it_was_built_is_refused() -> None:
-    assert list(built_differences({}, None)) == ["as built: the seed does not say how its model was built"]
+    assert list(built_differences({}, None)) == ["as built: the seed does not report its build signature"]
     assert list(built_differences(None, {"a": "True"})) == []
 
 

@@ -420,7 +420,7 @@ def test_epoch(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> 
         read(self, endpoint, batch, timeout_s)
 
     monkeypatch.setattr(MemoryEngine, "read", meanwhile)
-    refused(one.fork(), "no longer vouches for its weights")
+    refused(one.fork(), "is suspended")
 
     manager().withdraw("the next seed", last=True)
     seed = one.seed()

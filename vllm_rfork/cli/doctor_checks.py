@@ -70,7 +70,7 @@ class Finding:
 
 
 def planner(urls: str | None, timeout_s: float) -> list[Finding]:
-    """Whether the planner answers, is ready, and admits this caller; each replica by itself if there are several."""
+    """Check that the planner answers, is ready and admits this caller; each replica by itself if there are several."""
     if not urls:
         return [Finding("planner", NOTE, "no URL given", f"use --url http://host:1223, or set {URL_VARIABLE}")]
     try:
@@ -174,12 +174,12 @@ def engine(name: str, *, wanted: bool) -> Finding:
 
 
 def is_worker_host() -> bool:
-    """Whether vLLM is installed here, so that workers may start on this host; does not import it."""
+    """Check if vLLM is installed, so that workers may start on this host; does not import it."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def libunwind(*, wanted: bool) -> Finding:
-    """Whether the library is installed that the YuanRong wheels need and do not contain."""
+    """Check for the library that the YuanRong wheels need and do not contain."""
     try:
         ctypes.CDLL(UNWIND)
     except OSError:
@@ -189,7 +189,7 @@ def libunwind(*, wanted: bool) -> Finding:
 
 
 def cross_memory_attach() -> Finding:
-    """Whether one process may read another's memory, as engine nixl does between CPU workers of one machine.
+    """Check that one process may read another's memory, as engine nixl does between CPU workers of one machine.
 
     Tried between two children of this process: the kernel's rule for a parent and its child is milder.
     """

@@ -207,7 +207,7 @@ def seed_headers(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is sent to one address after the other."""
+    """A request, which may be sent to several addresses in turn."""
 
     method: str
     path: str

@@ -1,7 +1,7 @@
-"""Keeps a lease alive while its receiver reads, and knows when it is lost.
+"""Renewal of a lease while its receiver reads.
 
-Renewal runs in the event loop, the read in another thread: the reader asks :meth:`LeaseKeeper.check` between
-batches. Must not release the lease; whoever acquired it does, after the keeper was stopped.
+Renewal runs in the event loop, the read in another thread, which calls :meth:`LeaseKeeper.check` between batches. The
+caller releases the lease after it has stopped the keeper.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from vllm_rfork.messages import Lease
 
 logger = worker_logger(__name__)
 
-#: A lease is renewed when this share of its TTL has passed, so that two renewals may fail.
+#: The share of its TTL after which a lease is renewed, so that two renewals may fail.
 _RENEW_AFTER = 1 / 3
-#: An unconfirmed lease is renewed at once, and again after so many seconds where that failed.
+#: Seconds between two attempts to renew an unconfirmed lease for the first time.
 _CONFIRM_AGAIN_S = 1.0
 
 
 class LeaseKeeper:
-    """Renews one lease; make it as soon as the lease is there.
+    """Renews one lease. Its TTL counts from the construction of this object.
 
     Args:
-        client: of the planner that gave the lease.
+        client: of the planner that granted the lease.
         lease: a lease without a TTL never expires and is never renewed.
         clock, sleep: replaced in tests.
     """
@@ -51,13 +51,12 @@ class LeaseKeeper:
         self._renewing: asyncio.Task[None] | None = None
 
     def check(self) -> None:
-        """Raise where the lease is gone; callable from any thread, never blocks.
+        """Raise if the lease is lost; callable from any thread, never blocks.
 
-        It goes by the clock too: an engine that holds the interpreter lock keeps :meth:`run` from noticing.
+        It also checks the clock, because an engine that holds the interpreter lock delays :meth:`run`.
 
         Raises:
-            PlannerError: the planner took the lease back, or it was not renewed in time; ``mutated`` is left to
-                the caller, who knows what it has read.
+            PlannerError: the planner ended the lease, or it was not renewed in time.
         """
         if self._lost is not None:
             raise PlannerError(str(self._lost)) from self._lost
@@ -65,17 +64,17 @@ class LeaseKeeper:
             raise self._expired()
 
     async def start(self) -> None:
-        """Begin to renew, on the loop that this runs on."""
+        """Begin to renew, on the current event loop."""
         self._renewing = asyncio.create_task(self.run(), name=f"renewal of the lease on {self.lease.seed}")
 
     async def stop(self) -> None:
-        """End renewal, also one that is under way, so that none follows the release. Stopping twice does nothing."""
+        """End renewal, including a call that is in progress, so that none follows the release. Idempotent."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.wait({self._renewing})
 
     async def run(self) -> None:
-        """Renew until cancelled or lost; returns at once where nothing expires. Raises nothing: see :meth:`check`."""
+        """Renew until cancelled or lost; returns at once if the lease never expires. Errors appear in :meth:`check`."""
         ttl_s = self.lease.ttl_s
         if ttl_s is None:
             return
@@ -91,20 +90,20 @@ class LeaseKeeper:
                 self._note(str(error))
                 continue
             if outcome is Outcome.DONE:
-                # Counted from before the call: the planner may have counted from any time since.
+                # From before the call: the planner's TTL may have started at any time since.
                 self._expires_at = self._expiry(asked_at)
                 self._problem = ""
                 renewed_before, pause_s = True, ttl_s * _RENEW_AFTER
             elif renewed_before or await self._planner_renews():
-                self._lose(PlannerError(f"the planner took the lease on seed {self.lease.seed} back while it was used"))
+                self._lose(PlannerError(f"the planner ended the lease on seed {self.lease.seed} while it was in use"))
                 return
             else:
-                self._note(f"the planner gives leases of {ttl_s:g} s and has no call to renew them")
-                return  # good for its one TTL; check() goes by the clock
+                self._note(f"the planner grants leases of {ttl_s:g} s and has no call to renew them")
+                return  # valid for its one TTL; check() compares the clock
         self._lose(self._expired())
 
     async def _planner_renews(self) -> bool:
-        """Whether a 404 for the lease can be believed: it is also what a planner without the call answers."""
+        """Check if a 404 means that the lease is gone: a planner without the call answers 404 too."""
         try:
             return await self._client.renews_leases()
         except PlannerError:
@@ -115,7 +114,7 @@ class LeaseKeeper:
 
     def _expired(self) -> PlannerError:
         reason = f": {self._problem}" if self._problem else ""
-        return PlannerError(f"the lease on seed {self.lease.seed} expired while it was used{reason}")
+        return PlannerError(f"the lease on seed {self.lease.seed} expired while it was in use{reason}")
 
     def _note(self, problem: str) -> None:
         if problem != self._problem:

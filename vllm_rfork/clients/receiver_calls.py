@@ -111,7 +111,7 @@ class ReceiverCalls(PlannerCalls):
         return outcome(answer, unknown=(400, 404, 405))
 
     async def renews_leases(self) -> bool:
-        """Whether the planner has a call for renewal, by a harmless GET on it.
+        """Check if the planner has a call for renewal, by a harmless GET on it.
 
         Raises:
             PlannerError: no answer in time.

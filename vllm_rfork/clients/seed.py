@@ -1,4 +1,4 @@
-"""The calls that a receiver makes to a seed's HTTP service. Must not decide what a failure means for the fork."""
+"""A receiver's calls to the HTTP services of seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.tls_errors import speaks_no_tls
 
 _MAX_SMALL_NBYTES = 64 * 1024
-#: ``facts.MAX_FACTS`` names and values, with room for what JSON escapes.
+#: ``facts.MAX_FACTS`` names and values, with room for JSON's escapes.
 MAX_FACTS_NBYTES = 2 * 1024 * 1024
 
 
@@ -29,14 +29,14 @@ class _Epoch(msgspec.Struct):
 
 
 class SeedClient:
-    """Client of seeds' HTTP services, whichever they are.
+    """Client of the HTTP services of all seeds.
 
     Args:
         request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
         token: sent as ``Authorization: Bearer``.
-        credentials: token and TLS, in place of ``token``. Its ``seed_tls`` says whether seeds are asked by http
-            (``off``), by https (``require``), or by https and, where a seed does not speak it, by http (``prefer``).
-        certified_name: what a seed's certificate must hold where ``seed_name`` is empty; else the address asked.
+        credentials: token and TLS, instead of ``token``. With ``seed_tls`` ``off``, calls use http; with ``require``,
+            https; with ``prefer``, https and then http if the seed does not support TLS.
+        certified_name: name that a seed's certificate must contain, unless ``seed_name`` is set; empty: its address.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class SeedClient:
         self._http = BoundedHttp("seed", SeedError, credentials)
 
     async def manifest(self, address: SeedAddress, seed_key: str, fingerprint: str) -> Manifest:
-        """The seed's manifest, checked to be of ``seed_key`` and ``fingerprint`` and not to contradict itself.
+        """The seed's validated manifest, of ``seed_key`` and ``fingerprint``.
 
         Raises:
-            SeedError: gone, hanging, of another key or fingerprint, a manifest that is malformed or larger than
-                ``MAX_MANIFEST_NBYTES``, or a seed of the installed base, which has none.
+            SeedError: the seed is gone, hangs, has another key or fingerprint, is a legacy seed without a manifest, or
+                its manifest is malformed or larger than ``MAX_MANIFEST_NBYTES``.
         """
         answer = await self._get(
             address,
@@ -70,8 +70,8 @@ class SeedClient:
         )
         if answer.status == 404:
             raise SeedError(
-                f"seed {address} has no {messages.SEED_MANIFEST}: it is a seed of the installed base, whose metadata "
-                f"does not say enough to check the weights; it answered {answer}"
+                f"seed {address} has no {messages.SEED_MANIFEST}: it is a legacy seed, whose metadata is not "
+                f"enough to verify the weights; it answered {answer}"
             )
         if answer.status != 200:
             raise SeedError(
@@ -80,7 +80,7 @@ class SeedClient:
             )
         manifest = decode_manifest(answer.body)
         if manifest.seed_key != seed_key:
-            raise SeedError(f"seed {address} holds key {manifest.seed_key[:200]!r}, not {seed_key!r}")
+            raise SeedError(f"seed {address} has key {manifest.seed_key[:200]!r}, not {seed_key!r}")
         if manifest.fingerprint != fingerprint:
             raise SeedError(
                 f"seed {address} has fingerprint {manifest.fingerprint[:80]!r}, this receiver {fingerprint!r}: "
@@ -90,23 +90,23 @@ class SeedClient:
         return manifest
 
     async def confirm_epoch(self, address: SeedAddress, seed_key: str, epoch: str) -> None:
-        """Make sure that the seed still vouches for ``epoch``: before the first byte is read, and after the last.
+        """Check that the seed is still in ``epoch``: before the first byte is read, and after the last.
 
         Raises:
             SeedError: unreachable, withdrawn, or in another epoch.
         """
         answer = await self._get(address, messages.SEED_EPOCH, seed_key, max_body_nbytes=_MAX_SMALL_NBYTES)
         if answer.status != 200:
-            raise SeedError(f"seed {address} no longer vouches for its weights: {answer}")
+            raise SeedError(f"seed {address} is suspended: {answer}")
         try:
             current = msgspec.json.decode(answer.body, type=_Epoch).epoch
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise SeedError(f"seed {address} answered nonsense to {messages.SEED_EPOCH}: {error}") from error
+            raise SeedError(f"seed {address} sent an unusable answer to {messages.SEED_EPOCH}: {error}") from error
         if current != epoch:
-            raise SeedError(f"seed {address} is in epoch {current[:80]!r}, the manifest was of epoch {epoch!r}")
+            raise SeedError(f"seed {address} is in epoch {current[:80]!r}, but its manifest was of epoch {epoch!r}")
 
     async def facts(self, address: SeedAddress, seed_key: str) -> dict[str, str]:
-        """The facts behind the seed's fingerprint, for people: path → short text, cut and made printable.
+        """The facts behind the seed's fingerprint, for the log: path → short, printable text.
 
         Raises:
             SeedError: no usable answer in time; a seed that is older than this call answers 404.
@@ -115,17 +115,17 @@ class SeedClient:
         if answer.status != 200:
             raise SeedError(f"seed {address}: {messages.SEED_FACTS} answered {answer}")
         try:
-            told = msgspec.json.decode(answer.body, type=dict[str, str])
+            facts = msgspec.json.decode(answer.body, type=dict[str, str])
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise SeedError(f"seed {address} answered nonsense to {messages.SEED_FACTS}: {error}") from error
-        some = itertools.islice(told.items(), MAX_FACTS)
-        return {printable(name, MAX_NAME): printable(value, MAX_VALUE) for name, value in some}
+            raise SeedError(f"seed {address} sent an unusable answer to {messages.SEED_FACTS}: {error}") from error
+        bounded = itertools.islice(facts.items(), MAX_FACTS)
+        return {printable(name, MAX_NAME): printable(value, MAX_VALUE) for name, value in bounded}
 
     async def healthy(self, address: SeedAddress, seed_key: str) -> bool:
-        """Whether the service at ``address`` is the seed of ``seed_key``; False where it is another's.
+        """Check if the service at ``address`` is the seed of ``seed_key``.
 
         Raises:
-            SeedError: nobody answers in time, or neither yes (200) nor no (400).
+            SeedError: no answer in time, or neither 200 (it is) nor 400 (it is not).
         """
         answer = await self._get(address, messages.SEED_HEALTH, seed_key)
         if answer.status not in (200, 400):
@@ -164,7 +164,7 @@ class SeedClient:
 
 
 def _other_fingerprint(answer: Answer, fingerprint: str) -> str:
-    """The seed's fingerprint where it refused because of it; such a refusal states it. Else empty."""
+    """The seed's fingerprint from a refusal because of it; empty for any other refusal."""
     stated = messages.header(answer.headers, messages.FINGERPRINT)
     if answer.status != 409 or stated is None:
         return ""

@@ -1,15 +1,15 @@
-"""A cheap identity of a checkpoint's files: which checkpoint a seed's weights come from, as far as it can be told.
+"""A cheap identity of a checkpoint's files.
 
-The seed key is a user's word for a checkpoint, and a wrong word makes a fork of wrong weights that every check of bytes
-passes. So a seed publishes what its files are, and a receiver that has files compares. Two kinds:
+Users declare by the seed key which checkpoint a worker has. If that is wrong, a fork brings wrong weights, and every
+verification of bytes succeeds. So a seed publishes the identity of its files, and a receiver that has files compares
+it with its own. Two kinds:
 
-- **safetensors**: all tensors' names, types and shapes, and samples of their bytes. How they are cut into files does
-  not matter, nor do file names.
+- **safetensors**: names, types and shapes of all tensors, and samples of their bytes. Their division into files and the
+  names of the files do not matter.
 - **pickle** (``.bin``, ``.pt``, ``.gguf``): names and sizes of files, and samples of their bytes.
 
-Identities of different kinds say nothing about each other. Neither paths nor times enter. Reads are bounded whatever
-the checkpoint's size: every header, and at most :data:`MAX_SAMPLED` tensors or files of :data:`SAMPLE_NBYTES` twice.
-Must not import torch or vLLM.
+Identities of different kinds cannot be compared. Paths and times do not enter. Reads are bounded for any size of
+checkpoint: every header, and two samples of :data:`SAMPLE_NBYTES` from at most :data:`MAX_SAMPLED` tensors or files.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ R = TypeVar("R")
 
 SAFETENSORS, PICKLE = "safetensors-1", "pickle-1"
 
-#: More files than any published checkpoint has; with more, there is no identity.
+#: More files than any published checkpoint has; a checkpoint with more has no identity.
 MAX_FILES = 2000
 #: Bytes of all headers together: DeepSeek-V3's 91,000 tensors take 10 MB.
 MAX_HEADERS_NBYTES = 64 * 1024 * 1024
-#: Tensors, or files, of which bytes are read: a fork of another checkpoint differs nearly everywhere.
+#: Sampled tensors or files: another checkpoint of the same shape differs nearly everywhere.
 MAX_SAMPLED = 64
-#: Bytes of one sample; one is at the beginning and one in the middle.
+#: Bytes of one sample; one is taken at the beginning and one in the middle.
 SAMPLE_NBYTES = 4096
-#: Threads that read: on network storage each read waits for the network.
+#: Reading threads: on network storage each read waits for the network.
 READERS = 8
 #: Seconds after which a worker goes on without an identity; on local storage it takes milliseconds.
 BOUND_S = 5.0
 
 
 class Files(NamedTuple):
-    """Files that are one checkpoint, or one part of it, in a format of its own.
+    """The files of one checkpoint, or of one part of it.
 
     Attributes:
-        form: what tells packagings apart whose names of tensors differ, such as ``sharded``; mostly empty.
-        paths: none where the files are not there, or not all of them.
+        form: a packaging with its own names of tensors, such as ``sharded``; usually empty.
+        paths: empty unless all files are on this machine.
     """
 
     paths: Sequence[Path]
@@ -68,7 +68,7 @@ class Files(NamedTuple):
 
 
 class _Tensor(msgspec.Struct, gc=False):
-    """One entry of a safetensors header; offsets count from the header's end. ``__metadata__`` has none of these."""
+    """One entry of a safetensors header; offsets count from the header's end. ``__metadata__`` has no such fields."""
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
@@ -86,14 +86,14 @@ _NUMBER = re.compile(r"\d+")
 
 
 class NoIdentity(Exception):
-    """The files have no identity; the reason is the message. The checkpoint may be as good as any."""
+    """The files have no identity; the text is the reason. The checkpoint may still be good."""
 
 
 def identify(files: Files, *, deadline: float) -> str:
     """``kind:digest`` of ``files``, such as ``safetensors-1:5f0c…`` (32 hexadecimal digits).
 
     Args:
-        deadline: by ``time.monotonic``; looked at between reads.
+        deadline: by ``time.monotonic``; checked between reads.
 
     Raises:
         NoIdentity: no files, too many, not readable, malformed, or not within the deadline.
@@ -115,11 +115,11 @@ def identify(files: Files, *, deadline: float) -> str:
 
 
 def _differences(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None) -> tuple[list[str], list[str]]:
-    """What two sides' identities say of each other, part by part.
+    """Compare two sides' identities, part by part.
 
     Returns:
-        Lines for the parts that are different checkpoints, and for those that cannot be compared. A part that one
-        side lacks is in neither.
+        Lines for the parts with different checkpoints, and for those that cannot be compared. A part that one side
+        lacks is in neither.
     """
     different: list[str] = []
     incomparable: list[str] = []
@@ -133,14 +133,14 @@ def _differences(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | Non
 
 
 def compare(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None, seed: str) -> None:
-    """Compare the identities of both sides' files where both have one.
+    """Compare the identities of both sides' files, if both have one.
 
     Args:
-        ours, theirs: by part; None where a side has no files, or its generation publishes no identity.
+        ours, theirs: by part; None if a side has no files, or is of a version that publishes no identity.
         seed: ``ip:port:rank``, for the message.
 
     Raises:
-        ManifestMismatch: the seed's weights are of another checkpoint. Another seed may have the right one.
+        ManifestMismatch: the seed's weights come from another checkpoint. Another seed may have the right one.
     """
     different, incomparable = _differences(ours, theirs)
     if incomparable:
@@ -159,10 +159,10 @@ def compare(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None, se
 
 
 class CheckpointIdentity:
-    """The identity of one load's files, part by part, worked out on a thread of its own beside the start.
+    """The identity of one load's files, part by part, computed on a thread of its own.
 
     Args:
-        find: the parts' files by name; runs on that thread and may block.
+        find: returns the parts' files by name; runs on that thread and may block.
     """
 
     def __init__(self, find: Callable[[], Mapping[str, Files]]) -> None:
@@ -173,10 +173,10 @@ class CheckpointIdentity:
         threading.Thread(target=self._run, name="rfork-checkpoint", daemon=True).start()
 
     def wait(self) -> dict[str, str] | None:
-        """The identity by part; None where there is none by :data:`BOUND_S` after the beginning."""
+        """The identity by part, if there is one within :data:`BOUND_S` seconds of the construction."""
         if not self._done.wait(max(0.0, self._started + BOUND_S - time.monotonic())):
             logger.info(
-                "the checkpoint's files were not looked at within %g s: their identity is not compared", BOUND_S
+                "the checkpoint's files could not be read within %g s, so their identity is not compared", BOUND_S
             )
             return None
         return dict(self._found) or None
@@ -203,11 +203,11 @@ class CheckpointIdentity:
 
 
 class CheckpointFiles:
-    """The files of one load, and the identity of those that the weights in memory come from.
+    """The files of one load, and the identity of the checkpoint that the weights in memory come from.
 
     Args:
-        find: the parts' files; its arguments are sources of weights beside the main ones, as vLLM names them, and
-            ``main=False`` for those alone.
+        find: returns the parts' files. Its arguments are secondary sources of weights, as vLLM names them, and
+            ``main=False`` for those only.
     """
 
     def __init__(self, find: Callable[..., Mapping[str, Files]]) -> None:
@@ -217,26 +217,26 @@ class CheckpointFiles:
         self._received: tuple[dict[str, str] | None] | None = None
 
     def look_also_at(self, sources: Sequence[Any]) -> None:
-        """A built model may name towers and heads with files of their own."""
+        """Add the secondary sources of the built model: towers and heads with files of their own."""
         if sources and not self._secondary:
             named = self._secondary = list(sources)
             self._identities.append(CheckpointIdentity(lambda: self._find(named, main=False)))
 
     def identity(self) -> dict[str, str] | None:
-        """What this worker's own files are, by part; None without files. May wait for storage, within a bound."""
+        """The identity of this worker's files by part, if it has files. May wait for storage, within a bound."""
         found = [each.wait() or {} for each in self._identities]
         return {part: text for each in found for part, text in each.items()} or None
 
     def forked_from(self, identity: dict[str, str] | None) -> None:
-        """From now on the weights are the seed's, whatever lies on this machine."""
+        """Record that the weights came from a seed, whatever files this machine has."""
         self._received = (identity,)
 
     def published(self) -> dict[str, str] | None:
-        """For a seed: what it was given if it forked, else what its files are, looked at again if there were none."""
+        """The identity that this worker publishes as a seed: the forked one, or else that of its files."""
         if self._received is not None:
             return self._received[0]
         found = self.identity()
-        if found is None:  # loading may have downloaded them
+        if found is None:  # loading may have downloaded the files since
             self._identities = [CheckpointIdentity(lambda: self._find(self._secondary))]
             found = self.identity()
         return found
@@ -254,7 +254,7 @@ def _of_tensors(paths: Sequence[Path], deadline: float) -> tuple[list[object], l
         entries = msgspec.json.decode(text, type=dict[str, _Tensor])
         entries.pop("__metadata__", None)
         if size < start + max((entry.data_offsets[1] for entry in entries.values()), default=0):
-            raise NoIdentity(f"{path.name} is shorter than its header says: it may still be written")
+            raise NoIdentity(f"{path.name} is shorter than its header states; it may still be written")
         tensors.update((name, (entry, path, start)) for name, entry in entries.items())
         _check(deadline)
     described: list[object] = [(name, tensors[name][0].dtype, tensors[name][0].shape) for name in sorted(tensors)]
@@ -273,9 +273,9 @@ def _of_files(paths: Sequence[Path], deadline: float) -> tuple[list[object], lis
 
 
 def _chosen(names: Iterable[str]) -> list[str]:
-    """At most :data:`MAX_SAMPLED` of ``names``: of each kind in turn, where names that differ in numbers are one kind.
+    """At most :data:`MAX_SAMPLED` of ``names``, from each kind in turn; names that differ only in numbers are one kind.
 
-    The same names give the same choice, whatever their order.
+    The choice does not depend on the order of ``names``.
     """
     kinds: dict[str, list[str]] = {}
     for name in names:
@@ -286,16 +286,16 @@ def _chosen(names: Iterable[str]) -> list[str]:
 
 
 def _spread(name: str) -> tuple[int, str]:
-    """An order that has nothing to do with what names mean, the same everywhere."""
+    """A sort key that is unrelated to the names' meaning and the same everywhere."""
     return zlib.crc32(name.encode()), name
 
 
 def _read_header(path: Path) -> tuple[int, bytes]:
-    """Where a safetensors file's data begin, and its header's JSON."""
+    """Offset of a safetensors file's data, and its header's JSON."""
     with path.open("rb", buffering=0) as file:
         (nbytes,) = struct.unpack("<Q", file.read(8))
         if nbytes > MAX_HEADERS_NBYTES:
-            raise NoIdentity(f"the header of {path.name} says that it has {nbytes} bytes")
+            raise NoIdentity(f"the header of {path.name} claims {nbytes} bytes")
         text = b""
         while len(text) < nbytes:
             piece = file.read(nbytes - len(text))
@@ -310,7 +310,7 @@ def _size(path: Path) -> int:
 
 
 def _sample(place: _Place) -> bytes:
-    """The place's first bytes and those in its middle."""
+    """The first bytes of a place, and those in its middle."""
     descriptor = os.open(place.path, os.O_RDONLY)
     try:
         return b"".join(
@@ -322,7 +322,7 @@ def _sample(place: _Place) -> bytes:
 
 
 def _in_parallel(function: Callable[[T], R], items: Sequence[T], deadline: float) -> list[R]:
-    """``function`` of each item, in order, on threads that keep no process alive: storage may hang.
+    """Apply ``function`` to each item, in order, on daemon threads: storage may hang.
 
     Raises:
         NoIdentity: not within the deadline.

@@ -35,11 +35,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(body: bytes) -> Manifest:
-    """Parse and check a manifest from the wire.
+    """Parse and validate a manifest from the wire.
 
     Raises:
-        SeedError: not JSON, a field missing or of the wrong type, a version this code does not read, or
-            contents that contradict themselves (a span outside its region, a tensor outside its span).
+        SeedError: not JSON, a field is missing or of the wrong type, an unsupported version, or inconsistent contents
+            (a span outside its region, a tensor outside its span).
     """
     _check_sizes(body)
     try:
@@ -51,7 +51,7 @@ def decode_manifest(body: bytes) -> Manifest:
 
 
 def _check_sizes(body: bytes) -> None:
-    """Refuse, before it is parsed, what would take many times its length in memory."""
+    """Reject, before it is parsed, a body that would take many times its length in memory."""
     for what, marks, most in (("lists and mappings", b"[{", MAX_CONTAINERS), ("values", b",", MAX_VALUES)):
         count = sum(body.count(mark) for mark in marks)
         if len(body) > MAX_MANIFEST_NBYTES or count > most:
@@ -62,9 +62,9 @@ def _check_sizes(body: bytes) -> None:
 
 
 def validate_manifest(manifest: Manifest) -> None:
-    """Raise :class:`SeedError` where ``manifest`` contradicts itself.
+    """Raise :class:`SeedError` if ``manifest`` is inconsistent.
 
-    Every address a receiver will hand to native code passes through here first.
+    Every address that a receiver passes to native code is checked here first.
     """
     if not 1 <= manifest.version <= MANIFEST_VERSION:
         raise SeedError(
@@ -82,7 +82,7 @@ def validate_manifest(manifest: Manifest) -> None:
 
 
 def _check_texts(manifest: Manifest) -> None:
-    """Names and texts have the lengths, and numbers the sizes, that seeds write."""
+    """Check the lengths of names and texts, and the sizes of numbers."""
     for name in ("fingerprint", "epoch", "layout", "engine", "digest_algorithm"):
         if len(getattr(manifest, name)) > MAX_TEXT_LENGTH:
             raise SeedError(f"the seed's manifest has a {name} of more than {MAX_TEXT_LENGTH} characters")
@@ -92,7 +92,7 @@ def _check_texts(manifest: Manifest) -> None:
         if len(name) > MAX_NAME_LENGTH:
             raise SeedError(f"the seed's manifest has a name of more than {MAX_NAME_LENGTH} characters: {name[:80]!r}")
     if both := manifest.state.keys() & set(manifest.state_gone):
-        raise SeedError(f"state {min(both)!r} of the seed's manifest is there and gone")
+        raise SeedError(f"state {min(both)!r} of the seed's manifest is both present and gone")
     for name, value in manifest.state.items():
         if type(value) is int and not _in_64_bits(value):
             raise SeedError(f"state {name!r} of the seed's manifest is too large a number")
@@ -117,11 +117,11 @@ def _check_regions(regions: tuple[Region, ...]) -> None:
 def _check_spans(manifest: Manifest) -> None:
     for number, span in enumerate(manifest.spans):
         if not 0 <= span.region < len(manifest.regions):
-            raise SeedError(f"span {number} of the seed's manifest names region {span.region}, which is not there")
+            raise SeedError(f"span {number} of the seed's manifest names region {span.region}, which does not exist")
         region = manifest.regions[span.region]
         inside = region.address <= span.address and span.address + span.nbytes <= region.address + region.nbytes
         if span.nbytes <= 0 or not inside:
-            raise SeedError(f"span {number} of the seed's manifest leaves its region: {span} in {region}")
+            raise SeedError(f"span {number} of the seed's manifest is outside its region: {span} in {region}")
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -135,10 +135,10 @@ def _check_tensors(manifest: Manifest) -> None:
         if not possible or any(size < 0 for size in tensor.shape) or not all(map(_in_64_bits, numbers)):
             raise SeedError(f"tensor {tensor.name!r} of the seed's manifest has an impossible shape or stride")
         if tensor.inline_group is not None and (tensor.inline is None or tensor.span != -1 or tensor.inline_group < 0):
-            raise SeedError(f"tensor {tensor.name!r} of the seed's manifest is no inline tensor and in a group of them")
+            raise SeedError(f"tensor {tensor.name!r} of the seed's manifest is in an inline group and not inline")
         if tensor.span == -1:
             continue
         if not 0 <= tensor.span < len(manifest.spans):
-            raise SeedError(f"tensor {tensor.name!r} names span {tensor.span}, which is not there")
+            raise SeedError(f"tensor {tensor.name!r} names span {tensor.span}, which does not exist")
         if not 0 <= tensor.offset < manifest.spans[tensor.span].nbytes:
             raise SeedError(f"tensor {tensor.name!r} starts outside its span")

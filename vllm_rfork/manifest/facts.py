@@ -1,8 +1,8 @@
-"""The facts behind a fingerprint as short texts, and what differs between two workers' facts, in words.
+"""The facts behind a fingerprint as short texts, and the differences between two workers' facts.
 
-A fingerprint says that two workers differ, not in what. So a seed serves its facts, and a receiver that finds only
-seeds with other fingerprints under its key compares them with its own and logs the difference. Nothing is decided by
-these texts: long values are cut, and only the fingerprint counts. Must not import torch or vLLM.
+A fingerprint does not show in what two workers differ. So a seed serves its facts, and a receiver that finds only
+seeds with other fingerprints under its key compares them with its own and logs the differences. These texts decide
+nothing: long values are cut, and only the fingerprint counts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from vllm_rfork.logs.quoting import printable
 
-#: Facts of one worker; a configuration that holds more is told in coarser parts.
+#: Facts of one worker; a larger configuration is divided less finely.
 MAX_FACTS = 2_000
-#: Characters of one value and of one name; a longer value ends in a digest, so that differences still show.
+#: Characters of one value and of one name. A longer value ends in a digest, so that differences remain visible.
 MAX_VALUE = 120
 MAX_NAME = 160
-#: Differences that one line names.
+#: Differences in one line.
 SHOWN = 10
 ABSENT = "not set"
-#: Values of such names are told by a digest: options and variables may hold what is nobody's business.
+#: Names whose values are replaced by a digest: options and variables may contain secrets.
 _PRIVATE = re.compile(r"(?:token|secret|passwo?r?d|credentials?|api_?key)(?:\Z|\"\s*:)", re.IGNORECASE)
 
 
@@ -48,7 +48,7 @@ def _leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 def _short(path: str, value: Any) -> str:
-    # A dtype is "torch.bfloat16" in a configuration; people call it bfloat16.
+    # A configuration contains "torch.bfloat16"; readers expect bfloat16.
     text = value.removeprefix("torch.") if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
     if _PRIVATE.search(path) or (not isinstance(value, str) and _PRIVATE.search(text)):
@@ -59,12 +59,12 @@ def _short(path: str, value: Any) -> str:
 
 
 def differences(own: Mapping[str, str], others: Sequence[tuple[Mapping[str, str], int]]) -> list[str]:
-    """What tells ``own`` facts from ``others``, as texts such as ``dtype: bfloat16 here, float16 on 3 seeds``.
+    """Differences between ``own`` facts and those of others: ``dtype: bfloat16 here, float16 on 3 seeds``.
 
     Args:
-        others: the facts of seeds with one fingerprint each, and how many seeds have it.
+        others: for each other fingerprint, the facts and the number of seeds with it.
 
-    A fact is named by the last part of its path where that is enough to tell it from the other differing ones.
+    A fact is named by the last part of its path if no other differing fact has the same last part.
     """
     paths = [
         path

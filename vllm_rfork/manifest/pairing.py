@@ -8,25 +8,25 @@ from vllm_rfork.errors import ManifestMismatch
 from vllm_rfork.manifest.schema import Manifest, TensorEntry
 from vllm_rfork.manifest.segments import Segment
 
-#: How much of a value from elsewhere a message shows, in characters.
+#: Characters of a foreign value in a message.
 MAX_SHOWN = 80
-#: Of tensors that share memory, how many a message names.
+#: Tensors that share memory in a message.
 MAX_MEMBERS = 5
 
 
 def pair(local: Manifest, remote: Manifest) -> list[Segment]:
     """One segment per span, in the local manifest's order.
 
-    Spans are paired by the tensors in them, not by their number, so the two sides may have walked their models
-    in different orders. A segment lies in one span on either side and so never crosses a registration.
+    Spans are paired by the tensors in them, not by their numbers, so the two models may have been traversed in
+    different orders. A segment lies in one span on either side and so never crosses a registration.
 
     Raises:
-        ManifestMismatch: layouts, tensors, dtypes, shapes, strides, formats, alias structure or how the models were
-            built differ; the error lists all of it.
+        ManifestMismatch: layouts, tensors, dtypes, shapes, strides, formats, alias structure or build signatures
+            differ; the error lists every difference.
     """
     differences: list[str] = []
     if local.layout != remote.layout:
-        differences.append(f"layout: the seed offers {remote.layout}, the receiver needs {local.layout}")
+        differences.append(f"layout: {remote.layout} on the seed, {local.layout} on the receiver")
     ours = {tensor.name: tensor for tensor in local.tensors}
     theirs = {tensor.name: tensor for tensor in remote.tensors}
     for name, tensor in ours.items():
@@ -57,7 +57,7 @@ def pair(local: Manifest, remote: Manifest) -> list[Segment]:
 def paired_digests(local: Manifest, remote: Manifest) -> dict[int, str]:
     """The seed's digest for each of the receiver's spans, by the receiver's span number.
 
-    Call after :func:`pair` has found the two equal.
+    Call it only after :func:`pair` has accepted the two.
     """
     remote_span_of = {tensor.name: tensor.span for tensor in remote.tensors}
     return {
@@ -66,14 +66,14 @@ def paired_digests(local: Manifest, remote: Manifest) -> dict[int, str]:
 
 
 def built_differences(local: dict[str, str] | None, remote: dict[str, str] | None) -> Iterator[str]:
-    """What two constructors chose otherwise (``model/build_signature.py``); nothing where the receiver has not looked.
+    """Differences of two build signatures (``model/build_signature.py``); none if the receiver has no signature.
 
-    A name that one side lacks is no difference: which values are there depends on options that shape no weights.
+    A name that one side lacks is not a difference: the names depend on options that do not affect weights.
     """
     if local is None:
         return
     if remote is None:
-        yield "as built: the seed does not say how its model was built"
+        yield "as built: the seed does not report its build signature"
         return
     for name, ours in local.items():
         if (theirs := remote.get(name, ours)) != ours:
@@ -92,7 +92,7 @@ def _shown(value: object) -> str:
 
 
 def _alias_differences(local: Manifest, remote: Manifest) -> Iterator[str]:
-    """Differences in which names share memory, where in it they lie, and how long it is."""
+    """Differences of the names that share memory, of their offsets, and of its length."""
     ours, theirs = _members(local), _members(remote)
     for name, members in ours.items():
         others = theirs[name]
@@ -104,7 +104,7 @@ def _alias_differences(local: Manifest, remote: Manifest) -> Iterator[str]:
         if (tensor.span == -1) != (other.span == -1):
             yield f"{tensor.name}: has memory on one side only"
         elif tensor.inline_group is not None and other.inline is not None and other.inline_group is None:
-            yield f"{tensor.name}: the seed does not say which small tensors share memory"
+            yield f"{tensor.name}: the seed does not report which small tensors share memory"
         elif (tensor.inline is None) != (other.inline is None):
             yield f"{tensor.name}: has its bytes in the manifest on one side only"
         elif tensor.span != -1 and ours[tensor.name] == theirs[tensor.name]:
@@ -114,7 +114,7 @@ def _alias_differences(local: Manifest, remote: Manifest) -> Iterator[str]:
 
 
 def _members(manifest: Manifest) -> dict[str, tuple[tuple[str, int], ...]]:
-    """Tensor name → the (name, offset) pairs of everything in its memory, itself included: its span or inline group."""
+    """Tensor name → (name, offset) of all tensors in its span or inline group, itself included."""
     of_memory: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for tensor in manifest.tensors:
         if memory := _memory(tensor):
@@ -124,13 +124,13 @@ def _members(manifest: Manifest) -> dict[str, tuple[tuple[str, int], ...]]:
 
 
 def _memory(tensor: TensorEntry) -> tuple[str, int] | None:
-    """What it lies in; None where it has no elements, or its seed does not say."""
+    """The span or inline group of a tensor; None if it has no elements, or its seed does not report groups."""
     if tensor.span != -1:
         return "span", tensor.span
     return None if tensor.inline_group is None else ("inline", tensor.inline_group)
 
 
 def _names(members: tuple[tuple[str, int], ...]) -> str:
-    """A few of ``members``: a seed that puts all tensors into one span must not make a text of that length of each."""
+    """The first of ``members``: with all tensors in one span, each message would otherwise list all of them."""
     more = f" and {len(members) - MAX_MEMBERS} more" if len(members) > MAX_MEMBERS else ""
     return ", ".join(f"{name}@{offset}" for name, offset in members[:MAX_MEMBERS]) + more or "nothing"

@@ -1,7 +1,7 @@
-"""Memory for tests of engines: an address, a length, and bytes in and out, on any device.
+"""Memory for tests of engines, on any device.
 
-The self-test and the engine contract suite move random bytes, not models; this keeps them off torch on the CPU. On
-``cuda`` and ``npu`` torch is imported when the first buffer is made, never before. Must not be used for weights.
+The self-test and the engine contract suite transfer random bytes, not models, and need no torch on the CPU. On ``cuda``
+and ``npu`` torch is imported when the first buffer is made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Buffer:
 
     Raises:
         ValueError: ``nbytes`` is not positive.
-        ImportError: a device other than ``cpu``, and no torch (or no ``torch_npu``) to reach it with.
+        ImportError: a device other than ``cpu`` needs torch, and ``npu`` torch_npu, which is not installed.
     """
 
     def __init__(self, device: str, nbytes: int) -> None:
@@ -39,7 +39,7 @@ class Buffer:
             self.address = int(self._tensor.data_ptr())
 
     def write(self, offset: int, data: bytes) -> None:
-        """Put ``data`` at ``offset`` bytes; returns when the device has it."""
+        """Write ``data`` at ``offset`` bytes; returns when the device has it."""
         if self._map is not None:
             self._map[offset : offset + len(data)] = data
             return
@@ -48,19 +48,19 @@ class Buffer:
         self.synchronize()
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """``nbytes`` from ``offset`` on, copied to the host."""
+        """``nbytes`` bytes from ``offset``, copied to the host."""
         if self._map is not None:
             return self._map[offset : offset + nbytes]
         self.synchronize()
         return bytes(self._tensor[offset : offset + nbytes].cpu().numpy().tobytes())
 
     def synchronize(self) -> None:
-        """Wait for the device's queue; nothing to do on the CPU."""
+        """Wait for the device's queue; does nothing on the CPU."""
         if self._map is None:
             getattr(_torch(self.device), self.device.partition(":")[0]).synchronize()
 
     def close(self) -> None:
-        """Give the memory back. Nothing may still be writing to it."""
+        """Free the memory. Nothing may still be writing to it."""
         if self._map is not None:
             self._map.close()
         self._tensor = None

@@ -26,7 +26,7 @@ MOVES = ("read into fresh memory", "read again", "memcpy beside it")
 
 @dataclass(frozen=True)
 class Trial:
-    """What to test; ``timeout_s`` bounds the whole run, in seconds."""
+    """The parameters of one run; ``timeout_s`` bounds all of it, in seconds."""
 
     engine: str
     device: str = "cpu"
