@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from zoo import case, results, run
+from zoo import __main__ as command
+from zoo import case, plugin, results, run
 from zoo.case import Case
 from zoo.catalogue import CATALOGUE
 from zoo.observe import Load
@@ -175,3 +180,53 @@ def test_runs_on_one_platform_can_be_shown_as_one(tmp_path: Path) -> None:
     assert both.seconds == 120.0
     with pytest.raises(ValueError, match="different platforms"):
         results.merged([both, dataclasses.replace(both, facts={**facts, "vllm": "2"})])
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The outcome of each model, by name; nothing is loaded."""
+    found: dict[str, str] = {}
+    facts = {"platform": "cpu", "date": "2026-01-02", "device": "d", "traits": [], "visible_devices_variable": "V"}
+    facts |= dict.fromkeys(("vllm", "torch", "transformers", "vllm_rfork"), "1")
+
+    @contextlib.contextmanager
+    def platform(arguments: Any, threads: int) -> Iterator[tuple[dict[str, Any], Any]]:
+        yield facts, SimpleNamespace(url="http://planner")
+
+    def ran(case: Case, setting: run.Setting) -> Row:
+        outcome = found[case.name]
+        return Row(case.name, case.covers, outcome, "why", failures=["it differs"] if outcome == run.FAILED else [])
+
+    monkeypatch.setattr(plugin, "platform", platform)
+    monkeypatch.setattr(plugin, "run", ran)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("selected", "status", "shown"),
+    [
+        (["--only", "llama,phi,gemma3"], 0, 3),
+        (["--only", "llama,qwen3"], 1, 2),
+        (["-k", "llama", "--only", "llama,qwen3"], 0, 1),
+        (["-k", "nothing"], 5, 0),
+    ],
+)
+def test_the_command_runs_what_was_selected_and_writes_the_table(
+    selected: list[str],
+    status: int,
+    shown: int,
+    outcomes: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcomes |= {"llama": FORKED, "phi": REFUSED, "gemma3": run.NOT_RUN, "qwen3": run.FAILED}
+    document = tmp_path / "zoo.md"
+    monkeypatch.setattr("sys.argv", ["zoo", *selected, "--work", str(tmp_path), "--write", str(document)])
+    assert command.main() == status
+    assert document.exists() is bool(shown)
+    if shown:
+        assert len(results.load(tmp_path / "zoo.json").rows) == shown
+    said = capsys.readouterr().out
+    assert ("it differs" in said) is (status == 1)
+    assert ("vLLM cannot load it here: why" in said) is ("gemma3" in selected[1])
