@@ -1,5 +1,5 @@
-"""What this project relies on in vLLM and vLLM-Ascend, held against their published releases; needs no torch.
+"""The interfaces of vLLM and vLLM-Ascend that this project relies on, checked against their published releases.
 
-``table.py`` is the one list of it, ``source.py`` reads Python source without running it, ``releases.py`` reads single
-files out of published wheels, and ``recorded/`` keeps what was found. ``python -m versions`` reads the index again.
+``table.py`` lists them, ``source.py`` reads Python source without running it, ``releases.py`` reads single files out of
+published wheels, and ``recorded/`` contains the results. ``python -m versions`` reads the index again. Needs no torch.
 """

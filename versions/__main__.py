@@ -1,4 +1,4 @@
-"""``make versions``: read the releases from the package index again, record what is there, and say what is missing."""
+"""``make versions``: read the releases from the package index, record them, and report what they lack."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from versions.source import Module
 
 RECORDED = Path(__file__).parent / "recorded"
 
-#: Exact releases; the newest is found by itself.
+#: Exact releases.
 RELEASES = {
     table.VLLM: ("0.17.0", "0.18.1", "0.20.2", "0.23.0", "0.26.0", "0.30.0", "0.32.0"),
     table.ASCEND: ("0.18.0", "0.23.0"),
 }
-#: Of these the newest release is looked at as well.
+#: Packages whose newest release is read as well.
 FOLLOWED = (table.VLLM,)
 
 
 def records() -> list[dict[str, Any]]:
-    """What was recorded, oldest release first."""
+    """The recorded releases, oldest first."""
     found = [json.loads(file.read_text()) for file in RECORDED.glob("*.json")]
     return sorted(found, key=lambda record: (record["package"], number(record["version"])))
 
 
 def record(wheel: releases.Wheel) -> dict[str, Any]:
-    """Read from ``wheel`` what the table asks for, and nothing else."""
+    """Read the interfaces in the table from ``wheel``."""
     sources = releases.Sources(wheel)
 
     @functools.cache
@@ -69,7 +69,7 @@ def record(wheel: releases.Wheel) -> dict[str, Any]:
 
 
 def refetch() -> None:
-    """Record every release anew, the newest of those that are followed among them."""
+    """Read and record every release again."""
     for package, wanted in RELEASES.items():
         there = releases.wheels(package)
         final = [version for version in there if version.replace(".", "").isdigit()]
@@ -86,16 +86,16 @@ def refetch() -> None:
 
 
 def main() -> None:
-    """Refetch, or with ``--recorded`` only check; exit status 1 where a release lacks something."""
+    """Refetch and check, or with ``--recorded`` only check. Exit status 1 if a release lacks something."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recorded", action="store_true", help="check what is recorded, without the index")
+    parser.add_argument("--recorded", action="store_true", help="check the recorded releases without the index")
     if not parser.parse_args().recorded:
         RECORDED.mkdir(exist_ok=True)
         refetch()
     wrong = []
     for recorded in records():
         found = complaints(recorded, (*table.ROWS, *table.ELSEWHERE))
-        print(f"{recorded['package']} {recorded['version']}: {'; '.join(found) or 'has all of it'}")
+        print(f"{recorded['package']} {recorded['version']}: {'; '.join(found) or 'complete'}")
         wrong += found
     sys.exit(1 if wrong else 0)
 

@@ -1,4 +1,4 @@
-"""Whether a release has what the table says: record in, complaints out."""
+"""Comparison of a recorded release with the table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from versions.table import Row
 
 
 def number(version: str) -> tuple[int, ...]:
-    """``0.23.0rc1`` → (0, 23, 0): what comes after the digits of a part does not matter here."""
+    """``0.23.0rc1`` → (0, 23, 0): whatever follows the digits of a part is ignored."""
     parts = []
     for part in version.split("."):
         digits = "".join(char for char in part if char.isdigit()) if part[:1].isdigit() else ""
@@ -22,7 +22,7 @@ def number(version: str) -> tuple[int, ...]:
 
 
 def complaints(record: dict[str, Any], rows: Iterable[Row]) -> list[str]:
-    """What the release of ``record`` lacks of ``rows``, as sentences; nothing where it fits."""
+    """Everything in ``rows`` that the release of ``record`` lacks, as sentences."""
     found = []
     release = f"{record['package']} {record['version']}"
     for row in rows:
@@ -30,7 +30,7 @@ def complaints(record: dict[str, Any], rows: Iterable[Row]) -> list[str]:
             continue
         there = record["symbols"].get(row.key, "unread")
         if there == "unread":
-            found.append(f"{release}: {row.key} was not looked for; run `make versions`")
+            found.append(f"{release}: {row.key} is not recorded; run `make versions`")
         elif there is None:
             version = number(record["version"])
             early = row.since and version < number(row.since)
@@ -42,20 +42,20 @@ def complaints(record: dict[str, Any], rows: Iterable[Row]) -> list[str]:
 
 
 def _misfits(row: Row, there: dict[str, Any]) -> list[str]:
-    """How a call as the row describes it would fail."""
+    """The reasons why a call as in ``row`` would fail."""
     found = []
     if row.takes is not None and "params" not in there:
-        found.append(f"is no function but {there['kind']}")
+        found.append(f"is not a function but {there['kind']}")
     elif row.takes is not None:
         params = [(name, kind) for name, kind in there["params"] if name not in ("self", "cls")]
         plain = [name for name, kind in params if kind in (REQUIRED, DEFAULT)]
         kinds = {kind for _, kind in params}
         given = {*row.takes, *plain[: row.positional]}
         if row.positional > len(plain) and STAR not in kinds:
-            found.append(f"takes {len(plain)} arguments by position, and is given {row.positional}")
+            found.append(f"takes {len(plain)} positional arguments, and gets {row.positional}")
         if STARS not in kinds:
             found += [f"does not take {name}" for name in row.takes if name not in {param for param, _ in params}]
-        found += [f"wants {name}" for name, kind in params if kind in (REQUIRED, KEYWORD_ONLY) and name not in given]
+        found += [f"requires {name}" for name, kind in params if kind in (REQUIRED, KEYWORD_ONLY) and name not in given]
     position = -1
     for name in row.calls:
         later = [place for place, called in enumerate(there.get("calls", [])) if called == name and place > position]

@@ -1,4 +1,4 @@
-"""What Python source defines, read with ``ast``: nothing is imported, so it needs neither torch nor the package."""
+"""Definitions in Python source, read with ``ast``: nothing is imported, so neither torch nor the package is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REQUIRED, DEFAULT, KEYWORD_ONLY, STAR, STARS = "required", "default", "required 
 
 
 class Module:
-    """One file's definitions, wherever ``if`` and ``try`` put them."""
+    """The definitions in one file, also those inside ``if`` and ``try``."""
 
     def __init__(self, text: str) -> None:
         self._names: dict[str, ast.AST] = {}
@@ -20,7 +20,7 @@ class Module:
                 self._names[name] = node
 
     def describe(self, symbol: str) -> dict[str, Any] | None:
-        """``symbol``, a name or ``Class.member``, as plain data; None where it is not defined here."""
+        """``symbol``, a name or ``Class.member``, as plain data; None if it is not defined here."""
         first, _, member = symbol.partition(".")
         node = self._names.get(first)
         if node is None:
@@ -33,7 +33,7 @@ class Module:
         return None if found is None else self._described_member(node, found)
 
     def fields(self, cls: str) -> list[str] | None:
-        """Annotated names in the body of ``cls``, in order: a dataclass's fields. None where there is no such class."""
+        """Annotated names in the body of ``cls``, in order: a dataclass's fields. None if there is no such class."""
         node = self._names.get(cls)
         if not isinstance(node, ast.ClassDef):
             return None
@@ -42,7 +42,7 @@ class Module:
         return [item.target.id for item in kept if isinstance(item.target, ast.Name)]
 
     def methods(self, cls: str) -> list[str] | None:
-        """Public methods in the body of ``cls``, sorted; None where there is no such class."""
+        """Public methods in the body of ``cls``, sorted; None if there is no such class."""
         node = self._names.get(cls)
         if not isinstance(node, ast.ClassDef):
             return None
@@ -50,14 +50,14 @@ class Module:
         return sorted({name for item in found for name in _bound(item) if not name.startswith("_")})
 
     def keys(self, mapping: str) -> list[str] | None:
-        """The literal keys of a mapping that is written out here; None where there is no such mapping."""
+        """The literal keys of a mapping; None if there is no such mapping."""
         value = getattr(self._names.get(mapping), "value", None)
         if not isinstance(value, ast.Dict):
             return None
         return sorted(str(key.value) for key in value.keys if isinstance(key, ast.Constant))
 
     def _members(self, node: ast.ClassDef) -> dict[str, ast.AST]:
-        """Of the class and of those of its bases that are in this file; attributes set on ``self`` too."""
+        """The members of a class and of its bases in this file, with attributes set on ``self``."""
         found: dict[str, ast.AST] = {}
         for base in node.bases:
             other = self._names.get(base.id) if isinstance(base, ast.Name) else None
@@ -83,7 +83,7 @@ class Module:
         return described
 
     def _calls(self, node: ast.ClassDef, function: ast.AST, seen: set[str]) -> list[str]:
-        """Names that ``function`` calls, in order, with what the class's own methods call in their place."""
+        """Names that ``function`` calls, in order, each followed by what the class's own method of that name calls."""
         calls: list[str] = []
         found = [inner for inner in ast.walk(function) if isinstance(inner, ast.Call)]
         for call in sorted(found, key=lambda inner: (inner.lineno, inner.col_offset)):

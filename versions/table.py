@@ -1,7 +1,7 @@
-"""Everything outside our control that a fork relies on: module, symbol, how it is called, and since when it is there.
+"""Every interface of vLLM and vLLM-Ascend that a fork relies on: module, symbol, call, and range of versions.
 
-A test compares this with what ``vllm_rfork`` imports and asks configuration objects for: what is used and not here
-fails, and so does what is here and not used.
+A test compares this with the imports of ``vllm_rfork`` and the attributes that it reads: it fails for an interface that
+is used and not here, or here and not used.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ VLLM, ASCEND = "vllm", "vllm-ascend"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing we rely on.
+    """One interface.
 
     Attributes:
         module: dotted, as it is imported.
         symbol: a name in the module, or ``Class.member``; empty for the module itself.
-        takes: keyword arguments that we pass; every other parameter must have a default. None: it is not called.
+        takes: keyword arguments that we pass; every other parameter must have a default. None if it is not called.
         positional: arguments that we pass by position, after ``self``.
         calls: names that its body must call, itself or through other methods of the class, in this order.
-        since: first version that has it; code of ours must bear its absence before.
+        since: first version that has it; our code must work without it before.
         until: first version that does not have it any more; likewise.
         package: whose releases have it.
     """
@@ -37,12 +37,12 @@ class Row:
 
     @property
     def key(self) -> str:
-        """As messages and records name it."""
+        """Its name in messages and records."""
         return f"{self.module}:{self.symbol}"
 
 
 def members(module: str, cls: str, *names: str, since: str = "", until: str = "") -> tuple[Row, ...]:
-    """Attributes of a class, read from its instances."""
+    """Rows for attributes of a class, which are read from its instances."""
     return tuple(Row(module, f"{cls}.{name}", since=since, until=until) for name in names)
 
 
@@ -87,7 +87,7 @@ ROWS: tuple[Row, ...] = (
     Row(f"{_LOADER}.utils", "get_draft_load_config", takes=(), positional=1, since="0.32.0"),
     Row("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
     Row("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
-    # --- where a worker stands --------------------------------------------------------------------------------------
+    # --- a worker's ranks -------------------------------------------------------------------------------------------
     Row(_STATE, "get_world_group", takes=()),
     Row(_STATE, "get_pp_group", takes=()),
     Row(_STATE, "get_ep_group", takes=()),
@@ -96,7 +96,7 @@ ROWS: tuple[Row, ...] = (
     *members(_STATE, "GroupCoordinator", "rank", "local_rank", "rank_in_group"),
     Row(_STATE),
     # --- configuration ----------------------------------------------------------------------------------------------
-    # Classes whose modules begin so are not looked into.
+    # The traversal skips objects of classes in these modules.
     Row("vllm.config"),
     Row("vllm.distributed"),
     Row("vllm.compilation"),
@@ -177,17 +177,17 @@ ROWS: tuple[Row, ...] = (
     Row("vllm.v1.executor.multiproc_executor", "cloudpickle"),
     Row("vllm.ray.ray_env", "RAY_NON_CARRY_OVER_ENV_VARS"),
     # --- vLLM-Ascend ------------------------------------------------------------------------------------------------
-    # What is looked up in modules that are loaded already, and may be absent, is in ``tests/ascend``.
+    # Names that are looked up in loaded modules, and may be absent, are in ``tests/ascend``.
     Row("vllm_ascend.model_loader.rfork.rfork_loader", package=ASCEND),
 )
 
-#: Attributes that are asked of objects whose class has no single place, with the file that has one of them.
+#: Attributes of objects of several classes, with one of the classes.
 ELSEWHERE: tuple[Row, ...] = (
     Row("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase.uses_meta_device"),
 )
 
-#: Workers whose every public method, in every release, either withdraws the seed (``vllm_compat/workers.py``) or is
-#: among those that leave weights alone (``vllm_compat/worker_calls.py``).
+#: Workers whose public methods, in every release, either withdraw the seed (``vllm_compat/worker_hooks.py``) or do not
+#: change weights (``vllm_compat/worker_calls.py``).
 WORKERS: dict[str, tuple[tuple[str, str], ...]] = {
     VLLM: (
         ("vllm.v1.worker.worker_base", "WorkerBase"),
@@ -198,7 +198,7 @@ WORKERS: dict[str, tuple[tuple[str, str], ...]] = {
     ASCEND: (("vllm_ascend.worker.worker", "NPUWorker"),),
 }
 
-#: Configurations whose every field, in every release, has a place in ``vllm_compat/shaping.py``.
+#: Configurations whose fields, in every release, are in a table of ``vllm_compat/fingerprint`` or in its ignored.json.
 CONFIGURATIONS: dict[str, tuple[str, str]] = {
     "vllm": ("vllm.config.vllm", "VllmConfig"),
     "model": ("vllm.config.model", "ModelConfig"),
@@ -213,5 +213,5 @@ CONFIGURATIONS: dict[str, tuple[str, str]] = {
     "speculative": ("vllm.config.speculative", "SpeculativeConfig"),
 }
 
-#: Where a release says which environment variables it reads: module → the name of the mapping.
+#: The mapping of environment variables that a release reads: its module and name.
 ENVIRONMENT = {VLLM: ("vllm.envs", "environment_variables"), ASCEND: ("vllm_ascend.envs", "env_variables")}
