@@ -152,14 +152,14 @@ async def test_a_receiver_that_speaks_http_is_told_so_in_words(fleet: Credential
     async with serving(credentials=fleet) as service:
         for path in (messages.SEED_MANIFEST, messages.SEED_INFO, messages.SEED_FETCH, "/"):
             status, text = await get(service, path, headers={"Authorization": f"Bearer {TOKEN}"})
-            assert (status, text) == (426, "this service speaks https only")
-        with pytest.raises(SeedError, match=r"426 \(this service speaks https only\)"):
+            assert (status, text) == (426, "this service serves https only")
+        with pytest.raises(SeedError, match=r"426 \(this service serves https only\)"):
             await read(service, own(token=TOKEN))
 
 
 async def test_a_receiver_that_requires_tls_reads_from_no_seed_without(fleet: Credentials) -> None:
     async with serving(token=TOKEN) as service:
-        with pytest.raises(SeedError, match="does not speak TLS; set rfork_seed_tls to prefer"):
+        with pytest.raises(SeedError, match="does not use TLS; set rfork_seed_tls to prefer"):
             await read(service, fleet)
 
 
@@ -364,8 +364,8 @@ async def test_wrong_tls_is_not_asked_again_by_a_receiver_that_may_wait(authorit
         (62, "rfork_seed_tls_name"),
         (64, "rfork_seed_tls_name"),
         (10, "renew"),
-        (26, "another certificate"),  # made for clients alone
-        (92, "another certificate"),  # a CA without key usage, which Python 3.13 does not take
+        (26, "replace the seed's certificate"),  # made for clients alone
+        (92, "replace the seed's certificate"),  # a CA without key usage, which Python 3.13 does not take
     ],
 )
 def test_advice_fits_what_openssl_found(verify_code: int, words: str) -> None:

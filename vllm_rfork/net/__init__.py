@@ -1,4 +1,4 @@
-"""What planner and worker share below HTTP's calls: token files, files that are re-read, connections, limits.
+"""HTTP client and server below the protocol: connections, limits, credentials, the event loop.
 
-Knows no path and no header of the protocol. Must not import torch or vLLM.
+Planner and worker share it. It is independent of the protocol's paths and headers.
 """

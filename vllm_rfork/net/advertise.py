@@ -1,4 +1,4 @@
-"""The address under which other machines reach this worker. Must not announce it, nor import torch or vLLM."""
+"""The advertised address: the one under which other machines reach this worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline
 logger = worker_logger(__name__)
 
 
-#: All attempts to connect to the planner together, in seconds. A planner that takes longer is looked for by its route.
+#: Timeout of all attempts to connect to the planner together, in seconds. After that the route decides.
 _CONNECT_TIMEOUT_S = 1.0
 #: ``rfork_seed_bind_host``'s default.
 _EVERY_IPV4 = "0.0.0.0"  # noqa: S104
@@ -27,15 +27,15 @@ _EVERY_ADDRESS = "::"
 
 
 def advertise_host(settings: Settings) -> str:
-    """The address that peers reach this host under: the option, ``VLLM_HOST_IP``, or where the planner is reached from.
+    """The advertised address: the option, else ``VLLM_HOST_IP``, else the local address towards the planner.
 
-    The last is the local address of a connection to the planner; where nobody listens there yet, that of the route.
-    Empty where there is none of them, or only a loopback address for a planner that is elsewhere: announced to
-    others, that would send them to themselves.
+    The last is the local address of a connection to the planner, or of the route if the planner accepts none yet. The
+    result is empty if there is no address, or only a loopback address while the planner is on another host: peers
+    would connect to themselves.
 
     Raises:
         ConfigError: ``rfork_seed_advertise_host`` is ``0.0.0.0`` or ``::``.
-        TimeoutError: the planner's name could not be looked up within ``rfork_request_timeout_sec``.
+        TimeoutError: the planner's name could not be resolved within ``rfork_request_timeout_sec``.
     """
     planners = [urllib.parse.urlsplit(url) for url in settings.rfork_scheduler_url.split(",")]
     planner_is_local = all(is_loopback(planner.hostname or "") for planner in planners)
@@ -81,21 +81,21 @@ def _reached_from(planners: list[urllib.parse.SplitResult], timeout_s: float) ->
 
 
 def listen_host(bind_host: str, advertised: str) -> str:
-    """Where a service listens that is announced as ``advertised``: ``bind_host``, in a family that peers can reach.
+    """The address on which a service listens that is announced as ``advertised``: ``bind_host``, or ``::``.
 
-    ``0.0.0.0``, the default, is every address; for an announced IPv6 address that includes IPv6.
+    ``0.0.0.0``, the default, means every address, including IPv6 if the advertised address is an IPv6 address.
     """
     return _EVERY_ADDRESS if bind_host == _EVERY_IPV4 and ":" in advertised else bind_host
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host``, an address or ``localhost``, is this machine's own, by its spelling alone."""
+    """Return True if ``host`` is a loopback address or ``localhost``, by its spelling alone."""
     address = _address(host)
     return host.lower().rstrip(".") == "localhost" if address is None else address.is_loopback
 
 
 def is_unspecified(host: str) -> bool:
-    """Whether ``host`` is ``0.0.0.0``, ``::`` or another spelling of them."""
+    """Return True if ``host`` is ``0.0.0.0``, ``::`` or another spelling of them."""
     address = _address(host)
     return address is not None and address.is_unspecified
 
@@ -112,7 +112,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _connected_from(addresses: list[Any]) -> str:
-    """The local address of the first connection that the planner accepts; empty where it accepts none in time."""
+    """The local address of the first connection that the planner accepts; empty if it accepts none in time."""
     deadline = time.monotonic() + _CONNECT_TIMEOUT_S
     for number, (family, kind, _, _, address) in enumerate(addresses):
         left_s = deadline - time.monotonic()
@@ -129,7 +129,7 @@ def _connected_from(addresses: list[Any]) -> str:
 
 
 def _routed_from(found: Any) -> str:
-    """The local address of the route to ``found``. Raises OSError where there is none."""
+    """The local address of the route to ``found``. Raises OSError if there is none."""
     family, _, _, _, address = found
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # a datagram socket: finds the route, sends nothing
@@ -139,7 +139,7 @@ def _routed_from(found: Any) -> str:
 def _look_up(host: str, port: int, timeout_s: float) -> Any:
     """The addresses of ``host`` for streams, as ``getaddrinfo`` lists them.
 
-    The lookup blocks as long as the resolver likes, so a thread does it.
+    The lookup may block for as long as the resolver does, so it runs on a thread.
 
     Raises:
         TimeoutError: no answer within ``timeout_s`` seconds.

@@ -2,7 +2,7 @@
 
 A token file is UTF-8 text, with or without a byte order mark. Each line is a token, a comment (it begins with ``#``) or
 blank; spaces and tabs around it do not count. One token, or two while they are rotated. A token consists of printable
-ASCII characters, since nothing else arrives unchanged in a header. No text that is raised here holds a token.
+ASCII characters, because nothing else arrives unchanged in a header. No error message here contains a token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_file(path: str | Path, field: str) -> tuple[str, ...]:
     lines = [line.strip(" \t\r") for line in text.split("\n")]
     tokens = tuple(checked(line, field) for line in lines if line and not line.startswith("#"))
     if not 1 <= len(tokens) <= MAX_TOKENS:
-        raise ConfigError(field, f"holds {len(tokens)} tokens", _ACCEPTS)
+        raise ConfigError(field, f"contains {len(tokens)} tokens", _ACCEPTS)
     return tokens
 
 
@@ -52,21 +52,21 @@ def checked(token: str, field: str) -> str:
         ConfigError: names ``field``; empty, or characters that do not arrive unchanged in a header.
     """
     if not _TOKEN.match(token):
-        problem = "holds a token with characters other than printable ASCII" if token.strip() else "is blank"
+        problem = "contains a token with characters other than printable ASCII" if token.strip() else "is blank"
         raise ConfigError(field, problem, "a token of printable ASCII characters")
     return token
 
 
 def admits(tokens: Sequence[str], authorization: str | None) -> bool:
-    """Whether a caller with this ``Authorization`` header may come in: with any of ``tokens``, or if there are none."""
+    """Return True if the ``Authorization`` header has one of ``tokens``, or if there are none."""
     if not tokens:
         return True
     scheme, _, given = (authorization or "").partition(" ")
-    # All are compared whatever the first says, so that time tells nothing.
+    # All are compared, so that the time does not depend on which one matches.
     matches = [equal(given.strip(), each) for each in tokens]
     return scheme.lower() == "bearer" and any(matches)
 
 
 def equal(one: str, other: str) -> bool:
-    """Compared in constant time: neither a token nor a key can be guessed letter by letter."""
+    """Compare in constant time, so that a token or key cannot be guessed letter by letter."""
     return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))

@@ -1,11 +1,9 @@
-"""One HTTP exchange, bounded in time and in bytes, with every foreign error translated.
+"""One HTTP exchange, bounded in time and bytes, with every foreign error translated.
 
-The other side may be anything: a planner behind a proxy, a half-open socket, a process that is no planner at all.
-So nothing is followed (redirects), unpacked (content encodings) or kept (connections, cookies), and only
-:class:`~vllm_rfork.errors.ForkError` leaves this module. Connections are not reused: calls are minutes apart, and
-a beat lost to a connection that the other side had just closed would cost more than a handshake.
-
-Must not know any path or header of the protocol.
+The other side may be anything: a planner behind a proxy, a half-open socket, another service altogether. So the client
+follows no redirects, decodes no content encodings and keeps no connections or cookies, and only
+:class:`~vllm_rfork.errors.ForkError` leaves this module. Connections are not reused: calls are minutes apart, and a
+heartbeat on a connection that the other side has just closed would be lost, which costs more than a handshake.
 """
 
 from __future__ import annotations
@@ -30,24 +28,24 @@ from vllm_rfork.net.long_lived import long_lived_socket
 from vllm_rfork.net.tls_errors import advice, ssl_error
 from vllm_rfork.net.within import within
 
-#: What a message quotes of the other side's text, in characters.
+#: Longest quotation of the other side's text in a message, in characters.
 MAX_QUOTED_LENGTH = 200
-#: The text of a refusal explains, the status decides: wait no longer than this for the text.
+#: Timeout for the text of a refusal, in seconds: the text only explains the status.
 _TEXT_TIMEOUT_S = 1.0
 _MAX_TEXT_NBYTES = 4096
 #: Longest time in seconds without a byte on a connection that the other side holds open. Planners that send none before
 #: their answer, of earlier versions, answer within 50 s.
 MAX_SILENCE_S = 75.0
 
-#: All that aiohttp and the socket below it raise; ValueError for addresses and header values it cannot send.
+#: Every error of aiohttp and the socket below it; ValueError for addresses and header values that it cannot send.
 _FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
-#: aiohttp says with which SSL setting it could not connect: an object's address, which helps nobody.
+#: The SSL setting in aiohttp's messages, which is only the address of an object.
 _SSL_SETTING = re.compile(r" ssl:(<[^>]*>|\w+)")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of ``url``. ``body`` is whole for a 200 whose body was asked for, else the beginning of a text."""
+    """The answer of ``url``. ``body`` is complete for a 200 whose body was requested, else the beginning of a text."""
 
     status: int
     headers: CIMultiDictProxy[str]
@@ -67,10 +65,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class BoundedHttp:
-    """Makes exchanges with one kind of service.
+    """Client of one kind of service.
 
     Args:
-        service: what messages call the other side, such as ``planner``.
+        service: name of the other side in messages, such as ``planner``.
         error: makes the error that a failed exchange raises.
         credentials: its token is sent as ``Authorization: Bearer`` and is never part of a message; its TLS is for
             ``https`` addresses.
@@ -94,12 +92,15 @@ class BoundedHttp:
     ) -> Answer:
         """Send one request and return its answer, whatever the status.
 
-        The body of a 200 is read only up to ``max_body_nbytes``, and not at all where that is 0: such an answer
-        lies in its status and headers. Of any other answer the beginning of the text is taken along.
-        ``certified_name``, of an ``https`` address, is what the other side's certificate must hold in place of its
-        host. ``connect_timeout_s`` is for a request that the other side holds open: it bounds name resolution and
-        connecting, :data:`MAX_SILENCE_S` bounds the time between two bytes, the kernel checks that the other host is
-        there, and a forked child closes its copy of the connection, which would otherwise outlive this process.
+        The body of a 200 is read up to ``max_body_nbytes``, and not at all if that is 0. Of any other answer the
+        beginning of the text is read.
+
+        Args:
+            certified_name: for ``https``, the name that the other side's certificate must contain instead of its host.
+            connect_timeout_s: for a request that the other side holds open. It bounds name resolution and connecting,
+                and :data:`MAX_SILENCE_S` bounds the time between two bytes. The kernel checks that the other host
+                exists, and a forked child closes its copy of the connection, which would otherwise outlive this
+                process.
 
         Raises:
             ForkError: made by ``error``; no answer within ``timeout_s`` seconds, no connection, an answer that is
@@ -180,7 +181,7 @@ class BoundedHttp:
         ):
             body = bytearray()
             if response.status != 200:
-                # A refusal's text that stalls or breaks off must not hide the refusal.
+                # A text that stalls or breaks off must not hide the refusal itself.
                 left_s = deadline - time.monotonic()
                 with contextlib.suppress(asyncio.TimeoutError, *_FOREIGN):
                     await within(_read(response, body, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
@@ -194,7 +195,7 @@ class BoundedHttp:
 
 
 class _OneConnection(aiohttp.TCPConnector):
-    """Connects once. aiohttp repeats a GET whose connection breaks: a repeated ``get_seed`` takes a second lease."""
+    """Connector that connects once: aiohttp repeats a GET whose connection breaks, and could take a second lease."""
 
     _connected = False
 
@@ -214,7 +215,7 @@ async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: i
 
 
 def _limit_of_files(error: BaseException) -> str:
-    """The limit that an exchange ran into for want of a descriptor; empty where it did not."""
+    """A clause about the limit of open files, if the exchange failed because of it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE):
@@ -225,20 +226,20 @@ def _limit_of_files(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in one line, with its class where it says nothing itself."""
+    """The error in one line with its class."""
     text = " ".join(_SSL_SETTING.sub("", str(error)).split())
     name = type(error).__name__
     return f"{name}: {text[:MAX_QUOTED_LENGTH]}" if text else name
 
 
 def went_away(error: ForkError) -> bool:
-    """Whether an exchange failed because nobody was there, or the connection broke off: soon it may work."""
+    """Return True if an exchange failed because the connection was refused or broke: it may work again soon."""
     cause = error.__cause__
     return isinstance(cause, (aiohttp.ClientConnectionError, OSError)) and ssl_error(cause) is None
 
 
 def broke_off(error: ForkError) -> bool:
-    """Whether the connection of an exchange broke after the request was sent: nobody can tell what became of it."""
+    """Return True if the connection broke after the request was sent, so that its effect is unknown."""
     cause = error.__cause__
     if isinstance(cause, aiohttp.ClientConnectorError):
         return False
@@ -246,7 +247,7 @@ def broke_off(error: ForkError) -> bool:
 
 
 def was_sent(error: ForkError) -> bool:
-    """Whether the request of a failed exchange may have arrived: one that found no connection has not."""
+    """Return True if the request of a failed exchange may have arrived, that is, if there was a connection."""
     cause = error.__cause__
     if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)):
         return False

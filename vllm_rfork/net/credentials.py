@@ -1,8 +1,7 @@
-"""What this worker shows to planner and seeds, and what it asks of those who call it: bearer token and TLS.
+"""Bearer token and TLS configuration of a worker, as client and as server.
 
-Files are looked at again when somebody asks, at most once a second, so that a secret which an orchestrator rotates is
-used without a restart; a file that cannot be used leaves the earlier content in place. Nothing here logs or raises a
-text that holds a token or a key. Must not know any path or header of the protocol, nor how requests are sent.
+Files are checked on use, at most once a second, so that a secret which an orchestrator rotates is used without a
+restart. If a file becomes unusable, its earlier content stays in use. No log line or error contains a token or a key.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ class Options:
 
     @property
     def has_tls(self) -> bool:
-        """Whether anything but the system's trust is wanted of a client."""
+        """Return True if a client needs more than the system's CAs."""
         return bool(self.ca_file or self.cert_file)
 
     @property
     def tls_files(self) -> tuple[str, ...]:
-        """What a client's side of TLS is made from."""
+        """The files of the client's side of TLS."""
         return tuple(filter(None, (self.ca_file, self.cert_file, self.key_file)))
 
 
@@ -75,7 +74,7 @@ class Credentials:
 
     @classmethod
     def of(cls, settings: Settings) -> Credentials:
-        """As ``settings`` say.
+        """The credentials that ``settings`` name.
 
         Raises:
             ConfigError: see the class.
@@ -95,31 +94,31 @@ class Credentials:
 
     @property
     def token(self) -> str:
-        """The token to send; empty where there is none."""
+        """The token to send; empty if there is none."""
         tokens = self._tokens.current()
         return tokens[0] if tokens else ""
 
     def admit(self, authorization: str) -> bool:
-        """Whether a caller with this ``Authorization`` header may come in: with any of the tokens, or none is set."""
+        """Return True if the ``Authorization`` header has one of the tokens, or if there are none."""
         return bearer.admits(self._tokens.current(), authorization)
 
     def client_context(self) -> ssl.SSLContext | None:
-        """For https calls; None for the system's trust and no certificate of one's own."""
+        """The context of https calls; None means the system's CAs and no certificate of this worker."""
         return None if self._client is None else self._client.current()
 
     def server_context(self) -> ssl.SSLContext | None:
-        """For the own seed service; None where it speaks http only, or there is no certificate and so no service."""
+        """The context of this worker's seed service; None if it serves http, or if there is no certificate."""
         return None if self._server is None else self._server.current()
 
     def needed_server_context(self) -> ssl.SSLContext:
-        """As :meth:`server_context`, for one that there is."""
+        """As :meth:`server_context`. Raises ValueError instead of returning None."""
         context = self.server_context()
         if context is None:
             raise ValueError("the seed service has no TLS")
         return context
 
 
-# --- what is made from files -----------------------------------------------------------------------------------------
+# --- from files to contexts -----------------------------------------------------------------------------------------
 
 
 def _tokens(options: Options) -> tuple[str, ...]:
@@ -145,10 +144,10 @@ def client_context(options: Options) -> ssl.SSLContext:
 
 
 def server_context(options: Options) -> ssl.SSLContext:
-    """TLS 1.2 and later with the certificate of ``options``; asks callers for one where it names their CA.
+    """TLS 1.2 and later with the certificate of ``options``; requests client certificates if a client CA is set.
 
-    A caller that shows none is let through the handshake, so that the service can tell it in words; one that shows
-    what the CA did not sign is not.
+    A caller without a certificate passes the handshake, so that the service can answer it with a text. One whose
+    certificate the CA did not sign does not.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -167,7 +166,7 @@ def server_context(options: Options) -> ssl.SSLContext:
 
 def _load_certificate(context: ssl.SSLContext, options: Options) -> None:
     try:
-        # Without a password OpenSSL would ask the terminal for that of a key which has one.
+        # Without a password OpenSSL would prompt for one on the terminal if the key is encrypted.
         context.load_cert_chain(options.cert_file, options.key_file or None, password=b"")
     except (OSError, ValueError) as error:
         accepts = "a PEM certificate that fits the key in rfork_tls_key_file, which has no password"

@@ -1,4 +1,4 @@
-"""How many connections a process can hold, by the descriptors that it may have (``RLIMIT_NOFILE``)."""
+"""Descriptors of this process (``RLIMIT_NOFILE``), and the number of connections that they permit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def spare() -> int:
 
 
 def connections(wanted: int, *, kept: int, share: float = 1.0) -> int:
-    """How many connections to allow, at least 1.
+    """The number of connections to allow, at least 1.
 
     Args:
         wanted: never more than this.

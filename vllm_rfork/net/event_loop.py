@@ -1,10 +1,8 @@
 """One event-loop thread per process: the only bridge between vLLM's synchronous code and asyncio.
 
-Everything that talks HTTP lives in this loop: planner and seed calls, lease renewal, heartbeats, the seed
-service. Loader code reaches it through :meth:`Background.call` (wait for an answer, bounded) and
-:meth:`Background.spawn` (let it run). The thread is a daemon and never keeps a process alive.
-
-Must not import anything of the package but the loggers.
+All HTTP runs in this loop: planner and seed calls, lease renewal, heartbeats, the seed service. Loader code uses
+:meth:`Background.call` (wait for a result, with a timeout) and :meth:`Background.spawn` (return at once). The thread is
+a daemon and never keeps a process alive.
 """
 
 from __future__ import annotations
@@ -25,13 +23,13 @@ logger = worker_logger(__name__)
 T = TypeVar("T")
 
 THREAD_NAME = "rfork-background"
-#: Name resolution blocks, so asyncio hands it to a few threads of its own; more lookups than this wait in line.
+#: Threads for name resolution, which blocks; more lookups than this wait.
 _IO_THREADS = 4
 _numbers = itertools.count(1)
 
 
 class BackgroundTask:
-    """Handle on a coroutine that runs in the background; made by :meth:`Background.spawn`."""
+    """Handle of a coroutine that runs in the background; :meth:`Background.spawn` creates it."""
 
     def __init__(self, owner: Background, coro: Coroutine[Any, Any, object], name: str) -> None:
         self.name = name
@@ -42,7 +40,7 @@ class BackgroundTask:
 
     @property
     def done(self) -> bool:
-        """Whether the coroutine has ended, its cleanup included."""
+        """True once the coroutine has ended, its cleanup included."""
         return self._ended.is_set()
 
     def wait(self, timeout_s: float) -> None:
@@ -69,7 +67,7 @@ class BackgroundTask:
         self.wait(timeout_s)
 
     def start(self) -> None:
-        """Called once, in the loop."""
+        """Start the coroutine. Called once, in the loop."""
         self._task = asyncio.get_running_loop().create_task(self._guarded(), name=self.name)
         self._task.add_done_callback(self._at_end)
 
@@ -91,7 +89,7 @@ class BackgroundTask:
 
 
 class Background:
-    """An event loop in a daemon thread. :func:`background` returns the process's own; tests make theirs."""
+    """An event loop in a daemon thread. :func:`background` returns the process's own."""
 
     def __init__(self) -> None:
         self._io_prefix = f"{THREAD_NAME}-io{next(_numbers)}"
@@ -109,16 +107,16 @@ class Background:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called; a closed bridge takes no more work."""
+        """True after :meth:`close`; a closed loop accepts no more work."""
         return self._closed
 
     def refuse_own_thread(self, what: str) -> None:
-        """Raise RuntimeError where the caller runs in the loop itself: waiting there would hang for ever."""
+        """Raise RuntimeError if the caller runs in the loop itself, because waiting there would never end."""
         if threading.current_thread() is self._thread:
             raise RuntimeError(f"{what} was called from inside the background loop; await the coroutine instead")
 
     def in_loop(self, callback: Any, *args: Any) -> None:
-        """Have the loop run ``callback(*args)`` soon.
+        """Schedule ``callback(*args)`` in the loop.
 
         Raises:
             RuntimeError: after :meth:`close`.
@@ -143,14 +141,14 @@ class Background:
                     raise RuntimeError("the background loop is closed")
                 future = asyncio.run_coroutine_threadsafe(coro, self._loop)
         except RuntimeError:
-            coro.close()  # else Python warns of a coroutine that was never awaited
+            coro.close()  # otherwise Python warns about a coroutine that was never awaited
             raise
         try:
             return future.result(timeout_s)
         except concurrent.futures.CancelledError as error:
             raise RuntimeError("the background loop was closed before there was a result") from error
         except BaseException as error:
-            # An exit that interrupts the wait leaves nothing running either.
+            # If an exit interrupts the wait, the coroutine must not keep running either.
             if future.cancel():
                 if isinstance(error, concurrent.futures.TimeoutError):
                     raise TimeoutError(f"no result from the background loop within {timeout_s:g} s") from error
@@ -212,7 +210,7 @@ class Background:
 
 
 class _Process:
-    """This process's bridge."""
+    """The event loop of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -220,22 +218,22 @@ class _Process:
 
 
 _process = _Process()
-#: A forked child shares the parent's epoll descriptor: closing or even collecting the parent's loop there could
-#: unregister the parent's sockets. So it is kept, untouched, for the child's life.
+#: Loops of parent processes. A forked child shares the parent's epoll descriptor, so closing or collecting the
+#: parent's loop in the child could unregister the parent's sockets. It is kept as it is for the child's lifetime.
 _inherited: list[_Process] = []
 
 
-def _start_anew() -> None:
+def _forget_parent() -> None:
     global _process  # noqa: PLW0603 - as a whole: its lock may be held by a thread that the child does not have
     _inherited.append(_process)
     _process = _Process()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def background() -> Background:
-    """The process's own bridge, started on first use, and anew after a fork or after it was closed."""
+    """The process's own loop, started on first use, and again after a fork or after it was closed."""
     process = _process
     with process.lock:
         if process.current is None or process.current.closed:

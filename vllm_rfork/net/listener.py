@@ -1,7 +1,7 @@
-"""Listening sockets, and accepting from them without ever flooding the log or the descriptors of the process.
+"""Listening sockets, and a loop that accepts connections without flooding the log or using up the descriptors.
 
-asyncio's own servers log a traceback for each connection that they cannot accept: 86 MB in 50 s where descriptors have
-run out. Here accepting rests for a moment then, with one line a minute.
+asyncio's own servers log a traceback for each connection that they cannot accept: 86 MB in 50 s without descriptors.
+This one pauses and logs one line a minute.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Callable
 from vllm_rfork.net import descriptors
 from vllm_rfork.net.seldom import Seldom
 
-#: After an accept that failed, for want of descriptors most likely.
+#: Pause after a failed accept, most likely for lack of descriptors, in seconds.
 PAUSE_S = 1.0
-#: Connections accepted in a row, before others have their turn.
+#: Connections accepted in a row before the event loop continues with other work.
 _BATCH = 16
-#: Descriptors are numbered from the lowest that is free: a connection that gets one of the last is closed at once, so
-#: that the rest of the process never lacks one.
+#: Descriptors reserved for the rest of the process. The kernel assigns the lowest free number: a connection that gets
+#: one of the last is closed at once.
 KEPT = 32
 
 
 class Listener:
-    """Accepts connections from some sockets and hands each to ``accepted``, non-blocking.
+    """Accepts connections from sockets and passes each to ``accepted``, non-blocking.
 
     Args:
         accepted: owns the connection from then on; must not raise.
@@ -101,10 +101,10 @@ async def listen(
 
     Args:
         port: 0 takes a free one, and then the first address alone.
-        sent_nbytes: of an answer, what the kernel may hold for each connection; 0: its own choice, which is megabytes.
+        sent_nbytes: the kernel's send buffer for each connection; 0: its default, which is megabytes.
 
     Raises:
-        OSError: the name does not resolve, or an address cannot be had.
+        OSError: the name does not resolve, or an address cannot be used.
     """
     loop = asyncio.get_running_loop()
     try:

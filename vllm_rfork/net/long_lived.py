@@ -1,6 +1,6 @@
-"""Sockets for connections that last, by which the other side sees that this process lives.
+"""Sockets for presence connections, which show the other side that this process lives.
 
-The kernel checks that the other host is there. A forked child closes its copy: it would hide its parent's death.
+The kernel checks that the other host exists. A forked child closes its copy, which would hide its parent's death.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-#: A host that vanishes is missed after 10 + 3 * 5 seconds. Not every platform has these options.
+#: A host that vanishes is noticed after 10 + 3 * 5 seconds. Not every platform has these options.
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 

@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class Reloaded(Generic[T]):
-    """What ``read`` makes of some files, made anew when one of them has changed.
+    """The content of files as ``read`` returns it, read again when one of them has changed.
 
     Args:
-        what: names it in the log.
+        what: its name in the log.
         read: raises ConfigError if the files cannot be used; so does the constructor then.
         logger: receives one line for each change.
         clock: replaced in tests.
-        recheck_s: seconds between two looks at the files.
+        recheck_s: seconds between two checks of the files.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Reloaded(Generic[T]):
         self._problem = ""
 
     def current(self) -> T:
-        """The latest usable content, looked at again once ``recheck_s`` have passed. Never raises."""
+        """The latest usable content; files are checked once ``recheck_s`` have passed. Never raises."""
         now = self._clock()
         if self._paths and now - self._checked_at >= self._recheck_s:
             self._checked_at = now

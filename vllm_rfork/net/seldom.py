@@ -1,4 +1,4 @@
-"""Log lines that strangers can cause, at most one a minute of each kind: nobody may fill a disk from outside."""
+"""Rate limit for log lines that unauthenticated callers can cause: one a minute of each kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_KINDS = 64
 
 
 class Seldom:
-    """Passes the first line of a kind on, and then one a minute, with the number of those left out.
+    """Logs the first line of a kind, and then one a minute with the number of lines in between.
 
     Args:
         logger: receives the lines.
@@ -32,7 +32,7 @@ class Seldom:
             )
 
     def count(self, kind: str) -> int | None:
-        """Count one more of ``kind``. If it is to be logged: how many were left out since the last line; else None."""
+        """Count one more of ``kind``. Returns the number omitted before, or None if nothing is to be logged."""
         now = self._clock()
         at, left_out = self._last.get(kind, (-EVERY_S, 0))
         if now - at < EVERY_S:
@@ -45,7 +45,7 @@ class Seldom:
 
 
 class SeldomFilter(logging.Filter):
-    """The same for a logger that other code writes to; the kind is the text before its values are filled in."""
+    """The same limit for a logger that other code writes to; the kind is the message before formatting."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -1,10 +1,9 @@
 """An HTTP server for small GET services, bounded in connections, bytes, and time.
 
-It lives inside a worker that serves a model, so whoever connects must not be able to hold memory, descriptors or
-the event loop: one request per connection, no request bodies, a deadline for each phase of a connection, and an answer
-that is written piece by piece as the reader takes it (:mod:`vllm_rfork.net.connections`). Where it has a certificate,
-the first byte says whether a caller speaks TLS, so that one which does not is told so in words. Must not know any path
-of the protocol.
+It runs inside a worker that serves a model, so callers must not be able to occupy memory, descriptors or the event
+loop: one request per connection, no request bodies, a deadline for each phase of a connection, and an answer that is
+written piece by piece as the caller reads it (:mod:`vllm_rfork.net.connections`). With a certificate, the first byte
+of a connection shows whether the caller uses TLS; one that does not gets a text in plain HTTP.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from vllm_rfork.net.connections import Connections, Limits, Phase
 from vllm_rfork.net.seldom import Seldom, SeldomFilter
 
 logger = worker_logger(__name__)
-#: aiohttp writes a traceback for every malformed request; whoever scans ports must not fill a worker's log.
+#: aiohttp writes a traceback for every malformed request; a port scan must not fill a worker's log.
 _quiet = worker_logger(__name__ + ".requests")
 _quiet.setLevel(logging.CRITICAL + 1)
-#: Tracebacks of requests that failed: one a minute of a kind.
+#: Tracebacks of failed requests, one a minute of a kind.
 failure_logger = worker_logger(__name__ + ".failures")
 failure_logger.addFilter(SeldomFilter())
 
-#: Connections for each call that is answered at once: those that have not asked yet cost little.
+#: Connections per request answered at once; connections without a request cost little.
 _OPEN_PER_ANSWER = 4
-#: Of the descriptors that a worker has to spare, its callers get at most this part.
+#: Share of a worker's spare descriptors that its callers may use.
 _SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a caller may take. Times in seconds, sizes in bytes.
+    """Limits of a server. Times in seconds, sizes in bytes.
 
     Attributes:
         max_connections: requests answered at once; more get 503. Four times as many connections may be open, fewer if
-            the process is short of descriptors; the one that has waited longest makes room for a new one.
+            the process is short of descriptors; the one that has been idle longest is closed for a new one.
         head_timeout_s: from connecting, and TLS, to the end of the request's head.
-        answer_timeout_s: from there to the answer, and again until its last byte is taken.
-        max_request_nbytes: all that a connection may send.
+        answer_timeout_s: from there to the answer, and again until its last byte is read.
+        max_request_nbytes: everything that a connection may send.
         max_line_nbytes: the request line: a key of 2048 characters, percent-encoded, fits.
         max_header_nbytes: one header.
     """
@@ -57,7 +56,7 @@ class Bounds:
     max_header_nbytes: int = 8190
 
     def limits(self) -> Limits:
-        """The same as limits of connections, with what the process can hold."""
+        """The same as limits of connections, reduced to what the process can open."""
         wanted = _OPEN_PER_ANSWER * self.max_connections
         return Limits(
             connections=descriptors.connections(wanted, kept=listener.KEPT, share=_SHARE),
@@ -72,7 +71,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. ``still_true`` is asked before each piece of the body; once it says no, the body breaks off."""
+    """An answer. ``still_true`` is called before each piece of the body; once it returns False, the body breaks off."""
 
     status: int
     body: bytes | str
@@ -86,13 +85,13 @@ Handler = Callable[[web.BaseRequest], Awaitable[Reply]]
 
 @dataclass(frozen=True)
 class Tls:
-    """How connections are encrypted.
+    """Encryption of a server's connections.
 
     Attributes:
-        context: asked for each connection, so that a renewed certificate is used from then on.
-        plain_too: callers that speak plain HTTP are answered as well; else they get 426.
-        wants_certificate: callers that showed none get 403. The context must ask for it and check it, and not break
-            the handshake off where there is none: that would tell the caller nothing.
+        context: called for each connection, so that a renewed certificate is used from then on.
+        plain_too: callers in plain HTTP are answered as well; otherwise they get 426.
+        wants_certificate: callers without a certificate get 403. The context must request and verify certificates,
+            but must not end the handshake of a caller without one, who would get no explanation.
     """
 
     context: Callable[[], ssl.SSLContext]
@@ -117,9 +116,9 @@ class BoundedServer:
         """Listen on ``host``; ``port`` 0 takes a free one. Returns the port.
 
         Raises:
-            OSError: the name does not resolve, or the address cannot be had.
+            OSError: the name does not resolve, or the address cannot be used.
         """
-        # One address only: listening on each that a name has would get a random port for each.
+        # One address only: each address of a name would get another random port.
         sockets = await listener.listen(host, port, backlog=_OPEN_PER_ANSWER * self._bounds.max_connections)
         self._http = web.Server(
             self._answer,
@@ -178,11 +177,11 @@ class BoundedServer:
 
 
 def _refused(tls: Tls, request: web.BaseRequest) -> Reply | None:
-    """What a caller is told whose connection is not as ``tls`` wants it."""
+    """The refusal of a connection that ``tls`` does not permit, or None."""
     ssl_object = None if request.transport is None else request.transport.get_extra_info("ssl_object")
     if ssl_object is None:
-        told = Reply(426, "this service speaks https only", headers=(("Upgrade", "TLS/1.2, HTTP/1.1"),))
-        return None if tls.plain_too else told
+        refusal = Reply(426, "this service serves https only", headers=(("Upgrade", "TLS/1.2, HTTP/1.1"),))
+        return None if tls.plain_too else refusal
     if tls.wants_certificate and not ssl_object.getpeercert(binary_form=True):
         return Reply(403, "this service demands a client certificate (rfork_tls_cert_file)")
     return None

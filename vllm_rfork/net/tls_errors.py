@@ -1,6 +1,6 @@
-"""What to do about an exchange that failed because of TLS, in one clause for the message.
+"""Advice about an exchange that failed because of TLS, as one clause for the message.
 
-OpenSSL says what it saw, in its own words; a person wants to know which option to set. Must not log or decide.
+OpenSSL names what it found; the advice names the option to set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import aiohttp
 
-#: OpenSSL's words for "what came was no TLS at all".
+#: OpenSSL's reasons if the other side does not use TLS at all.
 _NO_TLS = frozenset(
     {
         "HTTP_REQUEST",
@@ -29,10 +29,10 @@ _BROKE_OFF = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, Connection
 
 
 def advice(error: BaseException, *, tls: bool, shows_certificate: bool, service: str) -> str:
-    """A clause that begins with a colon, or empty where TLS is not the reason.
+    """A clause that begins with a colon; empty if TLS is not the reason.
 
     Args:
-        tls: the exchange was one over https.
+        tls: the exchange used https.
         shows_certificate: this side has a certificate to show.
         service: ``planner`` or ``seed``.
     """
@@ -45,12 +45,12 @@ def advice(error: BaseException, *, tls: bool, shows_certificate: bool, service:
         if tls and not shows_certificate:
             return f" (so does a {service} that demands a client certificate: rfork_tls_cert_file)"
         if not tls and service == "planner":
-            return " (so does a planner that speaks https only)"
+            return " (so does a planner that serves https only)"
     return ""
 
 
 def speaks_no_tls(error: BaseException | None) -> bool:
-    """Whether an https exchange failed because the other side speaks plain http."""
+    """Return True if an https exchange failed because the other side uses plain http."""
     found = None if error is None else ssl_error(error)
     return found is not None and (found.reason or "") in _NO_TLS
 
@@ -62,24 +62,24 @@ def ssl_error(error: BaseException) -> ssl.SSLError | None:
 
 def _trust(verify_code: int, service: str) -> str:
     if verify_code in _WRONG_NAME and service == "seed":
-        return "set rfork_seed_tls_name to the name that the seeds' certificates hold"
+        return "set rfork_seed_tls_name to a name in the seeds' certificates"
     if verify_code in _WRONG_NAME:
-        return "rfork_scheduler_url must have a name that the planner's certificate holds"
+        return "set rfork_scheduler_url to a URL with a name in the planner's certificate"
     if verify_code in _WRONG_TIME:
         return f"renew the {service}'s certificate, or set this machine's clock"
     if verify_code in _UNKNOWN_CA:
         return f"set rfork_tls_ca_file to a file with the CA that signed the {service}'s certificate"
-    return f"the {service} needs another certificate; this one is not fit for it"  # key usage, strictness, revocation
+    return f"replace the {service}'s certificate; it is not valid for this use"  # key usage, strictness, revocation
 
 
 def _refused(reason: str, shows_certificate: bool, service: str) -> str:
     if reason in _NO_TLS:
         way = "set rfork_seed_tls to prefer or off" if service == "seed" else "use http://"
-        return f": the {service} does not speak TLS; {way}"
+        return f": the {service} does not use TLS; {way}"
     if "CERTIFICATE_REQUIRED" in reason or ("HANDSHAKE_FAILURE" in reason and not shows_certificate):
         return f": the {service} demands a client certificate; set rfork_tls_cert_file and rfork_tls_key_file"
     if "ALERT" in reason and ("UNKNOWN_CA" in reason or "CERTIFICATE" in reason):
-        return f": the {service} does not take the certificate in rfork_tls_cert_file; it trusts another CA"
+        return f": the {service} rejected the certificate in rfork_tls_cert_file: it does not trust the issuing CA"
     return ""
 
 
@@ -87,7 +87,7 @@ def _wrapped(error: BaseException | None) -> Iterator[BaseException]:
     for _ in range(8):
         if error is None:
             return
-        # What aiohttp wraps comes first: its own classes are SSL errors too, and have none of their attributes.
+        # Wrapped errors first: aiohttp's own classes are SSL errors too, without their attributes.
         for name in ("certificate_error", "os_error"):
             inner = getattr(error, name, None)
             if isinstance(inner, BaseException):

@@ -1,7 +1,7 @@
-"""A bound in time that loses no cancellation.
+"""A timeout that never loses a cancellation.
 
-Until Python 3.12, ``asyncio.wait_for`` returns a result that comes in the same moment as a cancellation, and the
-cancellation is lost: whoever cancelled then waits for a task that goes on.
+Before Python 3.12, ``asyncio.wait_for`` returns a result that arrives at the same moment as a cancellation. The
+cancellation is then lost, and its caller waits for a task that continues.
 """
 
 from __future__ import annotations
@@ -31,4 +31,4 @@ async def within(coro: Coroutine[Any, Any, T], timeout_s: float) -> T:
             task.cancel()
             await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # else asyncio reports an exception that nobody fetched
+            task.exception()  # otherwise asyncio reports an exception that was never retrieved
