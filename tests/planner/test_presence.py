@@ -301,7 +301,7 @@ async def test_a_streamed_answer_ends_with_the_word_that_the_status_would_have_s
         monkeypatch.setattr(room, "_hold_s", 0.6 if how == "held long" else 60.0)
         assert await client.add() == 200
         asking = asyncio.create_task(client.call("POST", "/rfork_presence", **ADD, **{messages.STREAM: "1"}))
-        await eventually(lambda: any(each.begun for each in room._due))
+        await eventually(lambda: len(room._due) == 1)
         if how == "dropped":
             assert await client.status("POST", "/remove_seed", **ADD) == 200
         elif how == "closed":

@@ -20,7 +20,7 @@ from aiohttp import web
 from tests.authority import Authority
 from tests.sockets import read_all
 from vllm_rfork.net import descriptors, listener
-from vllm_rfork.net.connections import Connections, Limits, Phase, Reply, Tls
+from vllm_rfork.net.connections import Connection, Connections, Limits, Phase, Reply, Tls
 from vllm_rfork.net.listener import Listener, listen
 from vllm_rfork.net.seldom import EVERY_S, Seldom, SeldomFilter
 
@@ -274,6 +274,44 @@ def test_a_caller_that_goes_on_sending_is_cut_off(run: Run, begun: bytes) -> Non
 
 
 # --- how many ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_leaves_its_server_counts_and_is_closed_by_its_new_owner(run: Run) -> None:
+    """Its handler is cancelled, as if the peer had gone."""
+
+    async def scenario() -> None:
+        async with serving(PATIENT) as service:
+            taken: list[Connection] = []
+            events: list[str] = []
+
+            async def detach(request: web.BaseRequest) -> web.StreamResponse:
+                connection = Connection.of(request)
+                assert connection is not None
+                connection.detach(lambda: events.append("lost"))
+                taken.append(connection)
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    events.append("cancelled")
+                    raise
+                return web.Response()
+
+            service.answer = detach  # type: ignore[method-assign]
+            with await connect(service, GET) as sock:
+                await until(lambda: events == ["cancelled"])
+                assert len(service.connections) == 1
+                taken[0].write(b"some")
+                assert await read_until(sock, b"some") == b"some"
+                await asyncio.get_running_loop().sock_sendall(sock, GET)
+                taken[0].write(b"last", last=True)
+                assert (await read_all(sock)).endswith(b"last"), "what the peer sends is dropped"
+                await until(lambda: events == ["cancelled", "lost"])
+                assert len(service.connections) == 0
+            with await connect(service, GET):
+                await until(lambda: len(taken) == 2)
+            await until(lambda: events[-1] == "lost" and len(events) == 4)
+
+    run(scenario())
 
 
 def test_the_connection_that_has_waited_longest_makes_room(run: Run, caplog: pytest.LogCaptureFixture) -> None:

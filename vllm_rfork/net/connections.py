@@ -18,7 +18,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -269,6 +269,10 @@ class Connections:
         """``connection``, which was idle, has begun to send another request."""
         self._enter(connection, Phase.HEAD)
 
+    def detached(self, protocol: asyncio.BaseProtocol) -> None:
+        """The connection of ``protocol`` has left the HTTP server."""
+        self._by_protocol.pop(protocol, None)
+
     def ended(self, connection: Connection, protocol: asyncio.BaseProtocol) -> None:
         """``connection`` is closed."""
         self._by_protocol.pop(protocol, None)
@@ -335,6 +339,18 @@ async def _begins_tls(sock: socket.socket) -> bool:
             readable.clear()  # it was not there after all
 
 
+class _Detached(asyncio.Protocol):
+    """In place of the HTTP server's protocol."""
+
+    __slots__ = ("_lost",)
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        self._lost = lost
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost()
+
+
 class Connection(asyncio.Protocol):
     """Passes one connection through to aiohttp, and counts what it sends."""
 
@@ -351,6 +367,29 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received_nbytes = 0
         self._taken: asyncio.Future[None] | None = None
+
+    @classmethod
+    def of(cls, request: web.BaseRequest) -> Connection | None:
+        """The connection of ``request``; None if it is gone, or not one of these."""
+        protocol = None if request.transport is None else request.transport.get_protocol()
+        return protocol if isinstance(protocol, cls) else None
+
+    def detach(self, lost: Callable[[], None]) -> None:
+        """Take the connection from the HTTP server, for which it has ended: the handler is cancelled.
+
+        It still counts, in its phase. What the peer sends is dropped; ``lost`` is called when the connection has ended.
+        """
+        inner, self._inner = cast(Any, self._inner), _Detached(lost)
+        self._owner.detached(inner)
+        inner.transport = None  # else the server would close it
+        inner.connection_lost(None)
+
+    def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send ``data`` on a detached connection, and close it after the ``last``."""
+        if self._transport is not None and not self.lost:
+            self._transport.write(data)
+            if last:
+                self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read. Unsent bytes pause the writer from the first one, so ``taken`` is exact."""

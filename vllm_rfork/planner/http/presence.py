@@ -20,8 +20,9 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from aiohttp import web
-
+from vllm_rfork.messages import SeedAddress
+from vllm_rfork.net.connections import Connection
+from vllm_rfork.planner.http.held import AGAIN, LEAVE, LOST, UNKNOWN, HeldConnection, HeldRequest
 from vllm_rfork.planner.store.base import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing
 
@@ -33,6 +34,8 @@ SILENT_S = 20.0
 #: after :data:`SILENT_S`.
 HOLD_S = 300.0
 _SOONEST = 0.8
+#: A byte is due after this share of :data:`SILENT_S`; it is sent within half of the rest, at most a second.
+_DUE = 0.92
 #: Connections that get their byte before other work of the event loop has its turn.
 _BATCH = 50
 #: Of all connections, those that may be presence: the other calls must always find some.
@@ -40,37 +43,6 @@ SHARE = 0.5
 #: A host that vanishes closes nothing. Its kernel is asked, and is counted dead after 10 + 3 * 5 seconds of silence. A
 #: process that is only stopped has a kernel that answers.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-
-AGAIN, UNKNOWN, LOST, LEAVE = "again", "unknown", "lost", "leave"
-
-
-class StreamedAnswer:
-    """The answer to a held request: bytes while it is held, then a word. For HTTP it is one answer with status 200."""
-
-    def __init__(self, request: web.BaseRequest) -> None:
-        self._request = request
-        self._response: web.StreamResponse | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether a byte was sent, so that no other status can be."""
-        return self._response is not None
-
-    async def beat(self) -> None:
-        """Send one byte. Raises OSError if the connection is gone."""
-        if self._response is None:
-            # nginx collects an answer before it passes it on, unless it is told otherwise.
-            headers = {"Content-Type": "text/plain", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            self._response = web.StreamResponse(headers=headers)
-            await self._response.prepare(self._request)
-        await self._response.write(b"\n")
-
-    async def end(self, word: str) -> web.StreamResponse:
-        """Send ``word`` and return the answer, which is complete."""
-        if self._response is None:
-            return web.Response(text=word + "\n")
-        await self._response.write(f"{word}\n".encode())
-        return self._response
 
 
 class Presence:
@@ -95,10 +67,10 @@ class Presence:
         self.share(max_connections)
         self._silent_s = silent_s
         self._jitter = jitter
-        # Streamed answers and when their next byte is due, the first due first.
-        self._due: dict[StreamedAnswer, float] = {}
+        self._held: dict[str, HeldRequest | HeldConnection] = {}
+        # Connections and when their next byte is due, the first due first.
+        self._due: dict[HeldConnection, float] = {}
         self._beating: asyncio.Task[None] | None = None
-        self._held: dict[str, asyncio.Future[str]] = {}
         self._count = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -116,18 +88,18 @@ class Presence:
         self,
         announcement: Announcement,
         transport: asyncio.BaseTransport | None,
-        streamed: StreamedAnswer | None = None,
+        connection: Connection | None = None,
     ) -> None:
         """Hold a request of the announced seed; returns when it is to be answered with "again".
 
-        ``streamed`` gets its bytes meanwhile; without it the request is held for :data:`SILENT_S` at most.
-
-        Cancelled when the connection of ``transport`` breaks: the seed is absent from then on.
+        Cancelled when the connection of ``transport`` breaks: the seed is absent from then on. With a ``connection``,
+        to which bytes may be sent meanwhile, returns as soon as it is held: the rest of the answer is sent from here,
+        and the caller is cancelled.
 
         Raises:
             UnknownSeed: no such seed, or not any more: it has to be announced first.
             LimitReached: too many requests are held; this seed lives by its heartbeats.
-            StoreUnavailable: another replica may decide now, and knows nothing of this request.
+            StoreUnavailable: another replica may decide now, and does not have this request.
             Closing: the planner is being stopped.
         """
         if self._closing:
@@ -138,28 +110,86 @@ class Presence:
             raise LimitReached(f"{self._count} presence connections are held already")
         number = await self._attend(announcement)
         _watch_host(transport)
-        earlier = self._held.get(name)
-        if earlier is not None and not earlier.done():
-            earlier.set_result(AGAIN)
-        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._held[name] = answer
+        if (earlier := self._held.get(name)) is not None:
+            earlier.end(AGAIN)
         self._count += 1
-        word, answered = "", False
+        if connection is not None:
+            self._stream(connection, announcement.seed, number)
+            return
+        held = self._held[name] = HeldRequest()
+        word = ""
         try:
-            word = await self._answer(answer, streamed)
-            answered = True
+            word = await self._answer(held)
         finally:
-            self._count -= 1
-            if self._held.get(name) is answer:
-                del self._held[name]
-            if word != LOST:  # else ``number`` means nothing to whoever decides now
-                self._in_background(self._leave(announcement, number, answered=answered))
+            self._ended(held, announcement.seed, number, word)
         if word == UNKNOWN:
             raise UnknownSeed(f"the seed {name} is not known any more: announce it again")
         if word == LOST:
             raise StoreUnavailable("this replica leads no longer: ask again")
         if word == LEAVE:
             raise Closing
+
+    async def _answer(self, held: HeldRequest) -> str:
+        try:
+            return await asyncio.wait_for(held.word, self._held_s(min(self._hold_s, self._silent_s)))
+        except asyncio.TimeoutError:
+            return AGAIN
+
+    def _held_s(self, longest_s: float) -> float:
+        return longest_s * (_SOONEST + (1 - _SOONEST) * self._jitter())
+
+    def _ended(self, held: HeldRequest | HeldConnection, seed: SeedAddress, number: int, word: str) -> None:
+        self._count -= 1
+        name = str(seed)
+        if self._held.get(name) is held:
+            del self._held[name]
+        if word != LOST:  # else ``number`` means nothing to the process that decides now
+            self._in_background(self._leave(seed, number, answered=bool(word)))
+
+    # --- answers in pieces ---------------------------------------------------------------------------------------
+
+    def _stream(self, connection: Connection, seed: SeedAddress, number: int) -> None:
+        ends_at = asyncio.get_running_loop().time() + self._held_s(self._hold_s)
+        held = HeldConnection(connection, seed, number, ends_at, self._stream_ended)
+        self._held[str(seed)] = held
+        self._due[held] = self._next_byte_at()
+        if self._beating is None:
+            self._beating = self._in_background(self._beat())
+        held.begin()
+
+    def _stream_ended(self, held: HeldConnection, word: str) -> None:
+        self._due.pop(held, None)
+        self._ended(held, held.seed, held.number, word)
+
+    def _next_byte_at(self) -> float:
+        return asyncio.get_running_loop().time() + self._silent_s * _DUE
+
+    async def _beat(self) -> None:
+        """Send bytes to the connections that are due, and end those that were held long enough, until none is left."""
+        tick_s = min(1.0, self._silent_s * (1 - _DUE) / 2)
+        try:
+            while self._due:
+                await asyncio.sleep(tick_s)
+                await self._send_due_bytes()
+        finally:
+            self._beating = None
+
+    async def _send_due_bytes(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for sent in itertools.count(1):
+            held, due_at = next(iter(self._due.items()), (None, 0.0))
+            if held is None or due_at > now:
+                return
+            del self._due[held]
+            if held.ends_at <= now:
+                held.end(AGAIN)
+            else:
+                held.beat()
+                self._due[held] = self._next_byte_at()
+            if sent % _BATCH == 0:
+                await asyncio.sleep(0)
+
+    # --- the store -----------------------------------------------------------------------------------------------
 
     async def _attend(self, announcement: Announcement) -> int:
         """Tell the store; where the connection breaks meanwhile, tell it that as well."""
@@ -176,59 +206,18 @@ class Presence:
         except StoreError as error:
             logger.debug("A presence connection broke before it counted: %s", error)
             return
-        await self._leave(announcement, number, answered=False)
+        await self._leave(announcement.seed, number, answered=False)
 
-    async def _answer(self, answer: asyncio.Future[str], streamed: StreamedAnswer | None) -> str:
-        longest_s = self._hold_s if streamed is not None else min(self._hold_s, self._silent_s)
-        if streamed is not None:
-            self._due[streamed] = self._next_byte_at()
-            if self._beating is None:
-                self._beating = self._in_background(self._beat())
+    async def _leave(self, seed: SeedAddress, number: int, *, answered: bool) -> None:
         try:
-            return await asyncio.wait_for(answer, longest_s * (_SOONEST + (1 - _SOONEST) * self._jitter()))
-        except asyncio.TimeoutError:
-            return AGAIN
-        finally:
-            if streamed is not None:
-                self._due.pop(streamed, None)
-
-    def _next_byte_at(self) -> float:
-        return asyncio.get_running_loop().time() + self._silent_s * _SOONEST
-
-    async def _beat(self) -> None:
-        """Send each streamed answer its bytes, until there is none left."""
-        tick_s = min(1.0, self._silent_s * (1 - _SOONEST) / 2)
-        try:
-            while self._due:
-                await asyncio.sleep(tick_s)
-                await self._send_due_bytes()
-        finally:
-            self._beating = None
-
-    async def _send_due_bytes(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for sent in itertools.count(1):
-            streamed, due_at = next(iter(self._due.items()), (None, 0.0))
-            if streamed is None or due_at > now:
-                return
-            del self._due[streamed]
-            self._due[streamed] = self._next_byte_at()
-            with contextlib.suppress(OSError):  # the connection is gone, and its request is about to be cancelled
-                await streamed.beat()
-            if sent % _BATCH == 0:
-                await asyncio.sleep(0)
-
-    async def _leave(self, announcement: Announcement, number: int, *, answered: bool) -> None:
-        try:
-            await self._store.leave(announcement.seed, number, answered=answered)
+            await self._store.leave(seed, number, answered=answered)
         except StoreError as error:
             logger.debug("The end of a presence connection was not noted: %s", error)
 
     def seed_dropped(self, name: str) -> None:
         """The seed called ``name`` is not known any more: its worker has to announce it again, if it lives."""
-        answer = self._held.get(name)
-        if answer is not None and not answer.done():
-            answer.set_result(UNKNOWN)
+        if (held := self._held.get(name)) is not None:
+            held.end(UNKNOWN)
 
     def close(self) -> None:
         """Send everybody to another planner, or to this one after its restart."""
@@ -240,9 +229,8 @@ class Presence:
         self._answer_all(LOST)
 
     def _answer_all(self, word: str) -> None:
-        for answer in list(self._held.values()):
-            if not answer.done():
-                answer.set_result(word)
+        for held in list(self._held.values()):
+            held.end(word)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

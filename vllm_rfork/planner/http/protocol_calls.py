@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from vllm_rfork import messages
 from vllm_rfork.messages import BadMessage, header
+from vllm_rfork.net.connections import Connection
 from vllm_rfork.planner.http import request_headers as read
 from vllm_rfork.planner.http.auth import AddressCheck
-from vllm_rfork.planner.http.presence import Presence, StreamedAnswer
+from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.http.refused import Refused
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.resolver import Unresolved
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import Granted, LimitReached, Missed, Queued, Store, StoreUnavailable, UnknownSeed
-from vllm_rfork.planner.wait_queue import Closing, WaitQueue
+from vllm_rfork.planner.store.base import Granted, LimitReached, Missed, Queued, Store, UnknownSeed
+from vllm_rfork.planner.wait_queue import WaitQueue
 
 
 class ProtocolCalls:
@@ -56,26 +57,23 @@ class ProtocolCalls:
         await self._store.withdraw(key, seed)
         return web.Response(text="ok\n")
 
-    async def presence(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def presence(self, request: web.BaseRequest) -> web.Response:
         """Hold the request while the seed's process lives, or until the seed should ask again."""
         announcement = read.announcement(request.headers, self._settings)
         await self._check_address(request, announcement.seed.host)
-        answer = StreamedAnswer(request)
-        streams = header(request.headers, messages.STREAM) is not None
+        streams = header(request.headers, messages.STREAM) is not None and request.version >= HttpVersion11
+        connection = Connection.of(request) if streams else None
         try:
-            await self._presence.hold(announcement, request.transport, answer if streams else None)
+            await self._presence.hold(announcement, request.transport, connection)
         except UnknownSeed as error:  # not 404: older planners, which lack the call, answer that
-            if answer.begun:
-                return await answer.end(messages.PRESENCE_UNKNOWN)
             raise Refused(409, str(error)) from error
-        except (StoreUnavailable, Closing):
-            if answer.begun:
-                return await answer.end(messages.PRESENCE_LATER)
-            raise
         except LimitReached as error:
             self._metrics.refused("limit")
             raise Refused(429, str(error), {"Retry-After": "60"}) from error
-        return await answer.end(messages.PRESENCE_AGAIN)
+        if connection is not None:
+            self._metrics.request(request.path, 200, None)
+            await asyncio.sleep(0)  # the HTTP server has lost the connection to ``Presence`` and cancels this call
+        return web.Response(text=f"{messages.PRESENCE_AGAIN}\n")
 
     async def _check_address(self, request: web.BaseRequest, announced: str) -> None:
         try:
