@@ -1,1 +1,1 @@
-"""What a model holds: tensors, Python-side state, digests. Contains no name of vLLM's."""
+"""The contents of a model: tensors, Python-side state, digests. Names of vLLM's arrive as ``ModelRules``."""

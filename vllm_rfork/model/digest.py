@@ -1,22 +1,22 @@
 """Digests over memory: one pass at memory speed, the same arithmetic on CPU, CUDA and NPU.
 
-The bytes are read as 64-bit words in blocks of ``ROWS`` × ``COLUMNS``. Each block is summed over its rows, modulo
-2**64, which leaves one row in ``ROWS``; so is the block that is not full. The words that fill no row make a row of
-their own, padded with zeros. Each of these rows becomes two words: the weighted sum of its words, and that of their
-upper halves, with odd weights. BLAKE2b takes the length and these words.
+The bytes are read as 64-bit words in blocks of ``ROWS`` × ``COLUMNS``; the last one may have fewer rows. Each block is
+summed over its rows modulo 2**64, which leaves one row. The remaining words form a row of their own, padded with zeros.
+Each of these rows becomes two words: the weighted sum of its words, and that of their upper halves, with odd weights.
+BLAKE2b digests the length and these words.
 
-Whatever happens to a single word is always seen: its column's sum changes, and an odd weight loses nothing. Two
-words that change places are always seen where they lie in different columns: no two weights are equal in their
-lower 32 bits, and the upper halves are weighted by themselves. The column count is a prime, so that no natural unit
-(a row of a matrix, a page, a whole tensor) lines up with a column.
+A change of a single word is always detected: its column's sum changes, and an odd weight loses nothing. Two words that
+change places are always detected if they are in different columns: no two weights are equal in their lower 32 bits,
+and the upper halves are weighted separately. The column count is a prime, so that no natural unit (a row of a matrix, a
+page, a whole tensor) is aligned with a column.
 
-What it cannot see by construction: rows of exactly ``8 * COLUMNS`` = 16312 bytes, or multiples of that, which change
-places within one block of 2 MiB. No tensor has such rows by nature.
+Not detected: rows of exactly ``8 * COLUMNS`` = 16312 bytes, or multiples, that change places within one block of 2 MiB.
+Tensors do not usually have such rows.
 
-This guards against bytes that went wrong on the way, not against an adversary, who could answer for any digest.
+The digest protects against transfer errors, not against an adversary, who can choose bytes for any digest.
 
-Everything is queued on the device; the host waits once for all spans together. Beside the spans this takes less
-than 22 MB, however large they are, and 17 MB more for a span at an odd address.
+All work is queued on the device, and the host waits once for all spans. It takes less than 22 MB of device memory, and
+17 MB more for a span at an odd address.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ COLUMNS = 2039
 
 _WORD = 8
 _ROW_NBYTES = _WORD * COLUMNS
-#: How many rows of sums are weighted at a time: 4 MB that stand for up to 534 MB.
+#: Rows of sums that are weighted at a time: 4 MB, for up to 534 MB of data.
 _CAPACITY = 256
-#: The same for a processor: enough for its threads to meet seldom, and little enough to stay in its cache.
+#: The same for a processor: its threads rarely synchronize, and the rows fit its cache.
 _CPU_CAPACITY = 128
 #: Blocks of a span at an odd address that are copied at a time.
 _COPIED_BLOCKS = 8
-#: A processor prefetches about this many streams; more rows at once would be read at half the speed.
+#: A processor prefetches about this many streams; reading more rows at once takes twice as long.
 _STREAMS = 16
 
 
@@ -50,7 +50,7 @@ def digest(data: torch.Tensor) -> str:
 
 
 def digests(spans: Iterable[torch.Tensor]) -> list[str]:
-    """One digest per span, in order; the host waits for the device once, after all of them have been queued."""
+    """One digest per span, in order; waits for the device once, after all work is queued."""
     digester = Digester()
     for span in spans:
         digester.add(span)
@@ -58,26 +58,26 @@ def digests(spans: Iterable[torch.Tensor]) -> list[str]:
 
 
 def differing(found: Mapping[int, str], expected: Mapping[int, str]) -> list[int]:
-    """Numbers of the spans whose digest is not the expected one; only those in ``expected`` are looked at."""
+    """The spans in ``expected`` whose digest in ``found`` is another one."""
     return [number for number, wanted in expected.items() if found[number] != wanted]
 
 
 class Digester:
-    """Digests of spans that are given one after the other, from one thread."""
+    """Digests of spans that one thread adds one after the other."""
 
     def __init__(self) -> None:
         self._sums: dict[torch.device, _RowSums] = {}
         self._places: list[tuple[torch.device, int, int, int]] = []
 
     def add(self, span: torch.Tensor) -> None:
-        """Queue the digest of ``span``, a 1-D contiguous uint8 tensor whose bytes stay as they are until the end."""
+        """Queue the digest of ``span``, a 1-D contiguous uint8 tensor that must not change until :meth:`finish`."""
         on_device = self._sums.get(span.device) or self._sums.setdefault(span.device, _RowSums(span.device))
         first = on_device.count
         on_device.add(span)
         self._places.append((span.device, first, on_device.count, span.numel()))
 
     def finish(self) -> list[str]:
-        """Wait for the device; one digest per span, in the order in which they were given."""
+        """Wait for the device, and return one digest per span, in the order of :meth:`add`."""
         results = {device: on_device.finish() for device, on_device in self._sums.items()}
         return [_hash(nbytes, results[device], first, end) for device, first, end, nbytes in self._places]
 
@@ -89,9 +89,9 @@ def _hash(nbytes: int, results: memoryview, first: int, end: int) -> str:
 
 
 class _RowSums:
-    """The rows of sums of one device's spans, in order, weighted a buffer at a time.
+    """The rows of sums of one device's spans, in order, weighted one buffer at a time.
 
-    A buffer is used again as soon as its successor is queued: a device works through its queue in order.
+    A buffer is reused as soon as the work on it is queued, because a device executes its queue in order.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class _RowSums:
         self._rows = torch.zeros(self._capacity, COLUMNS, dtype=torch.int64, device=device)
         self._row_bytes = self._rows.view(torch.uint8)
         self._scratch = torch.empty_like(self._rows)
-        # Kept: memory that is given back after each use costs a processor more than the sums do.
+        # Allocated once: on a processor, allocating it for each use takes longer than the sums.
         self._groups = self._rows.new_empty(self._capacity * ROWS // _STREAMS if on_cpu else 0, COLUMNS)
         self._weights = _weights().to(device)
         self._used = 0
@@ -112,7 +112,7 @@ class _RowSums:
         """Queue the sums over one span."""
         nbytes = data.numel()
         position, rows = 0, nbytes // _ROW_NBYTES
-        # Words must be aligned. A span at an odd address is rare, and copied piece by piece.
+        # Words must be aligned. A span at an odd address is rare; it is copied piece by piece.
         aligned = data.data_ptr() % _WORD == 0 and data.storage_offset() % _WORD == 0
         words = _words(data, rows) if rows and aligned else None
         most = self._capacity if words is not None else _COPIED_BLOCKS
@@ -127,7 +127,7 @@ class _RowSums:
             position += blocks * height
             rows -= blocks * height
         if rest := nbytes - position * _ROW_NBYTES:
-            # Unused rows are all zeros: the padding is there already.
+            # Unused rows contain zeros, which are the padding.
             self._row_bytes[self._used, :rest].copy_(data[nbytes - rest :])
             self._advance(1)
 
@@ -172,7 +172,7 @@ class _RowSums:
         self._used = 0
 
     def finish(self) -> memoryview:
-        """Wait for all of it; two words per row."""
+        """Wait for the device, and return two words per row."""
         self._weigh()
         return memoryview(torch.cat(self._weighted).cpu().numpy().tobytes())
 
@@ -184,7 +184,7 @@ def _words(data: torch.Tensor, rows: int) -> torch.Tensor:
 
 @functools.cache
 def _weights() -> torch.Tensor:
-    """``COLUMNS`` odd numbers of 64 bits, from SplitMix64: the same everywhere and for ever."""
+    """``COLUMNS`` odd numbers of 64 bits, from SplitMix64, which is part of :data:`ALGORITHM`."""
     weights, state, mask = [], 0, 2**64 - 1
     for _ in range(COLUMNS):
         state = (state + 0x9E3779B97F4A7C15) & mask

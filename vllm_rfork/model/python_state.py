@@ -22,7 +22,7 @@ from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.logs.quoting import printable
 from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.traversal import MODULE_INTERNAL, Leaf, Opaque, walk
-from vllm_rfork.model.value_codec import Plain, assign_in_place, decode, family, from_plain, is_plain
+from vllm_rfork.model.value_codec import Plain, assign_in_place, decode, encode_plain, family, is_plain
 
 #: Suffixes of names whose values are compared and never set.
 COMPARED = (".<member>", ".<digest>", ".<value>", ".<native>", ".<opaque>")
@@ -172,7 +172,7 @@ def _may_be_added(module: nn.Module, key: str, value: Plain, rules: ModelRules) 
     if any(key in each for each in (vars(module), module._parameters, module._buffers, module._modules)):
         return False
     on_class = inspect.getattr_static(type(module), key, None)
-    return is_plain(on_class) and _may_become(from_plain(on_class), value)
+    return is_plain(on_class) and _may_become(encode_plain(on_class), value)
 
 
 def _may_become(old: Plain, new: Plain) -> bool:

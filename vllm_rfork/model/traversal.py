@@ -203,12 +203,12 @@ class _Traversal:
             yield from self._tensor(value, name, owner, key, scope)
         elif value_codec.is_plain(value):
             if scope is _Scope.MODULE or (scope is _Scope.TENSOR and type(value) is float):
-                yield Leaf(name, owner, key, value_codec.from_plain(value))
+                yield Leaf(name, owner, key, value_codec.encode_plain(value))
         elif isinstance(value, enum.Enum):
             if scope is _Scope.MODULE:
                 # Compared, never set: a member belongs to the process, and its name is not the member.
                 yield Leaf(f"{name}.<member>", (), "member", f"{type(value).__qualname__}.{value.name}")
-        elif value_codec.is_data(value):
+        elif value_codec.is_encodable(value):
             if scope is _Scope.MODULE or value_codec.is_array(value):
                 yield self._data(value, name, owner, key)
         elif isinstance(value, (int, float, str)):

@@ -52,7 +52,7 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def from_plain(value: Any) -> Plain:
+def encode_plain(value: Any) -> Plain:
     """Encode ``value``, which is plain; as a mapping if it is a number that JSON lacks."""
     if type(value) is float and not math.isfinite(value):
         return {"float": str(value)}
@@ -67,18 +67,18 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def is_data(value: Any) -> bool:
+def is_encodable(value: Any) -> bool:
     """Whether :func:`encode` accepts ``value``."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return not value.dtype.hasobject
     return isinstance(value, (bytes, bytearray, complex, array.array)) or (
-        isinstance(value, Set) and all(map(_is_plain_all_through, value))
+        isinstance(value, Set) and all(map(_all_plain, value))
     )
 
 
-def _is_plain_all_through(value: Any) -> bool:
-    return all(map(_is_plain_all_through, value)) if type(value) is tuple else is_plain(value)
+def _all_plain(value: Any) -> bool:
+    return all(map(_all_plain, value)) if type(value) is tuple else is_plain(value)
 
 
 def encode(value: Any) -> dict[str, Any] | str:
@@ -92,7 +92,7 @@ def encode(value: Any) -> dict[str, Any] | str:
         members = sorted(value, key=lambda member: (type(member).__name__, repr(member)))
         kind = type(value).__name__
         if type(value) in (set, frozenset) and len(members) * 8 <= MAX_PASSED_NBYTES and all(map(is_plain, members)):
-            return {kind: [from_plain(member) for member in members]}
+            return {kind: [encode_plain(member) for member in members]}
         return f"{kind} of {len(members)}, {_digest(repr(members).encode())}"
     if type(value) is complex:
         return {"complex": [value.real.hex(), value.imag.hex()]}
@@ -172,7 +172,7 @@ def _float(data: dict[str, Any]) -> float:
 
 
 def _int(data: dict[str, Any]) -> int:
-    if not _INT.fullmatch(data["int"]) or from_plain(value := int(data["int"], 16)) != data:
+    if not _INT.fullmatch(data["int"]) or encode_plain(value := int(data["int"], 16)) != data:
         raise ValueError("not an integer, or one that JSON represents")
     return value
 

@@ -1,1 +1,1 @@
-"""What enters the fingerprint of a worker, and what is ignored, with the reason."""
+"""The facts that enter a worker's fingerprint, and those that are ignored, with the reason."""
