@@ -4,20 +4,20 @@
     pip install aiohttp
     python rfork_planner.py --host 0.0.0.0 --port 1223
 
-The planner pairs starting workers (receivers) with running ones that offer their weights (seeds). It moves no
-weights. All arguments travel in request headers; a request has no body, and headers this planner does not know
-are ignored. A name may be spelled SEED_KEY or SEED-KEY (nginx drops underscores unless told otherwise).
+The planner pairs starting workers (receivers) with running ones that publish their weights (seeds). The weights never
+pass through it. All arguments travel in request headers. A request has no body, and unknown headers are ignored. A
+name may be spelled SEED_KEY or SEED-KEY (nginx drops names with underscores by default).
 
     POST /add_seed           a seed announces itself; repeated every 30 s it is the heartbeat
-    GET  /get_seed           a receiver asks for a lease on a seed of its key: 200 with the lease, 404 none free
+    GET  /get_seed           a receiver acquires a lease on a seed of its key: 200 with the lease, 404 if none is free
     POST /renew_seed_lease   the receiver is still reading
-    POST /put_seed           the receiver is done
+    POST /put_seed           the receiver releases its lease
     POST /remove_seed        a seed withdraws: 200 gone, 409 still being read (draining, gets no new lease)
     POST /rfork_presence     a seed keeps this request open; if its connection breaks, its process is dead
     GET  /healthz            {"status": "ok"}
-    GET  /debug/snapshot     everything this planner knows, as JSON
+    GET  /debug/snapshot     the planner's state as JSON
 
-State is in memory: after a restart the seeds' next heartbeats bring it back. For a fleet, use `vllm-rfork planner`.
+State is in memory: after a restart the seeds' next heartbeats restore it. For a fleet, use `vllm-rfork planner`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from aiohttp import web
 
 log = logging.getLogger("rfork_planner")
 
-Address = tuple[str, int, int]  # ip, port, rank: what a seed is known by
+Address = tuple[str, int, int]  # ip, port, rank: the identity of a seed
 
 
 @dataclasses.dataclass
 class Seed:
-    """One worker that offers its weights. Known by ip:port:rank; announcing another key re-keys it."""
+    """One worker that publishes its weights. Announcing it under another key moves it to that key."""
 
     ip: str
     port: int
@@ -52,12 +52,12 @@ class Seed:
     granted_at: float = 0.0
     draining: bool = False
     presence: int = 0  # number of the latest presence request
-    absent: bool = False  # whose connection broke: not granted until the next heartbeat or request
+    absent: bool = False  # its connection broke: not granted until the next heartbeat or presence request
     leases: dict[str, float] = dataclasses.field(default_factory=dict)  # user id -> expires at
 
 
 class Planner:
-    """Seeds and their leases. Every call first drops what time has taken away."""
+    """Seeds and their leases. Each call first removes what has expired."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Planner:
         self.seeds: dict[Address, Seed] = {}
 
     def sweep(self) -> None:
-        """Drop expired leases, seeds unseen for too long (with their leases), and drained seeds."""
+        """Drop expired leases, stale seeds (with their leases), and drained seeds."""
         now = self.clock()
         for address, seed in list(self.seeds.items()):
             seed.leases = {user: expires for user, expires in seed.leases.items() if expires > now}
@@ -84,7 +84,7 @@ class Planner:
                 del self.seeds[address]
 
     def add(self, address: Address, key: str) -> None:
-        """Announce or renew. One that is draining stays so: the call may be a heartbeat that was already on its way."""
+        """Announce or renew. A draining seed remains so: the call may be a heartbeat from before its withdrawal."""
         self.sweep()
         seed = self.seeds.get(address)
         if seed is None:
@@ -93,7 +93,10 @@ class Planner:
         seed.key, seed.seen_at, seed.absent = key, self.clock(), False
 
     async def attend(self, address: Address, key: str, held_s: float) -> int:
-        """Hold a seed's request; cancelled if its connection breaks. The status: 200 ask again, 409 announce first."""
+        """Hold a seed's request. The status: 200 send the next request, 409 announce the seed first.
+
+        The server cancels this coroutine when the connection breaks.
+        """
         seed = self.seeds.get(address)
         if seed is None or seed.key != key:
             return 409
@@ -102,12 +105,12 @@ class Planner:
         try:
             await asyncio.sleep(held_s)
         except asyncio.CancelledError:
-            seed.absent = seed.presence == mine  # else another request has taken over
+            seed.absent = seed.presence == mine  # unless a later request has replaced this one
             raise
         return 200
 
     def get(self, key: str) -> tuple[Seed, str] | None:
-        """The seed of ``key`` with a free slot that waited longest for a receiver, and a new lease; or None."""
+        """Grant a lease on a seed of ``key`` with a free slot: on the one with the fewest leases, then the idlest."""
         self.sweep()
         seeds = [s for s in self.seeds.values() if s.key == key and not s.draining and not s.absent]
         free = [seed for seed in seeds if len(seed.leases) < self.slots]
@@ -120,7 +123,7 @@ class Planner:
         return seed, user_id
 
     def renew(self, address: Address, user_id: str) -> bool:
-        """False where the lease is unknown: expired, released, or its seed gone."""
+        """Renew a lease; False if it is unknown: expired, released, or its seed gone."""
         self.sweep()
         seed = self._leased(address, user_id)
         if seed is None:
@@ -129,7 +132,7 @@ class Planner:
         return True
 
     def put(self, address: Address, user_id: str) -> bool:
-        """False where the lease is unknown; for the client both mean that it is gone."""
+        """Release a lease; False if it is unknown. In both cases the lease is gone."""
         self.sweep()
         seed = self._leased(address, user_id)
         if seed is None:
@@ -139,7 +142,7 @@ class Planner:
         return True
 
     def remove(self, address: Address, key: str) -> int:
-        """The status: 200 removed, 404 unknown or announced under another key, 409 draining."""
+        """Withdraw a seed. The status: 200 removed, 404 unknown or announced under another key, 409 draining."""
         self.sweep()
         seed = self.seeds.get(address)
         if seed is None or seed.key != key:
@@ -151,7 +154,7 @@ class Planner:
         return 200
 
     def _leased(self, address: Address, user_id: str) -> Seed | None:
-        """The seed that carries this lease. The rank does not count: newer clients may leave it out."""
+        """The seed with this lease. The rank does not count: newer clients may omit it."""
         ip, port, _ = address
         return next((s for s in self.seeds.values() if (s.ip, s.port) == (ip, port) and user_id in s.leases), None)
 
@@ -163,12 +166,12 @@ class Planner:
 
 
 def bad(text: str) -> web.HTTPBadRequest:
-    """The answer to a header that is missing or wrong; its text says which."""
+    """The answer to a missing or wrong header, which ``text`` names."""
     return web.HTTPBadRequest(text=text + "\n")
 
 
 def header(request: web.Request, name: str) -> str:
-    """The header in either spelling; 400 where it is missing or empty."""
+    """The header in either spelling; answers 400 if it is missing or empty."""
     value = request.headers.get(name, request.headers.get(name.replace("_", "-"), "")).strip()
     if not value:
         raise bad(f"missing header {name}")
@@ -176,7 +179,7 @@ def header(request: web.Request, name: str) -> str:
 
 
 def number(request: web.Request, name: str, low: int, high: int = 2**31 - 1, missing: str = "") -> int:
-    """The header as an integer within bounds; 400 otherwise. ``missing`` is what counts where it is not there."""
+    """The header as an integer within bounds; otherwise answers 400. ``missing`` replaces a missing header."""
     there = any(request.headers.get(each, "").strip() for each in (name, name.replace("_", "-")))
     value = header(request, name) if there or not missing else missing
     if not re.fullmatch("[0-9]{1,10}", value) or not low <= int(value) <= high:
@@ -185,7 +188,7 @@ def number(request: web.Request, name: str, low: int, high: int = 2**31 - 1, mis
 
 
 def seed_address(request: web.Request) -> Address:
-    """The headers that name a seed. The rank is deprecated: newer clients may leave it out, which means 0."""
+    """The headers that name a seed. The rank is deprecated: newer clients may omit it, which means 0."""
     ip = header(request, "SEED_IP")
     if not re.fullmatch(r"[A-Za-z0-9._:%\[\]-]{1,253}", ip):
         raise bad("header SEED_IP must be a host name or an address")
@@ -195,66 +198,94 @@ def seed_address(request: web.Request) -> Address:
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def make_app(planner: Planner, sweep_every_s: float = 5.0, presence_s: float = 15.0) -> web.Application:
-    """The aiohttp application around ``planner``; to be run with ``handler_cancellation``.
+class Calls:
+    """The HTTP calls of ``planner``. A presence request is held for ``presence_s`` seconds."""
 
-    ``presence_s``: how long a presence request is held; proxies close connections that are silent for longer than 20 s.
-    """
-    routes = web.RouteTableDef()
+    def __init__(self, planner: Planner, presence_s: float) -> None:
+        self.planner = planner
+        self.presence_s = presence_s
 
-    @routes.post("/add_seed")
-    async def add_seed(request: web.Request) -> web.Response:
-        key = header(request, "SEED_KEY")  # opaque here: a key with other than printable ASCII comes escaped (RFC 8187)
-        address = seed_address(request)
-        number(request, "SEED_REFCNT", 0, missing="0")  # deprecated, means nothing
-        planner.add(address, key)
+    def routes(self) -> list[web.RouteDef]:
+        """The calls by method and path."""
+        return [
+            web.post("/add_seed", self.add_seed),
+            web.get("/get_seed", self.get_seed, allow_head=False),
+            web.post("/renew_seed_lease", self.renew_seed_lease),
+            web.post("/put_seed", self.put_seed),
+            web.post("/remove_seed", self.remove_seed),
+            web.post("/rfork_presence", self.presence),
+            web.get("/healthz", self.healthz),
+            web.get("/debug/snapshot", self.snapshot),
+        ]
+
+    async def add_seed(self, request: web.Request) -> web.Response:
+        """A key that is not printable ASCII arrives escaped (RFC 8187); here it is opaque."""
+        key, address = header(request, "SEED_KEY"), seed_address(request)
+        number(request, "SEED_REFCNT", 0, missing="0")  # deprecated, without meaning
+        self.planner.add(address, key)
         return web.Response(text="ok\n")
 
-    @routes.get("/get_seed", allow_head=False)
-    async def get_seed(request: web.Request) -> web.Response:
-        key = header(request, "SEED_KEY")
-        granted = planner.get(key)
+    async def get_seed(self, request: web.Request) -> web.Response:
+        """The answer is in its headers."""
+        granted = self.planner.get(header(request, "SEED_KEY"))
         if granted is None:
             raise web.HTTPNotFound(text="no free seed for this key\n")
         seed, user_id = granted
         log.info("lease %s on seed %s:%d:%d for %s", user_id, seed.ip, seed.port, seed.rank, request.remote)
         answer = {"SEED_IP": seed.ip, "SEED_PORT": str(seed.port), "SEED_RANK": str(seed.rank), "USER_ID": user_id}
-        if planner.lease_ttl_s:
-            answer["LEASE_TTL_SEC"] = f"{planner.lease_ttl_s:g}"
+        if self.planner.lease_ttl_s:
+            answer["LEASE_TTL_SEC"] = f"{self.planner.lease_ttl_s:g}"
         return web.Response(headers=answer)
 
-    @routes.post("/renew_seed_lease")
-    async def renew_seed_lease(request: web.Request) -> web.Response:
-        if not planner.renew(seed_address(request), header(request, "USER_ID")):
+    async def renew_seed_lease(self, request: web.Request) -> web.Response:
+        """A receiver that gets 404 stops reading."""
+        if not self.planner.renew(seed_address(request), header(request, "USER_ID")):
             raise web.HTTPNotFound(text="no such lease\n")
         return web.Response(text="ok\n")
 
-    @routes.post("/put_seed")
-    async def put_seed(request: web.Request) -> web.Response:
-        if not planner.put(seed_address(request), header(request, "USER_ID")):
+    async def put_seed(self, request: web.Request) -> web.Response:
+        """The call may carry ``RFORK-RESULT`` and more about the fork, which this planner ignores."""
+        if not self.planner.put(seed_address(request), header(request, "USER_ID")):
             raise web.HTTPNotFound(text="no such lease\n")
         return web.Response(text="ok\n")
 
-    @routes.post("/remove_seed")
-    async def remove_seed(request: web.Request) -> web.Response:
+    async def remove_seed(self, request: web.Request) -> web.Response:
+        """A draining seed waits until its receivers have finished."""
         key = header(request, "SEED_KEY")
-        status = planner.remove(seed_address(request), key)
+        status = self.planner.remove(seed_address(request), key)
         return web.Response(status=status, text={200: "removed", 404: "no such seed", 409: "draining"}[status] + "\n")
 
-    @routes.post("/rfork_presence")
-    async def presence(request: web.Request) -> web.Response:
-        status = await planner.attend(seed_address(request), header(request, "SEED_KEY"), presence_s)
+    async def presence(self, request: web.Request) -> web.Response:
+        """Held until the time is up, or until the connection breaks."""
+        status = await self.planner.attend(seed_address(request), header(request, "SEED_KEY"), self.presence_s)
         return web.Response(status=status, text={200: "again", 409: "announce it first"}[status] + "\n")
 
-    @routes.get("/healthz")
-    async def healthz(request: web.Request) -> web.Response:
+    async def healthz(self, request: web.Request) -> web.Response:
+        """Always 200 while the process serves."""
         return web.json_response({"status": "ok"})
 
-    @routes.get("/debug/snapshot")
-    async def snapshot(request: web.Request) -> web.Response:
-        planner.sweep()
-        now = planner.clock()
-        return web.json_response({"seeds": [describe(seed, now) for seed in planner.seeds.values()]})
+    async def snapshot(self, request: web.Request) -> web.Response:
+        """Each planner has its own form; this is not part of the protocol."""
+        self.planner.sweep()
+        now = self.planner.clock()
+        return web.json_response({"seeds": [describe(seed, now) for seed in self.planner.seeds.values()]})
+
+
+def describe(seed: Seed, now: float) -> dict[str, Any]:
+    """One seed for the snapshot; times in seconds, a lease that never expires as null."""
+    leases = {
+        user: None if expires == float("inf") else round(expires - now, 3) for user, expires in seed.leases.items()
+    }
+    fields = {"key": seed.key, "ip": seed.ip, "port": seed.port, "rank": seed.rank, "draining": seed.draining}
+    fields |= {"absent": seed.absent, "present": seed.presence > 0 and not seed.absent}
+    return {**fields, "seen_sec_ago": round(now - seed.seen_at, 3), "leases": leases}
+
+
+def make_app(planner: Planner, sweep_every_s: float = 5.0, presence_s: float = 15.0) -> web.Application:
+    """The aiohttp application of ``planner``; run it with ``handler_cancellation``, which presence needs.
+
+    ``presence_s``: at most 20, because proxies close connections that are silent for longer.
+    """
 
     async def sweeping(app: web.Application) -> AsyncIterator[None]:
         async def forever() -> None:
@@ -269,19 +300,9 @@ def make_app(planner: Planner, sweep_every_s: float = 5.0, presence_s: float = 1
             await task
 
     app = web.Application()
-    app.add_routes(routes)
+    app.add_routes(Calls(planner, presence_s).routes())
     app.cleanup_ctx.append(sweeping)
     return app
-
-
-def describe(seed: Seed, now: float) -> dict[str, Any]:
-    """One seed for the snapshot; times in seconds, a lease that never expires as null."""
-    leases = {
-        user: None if expires == float("inf") else round(expires - now, 3) for user, expires in seed.leases.items()
-    }
-    fields = {"key": seed.key, "ip": seed.ip, "port": seed.port, "rank": seed.rank, "draining": seed.draining}
-    fields |= {"absent": seed.absent, "present": seed.presence > 0 and not seed.absent}
-    return {**fields, "seen_sec_ago": round(now - seed.seen_at, 3), "leases": leases}
 
 
 def main() -> None:
@@ -289,12 +310,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="mock RFork planner", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=1223, help="0 takes a free one")
-    parser.add_argument("--lease-ttl-sec", type=float, default=60.0, help="0: leases never expire")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=1223, help="port to listen on; 0: any free one")
+    parser.add_argument("--lease-ttl-sec", type=float, default=60.0, help="seconds until a lease expires; 0: never")
     parser.add_argument("--slots", type=int, default=4, help="leases per seed at once")
-    parser.add_argument("--stale-after-sec", type=float, default=60.0, help="drop a seed unseen for so long")
-    parser.add_argument("--sweep-every-sec", type=float, default=5.0)
+    parser.add_argument("--stale-after-sec", type=float, default=60.0, help="drop a seed unseen for that long")
+    parser.add_argument("--sweep-every-sec", type=float, default=5.0, help="seconds between sweeps")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     planner = Planner(args.lease_ttl_sec, args.slots, args.stale_after_sec)
