@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +118,27 @@ def test_a_planner_that_demands_a_token_is_told_apart(planner: PlannerUnderTest,
         assert done.exit_code == 1
         assert "RFORK_TOKEN" in done.output
         assert "no-output-may-hold" not in done.output
+
+
+@pytest.mark.parametrize("body", [b"[]", b"<html>", b'{"a":' * 100_000, b'{"a": "\xff"}', b'{"seeds": 1}'])
+def test_a_snapshot_that_cannot_be_read_is_an_error_without_traceback(body: bytes) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = run("seeds", "--url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert "JSON object" in done.output or "third-party" in done.output
 
 
 @pytest.mark.parametrize("command", ["seeds", "leases"])

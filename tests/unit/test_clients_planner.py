@@ -597,7 +597,6 @@ async def test_after_calls_no_connection_stays_open() -> None:
         client = PlannerClient(url)
         for _ in range(3):
             await client.announce(KEY, SEED)
-        await client.close()
     assert len(open_connections) == 3  # one each, none reused
 
 

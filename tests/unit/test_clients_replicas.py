@@ -139,6 +139,16 @@ async def test_a_replica_that_hangs_costs_its_share_of_the_bound(call: str) -> N
         assert time.monotonic() - started_at < first_s + 0.9, "it is not asked first again"
 
 
+async def test_a_replica_that_hangs_at_the_first_question_does_not_cost_the_wait() -> None:
+    """The planner answers the first question of a ticket at once, however long the receiver would wait."""
+    leader = Replica()
+    async with raw_server(b"", then="hang") as hung, replicas(leader):
+        client = PlannerClient(f"{hung},{leader.url}", request_timeout_s=2.0)
+        started_at = time.monotonic()
+        assert isinstance(await client.ask(KEY, "t1", wait_s=60.0), Lease)
+    assert 0.9 <= time.monotonic() - started_at < 32
+
+
 @pytest.mark.parametrize("count", [1, 3, 8])
 async def test_hung_replicas_together_cost_no_more_than_one(count: int) -> None:
     async with contextlib.AsyncExitStack() as stack:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-import msgspec
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vllm_rfork.clients.answers import json_object
 from vllm_rfork.clients.calls import MAX_JSON_NBYTES, PlannerCalls
 from vllm_rfork.config import parse_config, planner_urls
 from vllm_rfork.errors import ConfigError, PlannerError
@@ -115,12 +115,10 @@ def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, 
         raise click.ClickException(
             f"the planner requires a valid bearer token: set {TOKEN_VARIABLE}, or RFORK_TOKEN_FILE to a file with it"
         )
-    if answer.status != 200:
-        raise click.ClickException(f"the planner answered {answer}")
     try:
-        return msgspec.json.decode(answer.body, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise click.ClickException(f"the planner's answer is not a JSON object: {error}") from error
+        return json_object(answer)
+    except PlannerError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def shown(value: object) -> Text:

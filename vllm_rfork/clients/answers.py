@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from vllm_rfork import messages
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
@@ -67,6 +70,20 @@ def retry_after_s(answer: Answer) -> float | None:
 def refusal(answer: Answer) -> PlannerError:
     """The error for an answer that is not one of a call's results."""
     return PlannerError(f"planner {answer.url} answered {answer}")
+
+
+def json_object(answer: Answer) -> dict[str, Any]:
+    """The JSON object in ``answer``.
+
+    Raises:
+        PlannerError: any other content, or a status other than 200.
+    """
+    if answer.status != 200:
+        raise refusal(answer)
+    try:
+        return msgspec.json.decode(answer.body, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise PlannerError(f"planner {answer.url} did not answer with a JSON object: {error}") from error
 
 
 def outcome(answer: Answer, *, unknown: tuple[int, ...] = ()) -> Outcome:

@@ -11,12 +11,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import msgspec
 
 from vllm_rfork import messages
-from vllm_rfork.clients.answers import refusal, retry_after_s
+from vllm_rfork.clients.answers import retry_after_s
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import SeedAddress
@@ -167,16 +164,6 @@ class PlannerCalls:
                 break
             await self._sleep(pause_s)
         return await self.call("POST", path, headers, deadline)
-
-    async def _json(self, path: str) -> dict[str, Any]:
-        """The JSON object at ``path``. Raises PlannerError."""
-        answer = await self.call("GET", path, {}, max_body_nbytes=MAX_JSON_NBYTES)
-        if answer.status != 200:
-            raise refusal(answer)
-        try:
-            return msgspec.json.decode(answer.body, type=dict[str, Any])
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise PlannerError(f"planner {answer.url} did not answer with a JSON object: {error}") from error
 
     def _deadline(self) -> float:
         return self._clock() + self.request_timeout_s

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_rfork import messages
+from vllm_rfork.clients.answers import json_object
+from vllm_rfork.clients.calls import MAX_JSON_NBYTES
 from vllm_rfork.clients.receiver_calls import ReceiverCalls
 from vllm_rfork.clients.seed_calls import SeedCalls
 
@@ -22,7 +24,7 @@ class PlannerClient(ReceiverCalls, SeedCalls):
         Raises:
             PlannerError: not healthy, or no usable answer in time.
         """
-        return await self._json(messages.HEALTHZ)
+        return json_object(await self.call("GET", messages.HEALTHZ, {}, max_body_nbytes=MAX_JSON_NBYTES))
 
     async def snapshot(self) -> dict[str, Any]:
         """The planner's whole state as JSON; its form is the planner's own.
@@ -30,7 +32,4 @@ class PlannerClient(ReceiverCalls, SeedCalls):
         Raises:
             PlannerError: no usable answer in time.
         """
-        return await self._json(messages.DEBUG_SNAPSHOT)
-
-    async def close(self) -> None:
-        """Do nothing: no connection is kept between calls. A client with connections of its own would need it."""
+        return json_object(await self.call("GET", messages.DEBUG_SNAPSHOT, {}, max_body_nbytes=MAX_JSON_NBYTES))

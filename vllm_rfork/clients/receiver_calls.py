@@ -57,7 +57,9 @@ class ReceiverCalls(PlannerCalls):
         wait_s = max(wait_s, 0.0)
         headers = _question(seed_key, fingerprint, exclude, intent, labels)
         deadline = self._clock() + self.request_timeout_s + wait_s
-        answer = await self._acquired(headers, deadline, wait_s if wait_s > 0 else None, held_s=wait_s)
+        answer = await self._acquired(
+            headers, deadline, wait_s if wait_s > 0 else None, patient=wait_s > 0, held_s=wait_s
+        )
         return await self._lease(seed_key, answer, deadline)
 
     async def ask(
@@ -90,9 +92,8 @@ class ReceiverCalls(PlannerCalls):
         headers[messages.TICKET] = messages.encode_text(ticket)
         longest_s = max(wait_s or 0.0, messages.SLICE_S if in_queue else 0.0)
         deadline = self._clock() + self.request_timeout_s + longest_s
-        # A planner that queues receivers holds a call for one slice. Any other may hold it for the whole wait.
-        held_s = messages.SLICE_S if in_queue else longest_s
-        answer = await self._acquired(headers, deadline, wait_s, held_s=held_s, has_ticket=True)
+        held_s = messages.SLICE_S if in_queue else 0.0
+        answer = await self._acquired(headers, deadline, wait_s, patient=longest_s > 0, held_s=held_s, has_ticket=True)
         waiting = messages.header(answer.headers, messages.WAITING)
         if answer.status != 404 or waiting is None:
             return await self._lease(seed_key, answer, deadline, quote=in_queue)
@@ -163,6 +164,7 @@ class ReceiverCalls(PlannerCalls):
         deadline: float,
         wait_s: float | None,
         *,
+        patient: bool,
         held_s: float,
         has_ticket: bool = False,
     ) -> Answer:
@@ -170,11 +172,13 @@ class ReceiverCalls(PlannerCalls):
 
         Args:
             wait_s: the wait that the header states, less the time that has passed; None: no header.
+            patient: repeat the call also if the planner cannot be reached.
+            held_s: how long a planner with several addresses may hold the call.
             has_ticket: sending the call twice takes one lease.
         """
         started_at = now = self._clock()
         away_since = math.inf
-        patient, may_break_off = held_s > 0, has_ticket
+        may_break_off = has_ticket
         while True:
             waiting: dict[str, str] = {}
             left_s = 0.0 if wait_s is None else started_at + wait_s - now
