@@ -402,18 +402,18 @@ def test_the_thread_that_calls_gets_a_context_first(engine: YuanRongEngine, peer
 
 
 @pytest.mark.parametrize(
-    ("code", "count", "mutated"),
+    ("code", "count", "in_flight"),
     [(2, 3, False), (9, 1, False), (9, 2, True), (5, 1, True), (3, 1, True), (36, 1, True)],
 )
 def test_what_a_failed_read_says_about_the_memory(
-    engine: YuanRongEngine, peer: str, code: int, count: int, mutated: bool
+    engine: YuanRongEngine, peer: str, code: int, count: int, in_flight: bool
 ) -> None:
     reading(engine, peer)
     Native.script = {"read": [Answer(code, "it failed")]}
     with pytest.raises(EngineError, match="it failed") as caught:
         engine.read(peer, segments(count), 5.0)
-    assert caught.value.mutated is caught.value.in_flight is mutated
-    if mutated:
+    assert caught.value.in_flight is in_flight
+    if in_flight:
         with pytest.raises(EngineError, match="close the engine"):
             engine.connect(peer, 5.0)
         native = only_native()
@@ -448,7 +448,7 @@ def test_a_seed_that_is_not_ready_is_asked_again_and_not_for_ever(engine: YuanRo
     Native.script = {"read": [Answer(8, "not yet")] * 100}
     with pytest.raises(EngineError) as caught:
         engine.read(peer, segments(2), 5.0)
-    assert (caught.value.code, caught.value.mutated) == ("kNotReady", False)
+    assert (caught.value.code, caught.value.in_flight) == ("kNotReady", False)
     assert len(Native.made[0].called("read")) == 3 + 3
 
 
@@ -458,7 +458,7 @@ def test_with_hixl_not_ready_may_come_in_the_middle_of_a_read(engine: YuanRongEn
     Native.script = {"read": [Answer(8, "unregistered meanwhile")] * 100}
     with pytest.raises(EngineError) as caught:
         engine.read(peer, segments(1), 5.0)
-    assert caught.value.mutated
+    assert caught.value.in_flight
 
 
 # -- reaching a peer -------------------------------------------------------------------------------------------------

@@ -105,8 +105,7 @@ class TransferEngine(abc.ABC):
         Each segment lies in one registered region on either side; the batch keeps within ``limits``.
 
         Raises:
-            EngineError: with ``mutated=True`` where bytes may have been written, ``in_flight=True`` where more
-                may still arrive. In the latter case only ``close`` gives the buffers back.
+            EngineError: with ``in_flight=True`` if bytes may still arrive; then only ``close`` releases the buffers.
         """
 
     @abc.abstractmethod

@@ -240,7 +240,6 @@ class MemoryEngine(TransferEngine):
                 _NAME,
                 "read",
                 f"not done within {timeout_s} s (a fault asked for)",
-                mutated=True,
                 in_flight=True,
                 side="unknown",
             )
@@ -254,18 +253,12 @@ class MemoryEngine(TransferEngine):
             take = min(nbytes, stop_at - done)
             if take > 0:
                 if time.monotonic() > deadline:
-                    raise EngineError(
-                        _NAME, "read", "not done in time", mutated=done > 0, retry_elsewhere=True, side="unknown"
-                    )
-                try:
-                    peer.copy("read", local, remote, take)
-                except EngineError as error:
-                    error.mutated = True  # process_vm_readv may have written part of it
-                    raise
+                    raise EngineError(_NAME, "read", "not done in time", retry_elsewhere=True, side="unknown")
+                peer.copy("read", local, remote, take)
                 self._flip(local, take)
                 done += take
                 self._bytes_read += take
-        self._fault("read", self._reads == self.faults.fail_read, mutated=True)
+        self._fault("read", self._reads == self.faults.fail_read)
 
     def _flip(self, local: int, nbytes: int) -> None:
         where = self.faults.flip_byte - self._bytes_read
@@ -305,8 +298,6 @@ class MemoryEngine(TransferEngine):
         if not self._identity:
             raise EngineError(_NAME, operation, "it is not open", side="receiver")
 
-    def _fault(self, operation: str, wanted: bool, *, mutated: bool = False, in_flight: bool = False) -> None:
+    def _fault(self, operation: str, wanted: bool, *, in_flight: bool = False) -> None:
         if wanted:
-            raise EngineError(
-                _NAME, operation, "a fault was asked for", mutated=mutated, in_flight=in_flight, side=None
-            )
+            raise EngineError(_NAME, operation, "a fault was asked for", in_flight=in_flight, side=None)

@@ -157,7 +157,6 @@ def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: 
             engine.name,
             operation,
             str(late),
-            mutated=operation == "read",
             retry_elsewhere=False,
             in_flight=True,
             side=None,  # by the operation

@@ -38,7 +38,7 @@ class Refusals(ContractSetup):
         bad = [target + PAGE + local, source + PAGE + remote, nbytes]
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [good, bad])
-        self.check(caught.value, "read", mutated=False)
+        self.check(caught.value, "read", in_flight=False)
         assert receiver.peek(target, 0, 8 * PAGE) == bytes(8 * PAGE)
 
     def test_a_read_across_two_adjacent_registrations_is_refused(self, processes: Processes) -> None:
@@ -50,7 +50,8 @@ class Refusals(ContractSetup):
         receiver.connect(endpoint)
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [[target, source + PAGE // 2, PAGE]])
-        self.check(caught.value, "read", mutated=False)
+        self.check(caught.value, "read", in_flight=False)
+        assert receiver.peek(target, 0, PAGE) == bytes(PAGE)
         receiver.read(endpoint, [[target, source, PAGE]])
 
     def test_memory_nobody_registered_is_refused(self, processes: Processes) -> None:
@@ -58,7 +59,8 @@ class Refusals(ContractSetup):
         hidden = seed.alloc(PAGE, seed=8)
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [[target, hidden, PAGE]])
-        self.check(caught.value, "read", mutated=False)
+        self.check(caught.value, "read", in_flight=False)
+        assert receiver.peek(target, 0, PAGE) == bytes(PAGE)
         receiver.read(endpoint, [[target, source, PAGE]])
         assert receiver.digest(target) == seed.digest(source), "a refusal must leave the engine usable"
 
@@ -89,7 +91,8 @@ class Refusals(ContractSetup):
         receiver.disconnect("nobody")
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [[target, source, PAGE]])
-        self.check(caught.value, "read", mutated=False)
+        self.check(caught.value, "read", in_flight=False)
+        assert receiver.peek(target, 0, PAGE) == bytes(PAGE)
         assert caught.value.side == "receiver"
         fresh = processes.start(opened=False)
         fresh.call("new", name=self.engine)

@@ -105,12 +105,11 @@ class ContractSetup:
         other.connect(endpoint)
         other.read(endpoint, [[address, source, nbytes]])
 
-    def check(self, error: EngineError, operation: str, *, mutated: bool | None = None) -> None:
+    def check(self, error: EngineError, operation: str, *, in_flight: bool | None = None) -> None:
         assert (error.engine, error.operation) == (self.engine, operation), error
         assert error.text
-        if mutated is not None:
-            assert error.mutated is mutated
-            assert not error.in_flight
+        if in_flight is not None:
+            assert error.in_flight is in_flight
 
     def still_good(
         self, processes: Processes, receiver: WorkerProcess, target: int, nbytes: int, *, closed: bool = False

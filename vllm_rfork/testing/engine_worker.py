@@ -142,7 +142,7 @@ class Worker:
             try:
                 answer = {"result": getattr(self, request["op"])(**request["args"])}
             except EngineError as error:
-                kept = ("engine", "operation", "text", "code", "mutated", "retry_elsewhere", "in_flight", "side")
+                kept = ("engine", "operation", "text", "code", "retry_elsewhere", "in_flight", "side")
                 answer = {"engine_error": {name: getattr(error, name) for name in kept}}
             except (RForkError, Exception) as error:  # noqa: BLE001 - whatever it is, the test has to see it
                 answer = {"other_error": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"}

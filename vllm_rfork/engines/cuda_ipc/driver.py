@@ -106,7 +106,6 @@ class Driver:
             operation,
             f"{name} failed",
             code=text,
-            mutated=operation == "read",
             retry_elsewhere=operation == "connect",
             side="seed" if text in _SEEDS_FAILURES else None,
         )

@@ -167,7 +167,7 @@ class CudaIpcEngine(TransferEngine):
                 )
                 self._check_identity(driver, connected, "connect", time.monotonic() + timeout_s)
             except EngineError as error:
-                error.mutated = error.in_flight = False
+                error.in_flight = False
                 for address in mapped:
                     with suppress(EngineError):  # the first error is the one that tells
                         driver.close_handle(address)
@@ -272,7 +272,6 @@ class CudaIpcEngine(TransferEngine):
                     operation,
                     why,
                     code="timeout",
-                    mutated=True,
                     in_flight=True,
                     retry_elsewhere=True,
                     side="unknown",
@@ -291,7 +290,6 @@ class CudaIpcEngine(TransferEngine):
                 NAME,
                 operation,
                 "the seed has closed",
-                mutated=operation == "read",
                 retry_elsewhere=True,
                 side="seed",
             )

@@ -12,7 +12,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from vllm_rfork.engines.nixl.peer import NAME
 from vllm_rfork.engines.registry import install_hint
@@ -56,11 +57,17 @@ def native_errors(bindings: Any) -> tuple[type[BaseException], ...]:
     return (*own, RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError, OSError)
 
 
-class Bound(NamedTuple):
-    """Until when to wait: ``deadline`` of ``time.monotonic``, or until ``stopped`` says True."""
+@dataclass
+class Bound:
+    """The end of a wait: ``deadline`` of ``time.monotonic``, or ``stopped`` returns True.
+
+    Attributes:
+        posted: a request has been started under this bound, so the peer's connection may be broken after an error.
+    """
 
     deadline: float
     stopped: Callable[[], bool]
+    posted: bool = False
 
     def exceeded(self) -> str:
         """Why to wait no longer; empty where waiting goes on."""
@@ -176,7 +183,8 @@ class Agent:
             EngineError: ``in_flight`` where bytes may still arrive; the request is then kept, not released, since
                 a released request's bytes arrive all the same.
         """
-        with self.translated(operation, mutated=True, in_flight=not quiet_on_error):
+        with self.translated(operation, in_flight=not quiet_on_error):
+            bound.posted = True
             state = self._agent.postXferReq(request, "")
             pause_s = _FIRST_PAUSE_S
             while state == self._native.NIXL_IN_PROG:
@@ -187,7 +195,6 @@ class Agent:
                         operation,
                         gave_up,
                         code="timeout",
-                        mutated=True,
                         in_flight=True,
                         retry_elsewhere=True,
                         side="receiver" if bound.stopped() else "unknown",
@@ -199,7 +206,7 @@ class Agent:
 
     def release(self, request: int, operation: str = "read") -> None:
         """Forget a request that is done or was never started."""
-        with self.translated(operation, mutated=True):
+        with self.translated(operation):
             self._agent.releaseXferReq(request)
 
     def destroy(self) -> bool:

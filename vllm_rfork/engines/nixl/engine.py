@@ -165,7 +165,7 @@ class NixlEngine(TransferEngine):
                 self._check_identity(agent, connected, "connect", deadline)
             except EngineError as error:
                 # What was given up lands in a slot of ours: the caller's memory is not concerned.
-                error.in_flight = error.mutated = False
+                error.in_flight = False
                 self._forget(agent, connected)
                 if error.code == LOST and chosen is not Lane.EMULATED and self._lane(peer) is chosen:
                     raise _refused("UCX found no other transport (see UCX_TLS and UCX_LOG_LEVEL=info)") from error
@@ -187,15 +187,15 @@ class NixlEngine(TransferEngine):
             self._table.check_local(segments)
             if not segments:
                 return
+            bound = Bound(deadline, self._is_closing)
             try:
-                bound = Bound(deadline, self._is_closing)
                 attach = peer.lane is Lane.CMA
                 self._reader.read(peer.name, peer.endpoint.device, segments, bound, attach=attach)
                 self._check_identity(agent, peer, "read", deadline)
             except EngineError as error:
                 if error.in_flight:
                     self._stuck = error.text
-                if error.mutated:
+                if bound.posted:
                     # NIXL marks the peer as disconnected; another agent of the same name would be refused.
                     self._peers.pop(endpoint, None)
                     self._forget(agent, peer)
@@ -277,7 +277,7 @@ class NixlEngine(TransferEngine):
         request = agent.prepare(peer.name, own, theirs, operation=operation, memory="DRAM")
         agent.complete(request, Bound(deadline, self._is_closing), operation=operation, quiet_on_error=True)
         if ctypes.string_at(slot, IDENTITY_NBYTES) != peer.endpoint.identity:
-            raise EngineError(NAME, operation, "the seed has closed", mutated=True, retry_elsewhere=True, side="seed")
+            raise EngineError(NAME, operation, "the seed has closed", retry_elsewhere=True, side="seed")
 
     def _forget(self, agent: Agent, peer: _Peer) -> None:
         """Drop a peer after an error; a second error here says nothing new."""

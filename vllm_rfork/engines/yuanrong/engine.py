@@ -273,7 +273,7 @@ class YuanRongEngine(TransferEngine):
             or (code == "kNotReady" and self._converses)  # no connection, so nothing was posted
             or (code == "kNotAuthorized" and items == 1)
         )
-        error = failure("read", result, mutated=not untouched, in_flight=not untouched, note=f"after {elapsed_s:.1f} s")
+        error = failure("read", result, in_flight=not untouched, note=f"after {elapsed_s:.1f} s")
         if error.in_flight:
             self._stuck = error.text
             # Nine tenths: the engine's clock and this one are not the same.

@@ -102,9 +102,7 @@ def code_name(result: Any) -> str:
     return str(name) if name else CODES.get(int(code), f"code {int(code)}")
 
 
-def failure(
-    operation: str, result: Any, *, mutated: bool = False, in_flight: bool = False, note: str = ""
-) -> EngineError:
+def failure(operation: str, result: Any, *, in_flight: bool = False, note: str = "") -> EngineError:
     """The wheel's failed ``result`` as ours. The path of a source file that it carries says nothing to a user."""
     code = code_name(result)
     text = result.get_msg() or result.to_string()
@@ -113,7 +111,6 @@ def failure(
         operation,
         f"{text} ({note})" if note else text,
         code=code,
-        mutated=mutated,
         in_flight=in_flight,
         retry_elsewhere=code in _PEERS_FAULT and operation in ("connect", "read"),
         side=_SIDES.get(code) if operation in ("connect", "read") else "receiver",
@@ -162,7 +159,6 @@ def _translated(operation: str, function: Callable[[], Any]) -> Any:
             NAME,
             operation,
             f"{type(error).__name__}: {error}",
-            mutated=operation == "read",
             in_flight=operation == "read",
             side="receiver" if isinstance(error, MemoryError) else None,
         ) from error
