@@ -28,12 +28,13 @@ def main() -> None:
 
     from tests.vllm import engine_process
     from vllm_rfork import loader
-    from vllm_rfork.load import plan
+    from vllm_rfork.fork.session import ForkSession
+    from vllm_rfork.load.context import LoadContext
     from vllm_rfork.seeding.manager import manager
 
     setting: dict[str, Any] = json.loads(sys.argv[1])
     rfork = setting["load_format"] == "rfork"
-    timed = loader.RForkModelLoader if rfork else default_loader.DefaultModelLoader
+    timed = loader._Build if rfork else default_loader.DefaultModelLoader
     load_weights = timed.load_weights
     took: dict[str, Any] = {}
 
@@ -43,14 +44,13 @@ def main() -> None:
         took["seconds"] = time.perf_counter() - started
 
     timed.load_weights = timing  # type: ignore[method-assign]
-    make = plan.LoadPlan.make
+    open_session = LoadContext.open_session
 
-    def remembering(*args: Any, **kwargs: Any) -> plan.LoadPlan:
-        made = make(*args, **kwargs)
-        took["plan"] = made
-        return made
+    def remembering(context: LoadContext) -> ForkSession:
+        session = took["session"] = open_session(context)
+        return session
 
-    plan.LoadPlan.make = remembering  # type: ignore[method-assign]
+    setattr(LoadContext, "open_session", remembering)  # noqa: B010 - a method
     if not setting["post_process"]:
         base_loader.process_weights_after_loading = lambda *args, **kwargs: None
     for line in sys.stdin:
@@ -62,12 +62,12 @@ def main() -> None:
             )
             model = engine_process.load(config)
             nbytes = sum(parameter.nbytes for parameter in model.parameters())
-            attempt = took["plan"].attempt if rfork else None
+            session = took["session"] if rfork else None
             answer = {
                 "seconds": took["seconds"],
                 "nbytes": nbytes,
-                "stages": dict(attempt.times.seconds) if attempt else {},
-                "seed": str(attempt.seed) if attempt and attempt.seed else "",
+                "stages": dict(session.times.seconds) if session else {},
+                "seed": str(session.seed) if session and session.seed else "",
                 "peak_nbytes": peak_rss_nbytes(),
             }
             if order["keep"]:
@@ -76,7 +76,7 @@ def main() -> None:
                 took["model"] = model
             else:
                 took.clear()
-                del attempt
+                del session
             del model, config
             gc.collect()
             print("BENCH " + json.dumps(answer), flush=True)

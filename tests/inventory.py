@@ -7,18 +7,18 @@ import functools
 import torch
 from torch import nn
 
-from vllm_rfork.model import python_state
+from vllm_rfork.model import python_state, tensors
 from vllm_rfork.model.coverage import TensorSize, tensor_sizes
 from vllm_rfork.model.python_state import state_in
-from vllm_rfork.model.tensors import Collection, account
+from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.traversal import walk
 from vllm_rfork.model.value_codec import Plain
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 
-def collect(model: nn.Module, device: torch.device) -> Collection:
+def collect(model: nn.Module, device: torch.device) -> TensorInventory:
     """Every tensor of ``model`` as it stands."""
-    return account(walk(model, VLLM_RULES), device)
+    return tensors.collect(walk(model, VLLM_RULES), device)
 
 
 def state_of(model: nn.Module) -> dict[str, Plain]:

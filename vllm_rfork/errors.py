@@ -18,7 +18,8 @@ errors end in logs, in terminals and at other ranks. Must not import anything of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from vllm_rfork.logs.quoting import MAX_MESSAGE, counted, printable
@@ -199,3 +200,17 @@ class VerificationError(ForkError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, mutated=True, retry_elsewhere=True, side="seed")
+
+
+@contextlib.contextmanager
+def as_fork_error(what: str) -> Iterator[None]:
+    """Wrap third-party exceptions, an allocator's for instance, in ForkError: a load must not fail because of us.
+
+    ``what`` failed, for the message.
+    """
+    try:
+        yield
+    except ForkError:
+        raise
+    except Exception as error:
+        raise ForkError(f"{what}: {type(error).__name__}: {error}") from error

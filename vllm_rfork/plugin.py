@@ -42,7 +42,8 @@ def register() -> None:
     from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.fallback_format import show_fallback_while_configuring
     from vllm_rfork.vllm_compat.ray_environment import copy_to_ray_workers
-    from vllm_rfork.vllm_compat.storage_loader import check_format, log_through_vllm
+    from vllm_rfork.vllm_compat.storage_loader import check_format
+    from vllm_rfork.vllm_compat.vllm_log import log_through_vllm
 
     log_through_vllm()
     check_options_early(

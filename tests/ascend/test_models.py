@@ -27,8 +27,8 @@ from vllm_rfork.manifest.schema import ManifestHeader
 from vllm_rfork.model.coverage import check_accounted
 from vllm_rfork.model.digest import digests
 from vllm_rfork.model.python_state import changed_state, gone_state
-from vllm_rfork.model.tensors import Collection
-from vllm_rfork.vllm_compat import ascend, storage_loader
+from vllm_rfork.model.tensors import TensorInventory
+from vllm_rfork.vllm_compat import ascend, eligibility
 from vllm_rfork.vllm_compat.registries import Registries
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def _fork(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     return seed, receiver
 
 
-def _digests(collection: Collection) -> dict[str, str]:
+def _digests(collection: TensorInventory) -> dict[str, str]:
     of_span = digests(span.data for span in collection.spans)
     return {entry.name: of_span[entry.span] for entry in collection.entries if entry.span != -1}
 
@@ -278,9 +278,8 @@ def test_weights_that_fail_the_check_after_all_are_no_model() -> None:
     checks = ascend.postpone_checks(model)
     models.post_process(model)
 
-    with pytest.raises(VerificationError, match="shared experts") as raised:
+    with pytest.raises(VerificationError, match="shared experts"):
         checks.run()
-    assert raised.value.mutated
 
 
 def test_a_check_that_nobody_asked_for_does_not_run() -> None:
@@ -364,23 +363,23 @@ def test_settings_that_move_weights_make_no_seed(additional: Any, reason: str) -
     config = types.SimpleNamespace(
         additional_config=additional, parallel_config=types.SimpleNamespace(enable_eplb=False)
     )
-    found = storage_loader.never_a_seed(config)
+    found = eligibility.seed_obstacle(config)
 
     assert bool(found) is bool(reason)
-    assert reason in found
+    assert reason in (found or "")
 
 
 @pytest.mark.parametrize("option", ["enable_sleep_mode", "enable_cumem_allocator"])
 def test_weights_in_a_pool_of_their_own_are_refused_on_accelerators(option: str) -> None:
     config = types.SimpleNamespace(model_config=types.SimpleNamespace(**{option: True}))
 
-    assert option in storage_loader.unregistrable(config, torch.device("cuda", 0))
-    assert option in storage_loader.unregistrable(config, types.SimpleNamespace(type="npu", index=0))  # type: ignore[arg-type]
-    assert storage_loader.unregistrable(config, CPU) == ""
+    assert option in str(eligibility.registration_obstacle(config, torch.device("cuda", 0)))
+    assert option in str(eligibility.registration_obstacle(config, types.SimpleNamespace(type="npu", index=0)))  # type: ignore[arg-type]
+    assert eligibility.registration_obstacle(config, CPU) is None
 
 
 def test_an_allocator_that_is_set_to_expandable_segments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = types.SimpleNamespace(model_config=types.SimpleNamespace(enable_sleep_mode=False))
-    assert storage_loader.unregistrable(config, torch.device("cuda", 0)) == ""
+    assert eligibility.registration_obstacle(config, torch.device("cuda", 0)) is None
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    assert "expandable" in storage_loader.unregistrable(config, torch.device("cuda", 0))
+    assert "expandable" in str(eligibility.registration_obstacle(config, torch.device("cuda", 0)))

@@ -15,7 +15,7 @@ from vllm_rfork.logs.worker import SHORT, LoggedTexts, worker_logger
 
 PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
 #: The planner logs as itself; this one file hands the worker's loggers to vLLM's.
-PLANNER, PARENT = PACKAGE / "planner", PACKAGE / "vllm_compat" / "storage_loader.py"
+PLANNER, PARENT = PACKAGE / "planner", PACKAGE / "vllm_compat" / "vllm_log.py"
 #: Both sides import these, so they log by the loggers that they are given.
 SHARED = sorted(
     {

@@ -18,7 +18,7 @@ from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
-from vllm_rfork.model.tensors import Collection
+from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.verification import SAMPLE_EVERY, StreamingVerifier, get_ready, spans_to_check
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def accelerator() -> DeviceBackend:
 
 
 @pytest.fixture
-def collection() -> Iterator[Collection]:
+def collection() -> Iterator[TensorInventory]:
     """A model of ten tensors, each a span of its own."""
     model = nn.Module()
     for number, size in enumerate(SIZES):
@@ -44,24 +44,24 @@ def collection() -> Iterator[Collection]:
     assert not [thread for thread in threading.enumerate() if thread.name == "rfork-verify"]
 
 
-def segments_of(collection: Collection, *, without: frozenset[int] = frozenset()) -> list[Segment]:
+def segments_of(collection: TensorInventory, *, without: frozenset[int] = frozenset()) -> list[Segment]:
     return [
         Segment(span.address, 0, span.nbytes) for number, span in enumerate(collection.spans) if number not in without
     ]
 
 
-def right_digests(collection: Collection) -> dict[int, str]:
+def right_digests(collection: TensorInventory) -> dict[int, str]:
     return dict(enumerate(digest.digests(span.data for span in collection.spans)))
 
 
-def checked(collection: Collection, side: DeviceBackend, how: str = "full") -> StreamingVerifier:
+def checked(collection: TensorInventory, side: DeviceBackend, how: str = "full") -> StreamingVerifier:
     return StreamingVerifier(collection, spans_to_check(collection, how), side, 20.0)
 
 
 @pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
 @pytest.mark.parametrize("max_nbytes", [1 << 30, 4096, 70_000])
 def test_what_arrives_in_any_pieces_is_found_right(
-    collection: Collection, side: DeviceBackend, max_nbytes: int
+    collection: TensorInventory, side: DeviceBackend, max_nbytes: int
 ) -> None:
     check = checked(collection, side)
     for batch in batches(segments_of(collection)[::-1], max_nbytes=max_nbytes, max_items=3):
@@ -72,7 +72,7 @@ def test_what_arrives_in_any_pieces_is_found_right(
 
 @pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
 @pytest.mark.parametrize("span", range(len(SIZES)))
-def test_a_wrong_byte_in_any_span_is_named(collection: Collection, side: DeviceBackend, span: int) -> None:
+def test_a_wrong_byte_in_any_span_is_named(collection: TensorInventory, side: DeviceBackend, span: int) -> None:
     expected = right_digests(collection)
     collection.spans[span].data[-1] ^= 1
     check = checked(collection, side)
@@ -98,7 +98,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[int]:
 
 
 def test_a_span_is_not_digested_before_its_last_byte_is_there(
-    collection: Collection, begun: queue.SimpleQueue[int]
+    collection: TensorInventory, begun: queue.SimpleQueue[int]
 ) -> None:
     expected = right_digests(collection)
     while not begun.empty():
@@ -115,7 +115,7 @@ def test_a_span_is_not_digested_before_its_last_byte_is_there(
 
 
 def test_digests_are_queued_while_bytes_are_still_on_their_way(
-    collection: Collection, begun: queue.SimpleQueue[int]
+    collection: TensorInventory, begun: queue.SimpleQueue[int]
 ) -> None:
     """This is what the thread is for: after the last byte only the last spans are left."""
     check = checked(collection, accelerator())
@@ -129,7 +129,7 @@ def test_digests_are_queued_while_bytes_are_still_on_their_way(
 
 
 @pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
-def test_what_was_not_read_is_compared_all_the_same(collection: Collection, side: DeviceBackend) -> None:
+def test_what_was_not_read_is_compared_all_the_same(collection: TensorInventory, side: DeviceBackend) -> None:
     """Spans that an earlier model uses are not written, and a fork must not take them for right unseen."""
     expected = right_digests(collection)
     collection.spans[3].data[7] ^= 1
@@ -141,7 +141,7 @@ def test_what_was_not_read_is_compared_all_the_same(collection: Collection, side
 
 
 @pytest.mark.parametrize("side", [CpuBackend(CPU), accelerator()], ids=["at the end", "beside"])
-def test_a_sample_looks_at_its_spans_only(collection: Collection, side: DeviceBackend) -> None:
+def test_a_sample_looks_at_its_spans_only(collection: TensorInventory, side: DeviceBackend) -> None:
     expected = right_digests(collection)
     collection.spans[1].data[0] ^= 1
     check = checked(collection, side, "sample")
@@ -156,11 +156,13 @@ def test_a_sample_looks_at_its_spans_only(collection: Collection, side: DeviceBa
     check.close()
 
 
-def test_nothing_is_asked_for_where_nothing_is_compared(collection: Collection) -> None:
+def test_nothing_is_asked_for_where_nothing_is_compared(collection: TensorInventory) -> None:
     assert spans_to_check(collection, "off") == []
 
 
-def test_a_device_that_fails_is_a_failed_verification(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_is_a_failed_verification(
+    collection: TensorInventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: object, span: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("no room for sums")
 
@@ -172,7 +174,7 @@ def test_a_device_that_fails_is_a_failed_verification(collection: Collection, mo
     check.close()
 
 
-def test_a_span_that_the_seed_did_not_vouch_for_is_refused(collection: Collection) -> None:
+def test_a_span_that_the_seed_did_not_vouch_for_is_refused(collection: TensorInventory) -> None:
     for missing in ({}, {4: ""}):
         expected = {**right_digests(collection), **missing}
         if not missing:
@@ -184,7 +186,7 @@ def test_a_span_that_the_seed_did_not_vouch_for_is_refused(collection: Collectio
         check.close()
 
 
-def test_a_device_that_hangs_does_not_hang_the_start(collection: Collection) -> None:
+def test_a_device_that_hangs_does_not_hang_the_start(collection: TensorInventory) -> None:
     waits = threading.Event()
 
     class Hanging(DeviceBackend):

@@ -72,9 +72,8 @@ def test_a_stamp_of_none_is_carried() -> None:
 def test_a_value_that_is_a_tensor_on_one_side_is_a_mismatch() -> None:
     seed, receiver = processed(Layer(), 3.0), processed(Layer(), 3.0)
     seed.input_scale = torch.ones(1)
-    with pytest.raises(ManifestMismatch, match=r"input_scale: only the receiver has it") as caught:
+    with pytest.raises(ManifestMismatch, match=r"input_scale: only the receiver has it"):
         matched(seed, receiver)
-    assert caught.value.mutated
     both = processed(Layer(), 3.0)
     both.input_scale = torch.zeros(1)  # the bytes are the tensors' business
     matched(seed, both)

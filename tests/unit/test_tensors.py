@@ -1,4 +1,4 @@
-"""Collection misses nothing, keeps aliases, and names leaves the same in every process."""
+"""TensorInventory misses nothing, keeps aliases, and names leaves the same in every process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vllm_rfork.manifest.schema import ManifestHeader
 from vllm_rfork.model import traversal
 from vllm_rfork.model.build_signature import build_signature
 from vllm_rfork.model.python_state import changed_state
-from vllm_rfork.model.tensors import apply_inline
+from vllm_rfork.model.restore import apply_inline
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 CPU = torch.device("cpu")

@@ -23,16 +23,20 @@ from tests.inventory import collect, state_of
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
 from vllm_rfork.fork.stage_times import StageTimes
-from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.load.capture import contents
+from vllm_rfork.load.context import LoadContext
+from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader, Region, Span, TensorEntry
 from vllm_rfork.model import digest, value_codec
 from vllm_rfork.model.python_state import changed_state, gone_state
-from vllm_rfork.model.tensors import Collection
+from vllm_rfork.model.snapshot import AsBuilt
+from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.traversal import walk
 from vllm_rfork.model.verification import StreamingVerifier
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
+from vllm_rfork.vllm_compat.rank_groups import RankGroup
 
 CPU = torch.device("cpu")
 
@@ -77,7 +81,9 @@ BUILT = state_of(Model())
 COLLECTION = collect(SEED, CPU)
 
 
-def manifest_of(collection: Collection, state: Any = None, state_gone: tuple[str, ...] = (), **fields: Any) -> Manifest:
+def manifest_of(
+    collection: TensorInventory, state: Any = None, state_gone: tuple[str, ...] = (), **fields: Any
+) -> Manifest:
     identity = {"seed_key": "k", "fingerprint": "f", "epoch": "e", "layout": CHECKPOINT, "engine": "memory"}
     fields = {"endpoint": "memory:1", "digest_algorithm": digest.ALGORITHM, **identity, **fields}
     digests = digest.digests(span.data for span in collection.spans)
@@ -96,24 +102,28 @@ GOOD = json.loads(
 )
 
 
-def plan_of(layout: str) -> LoadPlan:
-    attempt = SimpleNamespace(engine=SimpleNamespace(name="memory"), times=StageTimes(), left_s=lambda: 10.0)
-    return LoadPlan(
-        settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=10.0, rfork_verify="full")),
+def fork_of(layout: str, left_s: Callable[[], float] = lambda: 10.0) -> FromFork:
+    settings = SimpleNamespace(rfork_fork_timeout_sec=10.0, rfork_verify="full")
+    context = LoadContext(
+        settings=cast("Any", settings),
         device=CPU,
         identity=cast("Any", None),
-        files=cast("Any", None),
         seed_key="k",
         fingerprint="f",
+        facts={},
         layout=layout,
-        attempt=cast("Any", attempt),
+        engine_name="memory",
+        engine_config=cast("Any", None),
         advertise_host="",
         load_config=None,
         shows_progress=False,
-        agreement=cast("Any", SimpleNamespace(alone=True)),
-        built=BUILT,
-        marks={"layers.*.scale": "1"},
+        rank_group=RankGroup(),
+        files=cast("Any", None),
     )
+    session = SimpleNamespace(times=StageTimes(), left_s=left_s)
+    made = FromFork(context, cast("Any", session), cast("Any", None), cast("Any", None))
+    made._built = AsBuilt(BUILT, {"layers.*.scale": "1"})
+    return made
 
 
 def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
@@ -122,18 +132,18 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
     Raises:
         ForkError: as there.
     """
-    plan, model = plan_of(layout), Model()
+    one, model = fork_of(layout), Model()
     remote = decode_manifest(body)
-    collection = plan.collect_empty(model)
-    segments = pair(collection.manifest(plan.manifest_header()), remote)
+    collection = contents(one._context, model).tensors
+    segments = pair(collection.manifest(one._header()), remote)
     for local, address, nbytes in segments:
         inside = [each for each in COLLECTION.spans if each.address <= address < each.address + each.nbytes]
         if all(address + nbytes > each.address + each.nbytes for each in inside):
-            raise ForkError("an engine refuses what is not registered", mutated=True)
+            raise ForkError("an engine refuses what is not registered")
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     before = attributes(model)
-    plan.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
+    one.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
     check_nothing_else_changed(model, before, remote)
     return model, remote
 
@@ -371,8 +381,8 @@ def test_tensors_that_a_seed_puts_into_one_span_are_told_in_few_words() -> None:
 
 @pytest.mark.parametrize("layout", [CHECKPOINT, RUNTIME])
 def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> None:
-    """Setting state asks the attempt for its time: ``rfork_fork_timeout_sec`` covers all that a seed sends."""
-    plan, model = plan_of(layout), Model()
+    """Setting state asks the session for its time: ``rfork_fork_timeout_sec`` covers all that a seed sends."""
+    model = Model()
     asked = []
 
     def left_s() -> float:
@@ -381,14 +391,14 @@ def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> No
             raise ForkError("the fork took longer than 10 s")
         return 10.0
 
-    plan.attempt = cast("Any", SimpleNamespace(**{**vars(plan.attempt), "left_s": left_s}))
+    one = fork_of(layout, left_s)
     remote = decode_manifest(json.dumps({**GOOD, "layout": layout}).encode())
-    collection = plan.collect_empty(model)
-    for local, address, nbytes in pair(collection.manifest(plan.manifest_header()), remote):
+    collection = contents(one._context, model).tensors
+    for local, address, nbytes in pair(collection.manifest(one._header()), remote):
         ctypes.memmove(local, address, nbytes)
     numbers = list(range(len(collection.spans)))
     with pytest.raises(ForkError, match="took longer than 10 s"):
-        plan.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
+        one.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
     assert state_of(model) == BUILT
 
 

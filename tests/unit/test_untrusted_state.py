@@ -113,9 +113,8 @@ def test_what_a_walk_would_not_list_is_never_set(layout: str, name: str, value: 
     set_it = partial(apply_state, model, state)
     if layout == "runtime":
         set_it = partial(match_state, model, built, state, ())
-    with pytest.raises(ForkError) as caught:
+    with pytest.raises(ForkError):
         set_it()
-    assert caught.value.mutated
     assert everything(model) == before
     assert model.eval() is model
     assert model.layers[0](torch.ones(2)).tolist() == [1.0, 1.0]

@@ -246,7 +246,7 @@ def runtime_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime layout on this machine's processor, where vLLM packs no weight into native objects now."""
     from vllm.model_executor.layers import utils
 
-    monkeypatch.setattr("vllm_rfork.load.plan.NO_RUNTIME", frozenset())
+    monkeypatch.setattr("vllm_rfork.load.context.NO_RUNTIME", frozenset())
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *args: False)
     monkeypatch.setattr(utils.ops, "_supports_onednn", False)
 

@@ -112,6 +112,6 @@ def _fail_drafts(seen: Seen) -> None:
             if span.address not in target.untouched:
                 span.data.fill_(0x55)
                 seen.written += 1
-        raise ForkError("the seed died", mutated=True)
+        raise ForkError("the seed died")
 
     ForkSession.reserve, ForkSession.run = reserve, run  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.load.outcome import CapturedTensors
+from vllm_rfork.model.relocation import PublishedSnapshot
 
 
 def raising(error: BaseException) -> Any:
@@ -25,14 +25,14 @@ def raising(error: BaseException) -> Any:
 def held_up_recheck(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Seeds stop in the check of their bytes, which sets the first event, and go on once the second is set."""
     checking, go_on = threading.Event(), threading.Event()
-    recheck = CapturedTensors.recheck
+    recheck = PublishedSnapshot.recheck
 
-    def slowly(tensors: CapturedTensors) -> None:
+    def slowly(tensors: PublishedSnapshot) -> None:
         checking.set()
         assert go_on.wait(60)
         recheck(tensors)
 
-    monkeypatch.setattr(CapturedTensors, "recheck", slowly)
+    monkeypatch.setattr(PublishedSnapshot, "recheck", slowly)
     return checking, go_on
 
 

@@ -92,10 +92,10 @@ def _needs_both_ranks() -> list[int]:
     from vllm.model_executor.layers import utils
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-    from vllm_rfork.load import plan
+    from vllm_rfork.load import context, from_fork
 
-    plan.NO_RUNTIME = frozenset()  # as on an accelerator; see test_runtime
-    setattr(plan, "built_differences", lambda *args: ())  # noqa: B010 - no seed here says how its model was built
+    context.NO_RUNTIME = frozenset()  # as on an accelerator; see test_runtime
+    setattr(from_fork, "built_differences", lambda *args: ())  # noqa: B010 - no seed here says how its model was built
     utils.check_cpu_sgl_kernel = lambda *args: False
     utils.ops._supports_onednn = False
     built: list[int] = []
@@ -123,11 +123,11 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
     from vllm_rfork.errors import ForkError, ManifestMismatch, NoSeedAvailable
     from vllm_rfork.fork.session import ForkSession
     from vllm_rfork.manifest.schema import Manifest
-    from vllm_rfork.vllm_compat import storage_loader
+    from vllm_rfork.vllm_compat import dummy_weights
 
     here = rank == 1
     before = {name: getattr(ForkSession, name) for name in ("reserve", "peek", "run")}
-    fill = storage_loader.fill_with_dummies
+    fill = dummy_weights.fill_with_dummies
 
     def reserve(self: Any, fingerprint: str) -> None:
         if here and fault == "no seed":
@@ -153,7 +153,7 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
             if span.address not in target.untouched:
                 span.data.zero_()
         if here:
-            raise ForkError("the bytes are not the seed's", mutated=True)
+            raise ForkError("the bytes are not the seed's")
         return target.local
 
     def filled(*args: Any) -> None:
@@ -164,11 +164,11 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
         fill(*args)
 
     ForkSession.reserve, ForkSession.peek, ForkSession.run = reserve, peek, run  # type: ignore[method-assign]
-    storage_loader.fill_with_dummies = filled
+    dummy_weights.fill_with_dummies = filled
 
     def restore() -> None:
         for name, method in before.items():
             setattr(ForkSession, name, method)
-        storage_loader.fill_with_dummies = fill
+        dummy_weights.fill_with_dummies = fill
 
     return restore

@@ -20,11 +20,11 @@ from tests.vllm.conftest import Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
 from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.load import plan
-from vllm_rfork.load.outcome import CapturedTensors
-from vllm_rfork.model import digest, relocation
+from vllm_rfork.load import context
+from vllm_rfork.model import digest, relocation, snapshot
+from vllm_rfork.model.relocation import PublishedSnapshot
 from vllm_rfork.seeding.manager import manager
-from vllm_rfork.vllm_compat import storage_loader
+from vllm_rfork.vllm_compat import dummy_weights
 from vllm_rfork.vllm_compat.worker_hooks import Change, WeightChanges
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_seeds")]
@@ -87,18 +87,18 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     one = Device()
-    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    monkeypatch.setattr(context, "KEEPS_LOADED", frozenset())
     monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
     monkeypatch.setattr(CpuBackend, "synchronize", lambda side: one.wait())
     for where, name, what in (
         (DefaultModelLoader, "load_weights", "loading"),
-        (storage_loader, "fill_with_dummies", "dummies"),
+        (dummy_weights, "fill_with_dummies", "dummies"),
         (base_loader, "process_weights_after_loading", "post-processing"),
     ):
         monkeypatch.setattr(where, name, one.queueing(what, getattr(where, name)))
     for where, name, how in (
-        (plan, "walk", "addresses"),
-        (relocation, "account", "addresses"),
+        (snapshot, "walk", "addresses"),
+        (relocation, "collect", "addresses"),
         (MemoryEngine, "register", "registered"),
         (MemoryEngine, "read", "read"),
         (digest.Digester, "add", "digested"),
@@ -117,14 +117,14 @@ def layout(request: pytest.FixtureRequest) -> str:
 @contextlib.contextmanager
 def serving(device: Device) -> Iterator[None]:
     """Work is queued until the last moment before a seed checks its bytes: it has begun to serve meanwhile."""
-    recheck = CapturedTensors.recheck
+    recheck = PublishedSnapshot.recheck
 
-    def busy(self: CapturedTensors) -> None:
+    def busy(self: PublishedSnapshot) -> None:
         device.queue("serving")
         recheck(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CapturedTensors, "recheck", busy)
+        patch.setattr(PublishedSnapshot, "recheck", busy)
         yield
 
 

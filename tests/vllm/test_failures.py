@@ -23,7 +23,7 @@ from tests.vllm.engine_process import free_port, load, load_digested, vllm_confi
 from tests.vllm.falling_back import falls_back, nothing_left_behind
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.load import plan
+from vllm_rfork.load import capture
 
 pytestmark = pytest.mark.vllm
 
@@ -358,15 +358,15 @@ def test_an_engine_that_fails(
     eventually(planner.seeds, "the seed is announced")
     eventually(lambda: planner.leases() == 0, "the seed is free")
     monkeypatch.setenv("RFORK_MEMORY_FAULT", fault)
-    collect_empty = plan.LoadPlan.collect_empty
+    contents = capture.contents
 
-    def collect_other_bytes(self: plan.LoadPlan, model: Any) -> Any:
+    def contents_with_other_bytes(context: Any, model: Any) -> Any:
         """The allocator may hand out memory that still holds an earlier load's bytes, the right ones by accident."""
         for parameter in model.parameters():
             parameter.data.fill_(0.4375)
-        return collect_empty(self, model)
+        return contents(context, model)
 
-    monkeypatch.setattr(plan.LoadPlan, "collect_empty", collect_other_bytes)
+    monkeypatch.setattr(capture, "contents", contents_with_other_bytes)
     falls_back(
         model_a, default_a, planner.url, rfork_log, cause=cause, leases=planner.leases, rfork_request_timeout_sec=1.0
     )
@@ -399,15 +399,15 @@ def test_memory_that_cannot_be_vouched_for(
 
     monkeypatch.setattr(Qwen2ForCausalLM, "__init__", with_sparse)
     # The digests of the comparison cannot read a sparse tensor either; it goes before they look.
-    from vllm_rfork import loader
+    from vllm_rfork.load.machine import LoadMachine
 
-    fill = loader.RForkModelLoader._fill
+    fill = LoadMachine.fill
 
-    def filling(self: Any, plan: Any, model: Any, model_config: Any) -> None:
-        fill(self, plan, model, model_config)
+    def filling(self: LoadMachine, model: Any, model_config: Any) -> None:
+        fill(self, model, model_config)
         del model.odd
 
-    monkeypatch.setattr(loader.RForkModelLoader, "_fill", filling)
+    monkeypatch.setattr(LoadMachine, "fill", filling)
     falls_back(model_a, default_a, planner.url, rfork_log, cause="odd", leases=planner.leases)
 
 

@@ -22,9 +22,9 @@ from vllm_rfork.fork import session, transfer
 from vllm_rfork.fork.leases import HeldLease, Leases
 from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.fork.stage_times import StageTimes
-from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.load.consensus import Consensus
+from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.manifest.segments import Segment
-from vllm_rfork.vllm_compat.agreement import Agreement
 
 pytestmark = pytest.mark.vllm
 
@@ -33,7 +33,7 @@ def test_an_unexpected_error_in_a_fork_falls_back_and_gives_the_lease_back(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, seed: SeedProcess,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(LoadPlan, "accept", raising(RuntimeError("no memory for a digest")))
+    monkeypatch.setattr(FromFork, "accept", raising(RuntimeError("no memory for a digest")))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="no memory for a digest", leases=planner.leases)
 
 
@@ -47,7 +47,7 @@ def test_an_unexpected_error_while_opening_an_engine_falls_back(
 def test_a_worker_that_cannot_be_described_loads_as_without_us(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_rfork.load.plan.fingerprint_facts", raising(AttributeError("no such configuration")))
+    monkeypatch.setattr("vllm_rfork.load.context.fingerprint_facts", raising(AttributeError("no such configuration")))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="no such configuration", rfork_become_seed=True)
 
 
@@ -68,7 +68,9 @@ def test_no_memory_for_digests_costs_the_seed_and_not_the_start(
     assert any("not a seed" in line and "OutOfMemoryError" in line for line in rfork_log.warnings)
 
 
-@pytest.mark.parametrize("where", ["vllm_rfork.loader.LoadPlan.settle", "vllm_rfork.loader.withdraw_before_changes"])
+@pytest.mark.parametrize(
+    "where", ["vllm_rfork.loader.LoadMachine.outcome", "vllm_rfork.loader.withdraw_before_changes"]
+)
 def test_an_unexpected_error_after_the_load_costs_the_seed_and_not_the_start(
     where: str, model_a: Path, default_a: Any, planner: Planner, rfork_log: LogRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,17 +88,17 @@ def test_a_property_that_raises_costs_the_fork_and_the_seed_and_not_the_start(
     """Models compute some attributes when asked, and may not be ready for that; the other ranks hear of it too."""
     told: list[tuple[str, str]] = []
 
-    class Telling(Agreement):
+    class Telling(Consensus):
         """An instance of one rank whose words are noted."""
 
-        def reach(self, stage: str, reason: str, bound_s: float) -> str:
-            told.append((stage, reason))
-            return reason
+        def decide(self, stage: str, obstacle: str | None, timeout_s: float) -> str | None:
+            told.append((stage, obstacle or ""))
+            return obstacle
 
     monkeypatch.setattr(
-        "vllm_rfork.load.plan.storage_loader.quantizes_online", raising(RuntimeError("not before warm-up"))
+        "vllm_rfork.load.capture.eligibility.quantizes_online", raising(RuntimeError("not before warm-up"))
     )
-    monkeypatch.setattr("vllm_rfork.load.plan.Agreement.of", lambda *args: Telling(0, (0,), "", lambda: None))
+    monkeypatch.setattr("vllm_rfork.load.machine.Consensus", Telling)
     falls_back(model_a, default_a, planner.url, rfork_log, cause="RuntimeError: not before warm-up")
     assert [stage for stage, reason in told if "not before warm-up" in reason] == ["seed"]
     load(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url="raises")))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import enum
+import functools
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,21 +18,29 @@ from tests.inventory import collect, match_state, state_of
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.fork.stage_times import StageTimes
-from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.load.capture import SeedProspect
+from vllm_rfork.load.context import LoadContext
+from vllm_rfork.load.from_fork import FromFork
+from vllm_rfork.load.from_storage import FromStorage
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import built_differences, pair
 from vllm_rfork.manifest.schema import Manifest, ManifestHeader
 from vllm_rfork.model.build_signature import LARGEST_INT, build_signature
 from vllm_rfork.model.pointers import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import changed_state, gone_state
-from vllm_rfork.model.tensors import Collection, apply_inline, check_inline, with_inline
+from vllm_rfork.model.restore import apply_inline, check_inline
+from vllm_rfork.model.snapshot import AsBuilt
+from vllm_rfork.model.tensors import TensorInventory, with_inline
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
+from vllm_rfork.vllm_compat.rank_groups import RankGroup
 
 #: Where the engine would work: nothing here lies there, so that all tensors are inline.
 ELSEWHERE, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def manifest_of(collection: Collection, state: Any = None, state_gone: tuple[str, ...] = (), **more: Any) -> Manifest:
+def manifest_of(
+    collection: TensorInventory, state: Any = None, state_gone: tuple[str, ...] = (), **more: Any
+) -> Manifest:
     """As it comes from the wire."""
     identity = {name: name for name in ("seed_key", "fingerprint", "epoch", "engine", "endpoint")}
     header = ManifestHeader(**identity, layout="runtime", **more)
@@ -77,7 +87,7 @@ def test_control_without_that_guard_the_last_of_two_names_wins(monkeypatch: pyte
 
 
 def test_views_of_one_small_tensor_the_other_way_round_are_a_difference() -> None:
-    def views(first: str, second: str) -> Collection:
+    def views(first: str, second: str) -> TensorInventory:
         both = torch.zeros(2, 8)
         return collect(holding(both=both, **{first: both[0], second: both[1]}), ELSEWHERE)
 
@@ -354,86 +364,103 @@ def test_every_block_of_the_allocator_counts(monkeypatch: pytest.MonkeyPatch) ->
         check_no_addresses(collection, {"pointer": (1 << 40) + 4095}, memory)
 
 
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> LoadPlan:
-    """One load of the runtime layout, for a device on which nothing here lies."""
-    monkeypatch.setattr("vllm_rfork.load.plan.device_backend", lambda device: device_backend(CPU))
-    return LoadPlan(
-        settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=1.0)),
-        device=ELSEWHERE,
+class Vote:
+    """A rank that is alone."""
+
+    alone = True
+
+    @staticmethod
+    def run(stage: str, action: Any, timeout_s: float) -> Any:
+        return action()
+
+
+def context_of(layout: str, device: torch.device = ELSEWHERE) -> LoadContext:
+    return LoadContext(
+        settings=cast("Any", SimpleNamespace(rfork_fork_timeout_sec=1.0, rfork_verify="off")),
+        device=device,
         identity=cast("Any", None),
         seed_key="seed_key",
         fingerprint="fingerprint",
-        layout="runtime",
-        attempt=cast(
-            "Any",
-            SimpleNamespace(
-                engine=SimpleNamespace(name="engine"),
-                leases=SimpleNamespace(),
-                times=StageTimes(),
-                intent=SimpleNamespace(withdraw=lambda: None),
-                left_s=lambda: 1.0,
-            ),
-        ),
+        facts={},
+        layout=layout,
+        engine_name="engine",
+        engine_config=cast("Any", None),
         advertise_host="",
         load_config=None,
         shows_progress=False,
-        agreement=cast("Any", SimpleNamespace(reach=lambda *told: "", alone=True)),
+        rank_group=RankGroup(),
         files=cast("Any", SimpleNamespace(look_also_at=lambda sources: None, forked_from=lambda remote: None)),
     )
 
 
-def test_a_receiver_becomes_a_seed_of_the_bytes_it_was_sent(plan: LoadPlan) -> None:
+def session() -> Any:
+    intent = SimpleNamespace(withdraw=lambda: None)
+    return SimpleNamespace(times=StageTimes(), intent=intent, left_s=lambda: 1.0)
+
+
+@pytest.fixture
+def fork(monkeypatch: pytest.MonkeyPatch) -> FromFork:
+    """One fork in the runtime layout, for a device on which nothing here lies."""
+    monkeypatch.setattr("vllm_rfork.load.from_fork.device_backend", lambda device: device_backend(CPU))
+    one = session()
+    return FromFork(context_of("runtime"), one, cast("Any", Vote()), SeedProspect(one, None))
+
+
+def test_a_receiver_becomes_a_seed_of_the_bytes_it_was_sent(fork: FromFork) -> None:
     remote = manifest_of(collect(holding(k=torch.tensor([3.0])), ELSEWHERE))
-    collection = collect(holding(k=torch.tensor([0.5])), ELSEWHERE)
-    plan.capture_forked(collection, remote)
-    assert plan.seed_manifest().tensors == remote.tensors
+    inventory = collect(holding(k=torch.tensor([0.5])), ELSEWHERE)
+    assert fork._capture(inventory, remote).manifest().tensors == remote.tensors  # type: ignore[union-attr]
 
 
-def test_a_load_ends_with_a_look_at_the_small_tensors(plan: LoadPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_ends_with_a_look_at_the_small_tensors(fork: FromFork, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = manifest_of(collect(holding(k=torch.tensor([3.0])), ELSEWHERE))
     model = holding(k=torch.tensor([0.5]))
-    check = cast("Any", SimpleNamespace(collection=collect(model, ELSEWHERE), numbers=[]))
-    plan.accept(model, check, remote)
+    fork._built = AsBuilt({}, {})
+    check = cast("Any", SimpleNamespace(inventory=collect(model, ELSEWHERE), numbers=[]))
+    fork.accept(model, check, remote)
     model.k.fill_(0.5)
-    monkeypatch.setattr("vllm_rfork.load.plan.apply_inline", lambda collection, manifest: None)
+    monkeypatch.setattr("vllm_rfork.model.restore.apply_inline", lambda inventory, manifest: None)
     with pytest.raises(VerificationError, match="small tensors"):
-        plan.accept(model, check, remote)
+        fork.accept(model, check, remote)
 
 
 def test_a_model_that_was_built_otherwise_is_refused_before_it_is_touched(
-    plan: LoadPlan, monkeypatch: pytest.MonkeyPatch
+    fork: FromFork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled: list[nn.Module] = []
     monkeypatch.setattr(
-        "vllm_rfork.load.plan.storage_loader.fill_with_dummies", lambda model, *others: filled.append(model)
+        "vllm_rfork.load.from_fork.dummy_weights.fill_with_dummies", lambda model, *others: filled.append(model)
     )
     for theirs, ours in ((Backend.CUTLASS, Backend.TRITON), (Backend.TRITON, Backend.TRITON)):
         seed = model_of(theirs)
-        plan._promised = manifest_of(collect(seed, ELSEWHERE), built=marks(seed))
+        fork._promised = manifest_of(collect(seed, ELSEWHERE), built=marks(seed))
         if theirs is ours:
-            plan.fill_with_dummies(model_of(ours), None)
-            assert plan.holds_dummies
+            fork.fill_with_dummies(model_of(ours), None)
+            assert fork.wrote_dummies
             assert len(filled) == 1
         else:
-            with pytest.raises(ManifestMismatch, match=r"backend\.<member> as built") as caught:
-                plan.fill_with_dummies(model_of(ours), None)
-            assert not caught.value.mutated
-            assert not plan.holds_dummies
+            with pytest.raises(ManifestMismatch, match=r"backend\.<member> as built"):
+                fork.fill_with_dummies(model_of(ours), None)
+            assert not fork.wrote_dummies
             assert not filled
 
 
 @pytest.mark.parametrize("layout", ["checkpoint", "runtime"])
-def test_no_layout_is_offered_with_addresses_in_it(plan: LoadPlan, layout: str) -> None:
-    plan.layout, plan.device = layout, CPU
+def test_no_layout_is_offered_with_addresses_in_it(layout: str) -> None:
     for held in (None, "table", "pointer"):
-        plan.no_seed_reason, plan.collection = "", None
-        model = offering()
-        plan.state_before(model)
+        one, model = session(), offering()
+        prospect = SeedProspect(one, None)
         address = model.workspace.data_ptr()
-        if held is not None:
-            setattr(model, held, torch.tensor([address]) if held == "table" else address)
-        plan.capture_loaded(model)
-        plan.settle(model)
-        assert (plan.collection is None) is (held is not None)
-        assert ("address" in plan.no_seed_reason) is (held is not None), plan.no_seed_reason
+
+        def load_weights(model: nn.Module, model_config: Any, held: Any = held, address: int = address) -> None:
+            if held is not None:
+                setattr(model, held, torch.tensor([address]) if held == "table" else address)
+
+        loader = SimpleNamespace(load_weights=load_weights)
+        context = context_of(layout, CPU)
+        context = dataclasses.replace(context, settings=SimpleNamespace(rfork_fallback_load_format="auto"))
+        storage = FromStorage(context, one, prospect, loader)
+        storage.fill(model, None)
+        snapshot = prospect.requires("the loaded model", functools.partial(storage.snapshot, model))
+        assert (snapshot is None) is (held is not None)
+        assert ("address" in str(prospect.obstacle)) is (held is not None), prospect.obstacle

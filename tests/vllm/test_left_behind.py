@@ -20,7 +20,7 @@ from tests.vllm.faults import raising, scrambled
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import ForkError
 from vllm_rfork.fork import transfer
-from vllm_rfork.load.plan import LoadPlan
+from vllm_rfork.load.machine import LoadMachine
 from vllm_rfork.vllm_compat.registries import Registries
 
 pytestmark = pytest.mark.vllm
@@ -47,13 +47,13 @@ def test_a_failed_model_is_freed_when_it_would_have_been_compiled(
 ) -> None:
     """vLLM's compile wrapper hands torch a hook that holds the model."""
     built: list[weakref.ref[Any]] = []
-    fill = _loader_class()._fill
+    fill = LoadMachine.fill
 
-    def looking(self: Any, plan: LoadPlan, model: nn.Module, model_config: Any) -> None:
+    def looking(self: LoadMachine, model: nn.Module, model_config: Any) -> None:
         built.append(weakref.ref(model))
-        fill(self, plan, model, model_config)
+        fill(self, model, model_config)
 
-    monkeypatch.setattr(_loader_class(), "_fill", looking)
+    monkeypatch.setattr(LoadMachine, "fill", looking)
     monkeypatch.setattr(MemoryEngine, "read", scrambled(MemoryEngine.read))
     hooks: Any = torch._dynamo.convert_frame._bytecode_hooks
     before = len(hooks)
@@ -66,12 +66,6 @@ def test_a_failed_model_is_freed_when_it_would_have_been_compiled(
         assert [each() is not None for each in built] == [False, True]
     finally:
         model.model.cleanup()
-
-
-def _loader_class() -> Any:
-    from vllm_rfork.loader import RForkModelLoader
-
-    return RForkModelLoader
 
 
 @pytest.mark.parametrize("seedless", [True, False])

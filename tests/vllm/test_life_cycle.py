@@ -18,7 +18,7 @@ from tests.vllm.engine_process import digests_of, free_port, load, load_digested
 from tests.vllm.faults import held_up_recheck
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.errors import SeedError
-from vllm_rfork.load import plan
+from vllm_rfork.load import context
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.seeding.seed import Seed
 from vllm_rfork.vllm_compat.worker_hooks import Change, WeightChanges
@@ -39,7 +39,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on accelerators: post-processing leaves the weights where they are, and nothing is kept beside the model."""
     from vllm.model_executor.model_loader import base_loader
 
-    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    monkeypatch.setattr(context, "KEEPS_LOADED", frozenset())
     monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
 
 

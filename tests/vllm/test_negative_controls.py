@@ -28,10 +28,10 @@ from tests.vllm.engine_process import digests_of, load, load_digested, vllm_conf
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import ForkError
-from vllm_rfork.load import plan
+from vllm_rfork.load import context, from_fork, from_storage
 from vllm_rfork.manifest import pairing
 from vllm_rfork.manifest.schema import Manifest
-from vllm_rfork.model import digest
+from vllm_rfork.model import digest, restore, snapshot
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
@@ -202,9 +202,9 @@ def test_coverage(fleet: Callable[..., Fleet]) -> None:
             pair = pairing.pair
 
             patch.setattr("vllm_rfork.fork.transfer.pair", lambda ours, theirs: pair(_known_to(theirs, ours), theirs))
-            patch.setattr(plan, "paired_digests", _of_common(pairing.paired_digests))
+            patch.setattr(snapshot, "paired_digests", _of_common(pairing.paired_digests))
             refused(one.fork(), "the seed has no digests of derived_scale")  # a second guard behind the first
-            patch.setattr(plan, "spans_to_check", lambda collection, how: [])
+            patch.setattr(from_fork, "spans_to_check", lambda collection, how: [])
             outcome = one.fork()
     let_through(outcome, "derived_scale")
     assert outcome.model.derived_scale.tolist() == [0.0] * 4
@@ -255,7 +255,7 @@ def test_coverage_after_post_processing(
     post_process(monkeypatch, pack)
     one.no_seed("post-processing emptied model.layers.0.mlp.down_proj.weight")
 
-    monkeypatch.setattr(plan, "check_accounted", lambda loaded, runtime: None)
+    monkeypatch.setattr(from_storage, "check_accounted", lambda loaded, runtime: None)
     seed = one.seed()
     outcome = one.fork()
     assert outcome.forked
@@ -307,7 +307,7 @@ def test_python_side_state(fleet: Callable[..., Fleet], monkeypatch: pytest.Monk
         carried = one.fork()
         assert carried.forked
         assert carried.model._k_scale_float == 0.25
-        monkeypatch.setattr(plan, "apply_state", lambda model, state, *_, **__: None)
+        monkeypatch.setattr(restore, "apply_state", lambda model, state, *_, **__: None)
         outcome = one.fork()
     let_through(outcome)
     assert outcome.model._k_scale_float == 1.0, "every tensor is right, and the model is not"
@@ -330,7 +330,7 @@ def test_python_side_state_that_cannot_be_set(fleet: Callable[..., Fleet], monke
                 with contextlib.suppress(ForkError):
                     apply_state(model, {name: value})
 
-        monkeypatch.setattr(plan, "apply_state", where_there_is_a_place)
+        monkeypatch.setattr(restore, "apply_state", where_there_is_a_place)
         outcome = one.fork()
     let_through(outcome)
     assert outcome.model.scales == [], "every tensor is right, and the scale is missing"
@@ -350,7 +350,7 @@ def test_python_side_state_after_post_processing(
     carried = one.fork()
     assert carried.forked
     assert carried.model._k_scale_float == seed._k_scale_float
-    monkeypatch.setattr(plan, "match_state", lambda *args, **kwargs: None)
+    monkeypatch.setattr(restore, "match_state", lambda *args, **kwargs: None)
     outcome = one.fork()
     assert outcome.forked
     assert outcome.warnings == []
@@ -373,7 +373,7 @@ def test_python_side_state_after_post_processing_that_cannot_be_set(
     assert not outcome.forked
     assert any("falling back" in line and "state scales[0]" in line for line in outcome.warnings), outcome.warnings
     assert outcome.model.scales == seed.scales
-    monkeypatch.setattr(plan, "match_state", lambda *args, **kwargs: None)
+    monkeypatch.setattr(restore, "match_state", lambda *args, **kwargs: None)
     outcome = one.fork()
     assert outcome.forked
     assert outcome.warnings == []
@@ -442,7 +442,7 @@ def test_fingerprint(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatc
     refused(one.fork(**other), "fingerprint")
 
     manager().withdraw("the next seed", last=True)
-    monkeypatch.setattr(plan, "build_fingerprint", lambda facts: "all the same")
+    monkeypatch.setattr(context, "build_fingerprint", lambda facts: "all the same")
     # A second guard behind the first: what constructors have chosen.
     monkeypatch.setattr(pairing, "built_differences", lambda local, remote: [])
     assert one.seed() is not None

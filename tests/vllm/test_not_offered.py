@@ -13,9 +13,9 @@ from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, ex
 from tests.vllm.engine_process import load, load_digested, vllm_config
 from tests.vllm.faults import scrambled, with_attribute
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.load import plan
+from vllm_rfork.load import context
 from vllm_rfork.seeding.manager import manager
-from vllm_rfork.vllm_compat.storage_loader import never_a_seed, quantizes_online
+from vllm_rfork.vllm_compat.eligibility import quantizes_online, seed_obstacle
 
 pytestmark = pytest.mark.vllm
 
@@ -61,7 +61,7 @@ def test_where_weights_are_not_kept_twice_replaced_ones_mean_no_seed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on accelerators; on CPU post-processing replaces every linear weight."""
-    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    monkeypatch.setattr(context, "KEEPS_LOADED", frozenset())
     eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
     key = "tiny" if how == "forked" else "not-kept"
     loaded = load_digested(vllm_config(model_a, load_format="rfork", extra=extra_for(planner.url, model_url=key)))
@@ -79,7 +79,7 @@ def test_where_weights_are_not_kept_twice_untouched_ones_are_offered(
     """As with unquantized dense models on accelerators, where post-processing leaves the tensors in place."""
     from vllm.model_executor.model_loader import base_loader
 
-    monkeypatch.setattr(plan, "KEEPS_LOADED", frozenset())
+    monkeypatch.setattr(context, "KEEPS_LOADED", frozenset())
     monkeypatch.setattr(base_loader, "process_weights_after_loading", lambda *args: None)
     eventually(lambda: seed.said["seeds"][0] in planner.seeds() and planner.leases() == 0, "the seed is free")
     key = "tiny" if how == "forked" else "in-place"
@@ -153,13 +153,13 @@ def test_a_configuration_under_which_experts_move_makes_no_seed(
     """vLLM's own configuration says so, on every platform that has it."""
     config = vllm_config(model_a)
     config.parallel_config = parallel(monkeypatch, **options)
-    found = never_a_seed(config)
+    found = seed_obstacle(config)
     assert bool(found) is bool(reason)
-    assert reason in found
+    assert reason in (found or "")
 
 
 def test_elastic_experts_are_balanced_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So one option tells of both; where this changes, ``never_a_seed`` has to look at the other one as well."""
+    """So one option tells of both; where this changes, ``seed_obstacle`` has to look at the other one as well."""
     with pytest.raises(ValueError, match="enable_eplb"):
         parallel(monkeypatch, enable_elastic_ep=True)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.vllm.engine_process import vllm_config
-from vllm_rfork.vllm_compat import storage_loader
+from vllm_rfork.vllm_compat import eligibility
 
 pytestmark = pytest.mark.vllm
 
@@ -22,12 +22,12 @@ def test_offloaded_weights_are_neither_forked_nor_offered(
     model_a: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ((option, value),) = options.items()
-    reason = storage_loader.unregistrable(vllm_config(model_a, **options), CUDA)
+    reason = eligibility.registration_obstacle(vllm_config(model_a, **options), CUDA)
     assert reason.startswith(f"a part of the weights is offloaded to host memory ({option}={value})")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    assert storage_loader.unregistrable(vllm_config(model_a), CUDA) == ""
-    assert storage_loader.unregistrable(vllm_config(model_a, **options), torch.device("cpu")) == "", (
+    assert eligibility.registration_obstacle(vllm_config(model_a), CUDA) is None
+    assert eligibility.registration_obstacle(vllm_config(model_a, **options), torch.device("cpu")) is None, (
         "nothing is offloaded"
     )
 
@@ -36,4 +36,4 @@ def test_before_there_was_a_configuration_for_it_the_caches_had_the_option() -> 
     config = SimpleNamespace(
         model_config=SimpleNamespace(), offload_config=None, cache_config=SimpleNamespace(cpu_offload_gb=4)
     )
-    assert "cpu_offload_gb=4" in storage_loader.unregistrable(config, CUDA)
+    assert "cpu_offload_gb=4" in str(eligibility.registration_obstacle(config, CUDA))

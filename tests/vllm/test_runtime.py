@@ -20,9 +20,9 @@ from tests.inventory import state_of
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, load, vllm_config
 from vllm_rfork.devices.cpu import CpuBackend
-from vllm_rfork.load import plan
+from vllm_rfork.load import context, machine
 from vllm_rfork.seeding.manager import manager
-from vllm_rfork.vllm_compat import storage_loader
+from vllm_rfork.vllm_compat import dummy_weights, eligibility
 
 pytestmark = pytest.mark.vllm
 
@@ -268,7 +268,7 @@ def pack_by_pairs(weight: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def on_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime layout is allowed, with the post-processing that vLLM has for processors."""
-    monkeypatch.setattr(plan, "NO_RUNTIME", frozenset())
+    monkeypatch.setattr(context, "NO_RUNTIME", frozenset())
     monkeypatch.setattr(CpuBackend, "has_copy_engine", True)
 
 
@@ -338,16 +338,16 @@ def test_a_seed_without_a_manifest_is_exchanged_before_the_model_is_touched(
     for each in manager().seeds():
         each._parts.service.suspend("the test says so")
     dummies: list[Any] = []
-    monkeypatch.setattr(storage_loader, "fill_with_dummies", lambda *args: dummies.append(args))
+    monkeypatch.setattr(dummy_weights, "fill_with_dummies", lambda *args: dummies.append(args))
     others = OtherRank("")
-    monkeypatch.setattr(plan.Agreement, "of", classmethod(lambda cls, *args: others))
+    monkeypatch.setattr(machine, "Consensus", lambda group: others)
     load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
     assert [line for line in rfork_log.warnings if "the test says so" in line and "asking for another" in line]
     assert len([line for line in rfork_log.warnings if "falling back" in line]) == 1
     assert not dummies
     # Before the other ranks go on to post-processing, where they may wait for this one to make communicators with.
     assert [stage for stage, _ in others.words] == ["seed"]
-    assert "the test says so" in others.words[0][1]
+    assert "the test says so" in str(others.words[0][1])
 
 
 class OtherRank:
@@ -355,23 +355,23 @@ class OtherRank:
 
     def __init__(self, refuses: str) -> None:
         self.refuses = refuses
-        self.words: list[tuple[str, str]] = []
+        self.words: list[tuple[str, str | None]] = []
         self.alone = False
 
-    def reach(self, stage: str, reason: str, timeout_s: float) -> str:
+    def decide(self, stage: str, obstacle: str | None, timeout_s: float) -> str | None:
         assert 0 < timeout_s < 1000
-        self.words.append((stage, reason))
-        return reason or ("rank 1: it cannot" if stage == self.refuses else "")
+        self.words.append((stage, obstacle))
+        return obstacle or ("rank 1: it cannot" if stage == self.refuses else None)
 
-    def refused(self, stage: str) -> str:
-        """It says nothing ahead of time: this rank finds out at :meth:`reach`."""
-        return ""
+    def rejection(self, stage: str) -> str | None:
+        """It says nothing ahead of time: this rank finds out at :meth:`decide`."""
+        return None
 
-    def turn(self, stage: str, timeout_s: float) -> str:
+    def await_turn(self, stage: str, timeout_s: float) -> str | None:
         """This rank is the first."""
-        return ""
+        return None
 
-    def pass_on(self, stage: str) -> None:
+    def end_turn(self, stage: str) -> None:
         """Nobody comes after it who would take a lease."""
 
 
@@ -394,9 +394,9 @@ def test_where_another_rank_cannot_fork_this_one_does_not_either(
     wanted = load(vllm_config(model_a))
     seed_in_this_process(model_a, extra)
     others = OtherRank(refuses)
-    monkeypatch.setattr(plan.Agreement, "of", classmethod(lambda cls, *args: others))
+    monkeypatch.setattr(machine, "Consensus", lambda group: others)
     loaded = load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
-    assert others.words == [(stage, "") for stage in STAGES[layout][: 1 + STAGES[layout].index(refuses)]]
+    assert others.words == [(stage, None) for stage in STAGES[layout][: 1 + STAGES[layout].index(refuses)]]
     (warning,) = rfork_log.warnings
     assert "not every rank of this instance could fork" in warning
     assert "rank 1: it cannot" in warning
@@ -417,7 +417,7 @@ def test_every_rank_brings_its_word_whatever_happens_to_it(
         seed_in_this_process(model_a, extra)
         fault(monkeypatch)
     others = OtherRank("")
-    monkeypatch.setattr(plan.Agreement, "of", classmethod(lambda cls, *args: others))
+    monkeypatch.setattr(machine, "Consensus", lambda group: others)
     load(vllm_config(model_a, load_format="rfork", extra={**extra, "rfork_become_seed": False}))
     assert [stage for stage, _ in others.words] == words
     assert others.words[-1][1]
@@ -468,7 +468,7 @@ def test_memory_that_no_engine_can_register_is_neither_written_to_nor_offered(
     extra = options(fleet, "unregistrable")
     # First as settings tell it, then as the allocator does, once the weights lie somewhere.
     with monkeypatch.context() as patched:
-        patched.setattr(storage_loader, "unregistrable", lambda *_: "weights lie in a pool")
+        patched.setattr(eligibility, "registration_obstacle", lambda *_: "weights lie in a pool")
         told = load(vllm_config(model_a, load_format="rfork", extra=extra))
     with monkeypatch.context() as patched:
         patched.setattr(

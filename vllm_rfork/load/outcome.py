@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
 from vllm_rfork.devices.registry import device_backend
-from vllm_rfork.errors import ForkError
-from vllm_rfork.load import plan as plans
-from vllm_rfork.load.plan import LoadPlan
-from vllm_rfork.manifest.schema import Manifest
-from vllm_rfork.model import digest
-from vllm_rfork.model.relocation import Vouched
-from vllm_rfork.model.tensors import Collection, names_in
+from vllm_rfork.fork.session import ForkSession
+from vllm_rfork.load.context import LoadContext
+from vllm_rfork.model.relocation import PublishedSnapshot
+from vllm_rfork.model.snapshot import Snapshot
 from vllm_rfork.net.advertise import listen_host
-from vllm_rfork.seeding.publication import Publication, PublishedTensors, SeedConfig, seed_ports
+from vllm_rfork.seeding.publication import Publication, SeedConfig, seed_ports
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 
@@ -31,99 +25,41 @@ class NotASeed:
     level: int
 
 
-def outcome_of(plan: LoadPlan, model: nn.Module) -> Publication | NotASeed:
-    """The publication of what ``plan`` has captured of ``model``, or the reason why there is none."""
-    if plan.no_seed_reason or plan.collection is None:
-        level = logging.INFO if not plan.settings.rfork_become_seed else logging.WARNING
-        return NotASeed(plan.attempt.logged.once(plan.no_seed_reason or "no weights were captured"), level)
-    keeps = plan.device.type in plans.KEEPS_LOADED
-    manifest = plan.seed_manifest()
-    vouched = Vouched.of(manifest, plan.collection, model, keeps=keeps, rules=VLLM_RULES)
+def outcome_of(
+    context: LoadContext, session: ForkSession, obstacle: str | None, snapshot: Snapshot | None, model: nn.Module
+) -> Publication | NotASeed:
+    """The publication of ``snapshot``, which is ``model``'s, or the reason why there is none."""
+    if obstacle is not None or snapshot is None:
+        level = logging.WARNING if context.settings.rfork_become_seed else logging.INFO
+        return NotASeed(session.logged.once(obstacle or "no weights were captured"), level)
     return Publication(
-        role="draft" if plan.identity.is_draft else "target",
-        config=_seed_config(plan),
-        tensors=CapturedTensors(plan.device, manifest, plan.collection, plan.digests, vouched),
-        engine=plan.attempt.engine,
-        intent=plan.attempt.intent,
-        checkpoint=plan.files.published,
-        set_device=device_backend(plan.device).set_current,
-        captures_graphs=plan.device.type != "cpu",
-        logged=plan.attempt.logged,
+        role="draft" if context.identity.is_draft else "target",
+        config=_seed_config(context, session),
+        tensors=PublishedSnapshot.of(snapshot, context.device, model, VLLM_RULES, keeps=context.keeps_loaded),
+        engine=session.engine,
+        intent=session.intent,
+        checkpoint=context.files.published,
+        set_device=device_backend(context.device).set_current,
+        captures_graphs=context.device.type != "cpu",
+        logged=session.logged,
     )
 
 
-def _seed_config(plan: LoadPlan) -> SeedConfig:
-    settings, attempt = plan.settings, plan.attempt
-    port, *other_ports = seed_ports(settings, plan.identity)
+def _seed_config(context: LoadContext, session: ForkSession) -> SeedConfig:
+    settings = context.settings
+    port, *other_ports = seed_ports(settings, context.identity)
     return SeedConfig(
         planner_url=settings.rfork_scheduler_url,
-        credentials=attempt.credentials,
-        bind_host=listen_host(settings.rfork_seed_bind_host, plan.advertise_host),
-        advertise_host=plan.advertise_host,
+        credentials=session.credentials,
+        bind_host=listen_host(settings.rfork_seed_bind_host, context.advertise_host),
+        advertise_host=context.advertise_host,
         port=port,
         other_ports=tuple(other_ports),
-        rank=plan.identity.tp_rank,
+        rank=context.identity.tp_rank,
         request_timeout_s=settings.rfork_request_timeout_sec,
         ready_timeout_s=settings.rfork_seed_timeout_sec,
         heartbeat_interval_s=settings.rfork_heartbeat_interval_sec,
-        labels=attempt.labels,
+        labels=session.labels,
         slots=settings.rfork_seed_slots or None,
-        facts=attempt.facts,
+        facts=session.facts,
     )
-
-
-class CapturedTensors:
-    """:class:`~vllm_rfork.seeding.publication.PublishedTensors` that a load has captured.
-
-    Args:
-        manifest: gives header and state.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        manifest: Manifest,
-        collection: Collection,
-        digests: Sequence[str],
-        vouched: Vouched,
-    ) -> None:
-        self._device, self._digests, self._vouched = device, digests, vouched
-        self._collection: Collection | None = collection
-        self.manifest = collection.manifest(
-            manifest.header, digests=digests, state=manifest.state, state_gone=manifest.state_gone
-        )
-
-    @property
-    def keep(self) -> Any:
-        """See the protocol."""
-        return self._collection
-
-    @property
-    def recoverable(self) -> bool:
-        """See the protocol."""
-        return self._vouched.kept is None and not self._vouched.hopeless
-
-    def recheck(self) -> None:
-        """Prove that nothing has written to the memory since it was captured; version counters miss some writes.
-
-        Raises:
-            ForkError: names the tensors that changed.
-        """
-        if self._collection is None:
-            raise ForkError("the tensors have been released")
-        device_backend(self._device).synchronize()
-        found = digest.digests(span.data for span in self._collection.spans)
-        wrong = digest.differing(dict(enumerate(found)), dict(enumerate(self._digests)))
-        if wrong:
-            raise ForkError(
-                f"{len(wrong)} tensors of the {self.manifest.layout} layout have been written to since they were "
-                f"captured: {names_in(self._collection, wrong)}"
-            )
-
-    def relocate(self) -> PublishedTensors:
-        """See the protocol."""
-        return CapturedTensors(self._device, self.manifest, *self._vouched.again(), self._vouched)
-
-    def release(self) -> None:
-        """See the protocol."""
-        self._collection = None

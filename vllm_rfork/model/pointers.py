@@ -11,28 +11,28 @@ from torch import nn
 from vllm_rfork.devices.base import DeviceBackend
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Region
-from vllm_rfork.model.tensors import Collection
+from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.value_codec import Plain, wide_integers
 
 #: Number of integers that are compared at a time; masks and copies for them take about 100 MB.
 PIECE = 1 << 23
 
 
-def check_no_addresses(collection: Collection, state: dict[str, Plain], memory: Iterable[Region] = ()) -> None:
+def check_no_addresses(inventory: TensorInventory, state: dict[str, Plain], memory: Iterable[Region] = ()) -> None:
     """Prove that neither tensors nor values are addresses of this process's memory.
 
     Args:
-        collection: the tensors to publish.
+        inventory: the tensors to publish.
         state: the plain values to publish, by name.
         memory: memory that addresses may point to besides the published regions (:func:`memory_of`).
 
     Raises:
         ForkError: names the first that is one.
     """
-    starts, ends = _merged([*collection.regions, *memory])
+    starts, ends = _merged([*inventory.regions, *memory])
     if not starts:
         return
-    for name, tensor in collection.integers.items():
+    for name, tensor in inventory.integers.items():
         if _any_inside(tensor, starts, ends):
             raise ForkError(f"tensor {name} contains addresses of this process's memory, invalid in any other")
     for name, value in state.items():
@@ -40,22 +40,22 @@ def check_no_addresses(collection: Collection, state: dict[str, Plain], memory: 
             raise ForkError(f"state {name} is an address in this process's memory, invalid in any other")
 
 
-def memory_of(model: nn.Module, collection: Collection, side: DeviceBackend) -> list[Region]:
+def memory_of(model: nn.Module, inventory: TensorInventory, side: DeviceBackend) -> list[Region]:
     """The memory of this process's tensors, including scratch memory, which no traversal reports.
 
-    It consists of the allocator's blocks, if the allocator lists them; the storages behind ``collection``; and those
+    It consists of the allocator's blocks, if the allocator lists them; the storages behind ``inventory``; and those
     of the tensors in modules and in their helpers.
 
     Raises:
         ForkError: the allocator cannot list its blocks.
     """
     regions = [Region(block.address, block.nbytes) for block in side.blocks()]
-    tensors = [span.data for span in collection.spans] + [*collection.inline.values(), *_tensors_of(model)]
+    tensors = [span.data for span in inventory.spans] + [*inventory.inline.values(), *_tensors_of(model)]
     for tensor in tensors:
         try:
             storage = tensor.untyped_storage()
             address, nbytes = storage.data_ptr(), storage.nbytes()
-        except (RuntimeError, NotImplementedError):  # a wrapper: its parts are in the collection
+        except (RuntimeError, NotImplementedError):  # a wrapper: its parts are in the inventory
             continue
         if address and nbytes:
             regions.append(Region(address, nbytes))

@@ -1,12 +1,12 @@
-"""What a worker has vouched for, and whether it can again after a change.
+"""The tensors that a seed publishes, and a search for them after the model has changed.
 
-A seed comes back by content: every tensor that it once vouched for must be there again, of the same kind and in the
-same alias structure, with the bytes whose digests it gave then. These are what a default load makes for its seed key,
-whatever has happened in between. This module finds the tensors; ``LoadPlan.recheck`` digests them.
+A seed returns by content. Every tensor that was published must be there again, of the same kind and in the same alias
+structure, with the bytes of its first digest. A default load makes these bytes for the seed key, whatever has happened
+in between.
 
-While a seed is withdrawn nothing here keeps accelerator memory: the model is held weakly and looked at anew. On CPU
-the loaded tensors are not the model's any more (post-processing packs copies of them), so they stay, as they did
-before, until the worker can or cannot vouch for them.
+While a seed is suspended, no accelerator memory is kept: the model is referenced weakly and traversed again. On CPU the
+loaded tensors are not the model's any more (post-processing packs copies of them), so they are kept until the seed
+returns or cannot return.
 """
 
 from __future__ import annotations
@@ -14,81 +14,114 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch
-from vllm_rfork.manifest.pairing import pair, paired_digests
+from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.model import digest
 from vllm_rfork.model.rules import ModelRules
-from vllm_rfork.model.tensors import Collection, account
+from vllm_rfork.model.snapshot import Snapshot, digests_of
+from vllm_rfork.model.tensors import TensorInventory, collect, names_in
 from vllm_rfork.model.traversal import walk
 
-#: The words of a mismatch between two workers, and what they mean between two moments of one.
+#: A mismatch between two workers, in the words for two moments of one worker.
 _WORDS = (("only the seed has it", "is gone"), (" on the seed", " then"), (" on the receiver", " now"))
 
 
-@dataclass
-class Vouched:
-    """See the module's docstring.
+@dataclass(frozen=True)
+class _Origin:
+    """``kept``: the snapshot, if it is kept beside the model; a failed return is final then."""
 
-    Attributes:
-        manifest: as offered first, with digests, without endpoint and epoch.
-        kept: the tensors themselves, where the seed keeps them beside the model; else None.
-        hopeless: there is no coming back.
-    """
-
-    manifest: Manifest
     device: torch.device
-    kept: Collection | None
-    model: weakref.ReferenceType[nn.Module]
     rules: ModelRules
-    hopeless: bool = False
+    model: weakref.ReferenceType[nn.Module]
+    kept: Snapshot | None
+
+
+class PublishedSnapshot:
+    """A snapshot that a seed publishes: ``PublishedTensors`` of :mod:`vllm_rfork.seeding.publication`."""
+
+    def __init__(self, snapshot: Snapshot, origin: _Origin) -> None:
+        self.manifest: Manifest = snapshot.manifest()
+        self._snapshot: Snapshot | None = snapshot
+        self._origin = origin
 
     @classmethod
     def of(
-        cls, manifest: Manifest, collection: Collection, model: nn.Module, *, keeps: bool, rules: ModelRules
-    ) -> Vouched:
-        """What ``collection`` holds now; ``keeps``: hold it until it is known whether it can be vouched for again."""
-        device = collection.spans[0].data.device if collection.spans else torch.device("cpu")
-        return cls(manifest, device, collection if keeps else None, weakref.ref(model), rules)
+        cls, snapshot: Snapshot, device: torch.device, model: nn.Module, rules: ModelRules, *, keeps: bool
+    ) -> PublishedSnapshot:
+        """Publish ``snapshot`` of ``model``; ``keeps``: keep its memory beside the model even after :meth:`release`."""
+        return cls(snapshot, _Origin(device, rules, weakref.ref(model), snapshot if keeps else None))
 
-    def again(self) -> tuple[Collection, list[str]]:
-        """The same tensors as they stand now, and the digests that their spans must have.
+    @property
+    def keep(self) -> Any:
+        """The object that keeps the memory alive; None after :meth:`release`."""
+        return None if self._snapshot is None else self._snapshot.tensors
 
-        Tensors that the model has got since, caches for instance, are none of the seed's. To be called where nothing
-        changes the model meanwhile; reads no weights.
+    @property
+    def recoverable(self) -> bool:
+        """Whether :meth:`relocate` is worth another try after a failed return."""
+        return self._origin.kept is None and self._origin.model() is not None
+
+    def release(self) -> None:
+        """Drop :attr:`keep`."""
+        self._snapshot = None
+
+    def recheck(self) -> None:
+        """Digest the bytes again: version counters miss some writes.
 
         Raises:
-            ForkError: the model or a tensor is gone, or is not what it was; lists all of it.
+            ForkError: names the tensors that have been written to since the snapshot.
         """
-        collection = self.kept or self._found()
-        now = collection.manifest(self.manifest.header)
-        if self.kept is None:
-            self._compare(now)
-        digests = paired_digests(now, self.manifest)
-        return collection, [digests[number] for number in range(len(collection.spans))]
+        if self._snapshot is None:
+            raise ForkError("the tensors have been released")
+        tensors = self._snapshot.tensors
+        device_backend(self._origin.device).synchronize()
+        found = digest.digests(span.data for span in tensors.spans)
+        wrong = digest.differing(dict(enumerate(found)), dict(enumerate(self._snapshot.digests)))
+        if wrong:
+            raise ForkError(
+                f"since they were captured, {len(wrong)} tensors of the {self.manifest.layout} layout have been "
+                f"written to: {names_in(tensors, wrong)}"
+            )
 
-    def forget(self) -> None:
-        """Keep nothing any more; there is no coming back."""
-        self.kept, self.hopeless = None, True
+    def relocate(self) -> PublishedSnapshot:
+        """The same tensors where they are now, with the digests that they must have. Reads no weights.
 
-    def _found(self) -> Collection:
-        model = self.model()
+        Tensors that the model has gained since, such as caches, are not published. Call this while nothing changes
+        the model.
+
+        Raises:
+            ForkError: the model or a tensor is gone or different; lists all differences.
+        """
+        origin = self._origin
+        if origin.kept is not None:
+            return PublishedSnapshot(origin.kept, origin)
+        model = origin.model()
         if model is None:
-            self.hopeless = True
             raise ForkError("the model is not there any more")
-        device_backend(self.device).synchronize()
+        tensors = self._find(model)
+        header = self.manifest.header
+        self._compare(tensors.manifest(header))
+        digests = digests_of(tensors, header, self.manifest)
+        found = Snapshot(header, tensors, digests, self.manifest.state, self.manifest.state_gone)
+        return PublishedSnapshot(found, origin)
+
+    def _find(self, model: nn.Module) -> TensorInventory:
+        device_backend(self._origin.device).synchronize()
         names = {entry.name for entry in self.manifest.tensors}
-        wrapped = f".{self.rules.wrapped_layer}."
+        wrapped = f".{self._origin.rules.wrapped_layer}."
         leaves = []
-        for leaf in walk(model, self.rules):
+        for leaf in walk(model, self._origin.rules):
             name = leaf.name if leaf.name in names else leaf.name.replace(wrapped, ".")
             if name in names and isinstance(leaf.value, torch.Tensor):
                 leaves.append(dataclasses.replace(leaf, name=name))
-        return account(leaves, self.device)
+        return collect(leaves, self._origin.device)
 
     def _compare(self, now: Manifest) -> None:
         try:
@@ -99,6 +132,6 @@ class Vouched:
                 first = first.replace(theirs, ours)
             text = f"{len(mismatch.differences)} tensors are not what they were when it was a seed: {first}"
             raise ForkError(text) from mismatch
-        vouched = {entry.name: entry.inline for entry in self.manifest.tensors}
-        if changed := [entry.name for entry in now.tensors if entry.inline != vouched[entry.name]]:
+        published = {entry.name: entry.inline for entry in self.manifest.tensors}
+        if changed := [entry.name for entry in now.tensors if entry.inline != published[entry.name]]:
             raise ForkError(f"{len(changed)} small tensors have other bytes: {', '.join(changed[:5])}")

@@ -19,7 +19,7 @@ from torch import nn
 from vllm_rfork.devices.allocator_blocks import merge_into_blocks
 from vllm_rfork.devices.base import DeviceBackend
 from vllm_rfork.devices.registry import device_backend
-from vllm_rfork.errors import ForkError, VerificationError
+from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Manifest, ManifestHeader, Region, Span, StateValue, TensorEntry
 from vllm_rfork.model.traversal import Leaf, Opaque
 
@@ -37,8 +37,8 @@ class LocalSpan:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What :func:`account` found.
+class TensorInventory:
+    """What :func:`collect` found.
 
     ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
     maps the names of inline tensors to the tensors; ``opaque`` names native objects whose memory cannot be seen;
@@ -66,7 +66,7 @@ class Collection:
         state: dict[str, StateValue] | None = None,
         state_gone: tuple[str, ...] = (),
     ) -> Manifest:
-        """The collection as plain data, under ``header``."""
+        """The inventory as plain data, under ``header``."""
         given = [""] * len(self.spans) if digests is None else list(digests)
         return header.manifest(
             regions=self.regions,
@@ -80,7 +80,7 @@ class Collection:
         )
 
 
-def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
+def collect(leaves: Iterable[Leaf], device: torch.device) -> TensorInventory:
     """Account for every tensor among ``leaves``, as it stands.
 
     Args:
@@ -114,51 +114,23 @@ def account(leaves: Iterable[Leaf], device: torch.device) -> Collection:
     groups = _inline_groups(inline)
     entries = tuple(_entry(leaf, spans, span_of, inline, groups, side=side) for leaf in found)
     integers = {name: tensor for name, tensor in (*on_device, *inline.items()) if _may_be_addresses(tensor)}
-    return Collection(entries, spans, regions, span_regions, inline, opaque, integers)
+    return TensorInventory(entries, spans, regions, span_regions, inline, opaque, integers)
 
 
-def names_in(collection: Collection, spans: Iterable[int]) -> str:
+def names_in(inventory: TensorInventory, spans: Iterable[int]) -> str:
     """The first tensors that lie in ``spans``, for a message."""
     wanted = set(spans)
-    return ", ".join([entry.name for entry in collection.entries if entry.span in wanted][:5])
+    return ", ".join([entry.name for entry in inventory.entries if entry.span in wanted][:5])
 
 
-def apply_inline(collection: Collection, manifest: Manifest) -> None:
-    """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes and who shares memory.
-
-    Raises:
-        ForkError: bytes are missing or of the wrong length.
-    """
-    for entry in manifest.tensors:
-        target = collection.inline.get(entry.name)
-        if target is None:
-            continue
-        nbytes = target.numel() * target.element_size()
-        if entry.inline is None or len(entry.inline) != nbytes:
-            raise ForkError(f"the seed sent no usable bytes for tensor {entry.name}", mutated=True)
-        source = torch.frombuffer(bytearray(entry.inline), dtype=torch.uint8).view(target.dtype).view(target.shape)
-        target.copy_(source)
-
-
-def check_inline(collection: Collection, manifest: Manifest) -> None:
-    """Prove that inline tensors hold the seed's bytes when all else has been done to the model.
-
-    Raises:
-        VerificationError: names those that do not.
-    """
-    sent = {entry.name: entry.inline for entry in manifest.tensors}
-    if wrong := [name for name, tensor in collection.inline.items() if _raw(tensor) != sent.get(name)]:
-        raise VerificationError(f"{len(wrong)} small tensors have not the seed's bytes: {', '.join(wrong[:5])}")
-
-
-def with_inline(collection: Collection, manifest: Manifest) -> Collection:
-    """``collection`` with the inline bytes that ``manifest`` has in place of those that were there when it was made."""
+def with_inline(inventory: TensorInventory, manifest: Manifest) -> TensorInventory:
+    """``inventory`` with the inline bytes that ``manifest`` has in place of those that were there when it was made."""
     sent = {entry.name: entry.inline for entry in manifest.tensors}
     entries = tuple(
-        msgspec.structs.replace(entry, inline=sent.get(entry.name)) if entry.name in collection.inline else entry
-        for entry in collection.entries
+        msgspec.structs.replace(entry, inline=sent.get(entry.name)) if entry.name in inventory.inline else entry
+        for entry in inventory.entries
     )
-    return dataclasses.replace(collection, entries=entries)
+    return dataclasses.replace(inventory, entries=entries)
 
 
 def _plain(leaf: Leaf) -> torch.Tensor:
@@ -283,10 +255,11 @@ def _entry(
         span=number,
         offset=tensor.data_ptr() - spans[number].address if number != -1 else within,
         format=side.private_format(tensor.detach()) if number != -1 else 0,
-        inline=_raw(inline[name]) if name in inline else None,
+        inline=raw_bytes(inline[name]) if name in inline else None,
         inline_group=group,
     )
 
 
-def _raw(tensor: torch.Tensor) -> bytes:
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The bytes of ``tensor``, in its shape's order."""
     return bytes(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).tolist())

@@ -20,7 +20,7 @@ from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.model import digest
-from vllm_rfork.model.tensors import Collection, names_in
+from vllm_rfork.model.tensors import TensorInventory, names_in
 from vllm_rfork.threads.native import native_thread
 
 logger = worker_logger(__name__)
@@ -31,10 +31,10 @@ SAMPLE_EVERY = 8
 CLOSE_S = 5.0
 
 
-def spans_to_check(collection: Collection, how: str) -> list[int]:
+def spans_to_check(inventory: TensorInventory, how: str) -> list[int]:
     """Numbers of the spans to compare for an ``rfork_verify`` of ``full``, ``sample`` or ``off``."""
     every = {"full": 1, "sample": SAMPLE_EVERY}
-    return list(range(0, len(collection.spans), every[how])) if how in every else []
+    return list(range(0, len(inventory.spans), every[how])) if how in every else []
 
 
 def get_ready(side: DeviceBackend) -> threading.Thread:
@@ -66,8 +66,10 @@ class StreamingVerifier:
         timeout_s: how long :meth:`finish` waits for that thread; a device may hang.
     """
 
-    def __init__(self, collection: Collection, numbers: Sequence[int], side: DeviceBackend, timeout_s: float) -> None:
-        self.collection = collection
+    def __init__(
+        self, inventory: TensorInventory, numbers: Sequence[int], side: DeviceBackend, timeout_s: float
+    ) -> None:
+        self.inventory = inventory
         self._side = side
         self._timeout_s = timeout_s
         self.numbers = numbers
@@ -97,12 +99,12 @@ class StreamingVerifier:
             ForkError: digests could not be computed, or not in time.
         """
         if unknown := [number for number in self.numbers if not expected.get(number)]:
-            raise VerificationError(f"the seed has no digests of {names_in(self.collection, unknown)}")
+            raise VerificationError(f"the seed has no digests of {names_in(self.inventory, unknown)}")
         if self._thread is None:
             self._found = dict(
                 zip(
                     self.numbers,
-                    digest.digests(self.collection.spans[number].data for number in self.numbers),
+                    digest.digests(self.inventory.spans[number].data for number in self.numbers),
                     strict=True,
                 )
             )
@@ -112,16 +114,16 @@ class StreamingVerifier:
             self._thread.join(bound_s)
             if self._thread.is_alive():
                 text = f"{self._side.name} has not finished its digests after {bound_s:g} s"
-                raise ForkError(text, mutated=True)
+                raise ForkError(text)
             for failure in self._failures:
                 # It is this device's fault and would occur with another seed, too.
                 text = f"no digests: {type(failure).__name__}: {failure}"
-                raise ForkError(text, mutated=True) from failure
+                raise ForkError(text) from failure
         wrong = digest.differing(self._found, {number: expected[number] for number in self.numbers})
         if wrong:
             raise VerificationError(
                 f"the bytes of {len(wrong)} of {len(self.numbers)} tensors are not the seed's: "
-                f"{names_in(self.collection, wrong)}"
+                f"{names_in(self.inventory, wrong)}"
             )
 
     def close(self) -> None:
@@ -141,7 +143,7 @@ class StreamingVerifier:
             self._failures.append(error)
 
     def _digest_arrivals(self) -> None:
-        spans = self.collection.spans
+        spans = self.inventory.spans
         by_address = sorted((spans[number].address, number) for number in self.numbers)
         starts = [address for address, _ in by_address]
         missing = {number: spans[number].nbytes for number in self.numbers}

@@ -1,4 +1,4 @@
-"""What vLLM-Ascend does differently from vLLM and a fork has to know. Read in its releases 0.18 and 0.23.
+"""Differences of vLLM-Ascend from vLLM that matter to a fork, as read in its releases 0.18 and 0.23.
 
 ``docs/ascend.md`` tells line by line what was read where; ``tests/ascend`` holds the names below to what the published
 releases have. Nothing here imports ``vllm_ascend``: where its modules are not loaded, there is nothing to do.
@@ -26,12 +26,12 @@ CLASS_LEVEL: dict[str, str] = {
     "q_hadamard": "a constant that every process computes from the number 128 while post-processing",
     "k_hadamard": "a constant that every process computes from the number 128 while post-processing",
     "hadamard": "a constant that the metadata builder computes from the head's size after loading",
-    "o_proj_full_pool": "gathered into anew in every step that uses it",
-    "o_proj_full_pools": "gathered into anew in every step that uses it",
-    "wo_a_full_pool": "gathered into anew in every step that uses it",
-    "wo_a_full_weight_scale_pool": "gathered into anew in every step that uses it",
-    "wo_b_full_pool": "gathered into anew in every step that uses it",
-    "wo_b_full_weight_scale_pool": "gathered into anew in every step that uses it",
+    "o_proj_full_pool": "gathered into again in every step that uses it",
+    "o_proj_full_pools": "gathered into again in every step that uses it",
+    "wo_a_full_pool": "gathered into again in every step that uses it",
+    "wo_a_full_weight_scale_pool": "gathered into again in every step that uses it",
+    "wo_b_full_pool": "gathered into again in every step that uses it",
+    "wo_b_full_weight_scale_pool": "gathered into again in every step that uses it",
 }
 
 #: What construction enters into process-wide places, ``module`` → dotted names in it. Containers are put back by
@@ -50,7 +50,7 @@ PROCESS_WIDE: dict[str, tuple[str, ...]] = {
 
 
 class PostponedChecks:
-    """What :func:`postpone_checks` keeps off dummy weights, and :meth:`run` makes up for. Keeps no model alive."""
+    """Checks that :func:`postpone_checks` keeps off dummy weights, until :meth:`run`. Keeps no model alive."""
 
     def __init__(self) -> None:
         self._silenced: list[weakref.ref[nn.Module]] = []
@@ -93,10 +93,10 @@ def postpone_checks(model: nn.Module) -> PostponedChecks:
     return checks
 
 
-def moves_weights(additional_config: Any) -> str:
-    """Why these settings of vLLM-Ascend let weights change place or content while serving; empty where they do not."""
+def moving_weights_obstacle(additional_config: Any) -> str | None:
+    """The setting of vLLM-Ascend that lets weights change place or content while serving; None if there is none."""
     if not isinstance(additional_config, Mapping):
-        return ""
+        return None
     eplb = additional_config.get("eplb_config")
     # A map of experts switches dynamic balancing on as well.
     if isinstance(eplb, Mapping) and any(
@@ -105,11 +105,11 @@ def moves_weights(additional_config: Any) -> str:
         return "expert load balancing moves weights while serving (additional_config eplb_config)"
     if sharded := additional_config.get("layer_sharding"):
         return f"layers' weights are broadcast into shared windows while serving (layer_sharding {sharded})"
-    return ""
+    return None
 
 
 def process_wide() -> Iterator[tuple[Any, str, Any]]:
-    """What construction has entered process-wide until now: the holder, the attribute's name, and its value."""
+    """Everything that construction has entered process-wide: the holder, the attribute's name and its value."""
     for module_name, names in PROCESS_WIDE.items():
         module = sys.modules.get(module_name)
         if module is None:

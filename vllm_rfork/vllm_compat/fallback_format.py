@@ -87,7 +87,7 @@ def show_fallback_while_configuring(own: str) -> None:
 
 
 def _configure_tensorizer(load_config: Any, model_config: Any) -> None:
-    """What ``EngineArgs.create_load_config`` adds for ``--load-format tensorizer``."""
+    """Add the settings that ``EngineArgs.create_load_config`` adds for ``--load-format tensorizer``."""
     from vllm.model_executor.model_loader.tensorizer import TensorizerConfig
 
     extra = load_config.model_loader_extra_config

@@ -35,7 +35,7 @@ class Registries:
 
     @classmethod
     def capture(cls, vllm_config: Any) -> Registries:
-        """What ``vllm_config`` and vLLM's modules hold now."""
+        """The present contents of the registries in ``vllm_config`` and vLLM's modules."""
         compilation = vllm_config.compilation_config
         mappings = [compilation.static_forward_context, _rope_cache(), _compile_hooks()]
         lists = [compilation.static_all_moe_layers] if hasattr(compilation, "static_all_moe_layers") else []

@@ -15,8 +15,11 @@ import pytest
 from torch.distributed import HashStore, PrefixStore
 
 from tests.unit.interop_planners import free_port
-from vllm_rfork.vllm_compat import agreement
-from vllm_rfork.vllm_compat.agreement import MAX_REASON_LENGTH, Agreement, members_of
+from vllm_rfork.load import consensus
+from vllm_rfork.load.consensus import MAX_OBSTACLE_LENGTH, Consensus
+from vllm_rfork.vllm_compat.rank_groups import RankGroup, members_of, rank_group
+
+Answers = list[str | None]
 
 #: No test waits that long: it is what a rank would wait that nobody releases.
 FOR_EVER_S = 1e6
@@ -35,18 +38,18 @@ class Time:
         self.now_s += seconds
 
 
-def one_rank(store: Any, rank: int, count: int = 3, name: str = "test", time: Time | None = None) -> Agreement:
+def one_rank(store: Any, rank: int, count: int = 3, name: str = "test", time: Time | None = None) -> Consensus:
     extra: dict[str, Any] = {} if time is None else {"clock": time.clock, "sleep": time.sleep}
-    return Agreement(rank, range(count), name, lambda: store, **extra)
+    return Consensus(RankGroup(rank, tuple(range(count)), name), lambda: store, **extra)
 
 
-def all_ranks(store: Any, count: int = 3, name: str = "test") -> list[Agreement]:
+def all_ranks(store: Any, count: int = 3, name: str = "test") -> list[Consensus]:
     return [one_rank(store, rank, count, name) for rank in range(count)]
 
 
-def together(calls: Sequence[Callable[[], str]]) -> list[str]:
+def together(calls: Sequence[Callable[[], str | None]]) -> list[str | None]:
     """The answers of ranks that bring their words at the same time."""
-    answers = [""] * len(calls)
+    answers: list[str | None] = [None] * len(calls)
 
     def call(number: int) -> None:
         answers[number] = calls[number]()
@@ -60,20 +63,20 @@ def together(calls: Sequence[Callable[[], str]]) -> list[str]:
     return answers
 
 
-def bring(ranks: list[Agreement], stage: str, *reasons: str, timeout_s: float = FOR_EVER_S) -> list[str]:
-    def word(rank: Agreement, reason: str) -> Callable[[], str]:
-        return lambda: rank.reach(stage, reason, timeout_s)
+def bring(ranks: list[Consensus], stage: str, *obstacles: str | None, timeout_s: float = FOR_EVER_S) -> Answers:
+    def word(rank: Consensus, obstacle: str | None) -> Callable[[], str | None]:
+        return lambda: rank.decide(stage, obstacle, timeout_s)
 
-    return together([word(rank, reason) for rank, reason in zip(ranks, reasons, strict=True)])
+    return together([word(rank, obstacle) for rank, obstacle in zip(ranks, obstacles, strict=True)])
 
 
 def test_when_all_say_yes_all_hear_yes() -> None:
-    assert bring(all_ranks(HashStore()), "fork", "", "", "") == ["", "", ""]
+    assert bring(all_ranks(HashStore()), "fork", None, None, None) == [None, None, None]
 
 
 @pytest.mark.parametrize("who", [0, 1, 2])
 def test_when_one_says_no_all_hear_who_and_why_and_nobody_waits(who: int) -> None:
-    reasons = ["no seed for it" if rank == who else "" for rank in range(3)]
+    reasons = ["no seed for it" if rank == who else None for rank in range(3)]
     assert bring(all_ranks(HashStore()), "fork", *reasons) == [f"rank {who}: no seed for it"] * 3
 
 
@@ -88,52 +91,52 @@ def test_instances_that_start_together_never_hold_the_seeds_that_others_wait_for
     seeds = [threading.BoundedSemaphore(2) for _ in range(count)]
     ready, order = threading.Barrier(instances * count), random.Random(7)
 
-    def start(rank: Agreement) -> str:
+    def start(rank: Consensus) -> str:
         ready.wait(30)
         threading.Event().wait(order.random() / 50)
-        if problem := rank.turn("seed", FOR_EVER_S):
+        if problem := rank.await_turn("seed", FOR_EVER_S):
             return problem
-        if not seeds[rank.rank].acquire(timeout=20):
-            return rank.reach("seed", "no seed is free", FOR_EVER_S)
-        rank.pass_on("seed")
-        problem = rank.reach("seed", "", FOR_EVER_S)
-        seeds[rank.rank].release()
+        if not seeds[rank.group.rank].acquire(timeout=20):
+            return rank.decide("seed", "no seed is free", FOR_EVER_S)
+        rank.end_turn("seed")
+        problem = rank.decide("seed", None, FOR_EVER_S)
+        seeds[rank.group.rank].release()
         return problem
 
     ranks = [rank for number in range(instances) for rank in all_ranks(HashStore(), count, f"instance {number}")]
-    assert together([lambda rank=rank: start(rank) for rank in ranks]) == [""] * len(ranks)
+    assert together([lambda rank=rank: start(rank) for rank in ranks]) == [None] * len(ranks)
 
 
 def test_a_turn_comes_when_the_instance_has_said_no_and_is_not_waited_for_without_bound() -> None:
     store, time = HashStore(), Time()
     first, second, third = (one_rank(store, rank, time=time) for rank in range(3))
-    assert first.turn("seed", 10.0) == ""
-    assert second.turn("seed", 10.0) == "rank 0: not ready within 10 s, as rank 1 saw it"
+    assert first.await_turn("seed", 10.0) is None
+    assert second.await_turn("seed", 10.0) == "rank 0: not ready within 10 s, as rank 1 saw it"
     assert 10.0 <= time.now_s < 10.2
-    first.pass_on("seed")
-    assert second.turn("seed", 10.0) == ""
-    assert third.turn("seed", 10.0).startswith("rank 1: not ready")
-    assert first.reach("seed", "no seed for it", 10.0) == "rank 0: no seed for it"
-    assert third.turn("seed", 10.0) == "", "it states its intent and says no"
-    assert Agreement(0, (0,), "", lambda: pytest.fail("nobody is asked")).turn("seed", 10.0) == ""
+    first.end_turn("seed")
+    assert second.await_turn("seed", 10.0) is None
+    assert third.await_turn("seed", 10.0).startswith("rank 1: not ready")
+    assert first.decide("seed", "no seed for it", 10.0) == "rank 0: no seed for it"
+    assert third.await_turn("seed", 10.0) is None, "it states its intent and says no"
+    assert Consensus(RankGroup(0, (0,), ""), lambda: pytest.fail("nobody is asked")).await_turn("seed", 10.0) is None
 
 
 def test_a_late_rank_is_waited_for_until_the_bound_and_then_takes_what_was_decided() -> None:
     store, time = HashStore(), Time()
     early = one_rank(store, 0, count=2, time=time)
-    assert early.reach("fork", "", 30.0) == "rank 1: not heard of within 30 s by rank 0"
+    assert early.decide("fork", None, 30.0) == "rank 1: no vote within 30 s, as rank 0 saw it"
     assert 30.0 <= time.now_s < 30.2
     late = one_rank(store, 1, count=2)
-    assert late.reach("fork", "", FOR_EVER_S) == "rank 1: not heard of within 30 s by rank 0"
+    assert late.decide("fork", None, FOR_EVER_S) == "rank 1: no vote within 30 s, as rank 0 saw it"
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2, 3])
 def test_a_dead_rank_costs_the_others_one_bound_whichever_it_is(dead: int) -> None:
     store, times = HashStore(), [Time() for _ in range(4)]
     alive = [one_rank(store, rank, 4, time=times[rank]) for rank in range(4) if rank != dead]
-    answers = bring(alive, "fork", "", "", "", timeout_s=10.0)
+    answers = bring(alive, "fork", None, None, None, timeout_s=10.0)
     (answer,) = set(answers)
-    assert answer.startswith(f"rank {dead}: not heard of") or "ranks" in answer
+    assert answer.startswith(f"rank {dead}: no vote") or "ranks" in answer
     assert max(time.now_s for time in times) < 10.2
 
 
@@ -162,10 +165,10 @@ def test_a_rank_that_gives_up_just_before_the_last_yes_makes_it_a_no_for_all() -
 
     heard: list[str] = []
     rank_0 = one_rank(store, 0, count=2, time=UntilTheLastYes())
-    impatient = threading.Thread(target=lambda: heard.append(rank_0.reach("fork", "", 30.0)), daemon=True)
+    impatient = threading.Thread(target=lambda: heard.append(rank_0.decide("fork", None, 30.0)), daemon=True)
     impatient.start()
     assert waits.wait(30)
-    heard.append(one_rank(Slow(), 1, count=2).reach("fork", "", FOR_EVER_S))
+    heard.append(one_rank(Slow(), 1, count=2).decide("fork", None, FOR_EVER_S))
     assert heard == ["rank 0: it waited 30 s for the others"] * 2
 
 
@@ -175,43 +178,43 @@ def test_no_two_ranks_hear_different_answers_whatever_the_order() -> None:
     for number in range(150):
         ranks = all_ranks(HashStore(), name=f"round {number}")
         bounds_s = [chance.choice([0.0, 0.0, 0.001, 0.01]) for _ in ranks]
-        calls = [lambda r=r, b=b: r.reach("fork", "", b) for r, b in zip(ranks, bounds_s, strict=True)]
+        calls = [lambda r=r, b=b: r.decide("fork", None, b) for r, b in zip(ranks, bounds_s, strict=True)]
         answers = set(together(calls))
         assert len(answers) == 1, answers
-        seen.add("yes" if answers == {""} else "no")
+        seen.add("yes" if answers == {None} else "no")
     assert seen == {"yes", "no"}, "the test is about both"
 
 
 def test_stages_loads_and_roles_do_not_meet() -> None:
     store = PrefixStore("default_pg", HashStore())
     first = all_ranks(store)
-    assert set(bring(first, "ready", "", "", "")) == {""}
+    assert set(bring(first, "ready", None, None, None)) == {None}
     draft = all_ranks(store, name="draft")
-    assert set(bring(draft, "ready", "", "no draft", "")) == {"rank 1: no draft"}
-    assert set(bring(first, "forked", "", "", "broken off")) == {"rank 2: broken off"}
-    assert set(bring(first, "forked", "", "", "")) == {""}, "the same stage again is another question"
-    assert set(bring(draft, "forked", "", "", "")) == {""}
+    assert set(bring(draft, "ready", None, "no draft", None)) == {"rank 1: no draft"}
+    assert set(bring(first, "forked", None, None, "broken off")) == {"rank 2: broken off"}
+    assert set(bring(first, "forked", None, None, None)) == {None}, "the same stage again is another question"
+    assert set(bring(draft, "forked", None, None, None)) == {None}
     second = all_ranks(store)
     assert set(bring(second, "ready", "x", "x", "x")) <= {f"rank {rank}: x" for rank in range(3)}
-    assert set(bring(second, "forked", "", "", "")) == {""}, "a second load does not hear the first one's answer"
+    assert set(bring(second, "forked", None, None, None)) == {None}, "a second load has decisions of its own"
 
 
 def test_a_reason_is_passed_on_up_to_a_bound() -> None:
-    (answer,) = set(bring(all_ranks(HashStore()), "fork", "", "ü" * 10_000, ""))
+    (answer,) = set(bring(all_ranks(HashStore()), "fork", None, "ü" * 10_000, None))
     assert answer.startswith("rank 1: üü")
-    assert MAX_REASON_LENGTH <= len(answer) < MAX_REASON_LENGTH + 20
+    assert MAX_OBSTACLE_LENGTH <= len(answer) < MAX_OBSTACLE_LENGTH + 20
 
 
-def test_one_rank_needs_no_store_and_making_an_agreement_touches_none() -> None:
+def test_one_rank_needs_no_store_and_making_a_consensus_touches_none() -> None:
     def connect() -> Any:
         pytest.fail("a store was asked for")
 
-    alone = Agreement(0, (0,), "test", connect)
-    assert alone.reach("fork", "", 1.0) == ""
-    assert alone.reach("fork", "no seed", 1.0) == "no seed"
-    Agreement(0, (0, 1), "test", connect)
+    alone = Consensus(RankGroup(0, (0,), "test"), connect)
+    assert alone.decide("fork", None, 1.0) is None
+    assert alone.decide("fork", "no seed", 1.0) == "no seed"
+    Consensus(RankGroup(0, (0, 1), "test"), connect)
     config = SimpleNamespace(parallel_config=None, speculative_config=None)
-    assert Agreement.of(config, object()).reach("fork", "", 1.0) == "", "where torch has no process group"
+    assert Consensus(rank_group(config, object())).decide("fork", None, 1.0) is None, "where torch has no process group"
 
 
 def test_a_store_that_fails_is_a_no_that_says_so_and_is_not_asked_again() -> None:
@@ -220,8 +223,8 @@ def test_a_store_that_fails_is_a_no_that_says_so_and_is_not_asked_again() -> Non
             raise RuntimeError("Connection reset by peer")
 
     rank = one_rank(Broken(), 1)
-    assert rank.reach("fork", "", FOR_EVER_S) == "rank 1: the store of the ranks failed: Connection reset by peer"
-    assert "Connection reset" in rank.reach("forked", "", FOR_EVER_S)
+    assert rank.decide("fork", None, FOR_EVER_S) == "rank 1: the store of the ranks failed: Connection reset by peer"
+    assert "Connection reset" in rank.decide("forked", None, FOR_EVER_S)
 
 
 def test_a_store_that_hangs_is_a_no_after_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +235,8 @@ def test_a_store_that_hangs_is_a_no_after_the_bound(monkeypatch: pytest.MonkeyPa
             hanging.wait(60)
             return 1
 
-    monkeypatch.setattr(agreement, "STORE_GRACE_S", 0.05)
-    (answer,) = together([lambda: one_rank(Hanging(), 2).reach("fork", "", 0.05)])
+    monkeypatch.setattr(consensus, "STORE_GRACE_S", 0.05)
+    (answer,) = together([lambda: one_rank(Hanging(), 2).decide("fork", None, 0.05)])
     hanging.set()
     assert answer.startswith("rank 2: the store of the ranks did not answer")
 
@@ -279,7 +282,8 @@ _RANK = """
 import os, sys
 from types import SimpleNamespace
 import torch.distributed as dist
-from vllm_rfork.vllm_compat.agreement import Agreement
+from vllm_rfork.load.consensus import Consensus
+from vllm_rfork.vllm_compat.rank_groups import rank_group
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
@@ -288,11 +292,11 @@ draft_config = object()
 config = SimpleNamespace(
     parallel_config=parallel, speculative_config=SimpleNamespace(draft_model_config=draft_config)
 )
-target, draft = Agreement.of(config, object()), Agreement.of(config, draft_config)
-print(repr(target.reach("fork", "", 60)), repr(draft.reach("fork", "" if rank else "no draft", 60)), flush=True)
+target, draft = Consensus(rank_group(config, object())), Consensus(rank_group(config, draft_config))
+print(repr(target.decide("fork", None, 60)), repr(draft.decide("fork", None if rank else "no draft", 60)), flush=True)
 if rank == 2:
     os._exit(0)  # dead, without a word
-print(repr(draft.reach("forked", "", 0.5)), flush=True)
+print(repr(draft.decide("forked", None, 0.5)), flush=True)
 # Rank 0 holds the store: it stays until the other has read its answer.
 if rank == 0:
     dist.distributed_c10d._get_default_store().wait(["done"])
@@ -319,9 +323,9 @@ def test_processes_agree_over_the_store_of_their_process_group() -> None:
         for process in ranks:
             process.kill()
             process.wait()
-    assert [lines[0] for lines in said] == ["'' 'rank 0: no draft'"] * 3
+    assert [lines[0] for lines in said] == ["None 'rank 0: no draft'"] * 3
     assert said[0][1] == said[1][1]
-    assert "rank 2: not heard of within 0.5 s" in said[0][1] or "ranks" in said[0][1]
+    assert "rank 2: no vote within 0.5 s" in said[0][1] or "ranks" in said[0][1]
 
 
 # --- a rank that waits for something hears of a no before it brings its own word -------------------------------------
@@ -330,25 +334,25 @@ def test_processes_agree_over_the_store_of_their_process_group() -> None:
 def test_a_rank_that_has_not_come_yet_can_see_that_the_answer_is_no() -> None:
     store = HashStore()
     first, waiting = one_rank(store, 0, count=2), one_rank(store, 1, count=2)
-    assert waiting.refused("seed") == ""
-    first.reach("seed", "no seed for it", FOR_EVER_S)
-    assert waiting.refused("seed") == "rank 0: no seed for it"
-    assert waiting.refused("fork") == "", "another stage"
-    assert waiting.reach("seed", "", FOR_EVER_S) == "rank 0: no seed for it"
-    assert waiting.refused("seed") == "", "the stage's next agreement"
+    assert waiting.rejection("seed") is None
+    first.decide("seed", "no seed for it", FOR_EVER_S)
+    assert waiting.rejection("seed") == "rank 0: no seed for it"
+    assert waiting.rejection("fork") is None, "another stage"
+    assert waiting.decide("seed", None, FOR_EVER_S) == "rank 0: no seed for it"
+    assert waiting.rejection("seed") is None, "the stage's next agreement"
 
 
 def test_a_yes_and_a_rank_alone_are_no_refusal() -> None:
     store = HashStore()
     ranks = all_ranks(store, count=2)
-    bring(ranks, "seed", "", "")
+    bring(ranks, "seed", None, None)
     late = one_rank(store, 1, count=2)
-    assert late.refused("seed") == ""
-    assert one_rank(store, 0, count=1).refused("seed") == ""
+    assert late.rejection("seed") is None
+    assert one_rank(store, 0, count=1).rejection("seed") is None
 
 
 def test_a_store_that_does_not_answer_is_a_refusal_within_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "STORE_GRACE_S", 0.2)
+    monkeypatch.setattr(consensus, "STORE_GRACE_S", 0.2)
     release = threading.Event()
 
     class Hangs(HashStore):  # type: ignore[misc]
@@ -358,7 +362,7 @@ def test_a_store_that_does_not_answer_is_a_refusal_within_the_grace(monkeypatch:
 
     rank = one_rank(Hangs(), 0, count=2)
     try:
-        assert "did not answer" in rank.refused("seed")
-        assert "did not answer" in rank.reach("seed", "", FOR_EVER_S)
+        assert "did not answer" in rank.rejection("seed")
+        assert "did not answer" in rank.decide("seed", None, FOR_EVER_S)
     finally:
         release.set()
