@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from zoo import events, plugin, scenarios
 from zoo import scenario_results as sheets
 from zoo.observe import Load
 from zoo.scenario_results import CHECKS, FAILED, MORE_AT_REST, NOT_HERE, OK, NotHere, Outcome, Sheet, Wrong
@@ -169,3 +174,46 @@ def test_every_check_has_its_scenario() -> None:
     for name in CHECKS:
         group = next((group for group in groups if name.startswith(group)), "")
         assert f'"{name}"' in code or (group and group.removesuffix(": ") in code), name
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status", "shown"),
+    [
+        (dict.fromkeys(CHECKS, OK), 0, "34 passed"),
+        ({**dict.fromkeys(CHECKS, OK), "memory at rest": NOT_HERE}, 0, "33 passed, 1 skipped"),
+        ({**dict.fromkeys(CHECKS, OK), "memory at rest": FAILED}, 1, "1 failed, 33 passed"),
+        ({"default load": OK}, 1, "33 failed, 1 passed"),
+    ],
+)
+def test_the_command_reports_every_check_and_writes_the_table(
+    verdicts: dict[str, str],
+    status: int,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With scenarios that are made up; the last one ends with an error, and its checks are not reached."""
+
+    @contextlib.contextmanager
+    def platform(arguments: Any, threads: int) -> Iterator[tuple[dict[str, Any], Any]]:
+        yield FACTS, SimpleNamespace()
+
+    def made(arguments: Any, sheet: Sheet, *more: Any) -> Any:
+        return SimpleNamespace(sheet=sheet, default=SimpleNamespace(answers=[1]))
+
+    def scenario(stage: Any) -> None:
+        for name, verdict in verdicts.items():
+            stage.sheet.put(name, "seen", verdict)
+        raise RuntimeError("the scenario broke")
+
+    monkeypatch.setattr(plugin, "platform", platform)
+    monkeypatch.setattr(plugin, "made", made)
+    monkeypatch.setattr(scenarios, "default_load", lambda stage: None)
+    monkeypatch.setattr(scenarios, "SCENARIOS", [scenario])
+    page = tmp_path / "zoo.md"
+    monkeypatch.setattr("sys.argv", ["zoo.events", "--work", str(tmp_path), "--write", str(page)])
+    assert events.main() == status
+    assert f" {shown}" in capsys.readouterr().out
+    assert page.read_text().count("| **FAILED** |") == sum(verdicts.get(name, FAILED) == FAILED for name in CHECKS)
+    assert len(sheets.load(tmp_path / "events.json").rows) == len(CHECKS)
