@@ -1,4 +1,4 @@
-"""Real planners, real seeds in processes of their own, and a receiver in this one."""
+"""Fixtures with real vLLM: planners and seeds in processes of their own, a receiver in this one."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class LineProcess:
                 self._answers.append(json.loads(line.removeprefix(self._marker)))
 
     def wait(self, number: int = 1, timeout_s: float = 600.0) -> dict[str, Any]:
-        """Answer ``number``, counted from 1: the first one comes without an order."""
+        """Return answer ``number``, counted from 1; the process sends the first one without an order."""
 
         def ready() -> bool:
             assert self.process.poll() is None or len(self._answers) >= number, "".join(self._log[-50:])
@@ -130,7 +130,7 @@ class LineProcess:
         return self._answers[number - 1]
 
     def order(self, line: str) -> dict[str, Any]:
-        """Give an order and wait for what it answers."""
+        """Send an order and return the answer."""
         self.wait()
         number = len(self._answers) + 1
         assert self.process.stdin is not None
@@ -171,12 +171,12 @@ class SeedProcess(LineProcess):
 
     @property
     def said(self) -> dict[str, Any]:
-        """Its seeds' addresses and the digests of what it loaded."""
+        """The addresses of its seeds and the digests of the loaded tensors."""
         return self.first
 
 
 def extra_for(planner_url: str, **more: Any) -> dict[str, Any]:
-    """Options that every test shares: a memory engine that needs no package."""
+    """Return the options that all tests share, with the memory engine, which needs no package."""
     return {
         "model_url": "tiny",
         "model_deploy_strategy_name": "test",
@@ -214,7 +214,7 @@ def planner() -> Iterator[Planner]:
 
 @pytest.fixture(scope="session")
 def fleet_planner() -> Iterator[Planner]:
-    """One that sees at once when a seed's process dies."""
+    """This package's planner, which notices at once when a seed's process dies."""
     running = FleetPlanner()
     yield running
     running.stop()
@@ -232,7 +232,7 @@ def seed(vllm_imported: None, planner: Planner, model_a: Path) -> Iterator[SeedP
 
 @pytest.fixture
 def no_seeds() -> Iterator[None]:
-    """No seed of an earlier test in this process, and none of this one's after it."""
+    """Withdraw the seeds of this process before and after the test."""
     from vllm_rfork.seeding.manager import manager
 
     manager().withdraw("a test begins", last=True)
@@ -243,7 +243,7 @@ def no_seeds() -> Iterator[None]:
 
 @pytest.fixture
 def runtime_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runtime layout on this machine's processor, where vLLM packs no weight into native objects now."""
+    """Allow the runtime layout on this CPU, and keep vLLM from packing weights into native objects."""
     from vllm.model_executor.layers import utils
 
     monkeypatch.setattr("vllm_rfork.load.context.NO_RUNTIME", frozenset())
@@ -252,7 +252,7 @@ def runtime_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class LogRecords(logging.Handler):
-    """What the package logged; its loggers do not propagate to the root, where pytest's own capture sits."""
+    """The package's log records; its loggers do not propagate to the root logger, which ``caplog`` uses."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -262,7 +262,7 @@ class LogRecords(logging.Handler):
         self.records.append(record)
 
     def texts(self, level: int = logging.DEBUG) -> list[str]:
-        """Messages of exactly this level, or all for DEBUG."""
+        """Return the messages of exactly this level, or all for DEBUG."""
         return [r.getMessage() for r in list(self.records) if level in (logging.DEBUG, r.levelno)]
 
     @property

@@ -1,4 +1,4 @@
-"""Planners and seeds that misbehave, on a thread of their own: sockets for what is not HTTP, aiohttp for the rest."""
+"""Planners and seeds that misbehave, on their own threads: sockets for invalid HTTP, aiohttp for the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @contextlib.contextmanager
 def http_server(handler: Handler) -> Iterator[str]:
-    """``handler`` as a server on a free port; yields its base URL."""
+    """Serve ``handler`` on a free port, and yield the base URL."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -40,7 +40,7 @@ def http_server(handler: Handler) -> Iterator[str]:
 
 @contextlib.contextmanager
 def silent_server(asked: list[bytes] | None = None) -> Iterator[str]:
-    """Accepts connections and never answers; notes in ``asked`` how each request begins."""
+    """Accept connections and never answer; append the beginning of each request to ``asked``."""
     with socket.socket() as listener, contextlib.ExitStack() as held:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
@@ -61,7 +61,7 @@ def silent_server(asked: list[bytes] | None = None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def answering(raw: bytes) -> Iterator[str]:
-    """Answers every connection with ``raw``, whatever was asked."""
+    """Answer every connection with ``raw``."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
@@ -84,7 +84,7 @@ def answering(raw: bytes) -> Iterator[str]:
 
 
 def planner_that_grants(seed: str, log: list[str], **changed: str) -> Handler:
-    """A planner that gives a lease on ``seed`` (``ip:port:rank``) to everyone, and logs ``path`` of every call."""
+    """A planner that grants ``seed`` (``ip:port:rank``) to every caller, and logs the path of each call."""
     host, port, rank = seed.rsplit(":", 2)
     granted = {"SEED_IP": host, "SEED_PORT": port, "SEED_RANK": rank, "USER_ID": "u1", "LEASE_TTL_SEC": "60"}
     granted.update(changed)
@@ -97,7 +97,7 @@ def planner_that_grants(seed: str, log: list[str], **changed: str) -> Handler:
 
 
 def seed_in_between(seed: str, change: Callable[[str, Any], Any]) -> Handler:
-    """A seed service that passes everything on to the real ``seed`` and lets ``change(path, json)`` lie about it.
+    """A seed service that forwards requests to the real ``seed`` and changes the answers by ``change(path, json)``.
 
     ``change`` returns JSON data, bytes, or a response of its own.
     """

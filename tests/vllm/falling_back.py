@@ -1,4 +1,4 @@
-"""What must hold after whatever failure: the default loader's model, one WARNING, and nothing that is left behind."""
+"""Checks after any failure: the default loader's model, one WARNING, and no leftovers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vllm_rfork.net.event_loop import background
 
 
 def things_that_leak() -> tuple[set[str], set[int]]:
-    """Threads by name and child processes by pid that this package may have left behind."""
+    """Return this package's threads by name and child processes by pid."""
     threads = {thread.name for thread in threading.enumerate() if "rfork" in thread.name.lower()}
     return threads, {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """After the block: the threads and processes of before, and no engine that is open or holds a registration."""
+    """Check after the block that no thread, process, open engine or registration was added."""
     background()  # the process-wide loop is there for good; it is not what is looked for
     threads, processes = things_that_leak()
 
@@ -48,7 +48,7 @@ def falls_back(
     leases: Callable[[], int] | None = None,
     **extra: Any,
 ) -> float:
-    """Load ``model`` with the planner at ``url`` and check all that must hold after a failure; returns the seconds."""
+    """Load ``model`` with the planner at ``url``, make all checks of a failure, and return the duration in seconds."""
     with nothing_left_behind():
         started = time.monotonic()
         options = extra_for(url, **{"rfork_become_seed": False, **extra})

@@ -1,4 +1,4 @@
-"""Tiny random-weight checkpoints of real architectures, made on the spot."""
+"""Tiny checkpoints of real architectures with random weights."""
 
 from __future__ import annotations
 
