@@ -36,7 +36,11 @@ PATTERNS = {
     r"\bempty where\b": "Optional, or an exception",
 }
 #: Folders whose docstrings, comments and messages are held to the same patterns.
-SOURCES = sorted(path for folder in ("demo", "examples", "scripts") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path
+    for folder in ("demo", "examples", "scripts", "versions", "vllm_rfork/vllm_compat/fingerprint")
+    for path in (ROOT / folder).rglob("*.py")
+)
 #: Begins a docstring that asks instead of naming what the thing is or does.
 QUESTION = re.compile(r"(?:What|Whether|How|Why|Where|Who)\b")
 

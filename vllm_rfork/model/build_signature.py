@@ -96,7 +96,7 @@ def _ignored(name: str, rules: ModelRules) -> bool:
 
 
 def _structural(name: str, modules: set[str], rules: ModelRules) -> bool:
-    """Whether this is a registered module's own attribute that does not say which kernel is used."""
+    """True if this is a registered module's own attribute that does not say which kernel is used."""
     own = _own_name(name)
     return (
         not name.endswith(_MEMBER)

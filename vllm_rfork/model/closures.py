@@ -1,4 +1,4 @@
-"""What functions, methods, references and iterators refer to: closures, defaults and bound arguments contain tensors.
+"""The referents of functions, methods, references and iterators: closures, defaults and bound arguments have tensors.
 
 One step deep; :mod:`~vllm_rfork.model.traversal` continues from there. No object is called.
 """
@@ -19,7 +19,7 @@ _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
 def keeps_own_results(cached: Any) -> bool:
-    """Whether ``cached`` is a function of this model with cached results; module-level functions are the process's."""
+    """True if ``cached`` is a function of this model with cached results; module-level functions are the process's."""
     return (
         isinstance(cached, _LRU_CACHE)
         and "<locals>" in getattr(cached, "__qualname__", "<locals>")

@@ -80,7 +80,7 @@ def _owners(name: str) -> Iterator[str]:
     """The module of ``name`` and those above it, nearest first, up to the layer of the model that contains it."""
     for owner in itertools.islice(_above(name), LEVELS_UP + 1):
         yield owner
-        if owner.rpartition(".")[2].isdigit():  # one of a list of layers: its neighbours' tensors are no replacement
+        if owner.rpartition(".")[2].isdigit():  # a layer of a list: tensors of its neighbours do not replace its own
             return
 
 

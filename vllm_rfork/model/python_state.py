@@ -160,7 +160,7 @@ def _unlisted(
 
 
 def _may_be_added(module: nn.Module, key: str, value: Plain, rules: ModelRules) -> bool:
-    """Whether loading may have added attribute ``key`` to ``module``, so that a traversal lists it.
+    """True if loading may have added attribute ``key`` to ``module``, so that a traversal lists it.
 
     Existing attributes of the module, its class's methods and torch's own attributes are never replaced. A plain value
     on the class, such as a flag, may be overridden by one of its family.
@@ -176,7 +176,7 @@ def _may_be_added(module: nn.Module, key: str, value: Plain, rules: ModelRules) 
 
 
 def _may_become(old: Plain, new: Plain) -> bool:
-    """Whether loading may have replaced ``old`` by ``new``: of one family, or None on either side."""
+    """True if loading may have replaced ``old`` by ``new``: of one family, or None on either side."""
     return len({family(old), family(new)} - {"none"}) < 2
 
 

@@ -51,11 +51,11 @@ class ModelRules:
     kernel_words: frozenset[str] = frozenset()
 
     def is_placeholder(self, module: object) -> bool:
-        """Whether ``module`` stands for a layer that is not loaded here."""
+        """True if ``module`` stands for a layer that is not loaded here."""
         return type(module).__name__ in self.placeholders
 
     def is_scratch(self, holder: object, key: object) -> bool:
-        """Whether attribute ``key`` of ``holder`` is scratch memory."""
+        """True if attribute ``key`` of ``holder`` is scratch memory."""
         if key in self.scratch_buffers:
             return True
         if key not in self._scratch_somewhere:
@@ -65,21 +65,21 @@ class ModelRules:
         )
 
     def is_scratch_object(self, value: object) -> bool:
-        """Whether ``value`` contains nothing but scratch memory."""
+        """True if ``value`` contains nothing but scratch memory."""
         return any(kind.__name__ in self.scratch_objects for kind in type(value).__mro__)
 
     def is_foreign(self, value: object) -> bool:
-        """Whether ``value`` is a library's or the process's, so that none of the model's weights lie in it."""
+        """True if ``value`` is a library's or the process's, so that none of the model's weights lie in it."""
         module = type(value).__module__ or ""
         package = module.partition(".")[0]
         return package in _LIBRARIES or package in self.foreign_packages or module.startswith(self.process_wide)
 
     def is_helper(self, kind: type) -> bool:
-        """Whether ``kind`` is one of the framework's own classes."""
+        """True if ``kind`` is one of the framework's own classes."""
         return kind.__module__.partition(".")[0] in self.helper_packages
 
     def ignores(self, names: Iterable[str], words: Iterable[str]) -> bool:
-        """Whether a value does not count in a build signature, because of its names or the words in them."""
+        """True if a value does not count in a build signature, because of its names or the words in them."""
         return not (self.ignored_names.keys().isdisjoint(names) and self.ignored_words.keys().isdisjoint(words))
 
     @functools.cached_property

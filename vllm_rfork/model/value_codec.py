@@ -48,7 +48,7 @@ _LARGEST_INT = 1 << 63
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``value`` is of a type that JSON has, and not of a subclass."""
+    """True if ``value`` is of a type that JSON has, and not of a subclass."""
     return value is None or type(value) in (bool, int, float, str)
 
 
@@ -62,13 +62,13 @@ def encode_plain(value: Any) -> Plain:
 
 
 def is_array(value: Any) -> bool:
-    """Whether ``value`` is a numpy array."""
+    """True if ``value`` is a numpy array."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def is_encodable(value: Any) -> bool:
-    """Whether :func:`encode` accepts ``value``."""
+    """True if :func:`encode` accepts ``value``."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return not value.dtype.hasobject

@@ -25,7 +25,7 @@ from vllm_rfork.threads.native import native_thread
 
 logger = worker_logger(__name__)
 
-#: ``rfork_verify=sample`` compares one span of so many.
+#: ``rfork_verify=sample`` compares one span in this number.
 SAMPLE_EVERY = 8
 #: How long :meth:`StreamingVerifier.close` waits for digests in progress, in seconds: those of a few batches.
 CLOSE_S = 5.0

@@ -149,7 +149,7 @@ def _by_index(folder: Path, found: list[Path]) -> list[Path]:
 
 
 def _all_of_them(files: Sequence[Path]) -> bool:
-    """Whether no file is missing whose existence names imply, as ``model-00001-of-00004`` does."""
+    """True unless a file is missing whose existence other names imply, as ``model-00001-of-00004`` does."""
     there: Counter[tuple[str, str]] = Counter()
     for file in files:
         if found := _SHARD.search(file.name):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Change:
-    """What a worker method does to weights.
+    """The effect of a worker method on weights.
 
     Attributes:
         reason: text for the log.
@@ -56,7 +56,7 @@ class WeightChanges:
 
     @property
     def active(self) -> bool:
-        """Whether a method or function that may change weights is running now."""
+        """True if a method or function that may change weights is running now."""
         return self._running > 0
 
     def run(self, change: Change, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

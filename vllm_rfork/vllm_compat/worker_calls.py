@@ -95,7 +95,7 @@ def hook_calls(changes: WeightChanges) -> list[str]:
 
 
 def is_vllms(cls: type) -> bool:
-    """Whether a class belongs to vLLM or its platform's plugin, so that its methods are in the tables."""
+    """True if a class belongs to vLLM or its platform's plugin, so that its methods are in the tables."""
     return cls.__module__.partition(".")[0] in {"builtins", "typing", "abc", "vllm", "vllm_ascend", _platform()}
 
 

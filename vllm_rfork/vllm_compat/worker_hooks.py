@@ -123,7 +123,7 @@ def _change_of(name: str, change: Change, worker: Any) -> Change:
 
 
 def _spares_weights(tags: Any = None, *args: Any, **kwargs: Any) -> bool:
-    """Whether sleep mode does not concern weights; without tags it concerns everything."""
+    """True if sleep mode does not concern weights; without tags it concerns everything."""
     return isinstance(tags, (list, tuple, set, frozenset)) and _WEIGHTS_TAG not in tags
 
 

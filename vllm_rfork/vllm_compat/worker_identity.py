@@ -9,7 +9,7 @@ from vllm_rfork.seed_key import KV_BOTH, WorkerIdentity
 
 
 def is_draft(vllm_config: Any, model_config: Any) -> bool:
-    """Whether ``model_config`` is the draft model's of speculative decoding."""
+    """True if ``model_config`` is the draft model's of speculative decoding."""
     speculative = getattr(vllm_config, "speculative_config", None)
     if speculative is not None and model_config is getattr(speculative, "draft_model_config", None):
         return True

@@ -166,7 +166,7 @@ def _device_generation(device: torch.device, *, runtime: bool) -> dict[str, Any]
 
 
 def _experts_with_lora(vllm_config: Any, facts_of_model: Any) -> bool:
-    """Whether adapters change the kernel of experts: the halves of ``w13`` change places then.
+    """True if adapters change the kernel of experts, and with it the order of the halves of ``w13``.
 
     The weights of a dense model are the same with adapters and without. The check for experts is broad on purpose.
     """
@@ -176,7 +176,7 @@ def _experts_with_lora(vllm_config: Any, facts_of_model: Any) -> bool:
 
 
 def _rotary_op(vllm_config: Any, facts_of_model: Any, device: torch.device) -> bool | None:
-    """Whether ``custom_ops`` enables vLLM's rotary operation; None unless on a GPU with scaled rotary embeddings.
+    """True if ``custom_ops`` enables vLLM's rotary operation; None unless on a GPU with scaled rotary embeddings.
 
     With it, FlashInfer needs the table of cosines in float32; otherwise it is in the model's type. It is off by default
     with graphs and on in eager workers. Nothing else that ``custom_ops`` chooses is in memory.

@@ -100,5 +100,5 @@ def _entry_points() -> tuple[tuple[str, str], ...]:
 
 
 def _is_vllms(value: str) -> bool:
-    """Whether an entry point (``module:attribute``) is part of vLLM, whose distribution has several names."""
+    """True if an entry point (``module:attribute``) is part of vLLM, whose distribution has several names."""
     return value.partition(":")[0].split(".")[0] == "vllm"
