@@ -15,7 +15,7 @@ import pytest
 
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.test_api import planner
-from vllm_rfork.net.connections import Phase
+from vllm_rfork.net.connection import Phase
 from vllm_rfork.planner import app
 from vllm_rfork.planner.app import PlannerProcess
 

@@ -20,7 +20,8 @@ from aiohttp import web
 from tests.authority import Authority
 from tests.sockets import read_all
 from vllm_rfork.net import descriptors, listener
-from vllm_rfork.net.connections import Connection, Connections, Limits, Phase, Reply, Tls
+from vllm_rfork.net.connection import Connection, Limits, Phase, Reply
+from vllm_rfork.net.connections import ConnectionLimiter, Tls
 from vllm_rfork.net.listener import Listener, listen
 from vllm_rfork.net.seldom import EVERY_S, Seldom, SeldomFilter
 
@@ -46,7 +47,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
 class Service:
     """A server under test: ``answer`` is its handler, ``asked`` how often it was called."""
 
-    def __init__(self, connections: Connections, port: int) -> None:
+    def __init__(self, connections: ConnectionLimiter, port: int) -> None:
         self.connections = connections
         self.port = port
         self.asked = 0
@@ -68,7 +69,7 @@ async def serving(limits: Limits, tls: Tls | None = None, sent_nbytes: int = 819
 
     http = web.Server(handle, access_log=None, lingering_time=0.2, handler_cancellation=True)
     seldom = Seldom(LOG)
-    connections = Connections(http, limits, seldom, tls)
+    connections = ConnectionLimiter(http, limits, seldom, tls)
     listening = Listener(
         await listen("127.0.0.1", 0, backlog=128, sent_nbytes=sent_nbytes), connections.accepted, seldom
     )

@@ -25,7 +25,7 @@ from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.advertise import listen_host
-from vllm_rfork.net.connections import Phase
+from vllm_rfork.net.connection import Phase
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.server import Bounds
 from vllm_rfork.seed_service import SeedService

@@ -18,7 +18,7 @@ from vllm_rfork import messages
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.errors import PlannerError, SeedError
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.net.connections import Phase
+from vllm_rfork.net.connection import Phase
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.server import Bounds
 from vllm_rfork.net.tls_errors import advice

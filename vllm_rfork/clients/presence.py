@@ -1,10 +1,10 @@
-"""Keeps a request to the planner open, so that the planner sees at once when this process dies.
+"""A request to the planner that is kept open, so that the planner notices at once when this process dies.
 
-The kernel closes the connection with the process, however it ends. The planner does not grant the seed from then on,
-until it hears of it again. So the connection is made anew as soon as it breaks, and with growing pauses while that
-does not work. With a planner that has no such call nothing is kept open: a dead seed is then stale after a minute.
+The kernel closes the connection with the process, however that ends. The planner then stops granting the seed until its
+next announcement or request. So a connection that breaks is replaced at once, and with growing pauses while that fails.
+If the planner has no such call, nothing is kept open, and a dead seed is stale after a minute.
 
-Belongs to the coroutines of one :class:`~vllm_rfork.heartbeat.Heartbeat`. Must not announce or withdraw the seed.
+Belongs to the coroutines of one :class:`~vllm_rfork.heartbeat.Heartbeat`, which announces and withdraws the seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIRST_PAUSE_S = 0.4
 LONGEST_PAUSE_S = 10.0
 #: A request that is answered sooner was not held.
 _HELD_S = 1.0
-#: So many in a row that were not held, or could not be made, are worth a line in the log.
+#: This number of requests in a row that were not held, or failed, is worth a line in the log.
 _SEVERAL = 3
 
 
@@ -34,7 +34,7 @@ class Presence:
     Args:
         attend: sends one, and returns when it is answered.
         announce: makes the heartbeat announce the seed at once.
-        full_pause_s: how long a planner that holds as many requests as it may is left alone, at least.
+        full_pause_s: shortest pause after a planner has refused because it holds too many requests.
         clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
 
@@ -62,7 +62,7 @@ class Presence:
         self._told_full = False
 
     def announced(self, *, other_planner: bool) -> None:
-        """The planner has taken an announcement. ``other_planner``: it may be another one than before."""
+        """Note that the planner accepted an announcement. ``other_planner``: it may be another one than before."""
         if other_planner:
             self._other_planner.set()
         self._announced.set()
@@ -71,7 +71,7 @@ class Presence:
         """Keep a request open until cancelled; the first follows the first announcement."""
         while True:
             await self._announced.wait()
-            # From here on: what an announcement changes, it changes for the request below.
+            # Here, before the request: an announcement that comes later is for the next one.
             self._other_planner.clear()
             started_at = self._clock()
             try:
@@ -85,7 +85,7 @@ class Presence:
         if attended.answer is Attendance.AGAIN and held:
             self._works()
         elif attended.answer is Attendance.AGAIN:
-            # Either another connection took over, or this planner answers 200 to everything.
+            # Either another connection has replaced this one, or the planner answers 200 to any request.
             self._in_vain += 1
             if self._in_vain >= _SEVERAL:
                 await self._not_here()
@@ -96,7 +96,7 @@ class Presence:
         elif attended.answer is Attendance.FULL:
             if not self._told_full:
                 self._told_full = True
-                logger.info("The planner holds as many presence connections as it may: the seed lives by heartbeats")
+                logger.info("The planner holds no more presence connections: the seed depends on its heartbeats")
             await self._sleep(max(attended.retry_after_s or 0.0, self._full_pause_s) * (1 + self._jitter() / 2))
         else:
             self._announced.clear()
@@ -118,8 +118,8 @@ class Presence:
         self._pause_s, self._in_vain, self._failures, self._told_full = FIRST_PAUSE_S, 0, 0, False
 
     async def _not_here(self) -> None:
-        """Return when the planner may be another one."""
-        logger.info("The planner has no presence call: when this process dies, it finds out within a minute")
+        """Wait until the planner may be another one."""
+        logger.info("The planner has no presence call: it notices the death of this process within a minute")
         await self._other_planner.wait()
         self._pause_s, self._in_vain = FIRST_PAUSE_S, 0
 

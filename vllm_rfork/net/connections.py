@@ -12,63 +12,16 @@ last answer has left: a peer that does not read costs the kernel's buffers and o
 from __future__ import annotations
 
 import asyncio
-import enum
 import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 from aiohttp import web
 
+from vllm_rfork.net.connection import CHUNK_NBYTES, Connection, Limits, Phase, Reply, begins_tls, write_reply
 from vllm_rfork.net.seldom import Seldom
-
-#: An answer leaves in pieces of this size: what an unread one costs, since aiohttp may copy a piece.
-_CHUNK_NBYTES = 16 * 1024
-#: What a TLS connection begins with: a record of type handshake.
-_TLS_BEGINS = b"\x16"
-
-
-class Phase(enum.Enum):
-    """What a connection waits for."""
-
-    #: The TLS handshake, or the first byte, which tells TLS from plain HTTP.
-    OPENING = "to begin"
-    #: The first byte of a request to the end of its head.
-    HEAD = "for its request"
-    #: The handler. The peer waits.
-    ANSWER = "for its answer"
-    #: The handler of a call that may be held for long.
-    HELD = "for what it was held for"
-    #: The peer, to take the answer.
-    WRITE = "for its answer to be taken"
-    #: The next request.
-    IDLE = "for its next request"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What peers may take. Times in seconds, sizes in bytes.
-
-    Attributes:
-        connections: open at once.
-        request_nbytes: all that may be sent for one request, body included.
-        opening_s, head_s, answer_s, held_s, write_s, idle_s: the longest time in the phase of that name.
-    """
-
-    connections: int
-    request_nbytes: int = 64 * 1024
-    opening_s: float = 10.0
-    head_s: float = 20.0
-    answer_s: float = 60.0
-    held_s: float = 60.0
-    write_s: float = 60.0
-    idle_s: float = 75.0
-
-    def of(self, phase: Phase) -> float:
-        """The longest time in ``phase``."""
-        return cast(float, getattr(self, f"{phase.name.lower()}_s"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +37,7 @@ class Tls:
     told_apart: bool = False
 
 
-class Connections:
+class ConnectionLimiter:
     """All connections of ``server``; used on one event loop.
 
     Args:
@@ -142,7 +95,7 @@ class Connections:
         loop = asyncio.get_running_loop()
         handed_over = False
         try:
-            encrypted = self._tls is not None and (not self._tls.told_apart or await _begins_tls(sock))
+            encrypted = self._tls is not None and (not self._tls.told_apart or await begins_tls(sock))
             context = self._tls.context() if self._tls is not None and encrypted else None
             handed_over = True  # from here on the socket is the transport's to close
             await loop.connect_accepted_socket(
@@ -190,7 +143,7 @@ class Connections:
     async def _written(
         self, request: web.BaseRequest, made: web.StreamResponse | Reply, connection: Connection
     ) -> web.StreamResponse:
-        if isinstance(made, web.Response) and isinstance(made.body, bytes) and len(made.body) > _CHUNK_NBYTES:
+        if isinstance(made, web.Response) and isinstance(made.body, bytes) and len(made.body) > CHUNK_NBYTES:
             made = Reply(made.status, made.body, made.headers)
         if isinstance(made, web.StreamResponse):  # small, or its handler has written it
             await made.prepare(request)
@@ -198,7 +151,7 @@ class Connections:
             return made
         self.unsent_nbytes += len(made.body)
         try:
-            return await _write(request, made, connection)
+            return await write_reply(request, made, connection)
         finally:
             self.unsent_nbytes -= len(made.body)
 
@@ -265,7 +218,7 @@ class Connections:
         self._by_protocol[protocol] = connection
         self._enter(connection, Phase.HEAD)
 
-    def asks_again(self, connection: Connection) -> None:
+    def request_seen(self, connection: Connection) -> None:
         """``connection``, which was idle, has begun to send another request."""
         self._enter(connection, Phase.HEAD)
 
@@ -290,164 +243,3 @@ def _until(connections: Mapping[Connection, float], overdue: float) -> list[Conn
             break
         found.append(connection)
     return found
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer. ``still_true`` is asked before each piece of the body; once it says no, the body breaks off."""
-
-    status: int
-    body: bytes
-    headers: Mapping[str, str]
-    still_true: Callable[[], bool] = lambda: True
-    #: The connection ends with this answer.
-    last: bool = False
-
-
-async def _write(request: web.BaseRequest, reply: Reply, connection: Connection) -> web.StreamResponse:
-    """Write ``reply`` as the peer takes it."""
-    response = web.StreamResponse(status=reply.status, headers=reply.headers)
-    response.content_length = len(reply.body)
-    if reply.last:
-        response.force_close()
-    await response.prepare(request)
-    view = memoryview(reply.body if request.method != "HEAD" else b"")
-    for offset in range(0, len(view), _CHUNK_NBYTES):
-        if not reply.still_true():
-            connection.abort()
-            return response
-        # Returns once the peer has taken what went before: nobody can make this process hold copies.
-        await response.write(view[offset : offset + _CHUNK_NBYTES])
-        await connection.taken()
-    await response.write_eof()
-    return response
-
-
-async def _begins_tls(sock: socket.socket) -> bool:
-    """Whether the peer begins with TLS; what it sent stays where it is."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    while True:
-        loop.add_reader(sock, readable.set)
-        try:
-            await readable.wait()
-        finally:
-            loop.remove_reader(sock)
-        try:
-            return sock.recv(1, socket.MSG_PEEK) == _TLS_BEGINS
-        except BlockingIOError:
-            readable.clear()  # it was not there after all
-
-
-class _Detached(asyncio.Protocol):
-    """In place of the HTTP server's protocol."""
-
-    __slots__ = ("_lost",)
-
-    def __init__(self, lost: Callable[[], None]) -> None:
-        self._lost = lost
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._lost()
-
-
-class Connection(asyncio.Protocol):
-    """Passes one connection through to aiohttp, and counts what it sends."""
-
-    # Thousands of receivers may wait at once.
-    __slots__ = ("_inner", "_owner", "_received_nbytes", "_taken", "_transport", "lost", "made", "path", "phase")
-
-    def __init__(self, owner: Connections, inner: asyncio.Protocol) -> None:
-        self.phase: Phase | None = None
-        self.made = False
-        self.lost = False
-        self.path = ""
-        self._owner = owner
-        self._inner = inner
-        self._transport: asyncio.Transport | None = None
-        self._received_nbytes = 0
-        self._taken: asyncio.Future[None] | None = None
-
-    @classmethod
-    def of(cls, request: web.BaseRequest) -> Connection | None:
-        """The connection of ``request``; None if it is gone, or not one of these."""
-        protocol = None if request.transport is None else request.transport.get_protocol()
-        return protocol if isinstance(protocol, cls) else None
-
-    def detach(self, lost: Callable[[], None]) -> None:
-        """Take the connection from the HTTP server, for which it has ended: the handler is cancelled.
-
-        It still counts, in its phase. What the peer sends is dropped; ``lost`` is called when the connection has ended.
-        """
-        inner, self._inner = cast(Any, self._inner), _Detached(lost)
-        self._owner.detached(inner)
-        inner.transport = None  # else the server would close it
-        inner.connection_lost(None)
-
-    def write(self, data: bytes, *, last: bool = False) -> None:
-        """Send ``data`` on a detached connection, and close it after the ``last``."""
-        if self._transport is not None and not self.lost:
-            self._transport.write(data)
-            if last:
-                self._transport.close()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to read. Unsent bytes pause the writer from the first one, so ``taken`` is exact."""
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=1, low=0)  # 0 would pause TLS for ever
-        self.made = True
-        self._owner.began(self, self._inner)
-        self._inner.connection_made(transport)
-
-    def begin_request(self) -> None:
-        """What is received from now on belongs to another request."""
-        self._received_nbytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Pass ``data`` on, unless it is more than a request may have."""
-        if self.lost:
-            return
-        if self.phase is Phase.IDLE:
-            self._owner.asks_again(self)
-        self._received_nbytes += len(data)
-        if self._received_nbytes > self._owner.limits.request_nbytes:
-            self.abort()
-            return
-        self._inner.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        """Pass it on."""
-        return self._inner.eof_received()
-
-    def pause_writing(self) -> None:
-        """Bytes wait for the peer."""
-        if self._taken is None:
-            self._taken = asyncio.get_running_loop().create_future()
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        """The kernel has taken all bytes."""
-        self._release()
-        self._inner.resume_writing()
-
-    async def taken(self) -> None:
-        """Return once the kernel has taken everything that was written, or the connection is lost."""
-        if self._taken is not None and not self.lost:
-            await self._taken
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The end, for everybody who waits on this connection."""
-        self.lost = True
-        self._owner.ended(self, self._inner)
-        self._release()
-        self._inner.connection_lost(exc)
-
-    def abort(self) -> None:
-        """Close the connection at once, whatever is still to be written."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _release(self) -> None:
-        taken, self._taken = self._taken, None
-        if taken is not None and not taken.done():
-            taken.set_result(None)

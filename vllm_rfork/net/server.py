@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.net import connections, descriptors, listener
-from vllm_rfork.net.connections import Connections, Limits, Phase
+from vllm_rfork.net import connection, connections, descriptors, listener
+from vllm_rfork.net.connection import Limits, Phase
+from vllm_rfork.net.connections import ConnectionLimiter
 from vllm_rfork.net.seldom import Seldom, SeldomFilter
 
 logger = worker_logger(__name__)
@@ -110,7 +111,7 @@ class BoundedServer:
         self._http: web.Server | None = None
         self._listener: listener.Listener | None = None
         #: None while the server does not listen.
-        self.connections: Connections | None = None
+        self.connections: ConnectionLimiter | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen on ``host``; ``port`` 0 takes a free one. Returns the port.
@@ -129,7 +130,7 @@ class BoundedServer:
             lingering_time=1.0,
         )
         tls = None if self._tls is None else connections.Tls(self._tls.context, told_apart=True)
-        self.connections = Connections(self._http, self._bounds.limits(), self._seldom, tls)
+        self.connections = ConnectionLimiter(self._http, self._bounds.limits(), self._seldom, tls)
         self._listener = listener.Listener(sockets, self.connections.accepted, self._seldom)
         return self._listener.port
 
@@ -152,11 +153,11 @@ class BoundedServer:
             raise ConnectionResetError("the service has stopped")
         return await self.connections.answer(request, self._encoded)
 
-    async def _encoded(self, request: web.BaseRequest) -> connections.Reply:
+    async def _encoded(self, request: web.BaseRequest) -> connection.Reply:
         reply = await self._reply(request)
         body = reply.body.encode() if isinstance(reply.body, str) else reply.body
         headers = {**dict(reply.headers), "Content-Type": f"{reply.content_type}; charset=utf-8"}
-        return connections.Reply(reply.status, body, headers, reply.still_true, last=True)
+        return connection.Reply(reply.status, body, headers, reply.still_true, last=True)
 
     async def _reply(self, request: web.BaseRequest) -> Reply:
         if self._tls is not None and (refusal := _refused(self._tls, request)):

@@ -19,7 +19,8 @@ from vllm_rfork import messages
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.net import descriptors
-from vllm_rfork.net.connections import Connections, Limits, Phase, Tls
+from vllm_rfork.net.connection import Limits, Phase
+from vllm_rfork.net.connections import ConnectionLimiter, Tls
 from vllm_rfork.net.listener import Listener, listen
 from vllm_rfork.net.seldom import Seldom, SeldomFilter
 from vllm_rfork.planner.http.api import Api
@@ -105,7 +106,7 @@ class PlannerProcess:
         self.store.lease_ids = LeaseIds(self.tokens.current)
         self._seldom = Seldom(logger)
         #: None while the planner does not listen.
-        self.connections: Connections | None = None
+        self.connections: ConnectionLimiter | None = None
         self.port = settings.port
 
     @property
@@ -135,7 +136,7 @@ class PlannerProcess:
         tls = None if server_tls is None else Tls(lambda: server_tls.context)
         limits = self._limits()
         self.presence.share(limits.connections, limits.held_s - _HELD_MARGIN_S / 6)
-        self.connections = Connections(web_server, limits, self._seldom, tls)
+        self.connections = ConnectionLimiter(web_server, limits, self._seldom, tls)
         sweeper: asyncio.Task[None] | None = None
         try:
             listener = await self._listen(self.connections)
@@ -175,7 +176,7 @@ class PlannerProcess:
             descriptors.connections(wanted, kept=_KEPT_DESCRIPTORS), request_nbytes=_REQUEST_NBYTES, held_s=held_s
         )
 
-    async def _listen(self, connections: Connections) -> Listener:
+    async def _listen(self, connections: ConnectionLimiter) -> Listener:
         sockets = await listen(
             self.settings.host,
             self.settings.port,
@@ -187,7 +188,7 @@ class PlannerProcess:
         self.port = listener.port
         return listener
 
-    async def _drain(self, listener: Listener, connections: Connections, web_server: web.Server) -> None:
+    async def _drain(self, listener: Listener, connections: ConnectionLimiter, web_server: web.Server) -> None:
         """Stop taking connections, send away those who wait, let requests under way finish."""
         self.api.ready = False
         listener.close()

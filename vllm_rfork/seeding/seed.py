@@ -1,8 +1,8 @@
-"""One seed: what a loaded worker does so that others may fork from it, from registering to withdrawing.
+"""One seed, from registering its memory to its withdrawal.
 
-The order is the safety: memory is registered, the bytes are digested once more, the service answers, and only then
-the planner hears of it; on the way back the service refuses first, the planner forgets, and only then the memory is
-let go. Must not import torch or vLLM: the memory is kept alive by an opaque ``keep``.
+The order makes it safe. On the way up memory is registered, the bytes are digested once more, the service answers, and
+only then is the seed announced. On the way down the service refuses first, the seed is withdrawn at the planner, and
+only then is the memory released.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = worker_logger(__name__)
 
 @dataclass
 class _Parts:
-    """What has been started and must be ended, in the order of starting."""
+    """Parts that have been started, in that order, and must be ended."""
 
     service: SeedService | None = None
     address: SeedAddress | None = None
@@ -42,15 +42,15 @@ class _Parts:
 
 @dataclass
 class Seed:
-    """A worker's weights on offer, for one role (target or draft).
+    """The published weights of one model.
 
     Args:
-        manifest: without endpoint and epoch; both are made here.
+        manifest: without endpoint and epoch; both are added here.
         engine: open; the seed owns it from now on and closes it when it ends.
-        keep: whatever keeps the manifest's memory alive; dropped at the end.
-        recheck: raises ForkError if the bytes are not the manifest's any more; run before announcing, dropped at the
-            end because it refers to the memory as well.
-        off_device: set when :meth:`start` asks nothing of the device any more.
+        keep: an object that keeps the manifest's memory alive; dropped at the end.
+        recheck: raises ForkError if the bytes are not the manifest's any more; called before announcing, and dropped
+            at the end because it refers to the memory as well.
+        off_device: set when :meth:`start` no longer needs the device.
     """
 
     config: SeedConfig
@@ -67,42 +67,47 @@ class Seed:
 
     @property
     def address(self) -> SeedAddress | None:
-        """Where the seed is announced; None before :meth:`start` and after the end."""
+        """The announced address; None before :meth:`start` and after the end."""
         return self._parts.address
 
     def start(self) -> SeedAddress:
-        """Register, check, serve, announce; returns the address under which the seed is announced.
+        """Register, check, serve and announce; returns the announced address.
 
         Raises:
-            ForkError: it cannot be a seed; everything that was begun has been ended.
+            ForkError: it cannot be a seed; every part that was started has been ended.
         """
         with self._lock:
-            self._go_on()
+            self._stop_if_withdrawn()
             try:
                 return self._start()
             except BaseException:
                 self._end()
                 raise
 
-    def _go_on(self) -> None:
-        """Raise where a withdrawal waits for the lock: it should not wait for all of a start."""
+    def _stop_if_withdrawn(self) -> None:
+        """Raise SeedError if a withdrawal waits for the lock, so that it does not wait for the whole start."""
         if self._ended or self._withdrawing.is_set():
             raise SeedError("the seed has been withdrawn before it was ready")
 
     def _start(self) -> SeedAddress:
         if not self.engine.registered_nbytes:  # a worker that forked has registered already, to be written to
             self.engine.register(self.manifest.regions)
-        self._go_on()
+        self._stop_if_withdrawn()
         if self.recheck is not None:
             self.recheck()
         self.off_device.set()
-        self._go_on()
+        self._stop_if_withdrawn()
         epoch = uuid.uuid4().hex
         self.manifest = msgspec.structs.replace(self.manifest, endpoint=self.engine.endpoint, epoch=epoch)
+        address = self._serve()
+        self._stop_if_withdrawn()
+        self._announce(address)
+        self._stop_if_withdrawn()
+        logger.debug("seed %s is ready, epoch %s", address, epoch)
+        return address
+
+    def _serve(self) -> SeedAddress:
         config = self.config
-        client = PlannerClient(
-            config.planner_url, request_timeout_s=config.request_timeout_s, credentials=config.credentials
-        )
         service = SeedService(
             self.manifest,
             bind_host=config.bind_host,
@@ -114,42 +119,46 @@ class Seed:
             facts=config.facts,
         )
         self._parts.service = service
-        self._go_on()  # after the line above: either this sees the withdrawal, or the withdrawal sees the service
-        port = background().call(service.start(), config.ready_timeout_s + config.request_timeout_s)
-        address = SeedAddress(config.advertise_host, port, config.rank)
-        self._parts.address = address
-        background().call(service.check_advertised(), config.request_timeout_s + config.ready_timeout_s)
-        self._go_on()
+        # After the line above: either this call finds the withdrawal, or the withdrawal finds the service.
+        self._stop_if_withdrawn()
+        bound_s = config.ready_timeout_s + config.request_timeout_s
+        port = background().call(service.start(), bound_s)
+        address = self._parts.address = SeedAddress(config.advertise_host, port, config.rank)
+        background().call(service.check_advertised(), bound_s)
+        return address
+
+    def _announce(self, address: SeedAddress) -> None:
+        config = self.config
+        client = PlannerClient(
+            config.planner_url, request_timeout_s=config.request_timeout_s, credentials=config.credentials
+        )
         self._parts.beat = Heartbeat(
             client,
             self.manifest.seed_key,
             address,
             interval_s=config.heartbeat_interval_s,
             fingerprint=self.manifest.fingerprint,
-            epoch=epoch,
+            epoch=self.manifest.epoch,
             slots=config.slots,
             labels=config.labels,
             intent=self.intent,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
-        self._go_on()
-        logger.debug("seed %s is ready, epoch %s", address, epoch)
-        return address
 
     def withdraw(self, reason: str) -> None:
-        """Stop being a seed before ``reason`` happens to the bytes. Idempotent; logs what could not be done.
+        """Stop being a seed, before ``reason`` changes the bytes. Idempotent; failures of single steps are logged.
 
-        Bounded by ``ready_timeout_s`` and a few times ``request_timeout_s``. A start that takes longer, in a native
-        call that hangs, is left to end by itself: it serves and announces nothing any more.
+        Takes at most ``ready_timeout_s`` and a few times ``request_timeout_s``. A start that takes longer, in a native
+        call that hangs, ends by itself later: it serves and announces nothing any more.
         """
         self._withdrawing.set()
         service = self._parts.service
         if service is not None:
-            # Outside the lock and first of all: from here on no receiver is given an address.
+            # First, and outside the lock: from here on no receiver gets an address.
             service.suspend(reason)
         bound_s = self.config.ready_timeout_s + self.config.request_timeout_s
         if not self._lock.acquire(timeout=bound_s):
-            logger.warning("the seed that is being started does not notice its withdrawal: %s", reason)
+            logger.warning("the start of the seed hangs, so it is left to end by itself: %s", reason)
             return
         try:
             if self._ended:

@@ -11,7 +11,7 @@ from email.utils import formatdate
 
 from vllm_rfork import messages
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.net.connections import Connection
+from vllm_rfork.net.connection import Connection
 
 #: Ways in which a held request ends: ask again, announce first, another process decides now, the planner stops.
 AGAIN, UNKNOWN, LOST, LEAVE = "again", "unknown", "lost", "leave"

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.net.connections import Connection
+from vllm_rfork.net.connection import Connection
 from vllm_rfork.planner.http.held import AGAIN, LEAVE, LOST, UNKNOWN, HeldConnection, HeldRequest
 from vllm_rfork.planner.store.base import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing

@@ -9,7 +9,7 @@ from aiohttp import HttpVersion11, web
 
 from vllm_rfork import messages
 from vllm_rfork.messages import BadMessage, header
-from vllm_rfork.net.connections import Connection
+from vllm_rfork.net.connection import Connection
 from vllm_rfork.planner.http import request_headers as read
 from vllm_rfork.planner.http.auth import AddressCheck
 from vllm_rfork.planner.http.presence import Presence
