@@ -1,4 +1,4 @@
-"""Load for a planner, from a process of its own: bare sockets and prepared bytes, so that it is never the bottleneck.
+"""Load on a planner, from a separate process: plain sockets and prepared bytes, so that it is not the bottleneck.
 
 Run by ``bench_planner``; prints one JSON object. Modes: ``fill`` announces seeds, ``cycles`` leases and releases,
 ``beats`` sends heartbeats at a rate, ``wait`` holds receivers open until standard input ends.
@@ -102,7 +102,7 @@ class Load:
         self.statuses[status] = self.statuses.get(status, 0) + 1
 
     def report(self, started_at: float, cpu_at: float) -> dict[str, object]:
-        """What happened since then."""
+        """Return the results since then."""
         wall_s = time.perf_counter() - started_at
         ordered = sorted(self.latencies_s) or [0.0]
         return {

@@ -55,6 +55,19 @@ class Clock:
         self.now += seconds
 
 
+async def snapshot(store: Store, **options: Any) -> dict[str, Any]:
+    """The whole snapshot of ``store``."""
+    whole: dict[str, Any] = {}
+    async for name, value in store.snapshot_slices(**options):
+        if isinstance(value, dict):
+            whole.setdefault(name, {}).update(value)
+        elif isinstance(value, list):
+            whole.setdefault(name, []).extend(value)
+        else:
+            whole[name] = value
+    return whole
+
+
 class Fleet:
     """A store under test, with short words for what the tests do to it."""
 
@@ -91,7 +104,7 @@ class Fleet:
         await self.release(lease, Outcome(False, cause=cause))
 
     async def seed_entry(self, name: int) -> dict[str, Any]:
-        seeds = (await self.store.snapshot())["seeds"]
+        seeds = (await snapshot(self.store))["seeds"]
         return next(each for each in seeds if each["seed"] == str(seed(name)))
 
 

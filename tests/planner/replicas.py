@@ -107,21 +107,31 @@ class Fleet:
             await self.call_any("POST", "/put_seed", **lease)
 
     async def keep(self, port: int) -> None:
-        """Lease a seed of its own key once, and renew that lease until the end."""
-        key, lease = f"kept{port}", {}
+        """Lease a seed of its own key, and renew that lease until the end: nobody else may be given it.
+
+        A renewal that this machine kept back for longer than a TTL proves nothing: the lease begins anew then.
+        """
+        key = f"kept{port}"
+        lease: dict[str, str] = {}
+        alive_until = 0.0
         beating = asyncio.create_task(self.seed(port, key))
-        while not lease and not self.over.is_set():
-            status, answer = await self.call_any("GET", "/get_seed", SEED_KEY=key)
-            lease = {name: answer[name] for name in LEASE} if status == 200 else {}
-            await asyncio.sleep(0.05)
         while not self.over.is_set():
-            status, _ = await self.call_any("POST", "/renew_seed_lease", **lease)
-            self.renewed += status == 200
-            if status == 404:
-                self.lost.append(key)
-            status, _ = await self.call_any("GET", "/get_seed", SEED_KEY=key)
+            asked_at = time.monotonic()
+            if lease:
+                status, _ = await self.call_any("POST", "/renew_seed_lease", **lease)
+                self.renewed += status == 200
+                if status == 404:
+                    lease = {}
+                    if time.monotonic() < alive_until:
+                        self.lost.append(key)
+            else:
+                status, answer = await self.call_any("GET", "/get_seed", SEED_KEY=key)
+                lease = {name: answer[name] for name in LEASE} if status == 200 else {}
             if status == 200:
-                self.judge.clashes.append(key)
+                alive_until = asked_at + self.judge.ttl_s
+                status, _ = await self.call_any("GET", "/get_seed", SEED_KEY=key)
+                if status == 200 and time.monotonic() < alive_until:
+                    self.judge.clashes.append(key)
             await self._pause(0.2)
         await beating
 

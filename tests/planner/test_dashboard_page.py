@@ -111,7 +111,7 @@ async def test_a_fleet_comes_into_view_without_a_reload(
             for page, width in pages:
                 await page.go(process.url + "/")
                 await page.shows("#live", "live")
-                await page.shows("#seeds", "No seed is known")
+                await page.shows("#seeds", "There are no seeds")
                 await page.until(FITS.format(width))
                 await page.run("window.before = 1")
 
@@ -256,15 +256,15 @@ async def test_without_the_token_nothing_is_shown_and_it_is_kept_in_the_tab_alon
         async with workers(process.url, TOKEN) as fleet, chromium.page(PHONE) as page:
             await fleet.announce(KEY, 5000)
             await page.go(process.url)
-            await page.shows("#door", "asks for a token")
+            await page.shows("#login", "requires a token")
             assert not await page.text("#board")
             await page.until(FITS.format(PHONE[0]))
             await page.type("#token", "wrong")
-            await page.shows("#trouble", "does not know this token")
+            await page.shows("#trouble", "rejected this token")
             assert KEY not in await page.text("body")
             await page.type("#token", TOKEN)
             await page.shows("#keys", KEY)
-            assert await page.text("#door") == ""
+            assert await page.text("#login") == ""
             await page.command("Page.reload")
             await page.shows("#keys", KEY)
             assert (
@@ -273,7 +273,7 @@ async def test_without_the_token_nothing_is_shown_and_it_is_kept_in_the_tab_alon
             assert not [each for each in page.requests if TOKEN in each]
             assert TOKEN not in await page.run("document.documentElement.outerHTML")
             await page.click("#forget")
-            await page.shows("#door", "asks for a token")
+            await page.shows("#login", "requires a token")
             assert await page.run("sessionStorage.length") == 0
             assert KEY not in await page.run("document.documentElement.outerHTML")
             assert page.errors == []
@@ -287,12 +287,12 @@ async def test_a_planner_that_goes_away_is_said_and_comes_back_by_itself(chromiu
             await page.shows("#seeds", "127.0.0.1:5000:0")
             await page.run("window.before = 1")
             process.kill()
-            await page.shows("#trouble", "The planner does not answer", "What you see is", "Trying again")
+            await page.shows("#trouble", "The planner does not answer", "The data below is", "Trying again")
             await page.shows("#live", "no answer")
             assert KEY in await page.text("#keys"), "the last state stays readable"
             with planner(port=process.port) as again:
                 await page.shows("#notice", "come back with their next heartbeat")
-                await page.shows("#seeds", "No seed is known")
+                await page.shows("#seeds", "There are no seeds")
                 await page.shows("#live", "live")
                 assert await page.text("#trouble") == ""
                 await fleet.announce(KEY, 5000)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.planner.conftest import Fleet, MakeFleet, seed
+from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from vllm_rfork.planner.store import overview
 from vllm_rfork.planner.store.base import Outcome, Totals
 
@@ -159,7 +159,7 @@ async def test_a_snapshot_shows_the_leases_of_seeds_beyond_its_limit(fleet: Flee
     for number in range(30):
         await fleet.announce(number)
     held = [await fleet.lease() for _ in range(5)]
-    shown = (await fleet.store.snapshot(limit=5))["leases"]
+    shown = (await snapshot(fleet.store, limit=5))["leases"]
     assert {each["seed"] for each in shown} == {str(each.seed) for each in held}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.planner.conftest import Fleet, MakeFleet, seed
+from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from tests.planner.test_api import ADD, Client, eventually, planner
 from vllm_rfork import messages
 from vllm_rfork.planner.http import presence
@@ -77,7 +77,7 @@ async def test_an_absent_seed_is_dropped_when_it_is_stale_like_any_other(fleet: 
     await leave(fleet, await attend(fleet))
     fleet.clock.pass_(60.0)
     await fleet.store.sweep()
-    assert (await fleet.store.snapshot())["seeds"] == []
+    assert (await snapshot(fleet.store))["seeds"] == []
     await fleet.announce(1)
     assert isinstance(await fleet.ask(), Granted)
 
@@ -132,7 +132,7 @@ async def test_presence_adds_no_seed(other: dict[str, str], fleet: Fleet) -> Non
             await fleet.announce(1, epoch="e1", fingerprint="f1")
         with pytest.raises(UnknownSeed):
             await attend(fleet, name, **{"epoch": "e1", "fingerprint": "f1", **other})
-    assert len((await fleet.store.snapshot())["seeds"]) == 1
+    assert len((await snapshot(fleet.store))["seeds"]) == 1
 
 
 async def test_presence_counts_as_a_sign_of_life(fleet: Fleet) -> None:
@@ -188,7 +188,7 @@ async def test_a_draining_seed_that_ends_its_connection_is_no_event(fleet: Fleet
     await leave(fleet, number)
     assert "seed_absent" not in fleet.kinds()
     await fleet.release(lease)
-    assert (await fleet.store.snapshot())["seeds"] == []
+    assert (await snapshot(fleet.store))["seeds"] == []
 
 
 async def test_the_absent_come_first_among_what_is_shown(make_fleet: MakeFleet) -> None:
@@ -219,7 +219,7 @@ async def attending(client: Client, **headers: str) -> AsyncIterator[asyncio.Str
 
 
 async def absent(client: Client) -> bool:
-    (entry,) = (await client.planner.store.snapshot())["seeds"]
+    (entry,) = (await snapshot(client.planner.store))["seeds"]
     return bool(entry["absent"])
 
 
@@ -327,7 +327,7 @@ async def test_an_unknown_seed_is_to_be_announced_first() -> None:
         assert await client.status("POST", "/rfork_presence", **{**ADD, "SEED_IP": "10.1.2.3"}) == 403
         assert await client.status("POST", "/rfork_presence", SEED_KEY="k") == 400
         assert await client.status("GET", "/rfork_presence") == 405
-        assert (await client.planner.store.snapshot())["seeds"] == []
+        assert (await snapshot(client.planner.store))["seeds"] == []
 
 
 async def test_a_seed_that_is_dropped_meanwhile_is_to_be_announced_again() -> None:

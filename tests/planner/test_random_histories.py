@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.planner.conftest import Clock, Fleet, MakeFleet, seed
+from tests.planner.conftest import Clock, Fleet, MakeFleet, seed, snapshot
 from tests.planner.policy_by_search import Candidate, choose
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.policy import POLICIES, nic_of, policy_named
@@ -112,9 +112,9 @@ async def test_what_is_written_is_what_the_leader_remembers(redis_server: RedisS
             if step % 80 == 79:
                 await fleet.store.sweep()
                 await stores[-1].leadership.look()  # a sign of life, which also writes the clock
-                before = await fleet.store.snapshot()
+                before = await snapshot(fleet.store)
                 fleet = await successor()
-                assert _records(await fleet.store.snapshot()) == _records(before)
+                assert _records(await snapshot(fleet.store)) == _records(before)
                 tickets.clear()
         assert leases
     finally:

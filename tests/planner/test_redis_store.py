@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from tests.planner.conftest import Clock, Fleet, seed
+from tests.planner.conftest import Clock, Fleet, seed, snapshot
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.policy import policy_named
@@ -118,7 +118,7 @@ async def test_one_replica_leads_and_the_others_decide_nothing(replica: Replica)
         standby.store.withdraw("k", seed(1)),
         standby.store.intend("k", "i", "", 10),
         standby.store.totals(),
-        standby.store.snapshot(),
+        snapshot(standby.store),
         standby.store.overview(),
         standby.store.ping(),
     ):
@@ -175,7 +175,7 @@ async def test_what_a_deposed_leader_decides_is_rejected_and_forgotten(replica: 
         await asyncio.wait_for(waiting, 30)  # whoever waits there is sent away
     assert isinstance(await new.ask(), Granted)
     assert await new.ask() == Missed()
-    assert {each["seed"] for each in (await new.store.snapshot())["leases"]} == {str(seed(1)), str(seed(2))}
+    assert {each["seed"] for each in (await snapshot(new.store))["leases"]} == {str(seed(1)), str(seed(2))}
     await new.store.renew(lease.seed, lease.user_id)
 
 
@@ -279,7 +279,7 @@ async def test_what_ages_goes_on_ageing_and_stands_still_while_nobody_leads(repl
     leader.clock.pass_(1000)  # nobody has written that these passed
     new = await successor_of(leader, replica, failures=1, backoff_s=100.0)
     assert (await new.seed_entry(1))["aside_s"] == 60
-    assert [each["ago_s"] for each in (await new.store.snapshot())["history"]] == [40, 40]
+    assert [each["ago_s"] for each in (await snapshot(new.store))["history"]] == [40, 40]
     assert await new.ask() == Missed()
     new.clock.pass_(59)
     await new.announce(1)
@@ -317,7 +317,7 @@ async def test_history_is_in_order_and_bounded_through_several_leaders(replica: 
         for number in range(3):
             await fleet.release(await fleet.lease(), Outcome(True, nbytes=10 * leader + number))
         fleet = await successor_of(fleet, replica, max_history=4)
-    assert [each["nbytes"] for each in (await fleet.store.snapshot())["history"]] == [22, 21, 20, 12]
+    assert [each["nbytes"] for each in (await snapshot(fleet.store))["history"]] == [22, 21, 20, 12]
 
 
 async def test_a_large_fleet_is_read_while_the_new_leader_shows_that_it_lives(
@@ -578,7 +578,7 @@ async def test_connections_end_with_their_leader_and_seeds_have_time_to_come_to_
     await next_leader.store.attend(attending[0], held=True)
     next_leader.clock.pass_(next_leader.store.rules.presence_takeover_s)
     await next_leader.store.sweep()
-    entries = {each["seed"]: each["absent"] for each in (await next_leader.store.snapshot())["seeds"]}
+    entries = {each["seed"]: each["absent"] for each in (await snapshot(next_leader.store))["seeds"]}
     # The second did not come; the third has never kept a connection, and lives by its heartbeats.
     assert entries == {str(seed(1)): False, str(seed(2)): True, str(seed(3)): False}
 

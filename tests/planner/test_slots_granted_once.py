@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.planner.conftest import Fleet, MakeFleet, seed
+from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from vllm_rfork import messages
 from vllm_rfork.planner.store.base import Granted, Missed, UnknownLease
 from vllm_rfork.planner.store.lease_ids import LeaseIds, state_of
@@ -118,7 +118,7 @@ async def renewed(fleet: Fleet, user_id: str, name: int = 1) -> bool:
 
 
 async def leases(fleet: Fleet) -> int:
-    return len((await fleet.store.snapshot())["leases"])
+    return len((await snapshot(fleet.store))["leases"])
 
 
 @pytest.mark.parametrize("known_state", ["", "0000aaaa"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis.asyncio
 
-from tests.planner.conftest import Fleet, MakeFleet, seed
+from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.policy import EVERYWHERE, policy_named
 from vllm_rfork.planner.store.base import (
@@ -216,7 +216,7 @@ async def test_any_text_can_be_a_key(fleet: Fleet) -> None:
     assert set(await fleet.store.totals()) == set(keys)
     for number, key in enumerate(keys):
         assert (await fleet.lease(key)).seed == seed(number)
-        assert (await fleet.store.snapshot(key=key))["seeds"][0]["key"] == key
+        assert (await snapshot(fleet.store, key=key))["seeds"][0]["key"] == key
 
 
 # --- the waiting line ------------------------------------------------------------------------------------------------
@@ -807,31 +807,31 @@ async def test_views_show_who_does_what_and_no_whole_lease_id(fleet: Fleet) -> N
     await fleet.ask(wait_s=50, intent="i", receiver="10.8.8.8")
     await fleet.ask(wait_s=50, receiver="10.7.7.7", fingerprint="f")
     fleet.clock.pass_(3)
-    snapshot = await fleet.store.snapshot()
-    assert lease.user_id not in json.dumps(snapshot)
-    assert lease.user_id.rpartition(".")[2][:8] not in json.dumps(snapshot)
-    (entry,) = snapshot["seeds"]
+    found = await snapshot(fleet.store)
+    assert lease.user_id not in json.dumps(found)
+    assert lease.user_id.rpartition(".")[2][:8] not in json.dumps(found)
+    (entry,) = found["seeds"]
     assert (entry["labels"], entry["slots"], entry["leases"], entry["seen_s_ago"]) == ({"rack": "r1"}, 1, 1, 5.0)
-    (held,) = snapshot["leases"]
+    (held,) = found["leases"]
     assert (held["receiver"], held["held_s"], held["expires_in_s"]) == ("10.9.9.9", 3.0, 57.0)
-    assert [(each["place"], each["receiver"], each["waited_s"]) for each in snapshot["waiting"]] == [
+    assert [(each["place"], each["receiver"], each["waited_s"]) for each in found["waiting"]] == [
         (1, "10.8.8.8", 3.0),
         (2, "10.7.7.7", 3.0),
     ]
-    (past,) = snapshot["history"]
+    (past,) = found["history"]
     assert (past["result"], past["gb_per_s"], past["ago_s"]) == ("ok", 2.0, 3.0)
     totals = (await fleet.store.totals())["k"]
     assert (totals.seeds, totals.slots, totals.leases, totals.waiting, totals.oldest_wait_s) == (1, 1, 1, 2, 3.0)
-    assert snapshot["keys"]["k"]["waiting"] == 2
+    assert found["keys"]["k"]["waiting"] == 2
 
 
 async def test_a_snapshot_is_bounded(fleet: Fleet) -> None:
     for name in range(20):
         await fleet.announce(name, key=f"k{name}")
         await fleet.ask("none", wait_s=10)
-    snapshot = await fleet.store.snapshot(limit=5)
-    assert max(len(each) for each in snapshot.values() if isinstance(each, (list, dict))) == 5
-    assert [each["seed"] for each in (await fleet.store.snapshot(key="k7"))["seeds"]] == [str(seed(7))]
+    found = await snapshot(fleet.store, limit=5)
+    assert max(len(each) for each in found.values() if isinstance(each, (list, dict))) == 5
+    assert [each["seed"] for each in (await snapshot(fleet.store, key="k7"))["seeds"]] == [str(seed(7))]
 
 
 async def test_labels_that_came_and_went_are_not_kept() -> None:
@@ -848,4 +848,4 @@ async def test_history_is_bounded(make_fleet: MakeFleet) -> None:
     await fleet.announce(1)
     for number in range(6):
         await fleet.release(await fleet.lease(), Outcome(True, nbytes=number))
-    assert [each["nbytes"] for each in (await fleet.store.snapshot())["history"]] == [5, 4, 3]
+    assert [each["nbytes"] for each in (await snapshot(fleet.store))["history"]] == [5, 4, 3]

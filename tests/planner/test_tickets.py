@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.planner.conftest import Fleet, MakeFleet, seed
+from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from vllm_rfork.planner.store.base import Granted, Missed, Outcome, Queued, StillLeased, UnknownLease
 
 
@@ -259,7 +259,7 @@ async def test_in_a_cold_fleet_one_loads_and_the_others_wait_for_it(fleet: Fleet
 
 
 async def intents(fleet: Fleet) -> list[str]:
-    return [each["intent"] for each in (await fleet.store.snapshot())["intents"]]
+    return [each["intent"] for each in (await snapshot(fleet.store))["intents"]]
 
 
 @pytest.mark.parametrize("how", ["dies", "takes it back"])

@@ -34,27 +34,27 @@ from vllm_rfork.planner.wait_queue import WaitQueue
 
 logger = logging.getLogger(__name__)
 
-#: Events that are milestones; the others are counted only.
-_TOLD = {
+#: Events that are logged at INFO or above.
+_LOGGED = {
     "seed_added": (logging.INFO, "Seed added"),
     "seed_dropped": (logging.INFO, "Seed dropped"),
-    "seed_absent": (logging.WARNING, "Seed absent: it is not granted until it is heard of again"),
-    "seed_returned": (logging.INFO, "Seed is back"),
+    "seed_absent": (logging.WARNING, "Seed absent: not granted until its next heartbeat or presence request"),
+    "seed_returned": (logging.INFO, "Seed returned"),
     "seed_aside": (logging.WARNING, "Seed quarantined after failed forks of several receivers"),
     "fork_ok": (logging.INFO, "Fork completed"),
     "fork_failed": (logging.WARNING, "Fork failed"),
     "lease_expired": (logging.WARNING, "Lease expired: not renewed within its TTL"),
     "lease_dropped": (logging.WARNING, "Lease dropped with its seed"),
     "lease_adopted": (logging.INFO, "Lease of an earlier state taken over"),
-    "state_lost": (logging.WARNING, "Seed was known to an earlier state: held back for one lease TTL"),
+    "state_lost": (logging.WARNING, "Seed was known to an earlier state: not granted for one lease TTL"),
 }
 _requests = logging.getLogger(__name__ + ".requests")
 
 
 def _is_not_the_callers(record: logging.LogRecord) -> bool:
-    """False for what callers cause, who could fill the log with tracebacks.
+    """Return False for errors that callers cause, which could fill the log with tracebacks.
 
-    A malformed request's quotes the line, which may be the one with the token; other callers leave before the answer.
+    That of a malformed request quotes the line, which may contain the token.
     """
     return not (record.exc_info and isinstance(record.exc_info[1], (HttpProcessingError, ConnectionError)))
 
@@ -62,29 +62,29 @@ def _is_not_the_callers(record: logging.LogRecord) -> bool:
 _requests.addFilter(_is_not_the_callers)
 _requests.addFilter(SeldomFilter())
 _BACKLOG = 4096
-#: What the kernel may hold of answers that a caller does not take, for each connection (it takes twice as much).
+#: Kernel buffer for answers that a caller does not read, per connection (the kernel doubles it).
 _SENT_NBYTES = 64 * 1024
-#: Of all answers that are being written together; a large one beyond that is refused. Snapshots can be 60 MB each.
+#: Limit on all unwritten answers together; a large one beyond it is refused. Snapshots can be 60 MB each.
 _MAX_UNSENT_NBYTES = 128 * 1024 * 1024
 _LARGE_NBYTES = 256 * 1024
-#: All that a caller may send for one request. Bodies are not read; three long headers and a few short ones fit.
+#: Maximum size of a request. Bodies are not read; three long headers and a few short ones fit.
 _REQUEST_NBYTES = 32 * 1024
-#: Descriptors for everything else: Redis, name lookups, files, and connections that are being closed.
+#: Descriptors for everything else: Redis, name look-ups, files, and connections that are being closed.
 _KEPT_DESCRIPTORS = 96
-#: Calls that may be held for long, until there is something to say.
+#: Calls that may be held for long.
 _HELD = frozenset({messages.GET_SEED, messages.PRESENCE})
-#: How much longer than the longest wait such a call may take.
+#: Maximum duration of such a call beyond the longest wait.
 _HELD_MARGIN_S = 60.0
-#: How long the workers of this package wait for an answer by default, where they state no wait.
+#: How long older workers of this package wait for an answer if they state no wait.
 _PATIENCE_S = 10.0
 
 
 class PlannerProcess:
-    """The planner as one asynchronous context: serving inside, drained and closed after.
+    """The planner as an asynchronous context: it serves inside the block, and drains and closes after it.
 
     Args:
-        store: the state to serve; made from ``settings.store`` where None. Closed at the end.
-        tokens: who is let in; from ``settings.token_file`` or the environment where None.
+        store: the state to serve, closed at the end; made from ``settings.store`` if None.
+        tokens: the bearer tokens; from ``settings.token_file`` or the environment if None.
     """
 
     def __init__(self, settings: Settings, *, store: Store | None = None, tokens: Tokens | None = None) -> None:
@@ -111,7 +111,7 @@ class PlannerProcess:
 
     @property
     def url(self) -> str:
-        """Where a process on this machine reaches the planner."""
+        """The planner's URL for a process on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)  # noqa: S104
         return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
@@ -120,13 +120,13 @@ class PlannerProcess:
         """Serve inside the block; leaving it drains.
 
         Raises:
-            OSError: the address cannot be listened on.
-            StoreUnavailable: the store cannot be reached at the start.
+            OSError: the planner cannot listen on the address.
+            StoreUnavailable: the store is unavailable at the start.
         """
         await self.store.open()
         web_server = web.Server(
             self._handle,
-            handler_cancellation=True,  # a waiting receiver that hangs up leaves the line at once
+            handler_cancellation=True,  # a waiting receiver that hangs up leaves the queue at once
             access_log=None,
             logger=_requests,
             keepalive_timeout=Limits.idle_s,
@@ -165,7 +165,7 @@ class PlannerProcess:
         unsent_nbytes = 0 if self.connections is None else self.connections.unsent_nbytes
         if nbytes > _LARGE_NBYTES and unsent_nbytes and unsent_nbytes + nbytes > _MAX_UNSENT_NBYTES:
             self.metrics.refused("limit")
-            text = "too many large answers are being read; ask again later\n"
+            text = "too many large answers are being read; try again later\n"
             return web.Response(status=503, text=text, headers={"Retry-After": "5"})
         return response
 
@@ -189,7 +189,7 @@ class PlannerProcess:
         return listener
 
     async def _drain(self, listener: Listener, connections: ConnectionLimiter, web_server: web.Server) -> None:
-        """Stop taking connections, send away those who wait, let requests under way finish."""
+        """Accept no connections, send away those who wait, and let open requests finish."""
         self.api.ready = False
         listener.close()
         logger.info("Planner drains: %s here", counted(len(self.queue), "waiting receiver"))
@@ -205,9 +205,9 @@ class PlannerProcess:
             try:
                 pause_s = min(pause_s, max(0.02, await self.store.sweep()))
             except StoreError as error:
-                logger.warning("The sweep failed, trying again: %s", error)
-            except Exception:  # without its sweeps a planner would look well, and end no lease and no connection
-                logger.exception("The sweep failed, trying again")
+                logger.warning("A sweep failed, trying again: %s", error)
+            except Exception:  # without sweeps a planner would look healthy, but no lease would expire
+                logger.exception("A sweep failed, trying again")
             if self._tls is not None:
                 self._tls.refresh()
             await asyncio.sleep(pause_s)
@@ -216,17 +216,17 @@ class PlannerProcess:
         self.metrics.event(event)
         if event.kind == "seed_dropped":
             self.presence.seed_dropped(event.seed)
-        level, text = _TOLD.get(event.kind, (logging.DEBUG, event.kind))
+        level, text = _LOGGED.get(event.kind, (logging.DEBUG, event.kind))
         if logger.isEnabledFor(level):
             fields = {"key": event.key, "seed": event.seed, "detail": event.detail, **event.facts}
             logger.log(level, text, extra={name: value for name, value in fields.items() if value != ""})
 
 
 def make_store(settings: Settings) -> Store:
-    """The store that ``settings`` name.
+    """Make the store that ``settings`` name.
 
     Raises:
-        ConfigError: Redis is asked for and its client is not installed, or the URL cannot be used.
+        ConfigError: the Redis client is not installed, or the URL cannot be used.
     """
     if settings.store == "memory":
         from vllm_rfork.planner.store.memory import MemoryStore
@@ -254,12 +254,14 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with PlannerProcess(settings).running() as planner:
         if not planner.tokens.required:
-            logger.warning("No bearer token is configured: whoever reaches %s may use this planner", planner.url)
+            logger.warning(
+                "No bearer token is configured: every caller that reaches %s may use this planner", planner.url
+            )
         accepted = settings.max_connections if planner.connections is None else planner.connections.limits.connections
         if accepted < settings.max_connections:
             logger.warning(
-                "--max-connections is %d, but this process may have %d open files only: %d connections are accepted at "
-                "once; raise the limit (ulimit -n, LimitNOFILE=, or the container's)",
+                "--max-connections is %d, but this process may have only %d open files: it accepts %d connections at "
+                "once; raise the limit (ulimit -n, LimitNOFILE=, or that of the container)",
                 settings.max_connections,
                 descriptors.limit(),
                 accepted,
@@ -275,7 +277,7 @@ async def serve(settings: Settings) -> None:
 
 
 def run(settings: Settings) -> None:
-    """What ``vllm-rfork planner`` does. Uses uvloop where it is installed.
+    """Run the planner until it is stopped, with uvloop if that is installed.
 
     Raises:
         ConfigError, OSError, StoreUnavailable: the planner could not start.
@@ -290,7 +292,7 @@ def run(settings: Settings) -> None:
 
 
 def _raise_file_limit() -> None:
-    """Every waiting receiver is an open connection: take as many as this process may have."""
+    """Raise the limit of open files as far as possible: every waiting receiver is an open connection."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with contextlib.suppress(ValueError, OSError):

@@ -1,7 +1,7 @@
-"""What Prometheus is told: its own registry, labels bounded in number, nothing that is a credential.
+"""Prometheus metrics of the planner, in a registry of their own, with a bounded number of labels.
 
-Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``. Gauges over the
-fleet are the store's at the time of the scrape; of several replicas only the leading one has them.
+Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``. Gauges over the fleet
+are computed at the time of the scrape. Of several replicas only the leader has them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from prometheus_client.registry import Collector
 
 from vllm_rfork.planner.store.base import Event, Outcome, Totals
 
-# Beside each counter a series "..._created" would say when this process started it: twice the page, and nobody asks.
+# Without this, each counter has a second series "..._created", which doubles the page and which nobody uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 OTHER = "(other)"
-#: Classes of ``errors.py`` that may end a fork; a receiver's other words count as ``(other)``.
+#: Classes of ``errors.py`` that may end a fork; other reported causes count as ``(other)``.
 CAUSES = frozenset(
     {
         "SeedError",
@@ -32,7 +32,7 @@ CAUSES = frozenset(
         "ForkError",
     }
 )
-#: Why a call is not let in.
+#: Reasons to refuse a call.
 _REFUSALS = ("token", "address", "limit")
 _REASONS = frozenset({"stale", "withdrawn", "rekeyed", "new epoch", "new fingerprint"})
 _PREFIX = "rfork_planner_"
@@ -41,46 +41,48 @@ _SLOW = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
 
 class Metrics:
-    """The planner's counters, and the page that shows them."""
+    """The planner's counters and gauges, and the page for Prometheus."""
 
     def __init__(self, max_keys: int) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._max_keys = max_keys
         self._keys: dict[str, str] = {}
-        # Looking up a series by its labels costs as much as the decision that is counted: remember the busy ones.
+        # A look-up of a series by its labels costs as much as the decision that is counted: keep the busy ones.
         self._by_answer: dict[tuple[str, int], Counter] = {}
         self._by_call: dict[str, Histogram] = {}
         self._grants_of: dict[str, Counter] = {}
         self._fleet = _Fleet()
         self.registry.register(self._fleet)
-        self._requests = self._counter("requests", "Answers by call and status", "call", "code")
-        self._durations = self._histogram("request_seconds", "Time per call, waiting excepted", _QUICK, "call")
+        self._requests = self._counter("requests", "Answers, by call and status", "call", "code")
+        self._durations = self._histogram("request_seconds", "Time per call, without waits", _QUICK, "call")
         self._grants = self._counter("grants", "Leases granted", "key")
         self._misses = self._counter("misses", "Receivers sent to storage, by reason", "key", "reason")
         self._waits = self._histogram("wait_seconds", "Time that receivers waited for a seed", _SLOW, "result")
         self._holds = self._histogram("hold_seconds", "Time from grant to release", _SLOW)
-        self._fork_seconds = self._histogram("fork_seconds", "Time of forks, by their receivers' own clocks", _SLOW)
-        self._forks = self._counter("forks", "Leases that ended, by what the receiver said", "result")
-        self._bytes = self._counter("fork_bytes", "Bytes that receivers said they read")
-        self._failures = self._counter("fork_failures", "Failed forks by the error's class", "cause")
+        self._fork_seconds = self._histogram("fork_seconds", "Duration of forks, as reported by receivers", _SLOW)
+        self._forks = self._counter("forks", "Leases released by receivers, by reported result", "result")
+        self._bytes = self._counter("fork_bytes", "Bytes that receivers reported")
+        self._failures = self._counter("fork_failures", "Failed forks, by class of the error", "cause")
         self._dropped = self._counter("seeds_dropped", "Seeds dropped, by reason", "reason")
-        self._events = self._counter("events", "What the store did by itself", "kind")
-        self._refused = self._counter("refused", "Calls that were not let in", "reason")
-        # What alerts are about begins at 0: of a series that begins at 1, Prometheus sees no increase.
+        self._events = self._counter("events", "Events of the store, by kind", "kind")
+        self._refused = self._counter("refused", "Refused calls, by reason", "reason")
+        # Series for alerts begin at 0: if one began at 1, Prometheus would see no increase.
         for cause in (*CAUSES, OTHER):
             self._failures.labels(cause)
         for reason in _REFUSALS:
             self._refused.labels(reason)
         for kind in ("lease_expired", "seed_absent", "seed_aside", "state_lost"):
             self._events.labels(kind)
-        self._store_up = Gauge(f"{_PREFIX}store_up", "1 while this replica decides, else 0", registry=self.registry)
+        self._store_up = Gauge(
+            f"{_PREFIX}store_up", "1 while this replica decides, otherwise 0", registry=self.registry
+        )
         self.open_waits = Gauge(f"{_PREFIX}held_requests", "Requests that wait in this process", registry=self.registry)
         self.presence = Gauge(
-            f"{_PREFIX}presence_connections", "Seeds that hold a presence connection here", registry=self.registry
+            f"{_PREFIX}presence_connections", "Presence connections of seeds to this process", registry=self.registry
         )
 
     def request(self, call: str, code: int, duration_s: float | None) -> None:
-        """One answered call; ``duration_s`` None where it waited for a seed."""
+        """Count an answered call; ``duration_s`` is None if it waited for a seed."""
         count = self._by_answer.get((call, code))
         if count is None:
             count = self._by_answer[call, code] = self._requests.labels(call, str(code))
@@ -92,7 +94,7 @@ class Metrics:
             duration.observe(duration_s)
 
     def granted(self, key: str, waited_s: float | None) -> None:
-        """A lease was given, after a wait or at once (None)."""
+        """Count a lease that was granted, after a wait or at once (None)."""
         label = self._key(key)
         count = self._grants_of.get(label)
         if count is None:
@@ -102,13 +104,13 @@ class Metrics:
             self._waits.labels("granted").observe(waited_s)
 
     def missed(self, key: str, reason: str, waited_s: float | None) -> None:
-        """A receiver was sent to storage, after a wait or at once (None)."""
+        """Count a receiver that was sent to storage, after a wait or at once (None)."""
         self._misses.labels(self._key(key), reason or "unknown").inc()
         if waited_s is not None:
             self._waits.labels("missed").observe(waited_s)
 
     def released(self, held_s: float, outcome: Outcome | None) -> None:
-        """A lease ended by its receiver's word."""
+        """Count a lease that its receiver released."""
         self._holds.observe(held_s)
         if outcome is not None and outcome.duration_s:
             self._fork_seconds.observe(outcome.duration_s)
@@ -121,11 +123,11 @@ class Metrics:
             self._failures.labels(outcome.cause if outcome.cause in CAUSES else OTHER).inc()
 
     def refused(self, reason: str) -> None:
-        """A call was not let in: ``token``, ``address`` or ``limit``."""
+        """Count a refused call: ``token``, ``address`` or ``limit``."""
         self._refused.labels(reason).inc()
 
     def event(self, event: Event) -> None:
-        """The store did something by itself; forks are counted by :meth:`released`."""
+        """Count an event of the store; forks are counted by :meth:`released`."""
         if event.kind in ("fork_ok", "fork_failed"):
             return
         self._events.labels(event.kind).inc()
@@ -133,9 +135,9 @@ class Metrics:
             self._dropped.labels(event.detail if event.detail in _REASONS else OTHER).inc()
 
     def page(self, totals: Mapping[str, Totals] | None) -> bytes:
-        """The metrics in Prometheus's text format, with the fleet as ``totals`` has it.
+        """Return the metrics in Prometheus's text format, with the fleet's ``totals``.
 
-        None: the store does not answer. ``store_up`` is 0 then, and the fleet has no gauges: old or zero ones would be
+        None: the store is unavailable. ``store_up`` is 0 then, and the fleet has no gauges: old or zero ones would be
         wrong.
         """
         self._store_up.set(totals is not None)
@@ -164,7 +166,7 @@ class Metrics:
 
 
 class _Fleet(Collector):
-    """The fleet's gauges, from the totals it was last given; none while those are None."""
+    """The fleet's gauges, from the latest totals; none while those are None."""
 
     def __init__(self) -> None:
         self.shown: Mapping[str, Totals] | None = {}
@@ -173,16 +175,16 @@ class _Fleet(Collector):
     def collect(self) -> Iterable[Metric]:
         if self.shown is None:
             return
-        yield GaugeMetricFamily(f"{_PREFIX}keys", "Keys that are known", value=self.keys)
+        yield GaugeMetricFamily(f"{_PREFIX}keys", "Known keys", value=self.keys)
         seeds = GaugeMetricFamily(f"{_PREFIX}seeds", "Seeds by state", labels=["key", "state"])
         gauges = {
             name: GaugeMetricFamily(f"{_PREFIX}{shown}", help_, labels=["key"])
             for name, shown, help_ in (
-                ("slots", "slots", "Leases that the seeds can carry at once"),
-                ("leases", "leases", "Leases that live"),
-                ("waiting", "waiting", "Receivers in line"),
-                ("intents", "intents", "Receivers that load from storage and will be seeds"),
-                ("oldest_wait_s", "oldest_wait_seconds", "Age of the oldest receiver in line"),
+                ("slots", "slots", "Leases that the seeds accept at once"),
+                ("leases", "leases", "Current leases"),
+                ("waiting", "waiting", "Receivers in the queue"),
+                ("intents", "intents", "Workers that load from storage and will be seeds"),
+                ("oldest_wait_s", "oldest_wait_seconds", "Wait so far of the oldest receiver in the queue"),
             )
         }
         for key, each in self.shown.items():

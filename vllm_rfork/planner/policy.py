@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vllm_rfork.errors import ConfigError
 
-#: A score is ``weight * TURNS + turn`` and must stay exact as a double.
+#: A score is ``weight * TURNS + turn``.
 TURNS = 1 << 40
 MAX_WEIGHT = (1 << 13) - 1
 #: The bucket in which every seed sits.
@@ -21,11 +21,11 @@ EVERYWHERE = ""
 
 @dataclass(frozen=True)
 class Policy:
-    """How seeds are ordered.
+    """An order of seeds.
 
     ``levels`` are label names, nearest first: a seed that shares the receiver's value is preferred. ``weigh``
-    says what counts within a level: ``load`` (leases per slot), ``nic`` (leases on all seeds behind the same
-    network card) or ``turn`` (nothing). Ties always go to the seed whose last turn is longest ago.
+    is the weight within a level: ``load`` (leases per slot), ``nic`` (leases on all seeds behind the same network card)
+    or ``turn`` (none). Ties go to the seed whose last turn is longest ago.
     """
 
     name: str
@@ -45,11 +45,7 @@ POLICIES: Mapping[str, Policy] = {
 
 
 def policy_named(name: str) -> Policy:
-    """The policy called ``name``.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the policy called ``name``. Raises :class:`ConfigError` if there is none."""
     try:
         return POLICIES[name]
     except KeyError:
@@ -57,13 +53,13 @@ def policy_named(name: str) -> Policy:
 
 
 def buckets(policy: Policy, labels: Mapping[str, str]) -> tuple[str, ...]:
-    """The buckets of one seed or the buckets to search for one receiver, nearest first."""
+    """Return the buckets of one seed, or the buckets to search for one receiver, nearest first."""
     near = tuple(f"{level}={labels[level]}" for level in policy.levels if labels.get(level))
     return (*near, EVERYWHERE)
 
 
 def score(policy: Policy, *, leases: int, slots: int, nic_leases: int, turn: int) -> int:
-    """The order within a bucket; the lowest is chosen. Exact in a double."""
+    """Return the rank within a bucket; the lowest is chosen."""
     if policy.weigh == "load":
         weight = leases * 1000 // max(slots, 1)
     elif policy.weigh == "nic":
@@ -74,5 +70,5 @@ def score(policy: Policy, *, leases: int, slots: int, nic_leases: int, turn: int
 
 
 def nic_of(host: str, labels: Mapping[str, str]) -> str:
-    """The network card that a seed on ``host`` sends through; the whole host where no label says."""
+    """Return the network card of a seed on ``host``; without a label, all of the host counts as one."""
     return f"{labels.get('host') or host}/{labels.get('nic', '')}"

@@ -1,7 +1,7 @@
-"""Name resolution that callers cannot exhaust: bounded threads, a bounded share for each caller, one look-up a name.
+"""Name resolution that callers cannot exhaust: the threads are bounded, in total and per caller.
 
-A blocked ``getaddrinfo`` cannot be cancelled, so each runs on a daemon thread of its own: it neither occupies the event
-loop's shared threads nor holds up the end of the process.
+A blocked ``getaddrinfo`` cannot be cancelled, so each runs on its own daemon thread: it does not occupy the shared
+threads of the event loop and does not delay the end of the process.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from collections import Counter
 from collections.abc import Callable
 
 TIMEOUT_S = 2.0
-#: Look-ups at once, of all callers and of one.
+#: Maximum number of look-ups at once, of all callers and of one.
 MAX_LOOKUPS = 32
 MAX_OF_ONE = 2
-#: A name that was slow is not looked up again for so long, in seconds.
+#: A name that was slow is not looked up again for this many seconds.
 SLOW_S = 30.0
 _MAX_SLOW = 4096
-#: ``getaddrinfo`` has answered that there is no such name. Anything else is a resolver that does not work now.
+#: Errors of ``getaddrinfo`` for a name that does not exist. Others mean that the resolver does not work now.
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
 
 class Unresolved(Exception):
-    """The name could not be looked up now; the text says why. HTTP 503."""
+    """The name could not be looked up now. HTTP 503."""
 
 
 def look_up(name: str) -> list[str]:
-    """The addresses of ``name``. Blocks for as long as the resolver takes. Raises OSError, UnicodeError."""
+    """Return the addresses of ``name``. Blocks. Raises OSError, UnicodeError."""
     return [str(each[4][0]) for each in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
 
 
 class Resolver:
-    """Looks names up for callers that are known by an address. Belongs to one event loop.
+    """Looks up names for callers, which are identified by an address. Belongs to one event loop.
 
     Args:
         clock: seconds, never backwards; replaced in tests.
@@ -49,7 +49,7 @@ class Resolver:
         self._slow: dict[str, float] = {}
 
     async def addresses(self, name: str, caller: str) -> list[str]:
-        """The addresses of ``name``; empty where there is no such name.
+        """Return the addresses of ``name``; an empty list if it does not exist.
 
         Raises:
             Unresolved: no answer within ``TIMEOUT_S``, the resolver does not work, or too many look-ups run.
@@ -59,10 +59,10 @@ class Resolver:
             if self._slow.get(name, 0.0) > self._clock():
                 raise Unresolved(f"the host name {name} could not be looked up a moment ago")
             if len(self._running) >= MAX_LOOKUPS or self._of[caller] >= MAX_OF_ONE:
-                raise Unresolved(f"the host name {name} cannot be looked up now: others are being looked up")
+                raise Unresolved(f"the host name {name} cannot be looked up now: too many look-ups are running")
             found = self._start(name, caller)
         try:
-            # Shielded: the thread goes on, and the next caller that asks for the name may still use its answer.
+            # Shielded: the thread continues, and the next caller that asks for the name can use its answer.
             return await asyncio.wait_for(asyncio.shield(found), TIMEOUT_S)
         except asyncio.TimeoutError as error:
             if len(self._slow) >= _MAX_SLOW:
@@ -83,7 +83,7 @@ class Resolver:
                 del self._of[caller]
             if isinstance(answer, Unresolved):
                 found.set_exception(answer)
-                found.exception()  # whoever asked may be gone; asyncio would log that nobody fetched it
+                found.exception()  # fetched: the caller may have hung up, and asyncio would log it
             else:
                 self._slow.pop(name, None)
                 found.set_result(answer)
@@ -100,7 +100,7 @@ class Resolver:
             try:
                 loop.call_soon_threadsafe(finish, answer)
             except RuntimeError:
-                return  # the loop has ended, and nobody waits any more
+                return  # the loop has ended
 
         threading.Thread(target=run, name="rfork-resolver", daemon=True).start()
         return found

@@ -1,6 +1,6 @@
-"""Who may call, and what a caller may announce: bearer tokens, TLS, addresses.
+"""Access to the planner: bearer tokens, TLS, and the addresses that a caller may announce.
 
-Tokens are compared in constant time and re-read when their file changes; no log line, metric or error text holds one.
+Tokens are compared in constant time and read again when their file changes. No log line, metric or error contains one.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _MAX_REMEMBERED = 4096
 
 
 class Tokens:
-    """The tokens that open the planner: none (open to all), one, or two while they are being rotated.
+    """The accepted bearer tokens: none (open to all), one, or two during a rotation.
 
     Args:
-        path: a token file (see :mod:`vllm_rfork.net.bearer`), looked at again at most once a second; where it is
-            None, the variables :data:`TOKEN_VARIABLES` of ``environ`` count.
+        path: a token file (see :mod:`vllm_rfork.net.bearer`), read again at most once a second. If it is None,
+            the variables :data:`TOKEN_VARIABLES` of ``environ`` are used.
 
     Raises:
-        ConfigError: the file cannot be used, or ``RFORK_TOKEN`` is set and blank: whoever set it wanted a token, and
+        ConfigError: the file cannot be used, or ``RFORK_TOKEN`` is set and blank: a token was intended, and
             without one the planner would be open to all.
     """
 
@@ -51,15 +51,15 @@ class Tokens:
 
     @property
     def required(self) -> bool:
-        """Callers must have a token."""
+        """True if callers need a token."""
         return bool(self._tokens.current())
 
     def current(self) -> tuple[str, ...]:
-        """The tokens, the one to send first."""
+        """Return the tokens, the one to send first."""
         return self._tokens.current()
 
     def admit(self, authorization: str | None) -> bool:
-        """Whether an ``Authorization`` header opens the planner."""
+        """Return whether an ``Authorization`` header contains a valid token."""
         return bearer.admits(self._tokens.current(), authorization)
 
 
@@ -72,10 +72,10 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 class ServerTls:
-    """The server's side of TLS 1.2 and later; new connections use a certificate that was renewed on disk.
+    """The server side of TLS 1.2 and later. New connections use a certificate that was renewed on disk.
 
-    A client CA that was exchanged is trusted from then on as well; the earlier one stays trusted until a restart. A
-    pair of which only half has been renewed leaves the earlier one in use.
+    A new client CA is trusted as well; the earlier one stays trusted until a restart. While only one file of a pair has
+    been renewed, the earlier pair stays in use.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -96,7 +96,7 @@ class ServerTls:
 
     def _load(self) -> None:
         try:
-            # Without a password OpenSSL would ask the terminal for that of a key which has one.
+            # Without a password OpenSSL would ask for one in the terminal if the key has one.
             self.context.load_cert_chain(self._cert, self._key, password=b"")
         except (OSError, ssl.SSLError) as error:
             raise ConfigError("tls_cert", "cannot be used with tls_key", "a PEM certificate and its key") from error
@@ -108,22 +108,22 @@ class ServerTls:
 
 
 class Trust(enum.Enum):
-    """Who may announce other addresses than the one that its connection comes from."""
+    """The callers that may announce other addresses than that of their connection."""
 
     #: Nobody.
     OWN_ADDRESS = "own address"
-    #: Callers with a token. The caller must have been let in by one.
+    #: Callers with a token, which must have been checked.
     MEMBERS = "members"
-    #: Everybody: NAT, proxies.
+    #: Everybody, for NAT and proxies.
     ANYBODY = "anybody"
 
 
 class AddressCheck:
-    """Whether a caller may announce an address: its own only, unless ``trust`` says otherwise.
+    """Decides whether a caller may announce an address: only its own, unless ``trust`` allows more.
 
-    A caller on the planner's own machine may name any address of that machine. A host name must resolve to the
-    caller; the answer is remembered for five minutes. Members may name any address but loopback, which would send
-    receivers to themselves.
+    A caller on the planner's machine may announce any address of that machine. A host name must resolve to the caller;
+    the answer is cached for five minutes. Members may announce any address but loopback, which would send receivers to
+    themselves.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class AddressCheck:
         self._remembered: dict[tuple[str, str], float] = {}
 
     async def allows(self, announced: str, peer: str | None) -> bool:
-        """``peer`` is the address that the connection comes from; None (no TCP) is trusted as local.
+        """Return whether ``peer``, the address of the connection (None if not TCP: local), may announce an address.
 
         Args:
             announced: as :func:`~vllm_rfork.net.addresses.canonical_host` spells it.
 
         Raises:
-            Unresolved: a host name could not be looked up now; asking again may help.
+            Unresolved: a host name could not be looked up now.
         """
         if self._trust is Trust.ANYBODY or peer is None or announced == peer:
             return True
@@ -171,7 +171,7 @@ class AddressCheck:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is the address or the name of the machine itself, by its spelling alone."""
+    """Return whether ``host`` is a loopback address or name, judged by its spelling."""
     address = _address(host)
     return host == "localhost" if address is None else address.is_loopback
 
@@ -200,5 +200,5 @@ def _is_of_this_machine(address: ipaddress.IPv4Address | ipaddress.IPv6Address) 
 
 
 def tokens_from(path: Path | None) -> Tokens:
-    """The tokens of ``path``, or of the environment where it is None."""
+    """Return the tokens of ``path``, or of the environment if it is None."""
     return Tokens(path, os.environ)

@@ -36,7 +36,10 @@ def text(headers: Mapping[str, str], name: str, max_length: int = MAX_ID_LENGTH)
 
 def labels(headers: Mapping[str, str]) -> Mapping[str, str]:
     """Return the labels of a seed or receiver."""
-    return messages.parse_labels(text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH))
+    try:
+        return messages.parse_labels(text(headers, messages.LABELS, messages.MAX_HEADER_LENGTH))
+    except BadMessage as error:
+        raise BadMessage(f"header {messages.LABELS}: {error}") from error
 
 
 def seed_address(headers: Mapping[str, str]) -> messages.SeedAddress:

@@ -1,13 +1,11 @@
-"""The planner's state as a port: what every store can do, in plain data.
+"""The planner's state as a port: the decisions of every store, in plain data.
 
-Every method is one atomic decision. Of several planner processes over one store one leads and decides; the others
-raise :class:`StoreUnavailable`. A store never sleeps and never answers HTTP. The order of the waiting line is the
-store's: whoever waits longest for a key and may use a seed is given it the moment a slot is free, before any newcomer.
+Each method is one atomic decision. Of several planner processes over one store one leads and decides; the others raise
+:class:`StoreUnavailable`. A store never sleeps and does no HTTP. It owns the order of the queue: the receiver that has
+waited longest for a key gets the next suitable slot, before any newcomer.
 
-Vocabulary beyond ``words.md``: a *ticket* names one waiting receiver; it is *settled* once it has a lease or is
-told to load from storage. ``Store.notify`` hears of settled tickets, and ``Store.settle`` fetches the result.
-
-Must not import aiohttp or redis.
+A *ticket* names one waiting receiver. It is *settled* once the receiver has a lease or has to load from storage. A
+store calls ``notify`` for settled tickets; :meth:`Store.settle` and :meth:`Store.park` fetch the result.
 """
 
 from __future__ import annotations
@@ -22,15 +20,9 @@ from vllm_rfork.messages import TICKET_INTENT_TTL_S, OtherSeeds, SeedAddress, Wa
 from vllm_rfork.planner.policy import Policy
 from vllm_rfork.planner.store.lease_ids import LeaseIds
 
-#: Failures that say nothing about the seed.
-SEED_NOT_TO_BLAME = frozenset({"ConfigError", "ManifestMismatch", "NoSeedAvailable", "PlannerError"})
-
-#: A waiting receiver whose replica never came back for it is forgotten so long after its wait was over, in seconds.
-WAIT_GRACE_S = 10.0
-
 
 class StoreError(RForkError):
-    """Base of what a store answers instead of doing what was asked."""
+    """Base of the errors with which a store declines a call."""
 
 
 class UnknownLease(StoreError):
@@ -42,45 +34,49 @@ class UnknownSeed(StoreError):
 
 
 class StillLeased(StoreError):
-    """The seed still has leases; it is draining now and gets no new one. HTTP 409."""
+    """The seed has leases; it is draining and gets no new one. HTTP 409."""
 
 
 class LimitReached(StoreError):
-    """A bound on keys, seeds or intents is reached; the text says which. HTTP 429."""
+    """A limit on keys, seeds or intents is reached. HTTP 429."""
 
 
 class StoreUnavailable(StoreError):
-    """The store cannot decide here and now: Redis is unreachable, or another replica leads. HTTP 503."""
+    """This process cannot decide now: Redis is unreachable, or another replica leads. HTTP 503."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a store decides by. Seconds throughout; the same for all replicas of one fleet."""
+    """Parameters of decisions, in seconds; the same for all replicas of a fleet.
+
+    Attributes:
+        claim_s: how long a lease waits for its waiting receiver to fetch it.
+        confirm_s: how long a lease by ticket waits for its first renewal, and a place in the queue for its receiver.
+        default_wait_s: the longest wait of a receiver that states none, if no load of the key was measured; 0: none.
+        max_wait_s: the longest wait that a receiver does not state itself.
+        recovery_hold_s: how long no seed is granted after a start without state.
+        presence_grace_s: how soon a seed must send its next presence request after the answer to one.
+        presence_takeover_s: the same after another replica took over, since connections ended with the one before.
+        return_s: for this long after its connection broke, waiting receivers count on a seed's return, and heartbeats
+            do
+            not end its absence: the process may have sent them before it died.
+        failures: distinct receivers whose forks fail in a row before a seed is quarantined.
+    """
 
     policy: Policy
     lease_ttl_s: float = 60.0
     stale_s: float = 60.0
     intent_ttl_s: float = 60.0
-    #: how long a lease waits for its waiting receiver to fetch it
     claim_s: float = 5.0
-    #: how long a lease by ticket waits for its first renewal, and a place in the queue for its receiver
     confirm_s: float = 10.0
-    #: the wait of a receiver that states none, for a key of which no load was measured; 0: it does not wait
     default_wait_s: float = 120.0
-    #: the longest wait that is not stated
     max_wait_s: float = 600.0
-    #: after a start without state: how long no seed at all is granted
     recovery_hold_s: float = 0.0
-    #: a seed whose presence request was answered sends the next within this, or is absent
     presence_grace_s: float = 5.0
-    #: the same after a replica took over: connections ended with the one before
     presence_takeover_s: float = 20.0
-    #: for so long after its connection broke, waiting receivers stay in line for a seed, and heartbeats do not bring it
-    #: back: the process may have sent them before it died
     return_s: float = 2.0
     slots: int = 1
     max_slots: int = 64
-    #: distinct receivers whose forks fail in a row, after which a seed is quarantined
     failures: int = 3
     backoff_s: float = 10.0
     max_backoff_s: float = 300.0
@@ -91,21 +87,23 @@ class Rules:
     max_history: int = 256
 
     def intent_ttl_of(self, ask: Ask) -> float:
-        """How long the intent of ``ask`` is remembered unless it is renewed, in seconds."""
+        """Return for how long the intent of ``ask`` is recorded, in seconds."""
         return min(self.intent_ttl_s, TICKET_INTENT_TTL_S) if ask.keeps else self.intent_ttl_s
 
     @property
     def confirmation_s(self) -> float:
-        """How long a lease by ticket waits for its first renewal, and a place in the queue for its receiver."""
+        """``confirm_s``, but no longer than a lease lives."""
         return min(self.confirm_s, self.lease_ttl_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """``add_seed``: this seed is alive. ``slots`` None: the fleet's default.
+    """A seed announces itself with ``add_seed``.
 
-    ``known_state`` is the state id that the planner last answered this seed with. Where it is not the present
-    one, the planner has lost its state and the seed may carry leases that nobody remembers.
+    Attributes:
+        slots: None: the fleet's default.
+        known_state: the state id that the planner last sent to this seed. If it is not the present one, the planner has
+            lost its state, and the seed may have leases that are unknown now.
     """
 
     key: str
@@ -120,12 +118,15 @@ class Announcement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """``get_seed``: one receiver wants a seed, now or within ``wait_s``, in line under ``ticket`` (unique).
+    """A receiver asks for a seed with ``get_seed``.
 
-    ``intent`` is the receiver's id where it says that it loads from storage if there is nothing to wait for.
-    ``receiver`` is for people to read. ``keeps``: the ticket is the receiver's own, and it comes back with it: what it
-    was given it is given again. ``patient``: it states no wait, and waits for as long as that is expected to be faster
-    than reading storage.
+    Attributes:
+        receiver: its address, for people.
+        wait_s: how long it waits.
+        ticket: unique; its name in the queue.
+        intent: its id as a pending loader, if it loads from storage when there is nothing to wait for.
+        keeps: the ticket is the receiver's own. It asks again with it, and gets the same answer again.
+        patient: it states no wait, and waits as long as that is expected to be faster than a load from storage.
     """
 
     key: str
@@ -142,10 +143,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a receiver says of its fork when it releases its lease.
+    """The report of a receiver that releases its lease.
 
-    ``duration_s`` is the receiver's own time, 0 where it states none; ``cause`` the error's class name; ``side`` one of
-    ``messages.SIDES`` or empty; ``lane`` the engine and lane.
+    Attributes:
+        duration_s: measured by the receiver; 0 if it reports none.
+        cause: the class name of the error.
+        side: one of ``messages.SIDES``, or empty.
+        lane: engine and lane.
     """
 
     ok: bool
@@ -158,10 +162,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Granted:
-    """A lease on ``seed`` until ``ttl_s`` from now.
+    """A lease on ``seed`` for ``ttl_s`` from now.
 
-    ``waited_s``: how long its receiver stood in the queue, if so. ``by_ticket``: the receiver asks again if it does not
-    get the answer, and the lease ends soon if it does not.
+    Attributes:
+        waited_s: how long its receiver was in the queue; None if it was not.
+        by_ticket: the receiver asks again if the answer does not arrive, and the lease ends soon if it does not.
     """
 
     seed: SeedAddress
@@ -173,11 +178,14 @@ class Granted:
 
 @dataclass(frozen=True)
 class Missed:
-    """Nothing to give: load from storage. ``intent``: the planner remembers that this receiver does.
+    """There is no seed: load from storage. All fields but ``intent`` are for people.
 
-    For people, and no part of the decision: ``reason``, one of ``messages.MISSES`` or empty where the store gives none,
-    ``others``, the seeds of this key with other fingerprints, ``text``, why it does not wait, or no longer, and
-    ``waited_s``, how long it stood in the queue, if it did.
+    Attributes:
+        intent: the planner has recorded that this receiver loads.
+        reason: one of ``messages.MISSES``, or empty.
+        others: seeds of this key with other fingerprints.
+        text: why the receiver does not wait, or no longer.
+        waited_s: how long it was in the queue; None if it was not.
     """
 
     intent: bool = False
@@ -189,10 +197,12 @@ class Missed:
 
 @dataclass(frozen=True)
 class Queued:
-    """The receiver stands in its key's line under ``ticket``.
+    """The receiver is in the queue of its key under ``ticket``.
 
-    For one that ``keeps`` its ticket: its place, the seconds until its wait is over, and what it is to be told.
-    ``parked``: it is served only once it has asked again.
+    Attributes:
+        place: for one that keeps its ticket, what it is answered.
+        left_s: seconds until its wait is over.
+        parked: it is served only once it has asked again.
     """
 
     ticket: str
@@ -203,7 +213,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Released:
-    """A lease that is gone now; ``held_s`` is how long it lived."""
+    """A lease that ended after ``held_s`` seconds."""
 
     key: str
     held_s: float
@@ -211,11 +221,11 @@ class Released:
 
 @dataclass(frozen=True)
 class Event:
-    """Something a store did by itself, for logs and metrics.
+    """Something that a store reports, for logs and metrics.
 
-    ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: why), ``seed_absent``, ``seed_returned``,
-    ``seed_aside`` (quarantined; ``detail``: seconds), ``lease_expired``, ``lease_dropped`` (its seed went),
-    ``lease_adopted``, ``intent_expired``, ``state_lost``, ``fork_ok`` and ``fork_failed`` (what a receiver reported).
+    ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: the reason), ``seed_absent``, ``seed_returned``,
+    ``seed_aside`` (quarantined; ``detail``: seconds), ``lease_expired``, ``lease_dropped`` (with its seed),
+    ``lease_adopted``, ``intent_expired``, ``state_lost``, ``fork_ok`` and ``fork_failed`` (reported by a receiver).
     ``facts`` are more fields for the log.
     """
 
@@ -228,7 +238,7 @@ class Event:
 
 @dataclass
 class Totals:
-    """Counts over one key or the whole fleet. ``oldest_wait_s`` is the age of the line's oldest waiter."""
+    """Counts over one key or the whole fleet. ``aside`` are quarantined seeds, ``oldest_wait_s`` is an age."""
 
     seeds: int = 0
     draining: int = 0
@@ -242,7 +252,7 @@ class Totals:
 
     def add(self, other: Totals) -> None:
         """Add ``other`` in place; the age is the larger of the two."""
-        # Spelt out: there may be thousands of keys, and a loop over the fields takes ten times as long.
+        # A loop over the fields takes ten times as long, and there may be thousands of keys.
         self.seeds += other.seeds
         self.draining += other.draining
         self.aside += other.aside
@@ -255,16 +265,20 @@ class Totals:
 
 
 def _ignore(_: Any) -> None:
-    """Nobody listens yet."""
+    """Do nothing: the default of the store's callbacks."""
 
 
 class Store(abc.ABC):
-    """The port. All methods raise :class:`StoreUnavailable` where the state cannot be reached.
+    """The port. All methods raise :class:`StoreUnavailable` if the state cannot be reached.
 
-    ``notify`` is called with a ticket that may be settled now, ``notify_all`` where any ticket may be, ``lost`` when
-    the numbers of :meth:`attend` mean nothing any more, because another process may decide now, and ``observe`` with
-    every :class:`Event`; their owner replaces them before :meth:`open`, and ``lease_ids`` if callers need a token. They
-    must not block.
+    The owner replaces these callbacks before :meth:`open`, and ``lease_ids`` if callers need a token. They must not
+    block.
+
+    Attributes:
+        notify: called with a ticket that may be settled now.
+        notify_all: called when any ticket may be settled.
+        lost: called when the numbers of :meth:`attend` have become invalid, because another process may decide now.
+        observe: called with every :class:`Event`.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -281,50 +295,68 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """Let go of everything; idempotent. Fleet state that others share stays."""
+        """Release everything; idempotent. State that others share stays."""
+
+    @abc.abstractmethod
+    async def ping(self) -> None:
+        """Return if decisions can be made here."""
 
     @abc.abstractmethod
     async def announce(self, announcement: Announcement) -> str:
         """Add or refresh a seed; returns the state id. Raises :class:`LimitReached`."""
 
     @abc.abstractmethod
-    async def attend(self, announcement: Announcement, *, held: bool) -> int:
-        """A presence request of a known seed: it is back if it was absent. Returns the number of the connection.
+    async def withdraw(self, key: str, seed: SeedAddress) -> None:
+        """Remove a seed. Raises :class:`UnknownSeed` or :class:`StillLeased`."""
 
-        ``held``: the request is held from now on, in place of any earlier one, and :meth:`leave` follows. Else the
-        seed lives by its heartbeats.
+    @abc.abstractmethod
+    async def attend(self, announcement: Announcement, *, held: bool) -> int:
+        """Handle a presence request of a known seed, which is not absent from now on. Returns the connection's number.
+
+        ``held``: the request is held from now on, in place of any earlier one, and :meth:`leave` follows. Without it
+        the seed lives by its heartbeats.
 
         Raises:
-            UnknownSeed: no such seed under this key, fingerprint and epoch; it has to be announced first.
+            UnknownSeed: no such seed with this key, fingerprint and epoch; it has to be announced first.
         """
 
     @abc.abstractmethod
     async def leave(self, seed: SeedAddress, number: int, *, answered: bool) -> None:
-        """The held presence request ``number`` is over: ``answered``, or its connection broke.
+        """End the held presence request ``number``, which was answered, or whose connection broke.
 
-        Unless ``answered``, the seed is absent from now on: it is not granted. Nothing happens where a later request
-        of the seed is held.
+        Unless ``answered``, the seed is absent from now on and is not granted. If a later request of the seed is held,
+        nothing changes.
         """
 
     @abc.abstractmethod
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
-        """Give ``ask`` a seed, a place in the line, or neither."""
+        """Give ``ask`` a seed, a place in the queue, or neither."""
 
     @abc.abstractmethod
     async def settle(self, ticket: str, *, leave: bool, loads: bool = True) -> Granted | Missed | Queued | None:
         """Fetch a ticket's result, which starts the lease's full TTL and forgets the ticket.
 
-        ``leave`` takes a receiver that still waits out of the line: :class:`Missed`. Otherwise it stays:
-        :class:`Queued`. None: the ticket is unknown, or its lease was not fetched in time. ``loads`` False: nobody
-        will hear that it is to load (it hung up, or is sent to another planner), so its intent is not remembered.
+        ``leave`` takes a receiver that still waits out of the queue: :class:`Missed`. Otherwise it stays:
+        :class:`Queued`. None: the ticket is unknown, or its lease was not fetched in time. ``loads`` False: the
+        receiver does not learn that it should load (it hung up, or is sent to another planner), so no intent is
+        recorded.
         """
 
     @abc.abstractmethod
     async def park(self, ticket: str, *, hung_up: bool = False) -> Granted | Missed | Queued | None:
-        """The result of a receiver that keeps its ticket, as :meth:`settle`, or leave it in the line: Queued.
+        """Fetch the result of a receiver that keeps its ticket, as :meth:`settle` does, or leave it in the queue:
+        Queued.
 
-        It is not served until it asks again, and is forgotten where it does not within ``confirm_s``. ``hung_up``:
-        nobody hears the result, so what it was told is taken back, and what it was given is left for it to fetch.
+        It is not served until it asks again, and is forgotten if it does not within ``confirm_s``. ``hung_up``: the
+        answer does not arrive, so an intent is withdrawn again, and a lease is left for the receiver to fetch.
+        """
+
+    @abc.abstractmethod
+    async def renew(self, seed: SeedAddress, user_id: str) -> None:
+        """Give a lease its full TTL again. Raises :class:`UnknownLease`.
+
+        Within one TTL after a start without state, a lease of an earlier state is taken over if it can be verified: its
+        id proves itself, or the seed reports that state and has a slot for it. Until the seed does, the lease is noted.
         """
 
     @abc.abstractmethod
@@ -332,63 +364,34 @@ class Store(abc.ABC):
         """End a lease. Raises :class:`UnknownLease`."""
 
     @abc.abstractmethod
-    async def renew(self, seed: SeedAddress, user_id: str) -> None:
-        """Give a lease its full TTL again. Raises :class:`UnknownLease`.
-
-        Within one TTL after a start without state, a lease of an earlier state is taken over if it can be checked: its
-        id proves itself, or the seed reports that state and has a slot for it. Until the seed does, the lease is noted.
-        """
-
-    @abc.abstractmethod
-    async def withdraw(self, key: str, seed: SeedAddress) -> None:
-        """Remove a seed. Raises :class:`UnknownSeed` or :class:`StillLeased`."""
-
-    @abc.abstractmethod
     async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
-        """Remember for ``ttl_s`` that somebody loads ``key`` from storage; 0 forgets. Raises LimitReached."""
+        """Record for ``ttl_s`` that a worker loads ``key`` from storage; 0 forgets it. Raises LimitReached."""
 
     @abc.abstractmethod
     async def sweep(self) -> float:
-        """Do everything that time has made due; returns seconds until the next thing is, or infinity."""
+        """Do everything that is due; returns the seconds until the next thing is, or infinity."""
 
     @abc.abstractmethod
     async def totals(self) -> dict[str, Totals]:
-        """Counts by key. Linear in the number of keys."""
+        """Count by key. Linear in the number of keys."""
 
     @abc.abstractmethod
     def snapshot_slices(
         self, *, key: str | None = None, limit: int = 1000
     ) -> AsyncIterator[tuple[str, str | float | list[Any] | dict[str, Any]]]:
-        """The fields of :meth:`snapshot` in order; lists and ``keys`` first empty, and then some entries at a time.
+        """Yield the fields of a snapshot in order; lists and ``keys`` first empty, then some entries at a time.
+
+        The fields are plain JSON data: ``keys``, and the lists seeds, leases, waiting, intents, times and history, each
+        of at most ``limit`` entries, of one ``key`` if given. Ages are in seconds. Lease ids are shortened.
 
         Other calls have their turn between two slices, so this is not one decision: the records are those of the
         beginning, and each is shown as it is when its slice is made.
         """
 
-    async def snapshot(self, *, key: str | None = None, limit: int = 1000) -> dict[str, Any]:
-        """Plain JSON data for people: ``keys`` and lists (seeds, leases, waiting, intents, times, history).
-
-        Each list holds at most ``limit`` entries, of one ``key`` where given; ages in seconds. Lease ids are
-        cut short: whoever knows one whole may release the lease.
-        """
-        whole: dict[str, Any] = {}
-        async for name, value in self.snapshot_slices(key=key, limit=limit):
-            if name not in whole:
-                whole[name] = value
-            elif isinstance(value, dict):
-                whole[name].update(value)
-            else:
-                whole[name] += value
-        return whole
-
     @abc.abstractmethod
     async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
-        """What a person should see first, as plain JSON data; ``planner/store/overview.py`` has its form.
+        """Return the data of the dashboard, in the form that ``planner/store/overview.py`` describes.
 
-        Its cost grows with the number of keys and with ``limit``, never with the number of seeds, leases or waiters.
-        Keys are counted some at a time, with other calls in between: this is not one decision. Lease ids are cut short.
+        Its cost grows with the number of keys and with ``limit``, but not with the number of seeds, leases or waiters.
+        Keys are counted some at a time, with other calls in between: this is not one decision.
         """
-
-    @abc.abstractmethod
-    async def ping(self) -> None:
-        """Return where decisions can be made now."""

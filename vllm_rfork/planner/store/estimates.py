@@ -135,7 +135,7 @@ def expected_wait_s(times: KeyTimes, outlook: Outlook) -> tuple[float | None, st
     elif outlook.slots:
         ways.append((queue_s(outlook.position, outlook.slots, outlook.slots / max(outlook.seeds, 1)), BUSY))
     if outlook.withheld_slots:
-        # The first so many have a slot at once when the seeds may be granted again.
+        # This many have a slot at once when the seeds may be granted again.
         behind = outlook.position - outlook.withheld_slots
         ways.append((outlook.withheld_s + queue_s(behind, outlook.withheld_slots, outlook.new_slots), RESTARTED))
     if outlook.loading_s is not None and not times.loads:

@@ -3,7 +3,7 @@
 The lock is one hash: ``token`` (new with every change of the leader), ``owner``, and ``beat``, a number that the
 leader changes while it lives. No key expires and no script reads a clock. A replica presumes the leader dead when
 ``beat`` has not changed for long enough on the replica's own monotonic clock. Every write contains the token it belongs
-to; Redis rejects a write under an older token, whoever sent it and however late it arrives.
+to; Redis rejects a write under an older token, however late it arrives.
 """
 
 from __future__ import annotations

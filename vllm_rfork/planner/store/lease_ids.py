@@ -52,7 +52,7 @@ class LeaseIds:
 
 
 def state_of(user_id: str) -> str:
-    """The id of the state that granted a lease; empty if ``user_id`` is not a lease id of ours."""
+    """The id of the state that granted a lease; empty if no planner made ``user_id``."""
     match = _ID.match(user_id)
     return match[1] if match else ""
 

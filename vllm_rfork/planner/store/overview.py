@@ -32,7 +32,7 @@ BATCH = 500
 LOOK_BACK = 1000
 #: Of one key's seeds and waiters that many are shown at least, however many keys there are.
 SHARE = 4
-#: Different causes of failure that are told apart.
+#: Different causes of failure that are counted separately.
 MAX_CAUSES = 20
 _FAILED = ("failed", "expired")
 
@@ -64,7 +64,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Choice:
-    """The keys to show, and those whose seeds, leases and waiters are shown; so many of each of these at most."""
+    """The keys to show, and those whose seeds, leases and waiters are shown; with the maximum number of each."""
 
     first: dict[str, Totals]
     chosen: list[str]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from vllm_rfork.planner.store.base import SEED_NOT_TO_BLAME, Event, Outcome
+from vllm_rfork.planner.store.base import Event, Outcome
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.records import Seed
+
+#: Causes of failures that are not the seed's.
+SEED_NOT_TO_BLAME = frozenset({"ConfigError", "ManifestMismatch", "NoSeedAvailable", "PlannerError"})
 
 
 def record_outcome(fleet: FleetState, seed: Seed, receiver: str, outcome: Outcome) -> Event | None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 
 from vllm_rfork.messages import Waiting, parse_seed_address
-from vllm_rfork.planner.store.base import WAIT_GRACE_S, Ask, Granted, Missed, Queued
+from vllm_rfork.planner.store.base import Ask, Granted, Missed, Queued
 from vllm_rfork.planner.store.estimates import Verdict
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import Grants
 from vllm_rfork.planner.store.prospects import prospects
 from vllm_rfork.planner.store.records import Waiter
+
+#: Seconds after the end of its wait at which a receiver that nobody settled is forgotten.
+WAIT_GRACE_S = 10.0
 
 
 class Queue:
@@ -141,7 +144,7 @@ class Queue:
         return dataclasses.replace(result, waited_s=self._waited_s(waiter))
 
     def _place(self, waiter: Waiter, verdict: Verdict) -> Waiting:
-        """Return what a receiver in the queue is told."""
+        """Return the answer for a receiver in the queue."""
         waiter.bound_s = verdict.bound_s
         position = self._fleet.keys[waiter.ask.key].position(waiter.ask, waiter.number)
         return Waiting(position, verdict.bound_s, verdict.expected_s, verdict.reason)

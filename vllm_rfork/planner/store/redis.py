@@ -107,7 +107,7 @@ class RedisStore(Store):
         )
 
     def _term_ended(self, _: StoreUnavailable) -> None:
-        self.notify_all()  # whoever waits here is sent away
+        self.notify_all()  # those who wait here are sent away
         self.lost()
 
     # --- decisions -----------------------------------------------------------------------------------------------

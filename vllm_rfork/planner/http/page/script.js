@@ -216,18 +216,18 @@
       ["Heard of", "num", (each) => since(each.seen_s_ago, { after: " ago", tone: each.seen_s_ago > data.planner.stale_s * 0.75 ? "warn" : undefined })],
       ["Seed for", "num", (each) => since(each.age_s)],
       ["Key", "key", (each) => keyCell(each.key)],
-    ], (each) => each.seed, "No seed is known. A worker appears here as soon as it has loaded its weights and announces itself."),
+    ], (each) => each.seed, "There are no seeds. A worker appears here when it has loaded its weights and announces itself."),
     history: new Table("history", [
       ["Ended", "num", (each) => since(each.ago_s, { after: " ago" })],
       ["Result", "nowrap", (each) => ({ text: RESULTS[each.result]?.[0] ?? each.result, badge: true, tone: RESULTS[each.result]?.[1], sub: [each.cause, each.side && `side: ${each.side}`].filter(Boolean).join(", ") })],
       ["Receiver", "nowrap", (each) => mono(each.receiver)],
       ["From seed", "nowrap", (each) => mono(each.seed)],
       ["Bytes", "num", (each) => ({ text: each.nbytes ? bytes(each.nbytes) : "", sub: each.nbytes ? each.lane : "" })],
-      // Where the receiver stated no time it is the lease's, which is longer than the fork.
+      // If the receiver reported no time it is that of the lease, which is longer than the fork.
       ["Time", "num", (each) => ({ text: time(each.duration_s, true), sub: each.of_lease ? "of the lease" : "" })],
       ["GB/s", "num", (each) => (!each.gb_per_s ? { text: "" } : each.of_lease ? { text: `≥ ${rate(each.gb_per_s)}` } : { text: rate(each.gb_per_s), bar: each.gb_per_s / fastest })],
       ["Key", "key", (each) => keyCell(each.key)],
-    ], (each) => `${each.receiver} ${each.seed} ${each.result} ${each.duration_s} ${each.nbytes}`, "No fork has ended that is remembered."),
+    ], (each) => `${each.receiver} ${each.seed} ${each.result} ${each.duration_s} ${each.nbytes}`, "No fork has ended yet."),
     causes: new Table("causes", [
       ["Cause", "nowrap", (each) => ({ text: each.cause, tone: "bad" })],
       ["Forks", "num", (each) => ({ text: count.format(each.count) })],
@@ -238,7 +238,7 @@
     intents: new Table("intents", [
       ["Worker", "", (each) => mono(each.intent)],
       ["Key", "key", (each) => keyCell(each.key)],
-    ], (each) => `${each.key}\n${each.intent}`, "No worker says that it loads from storage."),
+    ], (each) => `${each.key}\n${each.intent}`, "No worker loads from storage."),
   };
 
   function troubles(each) {
@@ -273,7 +273,7 @@
     $("about").textContent = plain(`${data.planner.version} · ${data.planner.store} store · ${data.planner.policy} · up with this state for ${time(data.age_s)}`);
     $("chosen").hidden = key === null;
     $("board").toggleAttribute("data-one", key !== null);
-    // Zeros would read as a key that is there and has nothing.
+    // Zeros would look like a key that exists and has nothing.
     $("tiles").hidden = !known;
     $("lists").hidden = !known && !data.history.length;
     $("unknown").hidden = !!known;
@@ -295,10 +295,10 @@
     tables.causes.fill(data.causes, forks.count ? `Of the last ${counted(forks.count, "fork")}, ${time(forks.since_s)} back.` : "");
     const waiting = data.fleet.waiting ? `${count.format(data.fleet.waiting)} waiting · ` : "";
     document.title = `${waiting}RFork planner`;
-    $("foot").textContent = "Everything, for programs too: vllm-rfork seeds, vllm-rfork leases, /debug/snapshot, /metrics.";
+    $("foot").textContent = "Complete data: vllm-rfork seeds, vllm-rfork leases, /debug/snapshot, /metrics.";
     const young = data.age_s < data.planner.stale_s;
-    notice(!data.planner.ready ? "This planner is being stopped: it takes no new receivers."
-      : young && !data.fleet.seeds ? "This planner's state is new. Seeds that were there before come back with their next heartbeat, within 30 seconds."
+    notice(!data.planner.ready ? "This planner is stopping: it accepts no new receivers."
+      : young && !data.fleet.seeds ? "This planner has just started. Seeds return with their next heartbeat, within 30 seconds."
       : "");
   }
 
@@ -308,7 +308,7 @@
 
   function part(shown, there, name) {
     if (shown >= there) return "";
-    const which = { seeds: "those in trouble first", leases: "the oldest of each key", waiting: "the first of each line", history: "the youngest", intents: "" }[name];
+    const which = { seeds: "those in trouble first", leases: "the oldest of each key", waiting: "the first of each queue", history: "the youngest", intents: "" }[name];
     return `${count.format(shown)} of ${count.format(there)} are listed${which ? `, ${which}` : ""}.`;
   }
 
@@ -320,8 +320,8 @@
   function showKeys() {
     const found = matching();
     const there = data.fleet.keys;
-    const cut = data.keys.length < there ? `${count.format(data.keys.length)} of ${counted(there, "key")} are listed, those first where receivers wait. Enter a whole key above to look at another.` : "";
-    tables.keys.fill(found, cut, there ? (cut ? "No key that is listed contains this text. Enter opens the key with exactly this name." : "No key contains this text.") : "No key is known: neither a seed nor a receiver has come.");
+    const cut = data.keys.length < there ? `${count.format(data.keys.length)} of ${counted(there, "key")} are listed, those with waiting receivers first. Enter a whole key above to open another one.` : "";
+    tables.keys.fill(found, cut, there ? (cut ? "No listed key contains this text. Enter opens the key with exactly this name." : "No key contains this text.") : "There are no keys: no seed and no receiver has contacted this planner.");
   }
 
   function hint(text) {
@@ -335,7 +335,7 @@
   }
 
   // --- asking ------------------------------------------------------------------------------------------------------
-  let turn = 0; // answers to an earlier question are not shown
+  let turn = 0; // answers to earlier requests are not shown
   let timer = 0;
   let failures = 0;
   let refusedToken = false;
@@ -383,16 +383,16 @@
       return;
     }
     if (mine !== turn) return;
-    if (answer.status === 401) return atTheDoor();
+    if (answer.status === 401) return askForToken();
     if (!answer.ok) {
-      const text = answer.status === 429 ? "Too many people look at this dashboard." : `The planner answered ${answer.status}: ${plain(body)}.`;
+      const text = answer.status === 429 ? "Too many people use this dashboard." : `The planner answered ${answer.status}: ${plain(body)}.`;
       return gone("no data", text, 1000 * Number(answer.headers.get("Retry-After")) || 0);
     }
     [failures, refusedToken] = [0, false];
     [data, received] = [body, clock()];
     trouble("");
     live("live", "live");
-    $("door").hidden = true;
+    $("login").hidden = true;
     $("board").hidden = false;
     $("forget").hidden = !sessionStorage.getItem(TOKEN);
     show();
@@ -405,12 +405,12 @@
     live("gone", state);
     document.title = `${state} · RFork planner`;
     notice("");
-    const old = data ? ` What you see is ${time(clock() - received)} old.` : "";
+    const old = data ? ` The data below is ${time(clock() - received)} old.` : "";
     trouble(`${text}${old} Trying again every ${Math.round(pause / 1000)} s.`);
     again(pause);
   }
 
-  function atTheDoor() {
+  function askForToken() {
     refusedToken = !!sessionStorage.getItem(TOKEN);
     sessionStorage.removeItem(TOKEN);
     data = null;
@@ -420,10 +420,10 @@
     $("forget").hidden = true;
     document.title = "RFork planner";
     notice("");
-    trouble(refusedToken ? "The planner does not know this token." : "");
-    live("asking", "token wanted");
-    if ($("door").hidden) {
-      $("door").hidden = false;
+    trouble(refusedToken ? "The planner rejected this token." : "");
+    live("asking", "token required");
+    if ($("login").hidden) {
+      $("login").hidden = false;
       $("token").focus();
     }
   }
@@ -434,11 +434,11 @@
     else live("asking", "paused");
   }
 
-  $("door").addEventListener("submit", (event) => {
+  $("login").addEventListener("submit", (event) => {
     event.preventDefault();
     const token = $("token").value.trim();
     $("token").value = "";
-    if (!/^[\x21-\x7e]+$/.test(token)) return trouble("A token is printable characters without spaces.");
+    if (!/^[\x21-\x7e]+$/.test(token)) return trouble("A token consists of printable characters without spaces.");
     sessionStorage.setItem(TOKEN, token);
     ask();
   });
@@ -446,18 +446,18 @@
     sessionStorage.removeItem(TOKEN);
     turn += 1;
     clearTimeout(timer);
-    atTheDoor();
+    askForToken();
   });
   $("find").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = $("filter").value.trim();
     if (!text || !data) return;
-    // A whole key is looked at, listed or not; a part of one is, where it can mean one key only.
+    // A whole key is opened, listed or not; a part of one is, if only one key contains it.
     const found = matching();
     const all = data.keys.length === data.fleet.keys;
     if (data.keys.some((each) => each.key === text) || (!found.length && !all)) location.hash = linkTo(text);
     else if (found.length === 1) location.hash = linkTo(found[0].key);
-    else if (found.length) hint(`${counted(found.length, "key")} contain this: choose one below, or type the whole key.`);
+    else if (found.length) hint(`${counted(found.length, "key")} contain this: choose one below, or enter the whole key.`);
   });
   $("filter").addEventListener("input", () => {
     hint("");
@@ -469,7 +469,7 @@
     ask();
   });
   document.addEventListener("visibilitychange", () => (document.hidden ? again(0) : ask()));
-  // Nobody knows how things go on while the planner is away: ages stand still then.
+  // While the planner does not answer, ages stand still: the present state is unknown.
   setInterval(() => data && !$("board").hasAttribute("data-old") && tick(), 1000);
   ask();
 })();
