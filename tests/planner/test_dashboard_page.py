@@ -198,7 +198,7 @@ async def test_enter_opens_the_key_that_is_meant_and_never_an_empty_one(chromium
             assert await page.run("location.hash") == ""
 
             await page.go(f"{process.url}/#key={quote('/models/new')}")  # from a bookmark, say
-            await page.shows("#unknown", "no key with exactly this name")
+            await page.shows("#unknown", "does not know this key")
             assert not await page.text("#tiles"), "zeros would read as a key that has nothing"
             await fleet.announce("/models/new", 6000)
             await page.shows("#tile-seeds", "1")
@@ -291,7 +291,7 @@ async def test_a_planner_that_goes_away_is_said_and_comes_back_by_itself(chromiu
             await page.shows("#live", "no answer")
             assert KEY in await page.text("#keys"), "the last state stays readable"
             with planner(port=process.port) as again:
-                await page.shows("#notice", "come back with their next heartbeat")
+                await page.shows("#notice", "return with their next heartbeat")
                 await page.shows("#seeds", "There are no seeds")
                 await page.shows("#live", "live")
                 assert await page.text("#trouble") == ""

@@ -21,7 +21,7 @@ _SENT = {
     LOST: messages.PRESENCE_LATER,
     LEAVE: messages.PRESENCE_LATER,
 }
-#: nginx collects an answer before it passes it on, unless it is told otherwise.
+#: nginx collects an answer before it passes it on, unless a header forbids it.
 _HEAD = (
     "HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Type: text/plain\r\nCache-Control: no-store\r\n"
     "X-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"

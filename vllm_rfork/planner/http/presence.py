@@ -225,7 +225,7 @@ class Presence:
         self._answer_all(LEAVE)
 
     def _lost(self) -> None:
-        """Whoever decides from now on expects new requests soon, and would find living seeds absent."""
+        """Send the seeds away: the next leader expects their requests soon, and marks them absent otherwise."""
         self._answer_all(LOST)
 
     def _answer_all(self, word: str) -> None:
