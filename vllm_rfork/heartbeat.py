@@ -1,8 +1,8 @@
 """Announcement of one seed: repeated as long as the seed serves, then withdrawn.
 
-However :meth:`Heartbeat.run` ends, the seed is withdrawn. Beside the beats it keeps a presence connection open
-(``clients/presence.py``), which breaks when this process dies. A planner that does not answer costs one line in the log
-when it begins and one when it is over; a planner that lost its state gets the announcement with the next beat.
+However :meth:`Heartbeat.run` ends, the seed is withdrawn. In addition to the heartbeats there is a presence connection
+(``clients/presence.py``), which breaks when this process dies. While a planner does not answer, the log has one line at
+the beginning and one at the end. A planner that has lost its state gets the announcement with the next heartbeat.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from vllm_rfork.messages import SeedAddress
 
 logger = worker_logger(__name__)
 
-#: A beat comes after this share of the interval to all of it, so that a fleet's beats spread out.
+#: A heartbeat follows after this share of the interval to all of it, so that a fleet's heartbeats spread out.
 _EARLIEST = 0.8
-#: After a failed beat the next one comes after this share of the interval: planners forget a seed after two.
+#: After a failed heartbeat the next one follows after this share of the interval: planners drop a seed after two.
 _AFTER_FAILURE = 1 / 3
-#: How long, in seconds, a withdrawal waits for a beat that is under way. A longer one is cancelled: the bytes are about
-#: to change, and the planner forgets a seed whose beats stop.
+#: Time that a withdrawal waits for a heartbeat under way, in seconds. After that the heartbeat is cancelled: the bytes
+#: are about to change, and the planner drops a seed whose heartbeats stop.
 _PATIENCE_S = 0.5
 _CANCEL_AGAIN_S = 0.1
 
 
 class Heartbeat:
-    """The announcement of one seed under one epoch; make a new one for a new epoch.
+    """The announcement of one seed under one epoch; a new epoch needs a new object.
 
     Args:
         client: of the planner to announce to.
-        interval_s: longest time between two beats in seconds.
+        interval_s: longest time between two heartbeats in seconds.
         fingerprint, epoch, slots, labels, intent: see :meth:`PlannerClient.announce`.
         clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
@@ -86,11 +86,11 @@ class Heartbeat:
 
     @property
     def announced(self) -> bool:
-        """Whether the planner accepted the latest beat."""
+        """True if the planner accepted the latest heartbeat."""
         return self._announced
 
     async def run(self) -> None:
-        """Announce at once, then beat until cancelled or withdrawn; withdraw at the end."""
+        """Announce at once, then repeat it until cancelled or withdrawn; withdraw at the end."""
         self._attending = asyncio.create_task(self._presence.run())
         try:
             while not self._over.is_set():
@@ -105,7 +105,7 @@ class Heartbeat:
                 logger.warning("seed %s could not be withdrawn; the planner forgets it later: %s", self.seed, error)
 
     async def withdraw(self) -> Outcome:
-        """Withdraw the seed and end :meth:`run`; no beat follows. A second call returns the first outcome.
+        """Withdraw the seed and end :meth:`run`; no heartbeat follows. A second call returns the first outcome.
 
         Takes at most the client's ``request_timeout_s`` and half a second.
 
@@ -113,8 +113,8 @@ class Heartbeat:
             ``DRAINING`` if a receiver is still reading from the seed.
 
         Raises:
-            PlannerError: the planner did not confirm it. Still no beat follows, so the planner forgets the seed after
-                a minute; a later call tries again.
+            PlannerError: the planner did not confirm it. No heartbeat follows in any case, so the planner drops the
+                seed after a minute; a later call tries again.
         """
         self._over.set()
         async with self._withdrawing:
@@ -123,7 +123,7 @@ class Heartbeat:
                     self._withdrawn = await self._withdraw_once()
                     self._announced = False
             finally:
-                # Last: to the planner, a connection that breaks earlier is a process that died.
+                # Last: to the planner, a connection that breaks earlier means that the process has died.
                 await self._end_presence()
             return self._withdrawn
 
@@ -131,7 +131,7 @@ class Heartbeat:
         attending, self._attending = self._attending, None
         if attending is not None:
             while not attending.done():
-                # In a loop: a library below may lose a cancellation, as asyncio.wait_for() does until Python 3.12.
+                # In a loop: a library may lose a cancellation, as asyncio.wait_for() does before Python 3.12.
                 attending.cancel()
                 await asyncio.wait({attending}, timeout=_CANCEL_AGAIN_S)
             if not attending.cancelled() and (error := attending.exception()) is not None:
@@ -147,7 +147,7 @@ class Heartbeat:
             return Outcome.UNKNOWN
         announcing = self._announcing
         if announcing is not None:
-            # If the planner handled it after the withdrawal, the seed would be back.
+            # If it reached the planner after the withdrawal, the seed would be back.
             await asyncio.wait({announcing}, timeout=_PATIENCE_S)
             announcing.cancel()
         outcome = await self._client.withdraw(self.seed_key, self.seed)
@@ -183,10 +183,10 @@ class Heartbeat:
                 logger.warning("seed %s is not announced, trying again in the background: %s", self.seed, error)
             return
         if self._missed:
-            logger.info("seed %s is announced again, after %s", self.seed, counted(self._missed, "missed beat"))
+            logger.info("seed %s is announced again, after %s", self.seed, counted(self._missed, "missed heartbeat"))
         elif self._first:
             logger.info("seed %s announced, key %s", self.seed, self.seed_key)
-        # After another state, or missed beats, it may be another planner, with other calls.
+        # After another state, or missed heartbeats, it may be another planner, with other calls.
         state = self._client.state_of(self.seed)
         self._presence.announced(other_planner=bool(self._missed) or state != self._state)
         self._state = state
@@ -199,7 +199,7 @@ class Heartbeat:
         return longest_s * (_EARLIEST + (1 - _EARLIEST) * self._jitter())
 
     async def _pause(self, delay_s: float) -> None:
-        """Sleep for ``delay_s``, or until the seed is withdrawn or a beat is wanted."""
+        """Sleep for ``delay_s``, or until the seed is withdrawn or a heartbeat is requested."""
         sleeping = asyncio.ensure_future(self._sleep(max(0.0, delay_s)))
         over = asyncio.ensure_future(self._over.wait())
         wanted = asyncio.ensure_future(self._beat_now.wait())

@@ -172,7 +172,7 @@ class ForkSession:
             ForkError: the last seed's error.
         """
         self.engine.opened()
-        # Anew: the time that post-processing took since the reservation is not the fork's.
+        # A new one: the time that post-processing took since the reservation is not the fork's.
         self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
         while True:
             held, self._reserved = self._reserved, None

@@ -26,7 +26,7 @@ Pairs = Sequence[Sequence[int]]
 
 
 class EngineSetup(Protocol):
-    """What the workers need of a contract class."""
+    """The attributes of a contract class that the workers need."""
 
     engine: ClassVar[str]
     device: ClassVar[str]

@@ -120,7 +120,7 @@ class Worker:
         return time.process_time() - before
 
     def ticks(self) -> int:
-        """How many native and Python threads the process has."""
+        """Number of native and Python threads of the process."""
         return len(os.listdir("/proc/self/task"))
 
     def ping(self) -> str:

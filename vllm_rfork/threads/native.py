@@ -1,9 +1,8 @@
 """Threads that run native code (engines, torch), and a bounded wait for them when the process exits.
 
-They are daemons: a native call that never returns must not keep a process alive. But a daemon whose native call
-returns while Python shuts down is ended by force, which C++ frames do not survive: the process aborts with
-"terminate called without an active exception", after the error that it really ended with. So the exit waits for
-these threads for a while. Must not import anything of the package but its log.
+They are daemons, because a native call that never returns must not keep a process alive. But Python ends a daemon by
+force if its native call returns during shutdown, and C++ frames do not survive that: the process aborts with "terminate
+called without an active exception" and hides its own error. So the exit waits for these threads for a while.
 """
 
 from __future__ import annotations
