@@ -1,4 +1,5 @@
-"""Plain CUDA IPC: reads a seed's memory on the same host, over NVLink or PCIe, through the CUDA driver alone.
+"""CUDA IPC through the CUDA driver: reads a seed's memory on the same host, over NVLink or PCIe.
 
-:mod:`.engine` is the adapter, :mod:`.driver` the calls of ``libcuda.so.1``, :mod:`.endpoint` what a peer needs to know.
+:mod:`.engine` is the adapter, :mod:`.driver` calls ``libcuda.so.1``, :mod:`.streams` copies, :mod:`.endpoint` describes
+an engine to its peers.
 """

@@ -1,7 +1,7 @@
-"""The calls of the CUDA driver that the adapter needs, as Python functions over integers. The only native code here.
+"""The CUDA driver's calls that the adapter needs, as Python functions over integers.
 
-``libcuda.so.1`` comes with the GPU's driver, so no package is needed. The device's primary context is used, which is
-the one that torch works in. Every failure is an :class:`EngineError` with the driver's own name for it.
+``libcuda.so.1`` comes with the GPU's driver, so no package is needed. All calls use the device's primary context, like
+torch. Every failure is an :class:`EngineError` with the driver's own name for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UUID_NBYTES = 16
 _NOT_READY = 600
 _NON_BLOCKING_STREAM = 1
 _LAZY_PEER_ACCESS = 1
-#: The allocation of the handle does not exist any more, or never did.
+#: The allocation of the handle no longer exists, or never did.
 _SEEDS_FAILURES = frozenset({"CUDA_ERROR_INVALID_HANDLE", "CUDA_ERROR_INVALID_VALUE"})
 
 
@@ -62,7 +62,7 @@ def _library() -> Any:
     """The driver's library with its functions typed.
 
     Raises:
-        EngineUnavailable: it is not there, or lacks a function.
+        EngineUnavailable: it is missing, or lacks a function.
     """
     try:
         library = ctypes.CDLL(LIBRARY)
@@ -78,7 +78,7 @@ class Driver:
     """The driver on one device, in its primary context. Calls may come from any thread.
 
     Args:
-        index: the device's number as this process counts (within ``CUDA_VISIBLE_DEVICES``).
+        index: the device's number within ``CUDA_VISIBLE_DEVICES``.
 
     Raises:
         EngineUnavailable: there is no driver.
@@ -99,7 +99,7 @@ class Driver:
             raise self._error(operation, name, code)
 
     def _error(self, operation: str, name: str, code: int) -> EngineError:
-        """A failed call as an error of ours; a handle that leads nowhere is the seed's failure."""
+        """The error of a failed call; an invalid handle is the seed's failure."""
         text = self._error_name(code)
         return EngineError(
             NAME,
@@ -118,7 +118,7 @@ class Driver:
 
     @contextmanager
     def current(self, operation: str) -> Iterator[None]:
-        """Make the context the calling thread's for the block, and restore the thread's own afterwards."""
+        """Make the context current on the calling thread for the block, and restore the previous one afterwards."""
         self._call(operation, "cuCtxPushCurrent_v2", self._context)
         try:
             yield
@@ -126,11 +126,11 @@ class Driver:
             self._library.cuCtxPopCurrent_v2(ctypes.byref(_POINTER()))
 
     def release(self) -> None:
-        """Give the primary context back; nothing of this object is used after it."""
+        """Release the primary context; the object cannot be used afterwards."""
         self._call("close", "cuDevicePrimaryCtxRelease_v2", self._device)
 
     def uuid(self) -> bytes:
-        """The device's 16 bytes of identity, the same in every process and container."""
+        """The device's UUID (16 bytes), the same in every process and container."""
         uuid = (ctypes.c_ubyte * UUID_NBYTES)()
         self._call("open", "cuDeviceGetUuid", ctypes.byref(uuid), self._device)
         return bytes(uuid)
@@ -144,7 +144,7 @@ class Driver:
         return int(address.value)
 
     def free(self, address: int) -> None:
-        """Give memory of :meth:`allocate` back."""
+        """Free memory of :meth:`allocate`."""
         self._call("close", "cuMemFree_v2", address)
 
     def allocation_of(self, address: int, operation: str = "register") -> tuple[int, int]:
@@ -166,16 +166,16 @@ class Driver:
     # --- other processes' memory --------------------------------------------------------------------------------------
 
     def export(self, base: int) -> bytes:
-        """The handle by which other processes open the allocation at ``base``."""
+        """The handle with which other processes open the allocation at ``base``."""
         handle = _Handle()
         self._call("register", "cuIpcGetMemHandle", ctypes.byref(handle), base)
         return bytes(handle.reserved)
 
     def open_handle(self, handle: bytes) -> int:
-        """Map another process's allocation; returns its address here. Opening it again counts.
+        """Map another process's allocation; returns its address in this one. Each opening needs a closing.
 
         Raises:
-            EngineError: its process is gone, freed it, or this process may not reach that device.
+            EngineError: its process has ended or freed it, or this process has no access to that device.
         """
         address = _ADDRESS()
         passed = _Handle((ctypes.c_ubyte * HANDLE_NBYTES).from_buffer_copy(handle))
@@ -189,13 +189,13 @@ class Driver:
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def new_stream(self) -> Any:
-        """A queue of copies that waits for no other stream."""
+        """A stream that does not synchronize with the default stream."""
         stream = _POINTER()
         self._call("open", "cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING_STREAM)
         return stream
 
     def destroy_stream(self, stream: Any) -> None:
-        """Give the queue back; it must be empty."""
+        """Destroy a stream, which must be empty."""
         self._call("close", "cuStreamDestroy_v2", stream)
 
     def copy(self, stream: Any, to: int, source: int, nbytes: int) -> None:
@@ -203,7 +203,7 @@ class Driver:
         self._call("read", "cuMemcpyAsync", to, source, nbytes, stream)
 
     def is_idle(self, stream: Any) -> bool:
-        """Whether every copy of the queue is done.
+        """Return True if every copy of the stream is done.
 
         Raises:
             EngineError: one of them failed.

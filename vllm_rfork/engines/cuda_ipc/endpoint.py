@@ -1,4 +1,4 @@
-"""What a CUDA IPC endpoint says: the host, the GPU, the allocations with their handles, and the registered regions."""
+"""A CUDA IPC endpoint: the host, the GPU, the allocations with their handles, and the registered regions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Allocation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine, as its peers need to know it.
+    """The description of one engine for its peers.
 
     Attributes:
-        boot: names the host's running kernel; containers of one host share it.
+        boot: identifies the host's running kernel; containers of one host share it.
         device: the GPU's UUID.
-        identity: the random bytes that stand at the beginning of the allocation ``page`` while the engine is open.
+        identity: the random bytes at the beginning of the allocation ``page`` while the engine is open.
         page: that allocation.
         allocations: by base address; every region lies in one of them.
         regions: registered address and length in bytes, by address, disjoint.
@@ -54,7 +54,7 @@ def decode(text: str) -> Endpoint:
     """The inverse.
 
     Raises:
-        EngineError: not an endpoint of this engine, or one whose parts contradict each other.
+        EngineError: not an endpoint of this engine, or its parts contradict each other.
     """
     if len(text) > MAX_ENDPOINT_LENGTH:
         raise EngineError(
@@ -72,13 +72,13 @@ def decode(text: str) -> Endpoint:
 
 
 def _contradiction(endpoint: Endpoint) -> str | None:
-    """The first thing that no seed produces."""
+    """The first contradiction, if there is one."""
     if endpoint.v != _VERSION:
         return f"version {endpoint.v}"
     if len(endpoint.identity) != IDENTITY_NBYTES or len(endpoint.device) != UUID_NBYTES:
-        return "an identity of another length"
+        return "an identity of the wrong length"
     if any(len(each.handle) != HANDLE_NBYTES for each in (endpoint.page, *endpoint.allocations)):
-        return "a handle of another length"
+        return "a handle of the wrong length"
     if endpoint.page.nbytes < IDENTITY_NBYTES:
         return "no room for the identity"
     allocations = [(each.base, each.nbytes) for each in endpoint.allocations]
@@ -90,22 +90,22 @@ def _disorder(ranges: list[tuple[int, int]]) -> str | None:
     end = 0
     for address, nbytes in ranges:
         if not 0 < address < _MAX_ADDRESS or not 0 < nbytes < _MAX_ADDRESS or address < end:
-            return f"{nbytes} bytes at {address:#x} are empty, overlap, or stand out of order"
+            return f"{nbytes} bytes at {address:#x} are empty, overlap, or are out of order"
         end = address + nbytes
     return None
 
 
 def _outside(regions: list[tuple[int, int]], allocations: list[tuple[int, int]]) -> str | None:
-    """The first region that lies in no allocation."""
+    """The first region that no allocation contains."""
     known = RangeMap(allocations)
     for address, nbytes in regions:
         if known.containing(address, nbytes) is None:
-            return f"the region of {nbytes} bytes at {address:#x} lies in no allocation"
+            return f"the region of {nbytes} bytes at {address:#x} is in no allocation"
     return None
 
 
 class RangeMap:
-    """Disjoint ranges in address order, to find the one that contains a span."""
+    """Disjoint ranges in address order, with a search for the one that contains a span."""
 
     def __init__(self, ranges: list[tuple[int, int]]) -> None:
         self._ranges = ranges
@@ -121,10 +121,10 @@ class RangeMap:
 
 
 def boot_id() -> str:
-    """Names this host's running kernel.
+    """The identifier of this host's running kernel.
 
     Raises:
-        EngineError: the kernel does not say, so that nobody can tell whether a seed is on this host.
+        EngineError: it cannot be read, so seeds on this host cannot be recognized.
     """
     try:
         return host.boot_id()

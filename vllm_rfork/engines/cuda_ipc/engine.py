@@ -1,11 +1,11 @@
-"""CUDA IPC as a transfer engine: the seed's allocations are mapped into this process and copied on streams of its own.
+"""CUDA IPC as a transfer engine: maps the seed's allocations into this process and copies them.
 
-Works between any two processes of one host, in whatever pid, ipc and mount namespaces, as long as the receiver's
-container can open the seed's GPU. The seed takes no part in a read. A mapping keeps the memory alive: a read goes on
-when the seed's process is killed, and the digests decide whether the bytes count. A seed that closes in an orderly way
-erases its identity, which every read checks afterwards.
+Works between any two processes of one host, in any pid, ipc and mount namespaces, if the receiver's container can open
+the seed's GPU. The seed takes no part in a read. A mapping keeps the memory alive: a read continues when the seed's
+process is killed, and the digests decide whether the bytes are right. A seed that closes erases its identity, which
+every read compares afterwards.
 
-Not for memory of expandable segments, memory pools or vLLM's sleep mode: the driver exports none of it.
+The driver exports no memory of expandable segments, memory pools or vLLM's sleep mode.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
 from vllm_rfork.engines.cuda_ipc.driver import NAME, Driver
@@ -30,24 +30,20 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
     decode,
     encode,
 )
+from vllm_rfork.engines.cuda_ipc.streams import CopyStreams
 from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
 
-#: Of the identity's allocation; the driver gives no less.
+#: The size of the identity's allocation; the driver allocates no less.
 _PAGE_NBYTES = 4096
-#: Copies of one stream follow each other with a gap of some microseconds; those of several fill each other's gaps. On
-#: two H200, 14 GiB in 2000 tensors read at 257 GB/s with one.
-_STREAMS = 4
-#: Between two looks at the streams, in seconds. A batch of 2 GiB takes 5 ms.
-_PAUSE_S = 0.00005
 
 
 @dataclass(frozen=True)
 class _Peer:
-    """A connected seed and where its allocations are mapped; ``page`` is the address of its identity here."""
+    """A connected seed, and the addresses of its allocations in this process; ``page`` is that of its identity."""
 
     endpoint: Endpoint
     page: int
@@ -61,8 +57,8 @@ class CudaIpcEngine(TransferEngine):
 
     name: ClassVar[str] = NAME
     device_types: ClassVar[frozenset[str]] = frozenset({"cuda"})
-    # 2 GiB take 5 ms over NVLink: long enough that the pause after a batch costs nothing, short enough that the digests
-    # of one batch are taken while the next is read.
+    # 2 GiB take 5 ms over NVLink: long enough to make the pause after a batch negligible, short enough to digest one
+    # batch while the next is read.
     limits: ClassVar[Limits] = Limits(max_batch_nbytes=2 * 1024**3, max_batch_items=65536)
 
     def __init__(self) -> None:
@@ -73,10 +69,10 @@ class CudaIpcEngine(TransferEngine):
         self._table = RegionTable(NAME)
         self._allocations: dict[int, Allocation] = {}
         self._peers: dict[str, _Peer] = {}
-        self._streams: tuple[Any, ...] = ()
+        self._streams: CopyStreams | None = None
         self._page = 0
         self._identity = b""
-        # Part of the object: a copy that was given up may still write to it.
+        # An attribute, because a copy that was given up may still write to it.
         self._seen = ctypes.create_string_buffer(IDENTITY_NBYTES)
         self._boot = ""
         self._timeout_s = 30.0
@@ -90,7 +86,7 @@ class CudaIpcEngine(TransferEngine):
         return "the CUDA driver loads, and there is a device"
 
     def open(self, config: EngineConfig) -> None:
-        """Retain the device's primary context and make streams: milliseconds where torch has the context already.
+        """Retain the device's primary context and create streams: milliseconds if torch has the context already.
 
         Raises:
             EngineUnavailable: there is no CUDA driver.
@@ -98,7 +94,7 @@ class CudaIpcEngine(TransferEngine):
         """
         kind, _, index = config.device.partition(":")
         if kind != "cuda":
-            raise EngineError(NAME, "open", f"it cannot read the memory of {config.device}")
+            raise EngineError(NAME, "open", f"this engine cannot read the memory of {config.device}")
         with self._exclusively("open", needs_driver=False):
             if self._driver is not None:
                 raise EngineError(NAME, "open", "it is open already")
@@ -106,7 +102,7 @@ class CudaIpcEngine(TransferEngine):
             driver = Driver(int(index or 0))
             self._identity = uuid.uuid4().bytes
             with driver.current("open"):
-                self._streams = tuple(driver.new_stream() for _ in range(_STREAMS))
+                self._streams = CopyStreams(driver, self._stop_reason)
                 self._page = driver.allocate(_PAGE_NBYTES)
                 driver.write(self._page, self._identity)
             self._boot, self._timeout_s = boot, config.timeout_s
@@ -129,7 +125,7 @@ class CudaIpcEngine(TransferEngine):
             )
 
     def register(self, regions: Sequence[Region]) -> None:
-        """Find the allocation of each region and its handle; 10 µs each, whatever their size.
+        """Find the allocation of each region and its handle: 10 µs each, independent of the size.
 
         Raises:
             EngineError: a region is not in one allocation of this device, or the driver does not export its memory.
@@ -138,12 +134,12 @@ class CudaIpcEngine(TransferEngine):
             self._table.check_new(regions)
             found: dict[int, Allocation] = {}
             for region in sorted(regions, key=lambda each: each.address):
-                self._find_allocation(driver, region, found)
+                _find_allocation(driver, region, found)
             self._allocations.update(found)
             self._table.add(regions)
 
     def connect(self, endpoint: str, timeout_s: float) -> None:
-        """Map the seed's allocations, and check that it is still open."""
+        """Map the seed's allocations, and compare its identity."""
         with self._exclusively("connect", timeout_s) as driver:
             known = self._peers.pop(endpoint, None)
             if known is not None:
@@ -165,19 +161,19 @@ class CudaIpcEngine(TransferEngine):
                     RangeMap(peer.regions),
                     RangeMap([(each.base, each.nbytes) for each in peer.allocations]),
                 )
-                self._check_identity(driver, connected, "connect", time.monotonic() + timeout_s)
+                self._check_identity(connected, "connect", time.monotonic() + timeout_s)
             except EngineError as error:
                 error.in_flight = False
                 for address in mapped:
-                    with suppress(EngineError):  # the first error is the one that tells
+                    with suppress(EngineError):  # the first error names the cause
                         driver.close_handle(address)
                 raise
             self._peers[endpoint] = connected
 
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
-        """Queue one copy a segment on the own streams and wait for all of them."""
+        """Queue one copy a segment and wait for all of them."""
         deadline = time.monotonic() + timeout_s
-        with self._exclusively("read", timeout_s) as driver:
+        with self._exclusively("read", timeout_s):
             peer = self._peers.get(endpoint)
             if peer is None:
                 raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
@@ -186,16 +182,15 @@ class CudaIpcEngine(TransferEngine):
             if not copies:
                 return
             try:
-                for number, (to, source, nbytes) in enumerate(copies):
-                    driver.copy(self._streams[number % _STREAMS], to, source, nbytes)
+                self._queue(copies)
             except EngineError:
-                self._wait(driver, deadline, "read")  # those that were queued must not arrive later
+                self._wait(deadline, "read")  # the copies that were queued must not arrive later
                 raise
-            self._wait(driver, deadline, "read")
-            self._check_identity(driver, peer, "read", deadline)
+            self._wait(deadline, "read")
+            self._check_identity(peer, "read", deadline)
 
     def disconnect(self, endpoint: str) -> None:
-        """Unmap the peer's memory; on an engine that is closed or stuck there is nothing to do."""
+        """Unmap the peer's memory; does nothing on an engine that is closed or stuck."""
         if self._driver is None or self._stuck or endpoint not in self._peers:
             return
         with self._exclusively("connect") as driver:
@@ -203,11 +198,11 @@ class CudaIpcEngine(TransferEngine):
 
     @property
     def registered_nbytes(self) -> int:
-        """Bytes registered now, the identity's page not counted."""
+        """Bytes registered now, without the identity's page."""
         return self._table.nbytes
 
     def close(self) -> None:
-        """Wait for the stream, unmap every peer and erase the identity. A read in another thread is given up first.
+        """Wait for the copies, unmap every peer and erase the identity. A read in another thread is given up first.
 
         Raises:
             EngineError: copies do not end (``in_flight``).
@@ -226,7 +221,7 @@ class CudaIpcEngine(TransferEngine):
 
     @contextmanager
     def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_driver: bool = True) -> Iterator[Driver]:
-        """The driver, with its context on this thread, for one caller at a time."""
+        """The driver, for one caller at a time, with its context current on this thread."""
         if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
             raise busy(NAME, operation, retry_elsewhere=True)
         try:
@@ -242,49 +237,27 @@ class CudaIpcEngine(TransferEngine):
         finally:
             self._busy.release()
 
-    def _find_allocation(self, driver: Driver, region: Region, found: dict[int, Allocation]) -> None:
-        base, nbytes = driver.allocation_of(region.address)
-        if region.address + region.nbytes > base + nbytes:
-            raise EngineError(NAME, "register", f"{region} does not lie in one allocation")
-        if base in found:
-            return
+    def _stop_reason(self) -> str | None:
+        return "the engine is closing" if self._closing else None
+
+    def _queue(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        assert self._streams is not None  # noqa: S101 - created with the driver
+        self._streams.queue(copies)
+
+    def _wait(self, deadline: float, operation: str) -> None:
+        """Wait for the copies; if they are given up, only ``close`` is left."""
+        assert self._streams is not None  # noqa: S101 - created with the driver
         try:
-            found[base] = Allocation(base, nbytes, driver.export(base))
+            self._streams.wait(deadline, operation)
         except EngineError as error:
-            problem = (
-                f"the driver does not share the memory at {base:#x}: expandable segments, memory pools and sleep mode "
-                "cannot be forked by this engine"
-            )
-            raise EngineError(NAME, "register", problem, code=error.code) from error
+            if error.in_flight:
+                self._stuck = error.text
+            raise
 
-    def _wait(self, driver: Driver, deadline: float, operation: str) -> None:
-        """Until the streams are empty.
-
-        Raises:
-            EngineError: a copy failed, or they take too long: then bytes may still arrive.
-        """
-        while not self._is_idle(driver):
-            if time.monotonic() >= deadline or self._closing:
-                why = "the engine is closing" if self._closing else "the copies did not end in time"
-                self._stuck = why
-                raise EngineError(
-                    NAME,
-                    operation,
-                    why,
-                    code="timeout",
-                    in_flight=True,
-                    retry_elsewhere=True,
-                    side="unknown",
-                )
-            time.sleep(_PAUSE_S)
-
-    def _is_idle(self, driver: Driver) -> bool:
-        return all(driver.is_idle(stream) for stream in self._streams)
-
-    def _check_identity(self, driver: Driver, peer: _Peer, operation: str, deadline: float) -> None:
-        """Compare the peer's first bytes with the identity that its endpoint names: it is open, and the same engine."""
-        driver.copy(self._streams[0], ctypes.addressof(self._seen), peer.page, IDENTITY_NBYTES)
-        self._wait(driver, deadline, operation)
+    def _check_identity(self, peer: _Peer, operation: str, deadline: float) -> None:
+        """Compare the identity in the peer's memory with its endpoint's: the same engine is still open."""
+        self._queue([(ctypes.addressof(self._seen), peer.page, IDENTITY_NBYTES)])
+        self._wait(deadline, operation)
         if self._seen.raw != peer.endpoint.identity:
             raise EngineError(
                 NAME,
@@ -303,39 +276,46 @@ class CudaIpcEngine(TransferEngine):
         if driver is None:  # another thread closed first
             return
         with driver.current("close"):
-            self._wait_for_the_last_copy(driver)
+            streams = self._streams
+            if streams is not None:
+                streams.drain(self._timeout_s)
             driver.write(self._page, bytes(IDENTITY_NBYTES), "close")
             for peer in self._peers.values():
                 self._unmap(driver, peer)
             self._peers = {}
             driver.free(self._page)
-            for stream in self._streams:
-                driver.destroy_stream(stream)
+            if streams is not None:
+                streams.destroy()
         self._driver = None
         self._table.clear()
         self._allocations = {}
         driver.release()
 
-    def _wait_for_the_last_copy(self, driver: Driver) -> None:
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                if self._is_idle(driver):
-                    return
-            except EngineError:  # a copy failed: the context is lost, and nothing in it writes any more
-                return
-            if time.monotonic() >= deadline:
-                raise EngineError(NAME, "close", "the copies of a read do not end", code="timeout", in_flight=True)
-            time.sleep(_PAUSE_S)
+
+def _find_allocation(driver: Driver, region: Region, found: dict[int, Allocation]) -> None:
+    """Add the allocation that contains ``region`` to ``found``, by its base address."""
+    base, nbytes = driver.allocation_of(region.address)
+    if region.address + region.nbytes > base + nbytes:
+        raise EngineError(NAME, "register", f"{region} does not lie in one allocation")
+    if base in found:
+        return
+    try:
+        found[base] = Allocation(base, nbytes, driver.export(base))
+    except EngineError as error:
+        problem = (
+            f"the driver does not export the memory at {base:#x}: this engine cannot read expandable segments, "
+            "memory pools and memory of sleep mode"
+        )
+        raise EngineError(NAME, "register", problem, code=error.code) from error
 
 
 def _check_length(driver: Driver, address: int, allocation: Allocation) -> None:
-    """Compare what is mapped at ``address`` with what the seed's endpoint says of it.
+    """Compare the length of a mapping with the seed's endpoint.
 
-    A copy beyond the mapping fails as well, but by then some bytes have been written.
+    A copy beyond the mapping fails as well, but only after some bytes have been written.
 
     Raises:
-        EngineError: it is shorter.
+        EngineError: the mapping is shorter.
     """
     base, nbytes = driver.allocation_of(address, "connect")
     if base + nbytes - address < allocation.nbytes:
@@ -350,10 +330,10 @@ def _check_length(driver: Driver, address: int, allocation: Allocation) -> None:
 
 
 def _address_here(peer: _Peer, segment: Segment) -> int:
-    """Where the segment's remote bytes are mapped in this process.
+    """The address of the segment's remote bytes in this process.
 
     Raises:
-        EngineError: they do not lie in one registered region of the seed.
+        EngineError: no single registered region of the seed contains them.
     """
     number = peer.allocations.containing(segment.remote, segment.nbytes)
     if number is None or peer.regions.containing(segment.remote, segment.nbytes) is None:
