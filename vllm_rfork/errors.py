@@ -1,19 +1,18 @@
-"""Every error the package raises, and the decision each one carries.
+"""Every error that the package raises, and the decision that each one carries.
 
     RForkError
     ├── ConfigError            a bad or unknown setting; fails the start and names the field
-    └── ForkError              this fork did not happen; the loader falls back to storage
-        ├── NoSeedAvailable    nobody has the weights yet; normal on a cold start
-        ├── PlannerError       the planner is unreachable, refused, or took the lease back
-        ├── SeedError          the seed's fault: gone, another epoch, a manifest that cannot be read
-        ├── ManifestMismatch   nobody's fault: the keys are equal, the bytes are not
+    └── ForkError              this fork did not happen; the worker loads from storage
+        ├── NoSeedAvailable    no worker has the weights yet; normal on a cold start
+        ├── PlannerError       the planner is unreachable, refused, or revoked the lease
+        ├── SeedError          the seed's failure: gone, another epoch, an unusable manifest
+        ├── ManifestMismatch   nobody's failure: the keys are equal, the tensors are not
         ├── EngineError        native code failed: engine, operation, code and text
-        │   └── EngineUnavailable   the engine's package or a library it needs is not there
+        │   └── EngineUnavailable   the engine's package, or a library that it needs, is missing
         └── VerificationError  bytes arrived and they are wrong
 
-Only ``loader.py`` and the guards of background tasks catch :class:`ForkError`. Nothing in the package
-returns ``None`` or ``False`` to mean failure. Every text is made printable and cut here, whoever wrote what it quotes:
-errors end in logs, in terminals and at other ranks. Must not import anything of the package but ``quoting``.
+A ForkError never fails a start: the load machine (``load/machine.py``) falls back to storage, and background tasks log
+it. Texts are made printable and shortened here, because they quote planners and seeds and end in logs and terminals.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from typing import Any, Literal
 
 from vllm_rfork.logs.quoting import MAX_MESSAGE, counted, printable
 
-#: Whose failure it was, as far as can be seen: ``seed``, ``receiver`` (this process, its machine, its settings, or
-#: nobody in particular), or ``unknown`` (the network, or a peer that does not answer). The planner counts a
-#: ``receiver`` failure against no seed.
+#: The side that failed, as far as it is known: ``seed``, ``receiver`` (this process, its machine, its settings, or
+#: nobody in particular), or ``unknown`` (the network, or a peer that does not answer). The planner does not count a
+#: ``receiver`` failure against a seed.
 Side = Literal["seed", "receiver", "unknown"]
 
 
 class RForkError(Exception):
-    """Base of everything this package raises on purpose.
+    """Base of every error that this package raises.
 
     Args:
         message: may quote text from elsewhere; kept as one printable line of at most ``MAX_MESSAGE`` characters.
@@ -46,8 +45,8 @@ class ConfigError(RForkError, ValueError):
 
     Args:
         field: the option's published name, such as ``rfork_seed_timeout_sec``.
-        problem: what is wrong with the value, without the value where it may be a secret.
-        accepts: what the field does accept, in a user's words.
+        problem: what is wrong; without the value if that may be a secret.
+        accepts: the values that the field accepts, in a user's words.
     """
 
     def __init__(self, field: str, problem: str, accepts: str) -> None:
@@ -58,29 +57,25 @@ class ConfigError(RForkError, ValueError):
 
 
 class ForkError(RForkError):
-    """This fork did not happen; the loader falls back.
+    """This fork did not happen; the worker loads from storage.
 
     Attributes:
-        mutated: the receiver's tensors may have been written to: rebuild the model before loading it.
-        retry_elsewhere: another seed may well succeed where this one failed.
-        side: whose failure it was.
+        retry_elsewhere: another seed may succeed.
+        side: the side that failed.
     """
 
-    def __init__(
-        self, message: str, *, mutated: bool = False, retry_elsewhere: bool = False, side: Side = "unknown"
-    ) -> None:
+    def __init__(self, message: str, *, retry_elsewhere: bool = False, side: Side = "unknown") -> None:
         super().__init__(message)
-        self.mutated = mutated
         self.retry_elsewhere = retry_elsewhere
         self.side: Side = side
 
 
 class NoSeedAvailable(ForkError):
-    """The planner knows no free seed for the key (HTTP 404): a cold start.
+    """The planner has no free seed for the key (HTTP 404).
 
     Attributes:
-        intent_granted: the planner remembers that this worker loads from storage and others may wait for it.
-        reason: one of ``messages.MISSES``; empty from a planner that gives none.
+        intent_granted: the planner has recorded that this worker loads from storage, so others may wait for it.
+        reason: one of ``messages.MISSES``; empty if the planner sends none.
         others: seeds of this key with other fingerprints, as ``messages.OtherSeeds``.
     """
 
@@ -94,34 +89,32 @@ class NoSeedAvailable(ForkError):
 
 
 class PlannerError(ForkError):
-    """The planner is unreachable, too slow, answered something unusable, or took the lease back."""
+    """The planner is unreachable or too slow, sent an unusable answer, or revoked the lease."""
 
-    def __init__(self, message: str, *, mutated: bool = False, retry_elsewhere: bool = False) -> None:
-        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere, side="receiver")
+    def __init__(self, message: str, *, retry_elsewhere: bool = False) -> None:
+        super().__init__(message, retry_elsewhere=retry_elsewhere, side="receiver")
 
 
 class SeedError(ForkError):
-    """The seed's fault: gone, hanging, another key or epoch, a manifest that is malformed or too large.
+    """The seed's failure: gone, hanging, another key or epoch, a malformed or too large manifest.
 
     Attributes:
-        other_fingerprint: the seed's, where it is another than the receiver's: then it is nobody's fault.
+        other_fingerprint: the seed's, if it differs from the receiver's: then it is nobody's failure.
     """
 
-    def __init__(
-        self, message: str, *, mutated: bool = False, retry_elsewhere: bool = True, other_fingerprint: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, retry_elsewhere: bool = True, other_fingerprint: str = "") -> None:
         side: Side = "receiver" if other_fingerprint else "seed"
-        super().__init__(message, mutated=mutated, retry_elsewhere=retry_elsewhere, side=side)
+        super().__init__(message, retry_elsewhere=retry_elsewhere, side=side)
         self.other_fingerprint = other_fingerprint
 
 
 class ManifestMismatch(ForkError):
-    """Seed and receiver hold different tensors under one key; carries every difference at once.
+    """Seed and receiver have different tensors under one key. Contains all differences.
 
     Args:
-        differences: one line per difference, in the receiver's order; never empty. Each is kept as a printable line
-            of at most ``MAX_DIFFERENCE`` characters.
-        summary: what differs, before the number of differences.
+        differences: one line per difference, in the receiver's order; at least one. Each is shortened to
+            ``MAX_DIFFERENCE`` printable characters.
+        summary: the beginning of the message.
     """
 
     SHOWN = 20
@@ -153,12 +146,12 @@ class EngineError(ForkError):
     Args:
         engine: the engine's name in ``rfork_engine``.
         operation: ``open``, ``register``, ``connect``, ``read`` or ``close``.
-        text: what the engine said, or what was seen.
-        code: the engine's own code, by name where it has one.
-        in_flight: a read was abandoned and the engine cannot say that it will write no more. The buffers
-            belong to the wire until the engine is closed, or for good where closing it fails too.
-        side: whose failure it was. ``connect`` and ``read`` involve a peer and must state it; by default they count
-            as ``unknown``, and every other operation as ``receiver``, which here means this process.
+        text: the engine's own text, or a description.
+        code: the engine's own code, by its name if it has one.
+        in_flight: bytes of an abandoned read may still arrive. The buffers belong to the engine until it is closed,
+            or until the process ends if that fails too.
+        side: the side that failed. ``connect`` and ``read`` involve a peer and must state it; their default is
+            ``unknown``. The default of all other operations is ``receiver``, which here means this process.
     """
 
     def __init__(
@@ -168,7 +161,6 @@ class EngineError(ForkError):
         text: str,
         *,
         code: str = "",
-        mutated: bool = False,
         retry_elsewhere: bool = False,
         in_flight: bool = False,
         side: Side | None = None,
@@ -181,14 +173,13 @@ class EngineError(ForkError):
         coded = f" [{code}]" if code else ""
         super().__init__(
             f"engine {engine}: {operation} failed{coded}: {text}",
-            mutated=mutated,
             retry_elsewhere=retry_elsewhere,
             side=side or ("unknown" if operation in ("connect", "read") else "receiver"),
         )
 
 
 class EngineUnavailable(EngineError):
-    """The engine's package, or a library that it needs, is not on this machine."""
+    """The engine's package, or a library that it needs, is not installed on this machine."""
 
     def __init__(self, engine: str, text: str, *, hint: str) -> None:
         self.hint = hint
@@ -196,10 +187,10 @@ class EngineUnavailable(EngineError):
 
 
 class VerificationError(ForkError):
-    """Bytes arrived and they are wrong: the digest over a receiver's tensor is not the seed's."""
+    """Bytes arrived and they are wrong: the digest of a tensor differs from the seed's."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, mutated=True, retry_elsewhere=True, side="seed")
+        super().__init__(message, retry_elsewhere=True, side="seed")
 
 
 @contextlib.contextmanager

@@ -125,25 +125,28 @@ def test_a_model_that_cannot_be_walked_loads_all_the_same(
 
 def test_state_that_cannot_be_set_rebuilds_the_model(planner: Planner) -> None:
     """The bytes are there by then, and part of the state may be."""
-    with pytest.raises(ForkError) as caught:
-        _run(planner, raising(ForkError("state x of the seed cannot be set here")))
-    assert caught.value.mutated
-
-
-def _run(planner: Planner, accept: Any) -> None:
     settings = parse_config(extra_for(planner.url)).settings
     one = ForkSession(settings, "key", "memory", EngineConfig(device="cpu"))
     local = SimpleNamespace(fingerprint="f", regions=())
     lease = SimpleNamespace(seed="127.0.0.1:1:0", ttl_s=None)
+
+    def read(request: Any, *others: Any) -> Any:
+        assert not one.has_written
+        request.first_write()
+        return SimpleNamespace(nbytes=0)
+
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session, "transfer", lambda *args: SimpleNamespace(nbytes=0))
+            patch.setattr(session, "transfer", read)
             patch.setattr(Leases, "acquire", lambda *args: HeldLease(lease, None))
             patch.setattr(Leases, "release", lambda *args: None)
+            accept = raising(ForkError("state x of the seed cannot be set here"))
             taking = SimpleNamespace(accept=accept, arrived=lambda segments: None, close=lambda: None)
-            one.run(Destination(local, lambda: taking, None, lambda nbytes: None))  # type: ignore[arg-type]
+            with pytest.raises(ForkError, match="cannot be set here"):
+                one.run(Destination(local, lambda: taking, None, lambda nbytes: None))  # type: ignore[arg-type]
     finally:
         one.close()
+    assert one.has_written
 
 
 def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> None:
@@ -154,7 +157,7 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
             pass
 
         def read(self, *args: Any) -> None:
-            raise EngineError("stuck", "read", "no return", mutated=True, in_flight=True)
+            raise EngineError("stuck", "read", "no return", in_flight=True)
 
         def disconnect(self, endpoint: str) -> None:
             raise EngineError("stuck", "connect", "another call does not return")

@@ -188,7 +188,7 @@ class ForkSession:
                 if not isinstance(error, ForkError):
                     # A fork runs third-party code, and whatever that raises must end in a correct model.
                     text = f"unexpected {type(error).__name__}: {error}"
-                    raise ForkError(text, mutated=True, side="receiver") from error
+                    raise ForkError(text, side="receiver") from error
                 self._exclude(held, error)
                 continue
             usage.nbytes = manifest.nbytes
@@ -225,7 +225,6 @@ class ForkSession:
 
     def _exclude(self, held: HeldLease, error: ForkError) -> None:
         """Exclude a seed that failed. Raises ``error`` if no other seed may be tried."""
-        error.mutated = error.mutated or (self._last_error is not None and self._last_error.mutated)
         self._last_error = error
         self.leases.failed.append(held.seed)
         if isinstance(error, SeedError) and error.other_fingerprint:  # from a planner that does not compare them
@@ -261,11 +260,7 @@ class ForkSession:
                 progress=progress,
             )
             manifest = transfer(request, held.keeper, self.times)
-            try:
-                sink.accept(manifest)
-            except ForkError as error:
-                error.mutated = True  # the bytes are there, and part of the state may be
-                raise
+            sink.accept(manifest)
             return manifest
         except EngineError as error:
             if error.in_flight:

@@ -83,12 +83,10 @@ def transfer(request: TransferRequest, keeper: LeaseKeeper, times: StageTimes) -
         bound_s = request.request_timeout_s
         call_engine(request.engine, "connect", bound_s, lambda: request.engine.connect(remote.endpoint, bound_s))
         request.connected(request.engine.lane(remote.endpoint))
-    reading = False
     try:
         with times.stage("epoch"):
             # Addresses are valid only within their epoch: read nothing if it is over ...
             _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
-        reading = True
         request.first_write()
         with times.stage("read"):
             _read(request, keeper, remote, segments, deadline)
@@ -96,9 +94,6 @@ def transfer(request: TransferRequest, keeper: LeaseKeeper, times: StageTimes) -
             # ... and the bytes are the manifest's only if the epoch still holds after the last one.
             _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
         keeper.check()
-    except ForkError as error:
-        error.mutated = error.mutated or reading
-        raise
     finally:
         try:
             call_engine(request.engine, "connect", bound_s, lambda: request.engine.disconnect(remote.endpoint))

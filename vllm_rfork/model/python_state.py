@@ -96,7 +96,6 @@ def apply_state(
             if not _may_become(here.value, value):
                 raise ForkError(
                     f"state {printable(name)} of the seed is a {family(value)}, here it is a {family(here.value)}",
-                    mutated=True,
                 )
             places.append((here, value))
     for place, value in places:
@@ -142,9 +141,7 @@ def match_state(
         if not _same(now[name], wanted[name])
     ]
     if differences:
-        error = ManifestMismatch(differences)
-        error.mutated = True
-        raise error
+        raise ManifestMismatch(differences)
 
 
 def _unlisted(
@@ -155,7 +152,7 @@ def _unlisted(
     owner = modules.get(owner_name)
     was_plain = name in built and _may_become(built[name], value)
     if owner is None or not (_may_be_added(owner, key, value, rules) or (was_plain and key in vars(owner))):
-        raise ForkError(f"state {printable(name)} of the seed has no place here", mutated=True)
+        raise ForkError(f"state {printable(name)} of the seed has no place here")
     return Leaf(name, owner, key, None)
 
 
@@ -209,7 +206,7 @@ def _check_data(name: str, value: Any) -> None:
         decode(value)
     except ForkError as error:
         text = f"state {printable(name)} of the seed is not a plain value: {error}"
-        raise ForkError(text, mutated=True) from error
+        raise ForkError(text) from error
 
 
 def _shown(value: Any) -> str:
