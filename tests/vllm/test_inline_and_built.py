@@ -82,7 +82,7 @@ def test_control_without_that_guard_the_last_of_two_names_wins(monkeypatch: pyte
     pair(manifest_of(collection), remote)
     apply_inline(collection, remote)
     assert (float(model.k), float(model.v)) == (2.0, 2.0)
-    with pytest.raises(VerificationError, match="1 small tensors have not the seed's bytes: k"):
+    with pytest.raises(VerificationError, match="1 small tensors do not contain the seed's bytes: k"):
         check_inline(collection, remote)
 
 

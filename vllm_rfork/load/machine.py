@@ -3,27 +3,28 @@
 vLLM stays in charge: its ``BaseModelLoader.load_model`` builds the structure, asks for the weights (:meth:`fill`) and
 post-processes, in every version and with every platform's patches. ::
 
-    DESCRIBED ──▶ RESERVING ──checkpoint──▶ READING ──verified──▶ FORKED ─────┐
-        │          │  │  │                  ▲  │  │                 │         │
-        │          │  │  └─runtime─▶ DUMMIES┘  │  │ failed          │ refused ▼
-        │          │  │              │  │     │  └──────────┐      │      SNAPSHOT
-        │          │  │              │  └─────┼──────────┐  │      │         ▲
-        │  no seed │  └────────────┐ │        │          ▼  ▼      ▼         │
-        │          │               └─┼────────┼───────▶ REBUILD ◀──┘         │
-        ▼          ▼                 ▼        ▼            │                 │
-        └──────────┴─────────────────┴────────┴─▶ STORAGE ◀┘ ───loaded───────┘
+    DESCRIBED ──▶ RESERVING ──────────────▶ READING ──▶ FORKED ──▶ SNAPSHOT
+        │             │   └───▶ DUMMIES ───────▲ │          │          ▲
+        │             │            │             │          │          │
+        │             ├────────────┴─────────────┤          │          │
+        │             │ nothing written          │ written  │          │
+        │             │                          ▼          │          │
+        │             │                       REBUILD ◀─────┘          │
+        ▼             ▼                          │                     │
+    STORAGE ◀─────────┴──────────────────────────┘                     │
+        └──────────────────────────────────────────────────────────────┘
 
-A fork that fails ends in STORAGE, in the same model if nothing has been written to it and no other rank depends on it.
-Otherwise it ends in REBUILD, and vLLM builds the model a second time. In the runtime layout, vLLM post-processes the
-dummy weights between DUMMIES and READING. A load ends in SNAPSHOT: in what a seed publishes, or in the reason why this
-worker does not become a seed.
+The runtime layout goes by DUMMIES, which vLLM post-processes before READING; the checkpoint layout does not. After a
+failed fork the same model is loaded from STORAGE, if nothing was written to it and no other rank depends on it.
+Otherwise vLLM builds another one (REBUILD). The load ends in SNAPSHOT: with a publication for ``seeding``, or with the
+reason why this worker does not become a seed.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -138,7 +139,8 @@ class LoadMachine:
         Raises:
             Exception: the fallback loader's own error.
         """
-        if self.phase is Phase.DESCRIBED and self._fork is not None and self._filled(self._fork, model, model_config):
+        fork = self._fork
+        if self.phase is Phase.DESCRIBED and fork is not None and self._forked(fork, model, model_config):
             return
         if storage_loader.loads_whole_models(self._storage):
             self._demand_rebuild()
@@ -207,7 +209,7 @@ class LoadMachine:
         )
         return load_whole()
 
-    def _filled(self, fork: FromFork, model: nn.Module, model_config: Any) -> bool:
+    def _forked(self, fork: FromFork, model: nn.Module, model_config: Any) -> bool:
         """Fill ``model`` by a fork, or for one; False if storage is next.
 
         Raises:
@@ -250,7 +252,7 @@ class LoadMachine:
         session.engine.discard()
         session.drop_tracebacks(error)
 
-    def _demand_rebuild(self) -> None:
+    def _demand_rebuild(self) -> NoReturn:
         """Leave the model that vLLM has built; :meth:`run` builds another."""
         self.enter(Phase.REBUILD)
         raise _Rebuild from None

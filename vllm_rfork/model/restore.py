@@ -47,7 +47,7 @@ def restore(
 
 
 def apply_inline(inventory: TensorInventory, manifest: Manifest) -> None:
-    """Copy the seed's inline bytes into this process's tensors; pairing has checked their shapes and who shares memory.
+    """Copy the seed's inline bytes into this process's tensors. Pairing has compared their shapes and aliases already.
 
     Raises:
         ForkError: bytes are missing or of the wrong length.
@@ -64,11 +64,11 @@ def apply_inline(inventory: TensorInventory, manifest: Manifest) -> None:
 
 
 def check_inline(inventory: TensorInventory, manifest: Manifest) -> None:
-    """Prove that inline tensors hold the seed's bytes when all else has been done to the model.
+    """Prove that inline tensors contain the seed's bytes, after everything else has been done to the model.
 
     Raises:
         VerificationError: names those that do not.
     """
     sent = {entry.name: entry.inline for entry in manifest.tensors}
     if wrong := [name for name, tensor in inventory.inline.items() if raw_bytes(tensor) != sent.get(name)]:
-        raise VerificationError(f"{len(wrong)} small tensors have not the seed's bytes: {', '.join(wrong[:5])}")
+        raise VerificationError(f"{len(wrong)} small tensors do not contain the seed's bytes: {', '.join(wrong[:5])}")

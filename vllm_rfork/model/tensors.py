@@ -1,8 +1,7 @@
-"""A model's tensors as regions, spans and entries: what a seed offers and what a receiver fills.
+"""The inventory of a model's tensors, as regions, spans and entries: what a seed publishes and a receiver fills.
 
-An inventory describes a model at one moment and keeps that memory alive, by reference, so that the spans
-stay valid when vLLM replaces parameters later. It decides what can be vouched for: whatever it cannot account for
-is an error, never left out.
+An inventory describes a model at one moment and keeps that memory alive, so that the spans stay valid when vLLM
+replaces parameters later. A tensor that it cannot describe is an error and never left out.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class LocalSpan:
 
 @dataclass(frozen=True)
 class TensorInventory:
-    """What :func:`collect` found.
+    """Every tensor of a model at one moment; made by :func:`collect`.
 
     ``entries[i].span`` indexes ``spans``; ``span_regions[j]`` is span ``j``'s index into ``regions``; ``inline``
     maps the names of inline tensors to the tensors; ``opaque`` names native objects whose memory cannot be seen;
@@ -124,7 +123,7 @@ def names_in(inventory: TensorInventory, spans: Iterable[int]) -> str:
 
 
 def with_inline(inventory: TensorInventory, manifest: Manifest) -> TensorInventory:
-    """``inventory`` with the inline bytes that ``manifest`` has in place of those that were there when it was made."""
+    """``inventory`` with the inline bytes of ``manifest`` in place of its own."""
     sent = {entry.name: entry.inline for entry in manifest.tensors}
     entries = tuple(
         msgspec.structs.replace(entry, inline=sent.get(entry.name)) if entry.name in inventory.inline else entry

@@ -57,13 +57,13 @@ class PostponedChecks:
         self._asked: list[weakref.ref[nn.Module]] = []
 
     def silence(self, module: nn.Module) -> None:
-        """Let ``module``'s check do nothing but remember that it was asked for."""
+        """Make ``module``'s check only record that it was called."""
         # The wrapper around post-processing looks it up on the instance when it calls it.
         vars(module)[SHARED_EXPERT_CHECK] = functools.partial(self._asked.append, weakref.ref(module))
         self._silenced.append(weakref.ref(module))
 
     def run(self) -> None:
-        """Put every check back, and run those that post-processing asked for, on the weights that are there now.
+        """Restore every check, and run those that post-processing has called, on the present weights.
 
         Raises:
             VerificationError: one failed.

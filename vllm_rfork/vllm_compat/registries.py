@@ -1,8 +1,8 @@
 """vLLM's process-wide registries, which a second model in one process would collide with.
 
-Layers enter themselves by name while a model is constructed. Where the first attempt is thrown away, a second one
-fails with "Duplicate layer name" or, worse, attends to the first one's caches. The registries are put back to what
-they were before the attempt, not cleared: the target model may already live there when a draft fails.
+Layers register themselves by name while a model is constructed. After a failed model, a second one would fail with
+"Duplicate layer name" or, worse, use the first one's caches. The registries are restored to what they were before the
+first model, not cleared: they may contain the target model when a draft fails.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from vllm_rfork.vllm_compat import ascend
 
-#: Module → dicts in it that construction or loading enters a model into. The first has names of layers that another
-#: pipeline stage has, by the model's ``id``, which a later model may be given once the failed one is freed.
+#: Module → dicts in it to which construction or loading adds a model. The first contains names of layers of other
+#: pipeline stages, by the model's ``id``; a later model may get the same ``id`` once the failed one is freed.
 _ENTERED = {
     "vllm.model_executor.models.utils": ("_model_to_pp_missing_layer_names",),
     "vllm.model_executor.layers.hpc.rope_norm": ("_hpc_rope_norm_instances",),
