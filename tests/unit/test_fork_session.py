@@ -255,7 +255,7 @@ def test_the_address_is_that_of_the_connection_that_reached_the_planner(monkeypa
         monkeypatch.setattr(advertise.socket, "getaddrinfo", lambda *_, **__: names)
         assert advertise_host(settings(f"http://localhost:{port}")) == "127.0.0.1"
     # Nobody listens yet: the route to the first address.
-    assert advertise.is_loopback(advertise_host(settings(f"http://localhost:{port}")))
+    assert advertise.is_loopback(advertise_host(settings(f"http://localhost:{port}")) or "")
 
 
 def test_of_several_planners_the_first_whose_name_is_found_shows_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def test_of_several_planners_the_first_whose_name_is_found_shows_the_route(monke
     with socket.create_server(("127.0.0.1", 0)) as planner:
         port = planner.getsockname()[1]
         assert advertise_host(settings(f"http://gone.example,http://here.example:{port}")) == "127.0.0.1"
-    assert advertise_host(settings("http://gone.example,http://gone.example:2")) == ""
+    assert advertise_host(settings("http://gone.example,http://gone.example:2")) is None
 
 
 def test_lookups_of_several_planners_together_are_bounded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_a_planner_that_takes_no_connection_costs_a_start_little(monkeypatch: py
 
 def test_a_planner_on_loopback_is_reached_from_loopback() -> None:
     for host in ("127.0.0.1", "localhost"):
-        assert advertise.is_loopback(advertise_host(settings(f"http://{host}:{free_port()}")))
+        assert advertise.is_loopback(advertise_host(settings(f"http://{host}:{free_port()}")) or "")
 
 
 def test_without_a_route_no_address_is_made_up(
@@ -306,7 +306,7 @@ def test_without_a_route_no_address_is_made_up(
 ) -> None:
     route(monkeypatch, OSError("Network is unreachable"))
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
-    assert advertise_host(settings("http://10.0.0.9:1")) == ""
+    assert advertise_host(settings("http://10.0.0.9:1")) is None
     assert "Network is unreachable" in caplog.text
 
 

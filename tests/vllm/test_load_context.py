@@ -32,7 +32,7 @@ def described(model: Path, **options: Any) -> LoadContext:
 def test_a_worker_without_an_address_is_no_seed_and_still_reads_from_others(
     model_a: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts, "advertise_host", lambda settings: "")
+    monkeypatch.setattr(contexts, "advertise_host", lambda settings: None)
     context = described(model_a)
     session = context.open_session()
     try:

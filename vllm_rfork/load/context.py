@@ -46,7 +46,7 @@ class LoadContext:
         facts: the facts behind the fingerprint, shortened for people.
         layout: the state of the weights that is forked and published; see ``rfork_layout``.
         engine_name, engine_config: the transfer engine of this worker.
-        advertise_host: the host under which others reach this worker; empty if it is unknown.
+        advertise_host: the host under which others reach this worker; None if it is unknown.
         load_config: vLLM's.
         shows_progress: this rank shows the progress bar.
         rank_group: the ranks that load this model together.
@@ -66,7 +66,7 @@ class LoadContext:
     layout: str
     engine_name: str
     engine_config: EngineConfig
-    advertise_host: str
+    advertise_host: str | None
     load_config: Any
     shows_progress: bool
     rank_group: RankGroup
@@ -229,13 +229,13 @@ def _seed_key(settings: Settings, identity: WorkerIdentity) -> str:
     return seed_key
 
 
-def _advertise_host(settings: Settings) -> tuple[str, PlannerError | None]:
-    """This worker's advertised host, empty if it is unknown; and the error if that took all of the allowed time."""
+def _advertise_host(settings: Settings) -> tuple[str | None, PlannerError | None]:
+    """This worker's advertised host, None if it is unknown; and the error if that took all of the allowed time."""
     try:
         return advertise_host(settings), None
     except TimeoutError as error:
         # A call to the planner would resolve the same name again.
-        return "", PlannerError(str(error))
+        return None, PlannerError(str(error))
 
 
 def _mapping_obstacle(settings: Settings, vllm_config: Any, storage: Any) -> str | None:
@@ -245,10 +245,10 @@ def _mapping_obstacle(settings: Settings, vllm_config: Any, storage: Any) -> str
     return f"{settings.rfork_fallback_load_format} maps the weights from another process"
 
 
-def _seed_obstacle(settings: Settings, host: str, unreachable: PlannerError | None) -> str | None:
+def _seed_obstacle(settings: Settings, host: str | None, unreachable: PlannerError | None) -> str | None:
     if not settings.rfork_become_seed:
         return "rfork_become_seed is false"
-    if host:
+    if host is not None:
         return None
     return (
         "its own address is not known: "

@@ -29,12 +29,13 @@ def outcome_of(
     context: LoadContext, session: ForkSession, obstacle: str | None, snapshot: Snapshot | None, model: nn.Module
 ) -> Publication | NotASeed:
     """The publication of ``snapshot``, which is ``model``'s, or the reason why there is none."""
-    if obstacle is not None or snapshot is None:
+    host = context.advertise_host
+    if obstacle is not None or snapshot is None or host is None:
         level = logging.WARNING if context.settings.rfork_become_seed else logging.INFO
         return NotASeed(session.logged.once(obstacle or "no weights were captured"), level)
     return Publication(
         role="draft" if context.identity.is_draft else "target",
-        config=_seed_config(context, session),
+        config=_seed_config(context, session, host),
         tensors=PublishedSnapshot.of(snapshot, context.device, model, VLLM_RULES, keeps=context.keeps_loaded),
         engine=session.engine,
         intent=session.intent,
@@ -45,14 +46,14 @@ def outcome_of(
     )
 
 
-def _seed_config(context: LoadContext, session: ForkSession) -> SeedConfig:
+def _seed_config(context: LoadContext, session: ForkSession, host: str) -> SeedConfig:
     settings = context.settings
     port, *other_ports = seed_ports(settings, context.identity)
     return SeedConfig(
         planner_url=settings.rfork_scheduler_url,
         credentials=session.credentials,
-        bind_host=listen_host(settings.rfork_seed_bind_host, context.advertise_host),
-        advertise_host=context.advertise_host,
+        bind_host=listen_host(settings.rfork_seed_bind_host, host),
+        advertise_host=host,
         port=port,
         other_ports=tuple(other_ports),
         rank=context.identity.tp_rank,

@@ -26,12 +26,11 @@ _EVERY_IPV4 = "0.0.0.0"  # noqa: S104
 _EVERY_ADDRESS = "::"
 
 
-def advertise_host(settings: Settings) -> str:
+def advertise_host(settings: Settings) -> str | None:
     """The advertised address: the option, else ``VLLM_HOST_IP``, else the local address towards the planner.
 
-    The last is the local address of a connection to the planner, or of the route if the planner accepts none yet. The
-    result is empty if there is no address, or only a loopback address while the planner is on another host: peers
-    would connect to themselves.
+    The last is the local address of a connection to the planner, or of the route if the planner accepts none yet. None
+    if there is no route to any planner.
 
     Raises:
         ConfigError: ``rfork_seed_advertise_host`` is ``0.0.0.0`` or ``::``.
@@ -61,7 +60,7 @@ def advertise_host(settings: Settings) -> str:
     return _reached_from(planners, settings.rfork_request_timeout_sec)
 
 
-def _reached_from(planners: list[urllib.parse.SplitResult], timeout_s: float) -> str:
+def _reached_from(planners: list[urllib.parse.SplitResult], timeout_s: float) -> str | None:
     """The local address towards the first of ``planners`` whose name is found. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
     late: TimeoutError | None = None
@@ -77,7 +76,7 @@ def _reached_from(planners: list[urllib.parse.SplitResult], timeout_s: float) ->
             logger.warning("There is no route to the planner at %s: %s", host, error)
     if late is not None:
         raise late
-    return ""
+    return None
 
 
 def listen_host(bind_host: str, advertised: str) -> str:
@@ -111,8 +110,8 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return address
 
 
-def _connected_from(addresses: list[Any]) -> str:
-    """The local address of the first connection that the planner accepts; empty if it accepts none in time."""
+def _connected_from(addresses: list[Any]) -> str | None:
+    """The local address of the first connection that the planner accepts; None if it accepts none in time."""
     deadline = time.monotonic() + _CONNECT_TIMEOUT_S
     for number, (family, kind, _, _, address) in enumerate(addresses):
         left_s = deadline - time.monotonic()
@@ -125,7 +124,7 @@ def _connected_from(addresses: list[Any]) -> str:
                 return str(connection.getsockname()[0])
         except OSError as error:
             logger.debug("The planner cannot be reached at %s: %s", address[0], error)
-    return ""
+    return None
 
 
 def _routed_from(found: Any) -> str:

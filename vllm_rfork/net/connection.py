@@ -18,7 +18,7 @@ _TLS_BEGINS = b"\x16"
 
 
 class Phase(enum.Enum):
-    """What a connection waits for."""
+    """The event that a connection waits for."""
 
     #: The TLS handshake, or the first byte, which tells TLS from plain HTTP.
     OPENING = "to begin"
@@ -36,7 +36,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What peers may take. Times in seconds, sizes in bytes.
+    """Limits for peers. Times in seconds, sizes in bytes.
 
     Attributes:
         connections: open at once.
@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def begin_request(self) -> None:
-        """What is received from now on belongs to another request."""
+        """Count the bytes that are received from now on for another request."""
         self._received_nbytes = 0
 
     def data_received(self, data: bytes) -> None:
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
-        """Pass it on."""
+        """Pass the end of the peer's bytes on."""
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
@@ -173,14 +173,14 @@ class Connection(asyncio.Protocol):
             await self._taken
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end, for everybody who waits on this connection."""
+        """End every wait on this connection."""
         self.lost = True
         self._owner.ended(self, self._inner)
         self._release()
         self._inner.connection_lost(exc)
 
     def abort(self) -> None:
-        """Close the connection at once, whatever is still to be written."""
+        """Close the connection at once, without the bytes that are still to be written."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -222,7 +222,7 @@ async def write_reply(request: web.BaseRequest, reply: Reply, connection: Connec
 
 
 async def begins_tls(sock: socket.socket) -> bool:
-    """Whether the peer begins with TLS; what it sent stays where it is."""
+    """Return True if the peer begins with TLS; its bytes stay in the socket."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     while True:
@@ -234,4 +234,4 @@ async def begins_tls(sock: socket.socket) -> bool:
         try:
             return sock.recv(1, socket.MSG_PEEK) == _TLS_BEGINS
         except BlockingIOError:
-            readable.clear()  # it was not there after all
+            readable.clear()  # a spurious wake-up

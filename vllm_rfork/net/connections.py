@@ -26,7 +26,7 @@ from vllm_rfork.net.seldom import Seldom
 
 @dataclass(frozen=True)
 class Tls:
-    """How connections are encrypted.
+    """Encryption of connections.
 
     Attributes:
         context: asked for each connection, so that a renewed certificate is used from then on.
