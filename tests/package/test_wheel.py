@@ -75,7 +75,9 @@ def test_entry_points(wheel: Path, installed: Path) -> None:
 def test_the_dashboards_page_travels_and_is_found(wheel: Path, installed: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {f"vllm_rfork/planner/http/page/{name}" for name in ("index.html", "style.css", "script.js")} <= names
+    assert {
+        f"vllm_rfork/planner/http/page/{name}" for name in ("index.html", "style.css", "elements.js", "script.js")
+    } <= names
     run(
         installed,
         "-c",

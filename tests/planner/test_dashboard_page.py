@@ -136,7 +136,7 @@ async def test_a_fleet_comes_into_view_without_a_reload(
                 await page.shows("#causes", "EngineError", "127.0.0.1:5001:0")
                 await page.shows("#history", "15 GB", "1.25 s", "12.0", "failed")
                 await page.shows("#seeds", "quarantined for", "EngineError (127.0.0.1)")
-                await page.shows("#waiting", "Nobody waits")
+                await page.shows("#waiting", "No receiver waits")
                 await page.until(FITS.format(width))
                 assert await page.run("window.before") == 1, "it was reloaded"
                 assert complains_of_nothing(page, process.url)
@@ -163,7 +163,7 @@ async def test_ages_go_on_and_a_key_can_be_looked_at_alone(chromium: Chromium) -
 
             await page.type("#filter", "key-127-" + "x" * 120)  # one that is not listed
             await page.shows("#chosen", "key-127")
-            await page.shows("#leases", "Nobody forks")
+            await page.shows("#leases", "No receiver forks")
             await page.shows("#tile-seeds", "1")
             assert await page.run("document.querySelectorAll('#seeds tbody tr').length") == 1
 

@@ -1,5 +1,4 @@
-"""The planner: the service that pairs receivers with seeds.
+"""The planner: the service that pairs receivers with seeds. Runs without torch and vLLM.
 
-Runs without torch and vLLM. Must not import the worker side (clients, loader, engines, seed service); the two
-meet in ``messages``.
+The worker side and this package share plain data only (``messages``).
 """

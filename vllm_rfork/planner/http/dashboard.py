@@ -54,9 +54,11 @@ def load_page() -> Page:
     ``require-trusted-types-for`` makes the browser refuse data that is about to be parsed as HTML.
     """
     folder = resources.files(__package__).joinpath(_FOLDER)
-    html, style, script = (
-        folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "style.css", "script.js")
+    html, style, elements, script = (
+        folder.joinpath(name).read_text(encoding="utf-8")
+        for name in ("index.html", "style.css", "elements.js", "script.js")
     )
+    script = f'"use strict";\n{{\n{elements}{script}}}\n'
     body = html.replace("/*style*/", style).replace("/*script*/", script)
     policy = (
         "default-src 'none'",
