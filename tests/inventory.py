@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from vllm_rfork.model import python_state, tensors
+from vllm_rfork.model import restore, tensors
 from vllm_rfork.model.coverage import TensorSize, tensor_sizes
 from vllm_rfork.model.python_state import state_in
 from vllm_rfork.model.tensors import TensorInventory
@@ -31,5 +31,5 @@ def sizes_of(model: nn.Module) -> dict[str, TensorSize]:
     return tensor_sizes(walk(model, VLLM_RULES))
 
 
-apply_state = functools.partial(python_state.apply_state, rules=VLLM_RULES)
-match_state = functools.partial(python_state.match_state, rules=VLLM_RULES)
+apply_state = functools.partial(restore.apply_state, rules=VLLM_RULES)
+match_state = functools.partial(restore.match_state, rules=VLLM_RULES)

@@ -43,6 +43,7 @@ SOURCES = sorted(
         "examples",
         "scripts",
         "versions",
+        "vllm_rfork/model",
         "vllm_rfork/planner",
         "vllm_rfork/vllm_compat/fingerprint",
     )

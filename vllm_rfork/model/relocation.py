@@ -65,7 +65,7 @@ class PublishedSnapshot:
 
     @property
     def recoverable(self) -> bool:
-        """Whether :meth:`relocate` is worth another try after a failed return."""
+        """True if :meth:`relocate` may succeed after a failed return."""
         return self._origin.kept is None and self._origin.model() is not None
 
     def release(self) -> None:
