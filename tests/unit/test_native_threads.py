@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
 #: Modules with threads that an exit need not wait for, and why.
 PYTHON_ONLY = {
     "net/event_loop.py": "an event loop: Python, and C without C++ frames",
-    "net/advertise.py": "a C call of the resolver",
+    "threads/deadline.py": "for calls that say so, and the resolver's alone does: C without C++ frames",
+    "testing/engine_worker.py": "a worker process of the contract suite, which ends by _exit if need be",
     "planner/resolver.py": "a C call of the resolver, on the planner's side",
     "manifest/checkpoint_identity.py": "file system calls and hashlib: C without C++ frames",
     "engines/yuanrong/relay.py": "a process of its own that only copies between sockets",
@@ -116,3 +117,9 @@ def test_no_other_thread_runs_native_code(path: Path) -> None:
     name = str(path.relative_to(PACKAGE))
     if name != "threads/native.py" and "threading.Thread(" in path.read_text():
         assert name in PYTHON_ONLY, "start it by native_thread, or say here why an exit need not wait for it"
+
+
+def test_only_the_resolver_is_left_behind_at_an_exit() -> None:
+    """Everything else that has a deadline is native code."""
+    users = [path for path in PACKAGE.rglob("*.py") if "delays_exit=False" in path.read_text()]
+    assert [str(path.relative_to(PACKAGE)) for path in users] == ["net/advertise.py"]

@@ -1,4 +1,4 @@
-"""Transfer engines: one small port (:mod:`.base`), one adapter file each, one table (:mod:`.table`).
+"""Transfer engines: one port (:mod:`.base`), one registry (:mod:`.registry`), one package for each adapter.
 
-Adapters take integer addresses and lengths, never tensors; they do not know each other, torch or vLLM.
+Adapters take integer addresses and lengths, never tensors.
 """

@@ -1,11 +1,12 @@
-"""The port every transfer engine implements.
+"""The port that every transfer engine implements.
 
-One engine object serves one worker process and one role. A seed calls ``open``, ``register``, then hands out
-``endpoint``; a receiver calls ``open``, ``register`` for its own memory, ``connect``, ``read`` as often as it
-takes, and ``disconnect``; a receiver that becomes a seed keeps the engine and its registrations. Both end with
-``close``. Every call is bounded in time. All calls block; the caller runs them off threads that must not wait.
+One engine object serves one worker process and one role. A seed calls ``open``, ``register``, then publishes
+``endpoint``. A receiver calls ``open``, ``register`` for its own memory, ``connect``, ``read`` as often as needed, and
+``disconnect``. A receiver that becomes a seed keeps the engine and its registrations. Both end with ``close``. Every
+call blocks and is bounded in time.
 
 An adapter raises :class:`~vllm_rfork.errors.EngineError` and nothing else, with the foreign error as its cause.
+``vllm_rfork.testing`` contains the contract as tests.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from vllm_rfork.manifest.segments import Segment
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine needs to open.
+    """The arguments of :meth:`TransferEngine.open`.
 
     Attributes:
-        device: ``cpu``, ``cuda:1``, ``npu:0``: the torch device that holds the memory. The index counts as the
-            process sees its devices (within ``CUDA_VISIBLE_DEVICES``, ``ASCEND_RT_VISIBLE_DEVICES``), which on
-            the second node is not the global rank.
-        host: the address under which peers reach this process; IPv4 literal where the engine demands one.
+        device: the torch device of the memory: ``cpu``, ``cuda:1``, ``npu:0``. The index counts the visible devices
+            of the process (``CUDA_VISIBLE_DEVICES``, ``ASCEND_RT_VISIBLE_DEVICES``); it is not the global rank.
+        host: the address under which peers reach this process; an IPv4 literal if the engine requires one.
         timeout_s: bound on ``open``, ``register``, ``connect`` and ``close``, in seconds.
-        options: the engine's own settings, read from the environment by its adapter's documentation.
+        options: the engine's own settings; see the adapter's documentation.
     """
 
     device: str
@@ -40,20 +40,20 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Limits:
-    """How large one ``read`` call may be: bytes and items. The caller cuts batches to fit."""
+    """The largest ``read`` call, in bytes and items. The caller splits its batches accordingly."""
 
     max_batch_nbytes: int
     max_batch_items: int
 
 
 class TransferEngine(abc.ABC):
-    """See the module's docstring for the order of calls."""
+    """A transfer engine; the module's docstring describes the order of calls."""
 
     #: The name in ``rfork_engine`` and in manifests.
     name: ClassVar[str]
     #: torch device types (``cpu``, ``cuda``, ``npu``) whose memory the engine reads and writes.
     device_types: ClassVar[frozenset[str]]
-    #: Default bounds for one ``read``; ``rfork_max_batch_bytes`` lowers or raises the first.
+    #: The bounds of one ``read``; ``rfork_max_batch_bytes`` may lower the first.
     limits: ClassVar[Limits]
 
     @classmethod
@@ -70,29 +70,37 @@ class TransferEngine(abc.ABC):
 
     @abc.abstractmethod
     def open(self, config: EngineConfig) -> None:
-        """Start the engine. Raises :class:`EngineUnavailable` where its package is missing."""
+        """Start the engine.
+
+        Raises:
+            EngineUnavailable: its package, or a library that it needs, is missing.
+        """
 
     @property
     @abc.abstractmethod
     def endpoint(self) -> str:
-        """Opaque text by which a peer's engine of the same name reaches this one.
+        """The text with which a peer's engine of the same name reaches this one; opaque to everyone else.
 
         Valid after ``register``: for some engines it describes the registered memory.
         """
 
     @abc.abstractmethod
     def register(self, regions: Sequence[Region]) -> None:
-        """Make ``regions`` (disjoint, nbytes > 0) readable by peers and writable by ``read``. All or nothing.
+        """Make ``regions`` (disjoint, nbytes > 0) readable by peers and writable by ``read``: all of them or none.
 
         The caller keeps the memory alive until ``close`` has returned.
         """
 
     @abc.abstractmethod
     def connect(self, endpoint: str, timeout_s: float) -> None:
-        """Reach the peer, and find out within ``timeout_s`` seconds where it cannot be reached."""
+        """Connect to a peer.
+
+        Raises:
+            EngineError: it cannot be reached within ``timeout_s`` seconds.
+        """
 
     def lane(self, endpoint: str) -> str:
-        """The way that bytes from a connected peer take, as ``engine/lane``; the engine's name where it has one lane.
+        """The path of the bytes from a connected peer, as ``engine/lane``; the engine's name if it has only one.
 
         For log lines and the planner's records: at most 64 printable ASCII characters. Never raises.
         """
@@ -100,9 +108,9 @@ class TransferEngine(abc.ABC):
 
     @abc.abstractmethod
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
-        """Copy each segment from the peer's ``remote`` to the own ``local`` address; return when all is there.
+        """Copy each segment from its ``remote`` address in the peer to its ``local`` one; return when all have arrived.
 
-        Each segment lies in one registered region on either side; the batch keeps within ``limits``.
+        Each segment is in one registered region on either side, and the batch is within ``limits``.
 
         Raises:
             EngineError: with ``in_flight=True`` if bytes may still arrive; then only ``close`` releases the buffers.
@@ -119,9 +127,9 @@ class TransferEngine(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End the engine and every read in it. Idempotent. After it returns, no peer's byte is written any more.
+        """End the engine and every read in it. Idempotent. No byte of a peer is written after it has returned.
 
         Raises:
-            EngineError: with ``in_flight=True`` where the engine cannot be brought to that state: the caller
-                then keeps the buffers for the rest of the process's life.
+            EngineError: with ``in_flight=True`` if the engine cannot ensure that; the caller then keeps the buffers
+                until the process ends.
         """

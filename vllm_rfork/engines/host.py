@@ -1,4 +1,4 @@
-"""The host's identity, which processes in different containers of one host share."""
+"""The identifier of this host, the same in all its containers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def boot_id() -> str:
-    """Names the running kernel of this host.
+    """The identifier of the running kernel.
 
     Raises:
         OSError: it cannot be read.

@@ -1,15 +1,14 @@
-"""The fake engine that ships: host memory of one machine, no native package, and faults on request.
+"""The memory engine: host memory of one machine, without a native package, and with faults on request.
 
-Good for tests and demos: it works inside one process and between processes of one user (``process_vm_readv``), holds
-to the port's contract, and misbehaves exactly as told. It is no engine for production: nothing but the two processes'
-equal uid protects the memory.
+For tests and demos. It works within a process and between processes of one user (``process_vm_readv``), keeps the
+port's contract, and fails as told. Not for production: only the equal uid of the two processes protects the memory.
 
-Faults come from the constructor, or from ``RFORK_MEMORY_FAULT`` where the engine is made by name, as a comma-separated
-list read at ``open``: ``register_fails``, ``flip_byte=17,fail_read=2``. The names are the fields of :class:`Faults`.
+Faults come from the constructor, or, for an engine that is created by name, from ``RFORK_MEMORY_FAULT``: a
+comma-separated list that is read at ``open``, such as ``register_fails`` or ``flip_byte=17,fail_read=2``. The names are
+the fields of :class:`Faults`.
 
-The endpoint names the process and where in it the engine keeps its table of registrations; the reader fetches that
-table anew for each read, so a peer that closed or died is noticed, and what a peer has not registered is
-refused.
+The endpoint contains the process and the address of the engine's table of registrations. The reader fetches that table
+anew for each read, so it notices a peer that closed or died, and refuses memory that the peer has not registered.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ _NAME = "memory"
 _HEADER = struct.Struct("=16sQQ")  # the engine's id, the table's address, the number of regions in it
 _ROW = struct.Struct("=QQ")
 _MAX_REGIONS = 1 << 20
-#: Whose failure a failed read of another process is: it ended, or this process may not read it.
+#: The side that failed when another process cannot be read: it ended, or this process has no permission.
 _SIDES: dict[int, Side] = {errno.ESRCH: "seed", errno.EPERM: "receiver", errno.ENOMEM: "receiver"}
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong, counted per engine object.
+    """Faults of one engine object.
 
     Attributes:
         open_fails, register_fails, connect_fails: the call raises ``EngineError``.
@@ -88,7 +87,7 @@ def parse_faults(text: str) -> Faults:
 
 
 class _Peer:
-    """Where another engine lives, and how to read its memory."""
+    """Another engine: its process, and access to its memory."""
 
     def __init__(self, endpoint: str) -> None:
         try:
@@ -103,7 +102,7 @@ class _Peer:
             raise EngineError(_NAME, "connect", f"{endpoint[:100]!r} is not an endpoint of this engine", side="seed")
 
     def regions(self, operation: str) -> RegionTable:
-        """What the peer has registered now."""
+        """The peer's current registrations."""
         if process_started(self.pid) != self.started:
             raise EngineError(_NAME, operation, f"process {self.pid} is gone", retry_elsewhere=True, side="seed")
         header = ctypes.create_string_buffer(_HEADER.size)
@@ -139,7 +138,7 @@ class _Peer:
 
 
 class _Late:
-    """A read whose bytes arrive after it was given up."""
+    """A read whose bytes arrive after it was abandoned."""
 
     def __init__(self, delay_s: float, peer: _Peer, segments: Sequence[Segment]) -> None:
         self._cancelled = threading.Event()
@@ -153,13 +152,13 @@ class _Late:
                 self._peer.copy("read", local, remote, nbytes)
 
     def stop(self) -> None:
-        """Return when nothing more will be written."""
+        """Cancel, and return when nothing more will be written."""
         self._cancelled.set()
         self._thread.join()
 
 
 class MemoryEngine(TransferEngine):
-    """See the module's docstring; ``faults`` None means: read them from the environment at ``open``."""
+    """See the module's docstring; with ``faults`` None, ``open`` reads them from the environment."""
 
     name: ClassVar[str] = _NAME
     device_types: ClassVar[frozenset[str]] = frozenset({"cpu"})
@@ -178,7 +177,7 @@ class MemoryEngine(TransferEngine):
         self._bytes_read = 0
 
     def open(self, config: EngineConfig) -> None:
-        """Take the faults from the environment where none were given, and start."""
+        """Read the faults from the environment if none were given, and start."""
         if self._identity:
             raise EngineError(_NAME, "open", "it is open already")
         if config.device != "cpu":
@@ -275,7 +274,7 @@ class MemoryEngine(TransferEngine):
         return self._table.nbytes
 
     def close(self) -> None:
-        """Stop late deliveries, then forget everything."""
+        """Stop late deliveries, then drop everything."""
         for late in self._late:
             late.stop()
         self._late = []
@@ -287,7 +286,7 @@ class MemoryEngine(TransferEngine):
         self._publish()
 
     def _publish(self) -> None:
-        """Put the table where peers look; the rows are in place before the header names them."""
+        """Write the table for peers; the rows are complete before the header refers to them."""
         rows = b"".join(_ROW.pack(region.address, region.nbytes) for region in self._table.regions)
         previous, self._rows = self._rows, ctypes.create_string_buffer(rows, max(len(rows), 1))
         packed = _HEADER.pack(self._identity, ctypes.addressof(self._rows), len(rows) // _ROW.size)

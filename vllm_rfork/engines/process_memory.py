@@ -1,7 +1,7 @@
-"""Reading another process's memory on this machine, who that process is, and pages made ready to take it.
+"""Access to another process's memory on this machine, and preparation of pages that are about to be written.
 
 ``process_vm_readv`` needs the same uid (or the right to trace) and the same pid namespace; two containers usually have
-neither. Raises ``OSError`` only; adapters translate it. Must not import an engine.
+neither. Raises ``OSError`` only; adapters translate it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def _madvise() -> Any:
 
 
 def read_process(pid: int, local: int, remote: int, nbytes: int) -> None:
-    """Copy ``nbytes`` (> 0) from ``remote`` in process ``pid`` to ``local`` here; the GIL is released meanwhile.
+    """Copy ``nbytes`` (> 0) from ``remote`` in process ``pid`` to ``local`` in this one, without the GIL.
 
     Raises:
-        OSError: no such process, no right to read it, or memory that is not there on either side; some of the bytes
-            may have been copied.
+        OSError: no such process, no permission, or unmapped memory on either side; some bytes may have been copied.
     """
     done = 0
     while done < nbytes:
@@ -56,21 +55,21 @@ def read_process(pid: int, local: int, remote: int, nbytes: int) -> None:
 
 
 def touch(address: int, nbytes: int) -> None:
-    """Have the kernel make the pages under ``nbytes`` at ``address`` ready for writing; contents stay as they are.
+    """Ask the kernel to map the pages of ``nbytes`` at ``address`` for writing; their contents do not change.
 
-    One call for many pages costs about half of what they cost one fault at a time, in the middle of a copy. A hint:
-    where the kernel is too old (Linux < 5.14) or the memory cannot be treated so, the copy faults the pages in itself.
+    One call for many pages costs about half as much as one page fault at a time, in the middle of a copy. This is a
+    hint: with an older kernel (Linux < 5.14), or other kinds of memory, the copy itself faults the pages in.
     """
     start = address // _PAGE * _PAGE
     _madvise()(start, address + nbytes - start, _POPULATE_WRITE)
 
 
 def process_started(pid: int) -> int:
-    """When process ``pid`` started, in clock ticks since boot; 0 where there is none. Tells a reused pid apart."""
+    """The start of process ``pid`` in clock ticks since boot, to recognize a reused pid; 0 if there is no process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    # The name in brackets may hold anything, so fields are counted after it; the start is field 22 of proc(5).
+    # The name in brackets may contain anything, so fields are counted after it; the start is field 22 of proc(5).
     state, *rest = stat.rpartition(")")[2].split()
     return 0 if state in "ZX" else int(rest[18])

@@ -1,4 +1,4 @@
-"""The errors by which every adapter refuses a call that it cannot take. Must not import an engine or native code."""
+"""Errors with which every adapter refuses a call that it cannot make."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vllm_rfork.errors import EngineError
 
 
 def busy(engine: str, operation: str, *, in_flight: bool = False, retry_elsewhere: bool = False) -> EngineError:
-    """Another call has not returned within the bound."""
+    """Another call is under way and did not return within the bound."""
     return EngineError(
         engine,
         operation,
@@ -19,11 +19,11 @@ def busy(engine: str, operation: str, *, in_flight: bool = False, retry_elsewher
 
 
 def not_open(engine: str, operation: str) -> EngineError:
-    """The engine was never opened, or is closed or closing."""
+    """The engine was never opened, is closed, or is closing."""
     return EngineError(engine, operation, "it is not open", side="receiver")
 
 
 def given_up(engine: str, operation: str, why: str) -> EngineError:
-    """An earlier read may still write, so only ``close`` is left."""
+    """Bytes of an earlier read may still arrive, so only ``close`` is possible."""
     text = f"an earlier read was given up ({why}): close the engine"
     return EngineError(engine, operation, text, in_flight=True, side="receiver")

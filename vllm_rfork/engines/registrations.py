@@ -1,7 +1,6 @@
-"""The registration table that adapters share: which local memory an engine may touch.
+"""The registrations of an engine: the local memory that it may read and write.
 
-Plain bookkeeping over :class:`~vllm_rfork.manifest.schema.Region`; must not import an engine or native code.
-Adapters ask it before they ask their engine, so that every engine refuses the same mistakes with the same words.
+Adapters check their arguments here first, so every engine refuses the same mistakes with the same texts.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from vllm_rfork.manifest.segments import Segment
 
 
 class RegionTable:
-    """Disjoint regions in address order. Not thread-safe: one caller at a time, as the port has it."""
+    """Disjoint regions in address order. Not thread-safe."""
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
@@ -30,11 +29,11 @@ class RegionTable:
 
     @property
     def regions(self) -> list[Region]:
-        """What is registered, in address order."""
+        """The registered regions, in address order."""
         return [Region(start, self._nbytes_at[start]) for start in self._starts]
 
     def check_new(self, regions: Sequence[Region]) -> None:
-        """Raise :class:`EngineError` where one of ``regions`` is empty or overlaps another or a registered one."""
+        """Raise :class:`EngineError` if a region is empty, or overlaps another or a registered one."""
         merged = sorted([*self.regions, *regions], key=lambda region: region.address)
         for region in regions:
             if region.address <= 0 or region.nbytes <= 0:
@@ -44,7 +43,7 @@ class RegionTable:
                 raise EngineError(self._engine, "register", f"{before} and {after} overlap")
 
     def add(self, regions: Iterable[Region]) -> None:
-        """Record ``regions``, which :meth:`check_new` has passed."""
+        """Record ``regions``, which :meth:`check_new` has accepted."""
         for region in regions:
             self._nbytes_at[region.address] = region.nbytes
         self._starts = sorted(self._nbytes_at)
@@ -55,7 +54,7 @@ class RegionTable:
         self._nbytes_at = {}
 
     def holds(self, address: int, nbytes: int) -> bool:
-        """Whether ``nbytes`` (> 0) at ``address`` lie within one region."""
+        """Return True if one region contains ``nbytes`` (> 0) at ``address``."""
         index = bisect.bisect_right(self._starts, address) - 1
         if index < 0 or nbytes <= 0:
             return False
@@ -63,7 +62,7 @@ class RegionTable:
         return address + nbytes <= start + self._nbytes_at[start]
 
     def check_local(self, segments: Iterable[Segment]) -> None:
-        """Raise :class:`EngineError` where a segment's local side does not lie within one region."""
+        """Raise :class:`EngineError` if no single region contains the local side of a segment."""
         for segment in segments:
             if not self.holds(segment.local, segment.nbytes):
                 raise EngineError(

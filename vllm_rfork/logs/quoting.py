@@ -1,15 +1,14 @@
-"""External text in messages, logs and tables: escaped, so that it cannot forge a line or steer a terminal, and cut.
+"""External text in messages, logs and tables: escaped, so that it forges no line and controls no terminal; shortened.
 
-Manifests, answers of planners and seeds, request paths and seed keys are written by others. Errors (``errors.py``), the
-worker's loggers (``logs/worker.py``), the planner's log formats and the command line's tables all come here. Must not
-import anything of the package.
+Manifests, answers of planners and seeds, request paths and seed keys come from outside. Errors (``errors.py``), the
+loggers of workers (``logs/worker.py``), the planner's log formats and the tables of the command line use this module.
 """
 
 from __future__ import annotations
 
 #: Characters of one quoted value: a name, a key, a setting.
 MAX_QUOTED = 200
-#: Characters of one error's text, which may quote many.
+#: Characters of one error's text, which may quote several values.
 MAX_MESSAGE = 8_000
 #: Characters of one log line's message.
 MAX_LINE = 32_000
@@ -18,9 +17,9 @@ MAX_LINE = 32_000
 def printable(text: object, max_length: int = MAX_QUOTED) -> str:
     """``text`` as one printable line of at most about ``max_length`` characters.
 
-    What does not print (line breaks, ESC and other control characters, characters that change the direction of
-    writing, lone surrogates) is written as Python writes it in a literal. A text that is cut says how long it was.
-    Printable text that is short enough is returned as it is.
+    Unprintable characters (line breaks, ESC and other control characters, characters that change the direction of
+    writing, lone surrogates) are escaped as in a Python literal. A shortened text ends with its original length. Short
+    printable text is returned unchanged.
     """
     text = str(text)
     shown = text if len(text) <= max_length else text[:max_length]
@@ -33,7 +32,7 @@ def printable(text: object, max_length: int = MAX_QUOTED) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """``count`` and ``noun``, which takes an s as its plural: ``1 seed``, ``2 seeds``."""
+    """``count`` and ``noun`` with its plural in s: ``1 seed``, ``2 seeds``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

@@ -1,1 +1,1 @@
-"""Threads that run native code, and bounded waits for them."""
+"""Threads that run native code, and calls with a deadline."""

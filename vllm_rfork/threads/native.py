@@ -2,7 +2,7 @@
 
 They are daemons, because a native call that never returns must not keep a process alive. But Python ends a daemon by
 force if its native call returns during shutdown, and C++ frames do not survive that: the process aborts with "terminate
-called without an active exception" and hides its own error. So the exit waits for these threads for a while.
+called without an active exception", after its real error. So the exit waits a while for these threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_rfork.logs.worker import worker_logger
 
 logger = worker_logger(__name__)
 
-#: How long an exit waits for all of them together, in seconds. Engines open and close within a few.
+#: How long an exit waits for all of them together, in seconds. Engines open and close in a few seconds.
 EXIT_WAIT_S = 10.0
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
@@ -26,7 +26,7 @@ _lock = threading.Lock()
 
 
 def native_thread(target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> threading.Thread:
-    """A daemon thread, not started yet, that an exit of the process waits for."""
+    """A daemon thread, not started yet; the exit of the process waits for it."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     with _lock:
         _threads.add(thread)
@@ -34,7 +34,7 @@ def native_thread(target: Callable[..., object], name: str, args: tuple[Any, ...
 
 
 def wait_for_native_threads(timeout_s: float | None = None) -> None:
-    """Wait until every started one has ended, at most :data:`EXIT_WAIT_S` seconds in all; log what still runs."""
+    """Wait up to :data:`EXIT_WAIT_S` seconds until all of them have ended; log those that still run."""
     deadline = time.monotonic() + (EXIT_WAIT_S if timeout_s is None else timeout_s)
     with _lock:
         threads = list(_threads)

@@ -1,1 +1,1 @@
-"""NIXL over UCX: RDMA, CUDA IPC, shared memory or TCP."""
+"""NIXL over UCX: RDMA, CUDA IPC, cross-memory attach or TCP."""

@@ -1,8 +1,8 @@
-"""One NIXL agent: the only file that touches NIXL, and the place where its errors become ours.
+"""One NIXL agent, and the translation of NIXL's errors. The only module that calls NIXL.
 
-It speaks to the bindings and not to NIXL's Python wrapper, which hard-codes a progress thread that polls without pause
-(0.93 of a core for each idle agent); ``pthrDelay`` is the time that thread may wait for an event, and events wake it at
-once. An agent without the thread answers no first read, so there always is one.
+It uses the bindings instead of NIXL's Python wrapper, which hard-codes a progress thread that polls without pause (0.93
+of a core for each idle agent). ``pthrDelay`` is the time that this thread may wait for an event; events wake it at
+once. Without the thread an agent does not answer the first read, so it always runs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from vllm_rfork.errors import EngineError, EngineUnavailable, Side
 
 #: Tried in this order. ``nixl`` is a thin package over one of the other two.
 MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
-#: How long the progress thread waits for an event, in microseconds. 100 ms: an idle agent takes 0.05 % of a core, and
-#: throughput is that of 1 ms, since events wake the thread.
+#: How long the progress thread waits for an event, in microseconds. With 100 ms an idle agent takes 0.05 % of a core;
+#: throughput is the same as with 1 ms, because events wake the thread.
 PROGRESS_WAIT_US = 100_000
-#: The code of the error that says: the peer is gone, or UCX has no lane to it.
+#: The code of the error for a peer that is gone or that UCX has no lane to.
 LOST = "nixlRemoteDisconnectError"
 _FIRST_PAUSE_S = 0.00005
 _LONGEST_PAUSE_S = 0.002
@@ -43,7 +43,7 @@ def load_bindings() -> Any:
         try:
             return importlib.import_module(f"{name}._bindings")
         except ModuleNotFoundError as error:
-            # Only the absence of that package means "try the next"; NIXL without its numpy is a broken install.
+            # Try the next package only if this one is missing; NIXL without its numpy is a broken installation.
             if error.name not in {name, f"{name}._bindings"}:
                 raise EngineUnavailable(NAME, f"{name} needs {error.name}", hint=install_hint(NAME)) from error
         except ImportError as error:
@@ -52,7 +52,7 @@ def load_bindings() -> Any:
 
 
 def native_errors(bindings: Any) -> tuple[type[BaseException], ...]:
-    """Every exception that the bindings raise: NIXL's own, and what C++ exceptions become."""
+    """Every exception that the bindings raise: NIXL's own, and translated C++ exceptions."""
     own = [value for value in vars(bindings).values() if isinstance(value, type) and issubclass(value, Exception)]
     return (*own, RuntimeError, ValueError, TypeError, IndexError, OverflowError, MemoryError, OSError)
 
@@ -69,22 +69,23 @@ class Bound:
     stopped: Callable[[], bool]
     posted: bool = False
 
-    def exceeded(self) -> str:
-        """Why to wait no longer; empty where waiting goes on."""
+    def exceeded(self) -> str | None:
+        """The reason to stop waiting; None to go on."""
         if self.stopped():
             return "the engine is closing"
-        return "the peer did not deliver in time" if time.monotonic() >= self.deadline else ""
+        return "the peer did not deliver in time" if time.monotonic() >= self.deadline else None
 
 
 class Agent:
-    """An agent with its UCX backend. Methods raise :class:`EngineError`. One caller at a time, but for
-    requests, of which each worker thread may run one.
+    """An agent with its UCX backend. Methods raise :class:`EngineError`.
+
+    One caller at a time, except for requests: each worker thread may run one.
 
     Args:
         name: unique among all agents that ever meet.
-        memory: ``DRAM`` or ``VRAM``, the kind that :meth:`register` and :meth:`prepare` mean by default.
-        workers: how many threads may read at once, each through a UCX worker of its own.
-        emulation: let UCX carry reads over transports without remote memory access (TCP).
+        memory: ``DRAM`` or ``VRAM``, the default kind of :meth:`register` and :meth:`prepare`.
+        workers: number of threads that may read at once, each through a UCX worker of its own.
+        emulation: permit UCX to read over transports without remote memory access (TCP).
     """
 
     def __init__(self, name: str, memory: str, *, emulation: bool, workers: int = 1) -> None:
@@ -126,17 +127,17 @@ class Agent:
         return self._native.nixlRegDList(self._kind(memory), [(*region, "") for region in regions])
 
     def register(self, regions: Sequence[Descriptor], memory: str = "") -> None:
-        """Make ``regions`` known; all or none."""
+        """Register ``regions``: all of them or none."""
         with self.translated("register"):
             self._agent.registerMem(self._registration(regions, memory), [])
 
     def metadata(self) -> bytes:
-        """How a peer reaches the agent and what it has registered."""
+        """The address and registrations of this agent, for peers."""
         with self.translated("register"):
             return bytes(self._agent.getLocalMD())
 
     def add_peer(self, metadata: bytes) -> str:
-        """Take a peer's metadata; returns its name."""
+        """Load a peer's metadata; returns the peer's name."""
         with self.translated("connect"):
             name = self._agent.loadRemoteMD(metadata)
             return str(name.decode() if isinstance(name, bytes) else name)
@@ -155,10 +156,10 @@ class Agent:
         operation: str = "read",
         memory: str = "",
     ) -> int:
-        """A request to copy ``remote`` to ``local``, descriptor by descriptor; nothing moves yet.
+        """A request to copy ``remote`` to ``local``, descriptor by descriptor; it is not started.
 
-        NIXL checks here that every descriptor lies in a registration, and binds the request to the calling thread's
-        worker.
+        NIXL checks here that registrations contain every descriptor, and binds the request to the worker of the calling
+        thread.
         """
         kind = self._kind(memory)
         with self.translated(operation):
@@ -174,14 +175,14 @@ class Agent:
             )
 
     def complete(self, request: int, bound: Bound, *, operation: str = "read", quiet_on_error: bool) -> None:
-        """Start ``request``, return when all is there, and release it.
+        """Start ``request``, wait for all bytes, and release it.
 
         Args:
-            quiet_on_error: a lane on which nothing of a failed read is under way any more.
+            quiet_on_error: on this lane, no byte of a failed read arrives later.
 
         Raises:
-            EngineError: ``in_flight`` where bytes may still arrive; the request is then kept, not released, since
-                a released request's bytes arrive all the same.
+            EngineError: ``in_flight`` if bytes may still arrive. The request is then not released, because that
+                would not stop them.
         """
         with self.translated(operation, in_flight=not quiet_on_error):
             bound.posted = True
@@ -205,19 +206,19 @@ class Agent:
         self.release(request, operation)
 
     def release(self, request: int, operation: str = "read") -> None:
-        """Forget a request that is done or was never started."""
+        """Release a request that is done or was never started."""
         with self.translated(operation):
             self._agent.releaseXferReq(request)
 
     def destroy(self) -> bool:
-        """End the agent and every read in it; True when it is gone. Its destructor runs here, in this thread."""
+        """End the agent and every read in it, on this thread; returns False if something still refers to it."""
         gone = weakref.ref(self._agent)
         self._agent = None
         return gone() is None
 
 
 def _side(operation: str, error: BaseException) -> Side:
-    """NIXL does not say which end failed, except where memory or arguments of this process are the reason."""
+    """The side that failed. NIXL does not report it, except for memory or arguments of this process."""
     if operation not in ("connect", "read") or isinstance(error, MemoryError):
         return "receiver"
     return "unknown"

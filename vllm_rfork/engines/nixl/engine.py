@@ -1,22 +1,22 @@
-"""NIXL over UCX: the default engine on CUDA and on the CPU.
+"""NIXL over UCX: the default engine for CUDA and for host memory.
 
-Lanes, and what each is good for:
+Its lanes:
 
 - host memory on one machine: cross-memory attach, which needs the same user and the same pid namespace;
 - CUDA memory on one machine: CUDA IPC;
 - between machines: RDMA;
-- what is left is TCP, on which a receiver that dies in the middle of a read, or gives one up, can crash its seed.
-  ``connect`` refuses it and says why no better lane is there, unless ``RFORK_NIXL_ALLOW_TCP=1`` is set for both
-  processes. UCX is told the same (``PROTO_EMULATION_ENABLE=n``), so it cannot fall back behind our back. TCP still
-  sets connections up.
+- otherwise TCP, over which a receiver that dies in the middle of a read, or abandons one, can crash its seed.
+  ``connect`` refuses TCP and names the reason why no better lane exists, unless ``RFORK_NIXL_ALLOW_TCP=1`` is set for
+  both processes. UCX gets the same setting (``PROTO_EMULATION_ENABLE=n``), so it cannot fall back by itself. TCP is
+  still used to set connections up.
 
-A read that was given up leaves its buffers to the wire: releasing the request does not stop its bytes, destroying the
-agent does. So after such a read the engine refuses everything but ``close``, which destroys the agent.
+Bytes of an abandoned read may still arrive: releasing its request does not stop them, destroying the agent does. So
+after such a read the engine refuses every call but ``close``, which destroys the agent.
 
-UCX listens on a TCP port of each network interface and asks nobody for a name or a password: whoever reaches it and
-holds an endpoint can connect. ``UCX_NET_DEVICES`` limits the interfaces.
+UCX listens on a TCP port of each network interface and authenticates nobody: whoever reaches it and has an endpoint can
+connect. ``UCX_NET_DEVICES`` limits the interfaces.
 
-Setting names: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment); UCX's own variables hold.
+Settings: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment), and UCX's own variables.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
 
-_SLOTS = 64  # a probe given up may still land; the next one uses another slot
+_SLOTS = 64  # an abandoned probe may still arrive; the next one uses another slot
 _MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 
 
@@ -72,7 +72,7 @@ class NixlEngine(TransferEngine):
 
     name: ClassVar[str] = NAME
     device_types: ClassVar[frozenset[str]] = frozenset(_MEMORY)
-    # Cross-memory attach copies inside one native call, which no deadline interrupts: 256 MiB are 0.05 to 0.25 s.
+    # Cross-memory attach copies in one native call, which no deadline interrupts: 256 MiB take 0.05 to 0.25 s.
     limits: ClassVar[Limits] = Limits(max_batch_nbytes=256 * 1024 * 1024, max_batch_items=4096)
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class NixlEngine(TransferEngine):
         self._device = 0
         self._memory = "DRAM"
         self._timeout_s = 30.0
-        # The first slot holds what peers check, the others take what is read from theirs.
+        # Peers compare the first slot; the others receive what is read from the peers' first slots.
         self._page = ctypes.create_string_buffer(IDENTITY_NBYTES * (_SLOTS + 1))
         self._probes = 0
 
@@ -99,10 +99,10 @@ class NixlEngine(TransferEngine):
         return "an agent opens, with UCX"
 
     def open(self, config: EngineConfig) -> None:
-        """Make an agent: about half a second, with the GIL released."""
+        """Create an agent: about half a second, without the GIL."""
         kind, _, index = config.device.partition(":")
         if kind not in _MEMORY:
-            raise EngineError(NAME, "open", f"it cannot read the memory of {config.device}")
+            raise EngineError(NAME, "open", f"this engine cannot read the memory of {config.device}")
         with self._exclusively("open", needs_agent=False):
             if self._agent is not None:
                 raise EngineError(NAME, "open", "it is open already")
@@ -153,7 +153,7 @@ class NixlEngine(TransferEngine):
                 self._table.add(regions)
 
     def connect(self, endpoint: str, timeout_s: float) -> None:
-        """Choose the lane, refuse a dangerous one, and read the peer's identity over it."""
+        """Choose the lane, refuse TCP, and read the peer's identity."""
         deadline = time.monotonic() + timeout_s
         with self._exclusively("connect", timeout_s) as agent:
             peer = decode_endpoint(endpoint)
@@ -164,7 +164,7 @@ class NixlEngine(TransferEngine):
             try:
                 self._check_identity(agent, connected, "connect", deadline)
             except EngineError as error:
-                # What was given up lands in a slot of ours: the caller's memory is not concerned.
+                # An abandoned probe arrives in a slot of the engine's own page, not in the caller's memory.
                 error.in_flight = False
                 self._forget(agent, connected)
                 if error.code == LOST and chosen is not Lane.EMULATED and self._lane(peer) is chosen:
@@ -178,7 +178,7 @@ class NixlEngine(TransferEngine):
         return NAME if peer is None else f"{NAME}/{peer.lane.short}"
 
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
-        """One NIXL request for the batch, then a look whether the seed was still open when it ended."""
+        """Read the batch, then compare the seed's identity: it must still be open when the last byte has arrived."""
         deadline = time.monotonic() + timeout_s
         with self._exclusively("read", timeout_s) as agent:
             peer = self._peers.get(endpoint)
@@ -196,13 +196,13 @@ class NixlEngine(TransferEngine):
                 if error.in_flight:
                     self._stuck = error.text
                 if bound.posted:
-                    # NIXL marks the peer as disconnected; another agent of the same name would be refused.
+                    # NIXL marks the peer as disconnected and would refuse another agent of the same name.
                     self._peers.pop(endpoint, None)
                     self._forget(agent, peer)
                 raise
 
     def disconnect(self, endpoint: str) -> None:
-        """Forget the peer; on an engine that is closed or stuck there is nothing to do."""
+        """Forget the peer; does nothing on an engine that is closed or stuck."""
         if self._agent is None or self._stuck or endpoint not in self._peers:
             return
         with self._exclusively("connect") as agent:
@@ -210,7 +210,7 @@ class NixlEngine(TransferEngine):
 
     @property
     def registered_nbytes(self) -> int:
-        """Bytes registered now, the engine's own page not counted."""
+        """Bytes registered now, without the engine's own page."""
         return self._table.nbytes
 
     def close(self) -> None:
@@ -242,18 +242,18 @@ class NixlEngine(TransferEngine):
             self._busy.release()
 
     def _destroy(self) -> None:
-        """End the agent; the registrations end with it."""
+        """End the agent and its registrations."""
         agent, self._agent = self._agent, None
         if agent is None:  # another thread closed first
             return
-        # A peer that still holds this engine's endpoint must not take later memory for weights.
+        # A peer that still has this engine's endpoint must not read later memory as weights.
         ctypes.memset(self._page, 0, IDENTITY_NBYTES)
         self._own = None
         self._peers = {}
         self._table.clear()
         self._reader.close()
         if not agent.destroy():
-            raise EngineError(NAME, "close", "something still holds the agent", in_flight=True)
+            raise EngineError(NAME, "close", "the agent is still referenced", in_flight=True)
 
     def _is_closing(self) -> bool:
         return self._closing
@@ -269,7 +269,7 @@ class NixlEngine(TransferEngine):
         return chosen
 
     def _check_identity(self, agent: Agent, peer: _Peer, operation: str, deadline: float) -> None:
-        """Read the first slot of the peer's page over the wire: it is there, and the same engine as before."""
+        """Read the first slot of the peer's page: the same engine is still open."""
         self._probes += 1
         slot = ctypes.addressof(self._page) + IDENTITY_NBYTES * (1 + self._probes % _SLOTS)
         ctypes.memset(slot, 0, IDENTITY_NBYTES)
@@ -280,7 +280,7 @@ class NixlEngine(TransferEngine):
             raise EngineError(NAME, operation, "the seed has closed", retry_elsewhere=True, side="seed")
 
     def _forget(self, agent: Agent, peer: _Peer) -> None:
-        """Drop a peer after an error; a second error here says nothing new."""
+        """Drop a peer after an error; a second error adds nothing."""
         with suppress(EngineError):
             agent.drop_peer(peer.name, "connect")
 

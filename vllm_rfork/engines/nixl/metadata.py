@@ -1,12 +1,12 @@
-"""The structure of an agent's metadata as NIXL 1.5 writes it, checked before NIXL reads it.
+"""The structure of an agent's metadata as NIXL 1.5 writes it, validated before NIXL reads it.
 
 NIXL's reader trusts lengths, counts and kinds of memory: two changed bytes among them end the process (SIGSEGV or
-SIGABRT), and no exception can be caught. So metadata that does not parse here as a whole never reaches it. Two parts
-are UCX's own: the worker's address and each registration's key. Of either the byte is checked of which some values end
-the process. The endpoint's checksum covers them (``peer.py``); a peer that computes the checksum over bytes
-of its choice may still find some that UCX does not survive.
+SIGABRT), and no exception can be caught. So NIXL never gets metadata that does not parse here completely. Two parts are
+UCX's own: a worker's address and each registration's key. In both, the one byte that can end the process is checked.
+The endpoint's checksum covers them (``peer.py``). A peer that computes the checksum over bytes of its choice may still
+find some that crash UCX.
 
-A field is a tag, its length (8 bytes, little-endian), its bytes and ``|``. Must not import NIXL.
+A field is a tag, its length (8 bytes, little-endian), its bytes and ``|``.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _ADDRESS_BEGINS = frozenset({0x20, 0x21, 0x30, 0x31})
 
 
 def check_metadata(metadata: bytes, identity_at: int, identity_nbytes: int) -> None:
-    """Raise :class:`ValueError`, which says where, if ``metadata`` is not as NIXL writes it.
+    """Raise :class:`ValueError` with the place if ``metadata`` is not as NIXL writes it.
 
     Args:
-        identity_at, identity_nbytes: the memory that the engine checks on every connection; it must be registered.
+        identity_at, identity_nbytes: the memory that the engine compares on every connection; it must be registered.
     """
     fields = _Fields(metadata)
     if not _AGENT.fullmatch(fields.take(b"Agent", 128)):
-        raise ValueError("the agent's name is no printable text")
+        raise ValueError("the agent's name is not printable text")
     for _ in range(_number(fields, b"Conns", MAX_BACKENDS)):
         if fields.take(b"t", 32) != _BACKEND:
             raise ValueError("a backend is not UCX")
@@ -65,7 +65,7 @@ def check_metadata(metadata: bytes, identity_at: int, identity_nbytes: int) -> N
             raise ValueError("a section of registered memory is not UCX's")
         kind = fields.take(b"t", _KIND.size, exactly=True)
         if _KIND.unpack(kind)[0] not in _KINDS:
-            raise ValueError("a section is of a kind of memory that is not used here")
+            raise ValueError("a section has an unknown kind of memory")
         for address, nbytes in _registrations(fields):
             identity_is_there |= address <= identity_at and identity_at + identity_nbytes <= address + nbytes
     fields.end()
@@ -75,21 +75,21 @@ def check_metadata(metadata: bytes, identity_at: int, identity_nbytes: int) -> N
 
 def _registrations(fields: _Fields) -> Iterator[tuple[int, int]]:
     """Address and length of each registration in a section."""
-    # As many as bytes are left at most: each has more than one.
+    # At most one for each remaining byte: each entry has more than one.
     for _ in range(_number(fields, b"n", fields.left)):
         entry = fields.take(b"", _REGISTRATION.size + MAX_KEY_NBYTES)
         if not _is_key(entry[_REGISTRATION.size :]):
-            raise ValueError("a registration has no key of UCX's")
+            raise ValueError("a registration's key is not UCX's")
         address, nbytes, device = _REGISTRATION.unpack_from(entry)
         if not 0 < address < address + nbytes <= _END_OF_MEMORY or device >= MAX_DEVICES:
-            raise ValueError("a registration is of memory that cannot be")
+            raise ValueError("a registration's address is impossible")
         yield address, nbytes
 
 
 def _is_key(key: bytes) -> bool:
-    """Whether ``key`` may be UCX's: a map of memory domains (8 bytes), a kind of memory, a part for each domain.
+    """Return True if ``key`` may be UCX's: a map of memory domains (8 bytes), a kind of memory, a part for each domain.
 
-    A part begins with its length. What follows the last one says where the memory lies, and is not looked at.
+    A part begins with its length. The bytes after the last part describe the memory's location and are ignored.
     """
     if len(key) <= _LENGTH.size or key[_LENGTH.size] not in _KEY_KINDS:
         return False
@@ -109,21 +109,21 @@ def _number(fields: _Fields, tag: bytes, most: int) -> int:
 
 
 class _Fields:
-    """Takes one field after the other."""
+    """A reader of one field after another."""
 
     def __init__(self, metadata: bytes) -> None:
         if not metadata.startswith(_BEGIN):
-            raise ValueError("it does not begin as NIXL's metadata does")
+            raise ValueError("it does not begin like NIXL's metadata")
         self._bytes = metadata
         self._at = len(_BEGIN)
 
     @property
     def left(self) -> int:
-        """Bytes that have not been taken."""
+        """The number of unread bytes."""
         return len(self._bytes) - self._at
 
     def take(self, tag: bytes, most: int, *, exactly: bool = False) -> bytes:
-        """The bytes of the next field, which is ``tag`` and has at most, or ``exactly``, ``most`` bytes."""
+        """The bytes of the next field, which must be ``tag`` and have at most, or ``exactly``, ``most`` bytes."""
         start = self._at + len(tag) + _LENGTH.size
         if not self._bytes.startswith(tag, self._at) or start > len(self._bytes):
             raise ValueError(f"there is no {tag.decode()!r} at byte {self._at}")
@@ -137,6 +137,6 @@ class _Fields:
         return self._bytes[start:end]
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Raise if bytes are left."""
         if self.left:
             raise ValueError(f"{self.left} bytes follow its end")

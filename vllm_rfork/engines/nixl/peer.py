@@ -1,8 +1,8 @@
-"""What a NIXL endpoint says about its process, and which lane the bytes would take to another one.
+"""The endpoint of a NIXL process, and the lane from one process to another.
 
-UCX picks its transport without a word, and over an emulated one (TCP, or shared memory without cross-memory attach) a
-receiver that dies in the middle of a read can take the seed's process with it. So the endpoint carries what decides
-the lane, and :func:`lane` decides it before UCX does. Must not import NIXL.
+UCX chooses its transport silently. Over an emulated one (TCP, or shared memory without cross-memory attach) a receiver
+that dies in the middle of a read can crash the seed's process. So the endpoint contains the facts that decide the lane,
+and :func:`lane` decides it before UCX does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VERSION = 1
 
 
 class Lane(Enum):
-    """The way that bytes take, best first."""
+    """The paths of the bytes, best first."""
 
     CMA = "cross-memory attach"
     CUDA = "CUDA IPC"
@@ -42,12 +42,15 @@ class Lane(Enum):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One NIXL agent, as its peers need to know it.
+    """The description of one NIXL agent for its peers.
 
-    ``memory`` is NIXL's word for the kind of memory (``DRAM``, ``VRAM``); ``device`` the device number in it;
-    ``boot`` names the machine's running kernel; ``identity`` is what stands at address ``identity_at`` while the engine
-    is open; ``rdma`` and ``allow_tcp`` are what the machine has and its user allows; ``metadata`` is NIXL's own;
-    ``checksum`` is over all of these, empty from a seed of the time before there was one.
+    Attributes:
+        memory: NIXL's kind of memory (``DRAM``, ``VRAM``); ``device`` is the device number.
+        boot: identifies the machine's running kernel.
+        identity: the bytes at address ``identity_at`` while the engine is open.
+        rdma, allow_tcp: the machine has RDMA; its user permits TCP.
+        metadata: NIXL's own.
+        checksum: over all of these; empty from older seeds.
     """
 
     v: int = _VERSION
@@ -71,7 +74,7 @@ def encode_endpoint(endpoint: Endpoint) -> str:
 
 
 def _checksum(endpoint: Endpoint) -> str:
-    """Over the fields in this order, whatever fields later versions add."""
+    """The checksum of these fields in this order, independent of fields that later versions add."""
     digest = hashlib.blake2b(endpoint.metadata, digest_size=16, person=b"rfork-endpoint-1")
     fields = ("memory", "device", "boot", "pid", "uid", "pid_namespace", "identity", "identity_at", "rdma", "allow_tcp")
     digest.update(msgspec.json.encode([getattr(endpoint, name) for name in fields]))
@@ -79,10 +82,10 @@ def _checksum(endpoint: Endpoint) -> str:
 
 
 def decode_endpoint(text: str) -> Endpoint:
-    """The inverse. What it returns may be given to NIXL.
+    """The inverse. NIXL can load the result's metadata.
 
     Raises:
-        EngineError: not an endpoint of this engine, one that this code does not read, or one that was damaged.
+        EngineError: not an endpoint of this engine, of another version, or damaged.
     """
     if len(text) > MAX_ENDPOINT_LENGTH:
         raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long", side="seed")
@@ -113,7 +116,7 @@ def decode_endpoint(text: str) -> Endpoint:
 
 
 def boot_id() -> str:
-    """Names this machine's running kernel; containers of one machine share it. Empty where it cannot be read."""
+    """The identifier of the running kernel, shared by containers of one machine; empty if it cannot be read."""
     try:
         return host.boot_id()
     except OSError:
@@ -121,7 +124,7 @@ def boot_id() -> str:
 
 
 def pid_namespace() -> int:
-    """The inode of this process's pid namespace; 0 where it cannot be read."""
+    """The inode of this process's pid namespace; 0 if it cannot be read."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -129,7 +132,7 @@ def pid_namespace() -> int:
 
 
 def has_rdma() -> bool:
-    """Whether this machine has an RDMA device."""
+    """Return True if this machine has an RDMA device."""
     try:
         return any(Path("/sys/class/infiniband").iterdir())
     except OSError:
@@ -137,15 +140,15 @@ def has_rdma() -> bool:
 
 
 def tcp_allowed(options: dict[str, str]) -> bool:
-    """Whether the user took the risk that TCP brings, in ``options`` or the environment."""
+    """Return True if the user accepted the risk of TCP, in ``options`` or the environment."""
     return options.get(ALLOW_TCP, os.environ.get(ALLOW_TCP, "")).strip().lower() in {"1", "true", "yes"}
 
 
 def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
-    """The lane from ``peer`` to ``own``, and why it is none better.
+    """The lane from ``peer`` to ``own``, and the reason why it is not a better one.
 
     Raises:
-        EngineError: the two hold different kinds of memory.
+        EngineError: the two have different kinds of memory.
     """
     if own.memory != peer.memory:
         raise EngineError(
@@ -156,14 +159,14 @@ def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
             return Lane.RDMA, ""
         whose = "this machine" if not own.rdma else "the seed's machine"
         return Lane.EMULATED, f"the seed is on another machine and {whose} has no RDMA device"
-    why = _no_attach(own, peer)
-    if not why:
+    why = _attach_obstacle(own, peer)
+    if why is None:
         return (Lane.CUDA if own.memory == "VRAM" else Lane.CMA), ""
     return Lane.EMULATED, why
 
 
-def _no_attach(own: Endpoint, peer: Endpoint) -> str:
-    """Why this process cannot read the peer's memory on one machine; empty where it can."""
+def _attach_obstacle(own: Endpoint, peer: Endpoint) -> str | None:
+    """The reason why this process cannot read the peer's memory on the same machine; None if it can."""
     if own.pid_namespace != peer.pid_namespace or not own.pid_namespace:
         return "the seed is in another pid namespace (another container)"
     if own.uid != peer.uid:
@@ -181,4 +184,4 @@ def _no_attach(own: Endpoint, peer: Endpoint) -> str:
         raise EngineError(
             NAME, "connect", f"the seed in process {peer.pid} has closed", retry_elsewhere=True, side="seed"
         )
-    return ""
+    return None

@@ -1,8 +1,8 @@
-"""One batch, read by two threads.
+"""Reads of one batch by two threads.
 
-Cross-memory attach copies in the thread that asks, and so does the kernel's first touch of the receiver's fresh pages,
-which costs more than the copy: two threads come close to halving both on two cores. NIXL binds a request to the worker
-of the thread that prepares it, so the threads live as long as the reader and each keeps its worker.
+Cross-memory attach copies on the calling thread. The kernel's first touch of the receiver's fresh pages also happens
+there, and costs more than the copy. Two threads nearly halve both on two cores. NIXL binds a request to the worker of
+the thread that prepares it, so the threads live as long as the reader and each keeps its worker.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.segments import Segment
 
 THREADS = 2
-#: Below this, starting the other thread costs more than it saves.
+#: For fewer bytes, starting the other thread costs more than it saves.
 SPLIT_NBYTES = 4 * 1024 * 1024
 _PAGE = 4096
 
 
 def halves(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """``segments`` cut in two parts of about equal length, in order; the cut falls on a multiple of the page size."""
+    """``segments`` split into two parts of about equal length, in order, at a multiple of the page size."""
     total = sum(segment.nbytes for segment in segments)
     room = total // 2 // _PAGE * _PAGE
     first: list[Segment] = []
@@ -40,7 +40,7 @@ def halves(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
 
 
 def runs(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
-    """Local address and length of each stretch of memory that ``segments`` cover without a gap, in their order."""
+    """Local address and length of each contiguous stretch of memory in ``segments``, in their order."""
     start = end = 0
     for local, _, nbytes in segments:
         if local != end:
@@ -68,14 +68,16 @@ class Reader:
     def read(self, peer: str, device: int, segments: Sequence[Segment], bound: Bound, *, attach: bool) -> None:
         """Copy ``segments`` from ``peer``'s device number ``device``.
 
-        Nothing moves before every part was accepted. ``attach`` says that the lane copies in the calling thread, and
-        that nothing of a failed read is under way any more.
+        No copy starts before NIXL has accepted every part.
+
+        Args:
+            attach: the lane copies on the calling thread, and no byte of a failed read arrives later.
 
         Raises:
-            EngineError: as :meth:`Agent.complete`; where parts fail, the one that says most about the buffers.
+            EngineError: see :meth:`Agent.complete`; if several parts fail, one with ``in_flight`` first.
         """
         if not attach or sum(segment.nbytes for segment in segments) < SPLIT_NBYTES:
-            # Other lanes copy elsewhere, and CUDA wants the caller's thread, which has its context.
+            # Other lanes copy elsewhere, and CUDA needs the caller's thread, which has its context.
             self._agent.complete(self._prepare(peer, device, segments), bound, quiet_on_error=attach)
             return
         parts = list(halves(segments))
@@ -97,7 +99,7 @@ class Reader:
             raise max(failures, key=lambda error: getattr(error, "in_flight", False))
 
     def close(self) -> None:
-        """End the threads; what they run is bounded by its own deadline."""
+        """End the threads; their calls are bounded by their own deadlines."""
         for thread in self._threads:
             thread.shutdown(wait=True)
 

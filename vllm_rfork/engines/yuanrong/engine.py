@@ -1,27 +1,26 @@
 """YuanRong TransferEngine: the default engine on Ascend NPUs.
 
-Both installable wheels work, ``openyuanrong-transfer-engine`` and ``openyuanrong-datasystem`` (never both in one
-environment), and newer ones by what they show of themselves (:mod:`.yuanrong_native`).
+Both wheels work, ``openyuanrong-transfer-engine`` and ``openyuanrong-datasystem`` (never both in one environment).
+Newer generations are recognized by their members (:mod:`.native`).
 
-What bounds a call. The installed wheels hold Python's GIL for the length of each native call, so the process stands
-still meanwhile, and they set no limit on control calls. Therefore:
+Bounds. The wheels hold Python's GIL during each native call, so the whole process waits, and they do not limit control
+calls. Therefore:
 
 - ``limits`` keeps each read short;
-- ``connect`` and every ``read`` first ask the peer's engine for a sign of life, with the GIL released;
-- control calls go through a small relay process, which resets them after at most 10 s (:mod:`.yuanrong_relay`);
-- in the data plane the engine itself gives up on an item that does not arrive within 10 s. Nothing shortens that wait,
-  so a peer that stalls in the middle of a read costs up to 10 s with the GIL held, whatever ``timeout_s`` says.
+- ``connect`` and every ``read`` first probe the peer's engine, without the GIL;
+- control calls go through a small relay process, which resets them after at most 10 s (:mod:`.relay`);
+- the data plane gives up by itself on an item that does not arrive within 10 s. Nothing shortens that wait, so a peer
+  that stalls in the middle of a read costs up to 10 s with the GIL held, whatever ``timeout_s`` is.
 
-What ``in_flight`` means here. A batch's receives are posted to the device before the seed is asked to send. Where a
-read fails after that, some may still be filled. The engine takes them back in a thread of its own, which its
-destructor waits for, so ``close`` gives the buffers back by destroying the engine. Where the failure was that
-something did *not* come, that wait may have no end, and it would hold the GIL: then ``close`` keeps the native object
-for the rest of the process's life, and the buffers with it, and says so.
+``in_flight``. The receives of a batch are posted to the device before the seed is asked to send. If a read fails after
+that, some may still be filled. The engine cancels them on a thread of its own, and its destructor waits for that
+thread: ``close`` destroys the engine and so releases the buffers. But if the read failed because bytes did *not*
+arrive, that wait may never end, and it would hold the GIL. Then ``close`` keeps the native object and the buffers until
+the process ends, and reports it.
 
-``EngineConfig.device`` counts as the process sees its devices, within ``ASCEND_RT_VISIBLE_DEVICES``; ``cpu`` is for
-the host stand-in of the tests. ``EngineConfig.options``: ``receive_wait_s``, the engine's own wait for an item, which
-only the stand-in changes. There is neither TLS nor authentication on the engine's port: whoever reaches it and knows
-an address reads weights.
+``EngineConfig.device`` counts the process's visible devices (``ASCEND_RT_VISIBLE_DEVICES``); ``cpu`` is for the tests'
+host stand-in. ``EngineConfig.options``: ``receive_wait_s``, the engine's own wait for an item, which only the stand-in
+changes. The engine's port has neither TLS nor authentication: whoever reaches it and knows an address can read weights.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ _NOT_READY_PAUSE_S = 0.2
 
 @dataclass(frozen=True)
 class _Peer:
-    """A connected peer: where it is, what the engine is told instead, and how long a control call may take."""
+    """A connected peer: its address, the address that the engine uses instead, and the bound of a control call."""
 
     address: tuple[str, int]
     target: str
@@ -74,7 +73,7 @@ class YuanRongEngine(TransferEngine):
 
     name: ClassVar[str] = NAME
     device_types: ClassVar[frozenset[str]] = frozenset({"npu", "cpu"})
-    # HIXL takes 4096 items a call. 128 MiB: a larger call gains nothing, a smaller one loses to its round trips.
+    # HIXL accepts 4096 items a call. Calls above 128 MiB are not faster, smaller ones lose time to their round trips.
     limits: ClassVar[Limits] = Limits(max_batch_nbytes=128 * 1024 * 1024, max_batch_items=4096)
 
     def __init__(self) -> None:
@@ -106,7 +105,7 @@ class YuanRongEngine(TransferEngine):
 
         Raises:
             EngineUnavailable: the wheel, a library it needs, or the Ascend runtime is missing.
-            EngineError: the device or the host is not one the engine takes.
+            EngineError: the engine does not support the device or the host.
         """
         with self._exclusively("open", needs_engine=False):
             if self._native is not None:
@@ -116,7 +115,7 @@ class YuanRongEngine(TransferEngine):
             self._acl = AclRuntime()
             if config.device.partition(":")[0] == "cpu" and self._acl.has_device_memory:
                 raise EngineError(
-                    NAME, "open", "on a machine with an Ascend runtime it copies NPU memory, not the CPU's"
+                    NAME, "open", "on a machine with an Ascend runtime this engine copies NPU memory, not host memory"
                 )
             address = local_ipv4(config.host)
             self._native, port = _initialized(self._binding, address, device)
@@ -127,16 +126,16 @@ class YuanRongEngine(TransferEngine):
 
     @property
     def endpoint(self) -> str:
-        """``host:port``; says nothing about memory, so the installed base understands it."""
+        """``host:port``, without memory, which legacy receivers understand."""
         if self._native is None:
             raise EngineError(NAME, "register", "it is not open")
         return self._own
 
     def register(self, regions: Sequence[Region]) -> None:
-        """One native call, which the engine rolls back as a whole.
+        """Register all regions in one native call; the engine rolls back the whole call if it fails.
 
-        With HIXL a registration disconnects every peer (register before advertising), and on its ``auto`` and ``hccs``
-        routes a region has to begin at a multiple of 2 MiB.
+        With HIXL a registration disconnects every peer (register before publishing), and on its ``auto`` and ``hccs``
+        routes a region must begin at a multiple of 2 MiB.
         """
         with self._exclusively("register") as native:
             self._table.check_new(regions)
@@ -151,7 +150,7 @@ class YuanRongEngine(TransferEngine):
             self._table.add(regions)
 
     def connect(self, endpoint: str, timeout_s: float) -> None:
-        """Ask the peer's engine for a sign of life and, for the generations that need it, start the relay."""
+        """Probe the peer's engine and, for the generations that need it, start the relay."""
         deadline = time.monotonic() + timeout_s
         with self._exclusively("connect", timeout_s):
             address = parse_endpoint(endpoint)
@@ -165,10 +164,10 @@ class YuanRongEngine(TransferEngine):
             self._peers[endpoint] = _Peer(address, relay.target, relay, bound_s)
 
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
-        """One native call. ``timeout_s`` bounds the wait for the peer's sign of life; see the module's docstring.
+        """Read the batch in one native call. ``timeout_s`` bounds the probe; see the module's docstring.
 
-        The engine asks the seed item by item, so a read that the seed does not authorize may have written the items
-        before; only of a single item is it known that nothing was.
+        The engine asks the seed item by item, so a read that the seed refuses may have written earlier items; only a
+        refused read of a single item has written nothing.
         """
         deadline = time.monotonic() + timeout_s
         with self._exclusively("read", timeout_s) as native:
@@ -188,14 +187,14 @@ class YuanRongEngine(TransferEngine):
                 elapsed_s = time.monotonic() - began
                 if not result.is_error():
                     return
-                # The seed is busy with its side of the connection or, with HIXL, with a registration.
+                # The seed is still connecting or, with HIXL, registering.
                 last = attempt == _NOT_READY_ATTEMPTS - 1 or time.monotonic() + _NOT_READY_PAUSE_S > deadline
                 if code_name(result) != "kNotReady" or last:
                     raise self._read_failure(result, peer, len(segments), elapsed_s)
                 time.sleep(_NOT_READY_PAUSE_S)
 
     def disconnect(self, endpoint: str) -> None:
-        """End the relay to the peer; the engine itself keeps its connection until it is closed."""
+        """End the relay to the peer; the engine keeps its connection until it is closed."""
         with self._exclusively("connect", needs_engine=False):
             self._forget(endpoint)
 
@@ -205,7 +204,7 @@ class YuanRongEngine(TransferEngine):
         return self._table.nbytes
 
     def close(self) -> None:
-        """Finalize and destroy the engine; a new object is needed after it, which ``open`` makes."""
+        """Finalize and destroy the native engine; ``open`` creates another."""
         with self._exclusively("close", needs_engine=False):
             if self._native is None:
                 return
@@ -223,7 +222,7 @@ class YuanRongEngine(TransferEngine):
             if overdue:
                 native.keep_forever()
                 raise EngineError(
-                    NAME, "close", f"bytes of a read that was given up may still come ({self._stuck})", in_flight=True
+                    NAME, "close", f"bytes of an abandoned read may still arrive ({self._stuck})", in_flight=True
                 )
             native.destroy()
             if result.is_error():
@@ -249,11 +248,11 @@ class YuanRongEngine(TransferEngine):
 
     @property
     def _converses(self) -> bool:
-        """Whether the adapter has to bound what the engine does not."""
+        """Return True if the adapter must bound control calls, because the engine does not."""
         return self._binding is None or not self._binding.bounds_control_calls
 
     def _patiently(self, native: NativeEngine, operation: str, method: str, *arguments: Any) -> Any:
-        """Call ``method`` again while it says kNotReady, as HIXL does under a peer's read, but not for ever."""
+        """Repeat ``method`` while it returns kNotReady, as HIXL does during a peer's read, up to the timeout."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             result = native.call(operation, method, *arguments)
@@ -276,7 +275,7 @@ class YuanRongEngine(TransferEngine):
         error = failure("read", result, in_flight=not untouched, note=f"after {elapsed_s:.1f} s")
         if error.in_flight:
             self._stuck = error.text
-            # Nine tenths: the engine's clock and this one are not the same.
+            # Nine tenths, because the engine uses another clock.
             self._overdue = elapsed_s >= 0.9 * min(self._receive_wait_s, peer.bound_s)
         return error
 
@@ -285,17 +284,17 @@ def device_number(device: str, environment: dict[str, str] | None = None) -> int
     """The engine's number for a torch device: its index among the devices that the process sees.
 
     Raises:
-        EngineError: it is no NPU (nor the stand-in's ``cpu``), or there is none of that number.
+        EngineError: it is neither an NPU nor the stand-in's ``cpu``, or there is no device of that number.
     """
     kind, _, index = device.partition(":")
     if kind not in YuanRongEngine.device_types or (index and not index.isdigit()):
-        raise EngineError(NAME, "open", f"it cannot read the memory of {device}")
+        raise EngineError(NAME, "open", f"this engine cannot read the memory of {device}")
     number = int(index or 0) if kind == "npu" else 0
     visible = (os.environ if environment is None else environment).get("ASCEND_RT_VISIBLE_DEVICES", "")
     listed = [entry.strip() for entry in visible.split(",")]
     if kind == "npu" and visible and all(entry.isdigit() for entry in listed) and number >= len(listed):
         raise EngineError(
-            NAME, "open", f"{device} counts within ASCEND_RT_VISIBLE_DEVICES={visible}, which has {len(listed)} devices"
+            NAME, "open", f"there is no {device}: ASCEND_RT_VISIBLE_DEVICES={visible} lists {len(listed)} devices"
         )
     return number
 
@@ -303,7 +302,7 @@ def device_number(device: str, environment: dict[str, str] | None = None) -> int
 def _initialized(binding: Binding, address: str, device: int) -> tuple[NativeEngine, int]:
     """A native engine that listens on ``address``, and its port.
 
-    Between the look for a free port and the engine's bind somebody else may take it; then another one is tried.
+    Another process may take the free port before the engine binds it; then another one is tried.
     """
     last: EngineError | None = None
     for _ in range(_PORT_ATTEMPTS):

@@ -1,7 +1,6 @@
 """The native parts below the YuanRong adapter: the wheel's module, its codes, and the Ascend runtime.
 
-Every difference between the wheels that can be installed is decided here, by looking at what is there and never at a
-version number. Must not open an engine, and is imported by :mod:`.yuanrong` alone.
+Every difference between the wheels is decided here, by the members that they have and never by a version number.
 """
 
 from __future__ import annotations
@@ -30,10 +29,9 @@ CODES: dict[int, str] = {
     9: "kNotAuthorized",
     36: "kNotSupported",
 }
-#: Codes that speak about this peer: another seed may do.
+#: Codes about this peer: another seed may succeed.
 _PEERS_FAULT = frozenset({"kRuntimeError", "kNotReady", "kNotAuthorized", "kNotFound"})
-#: Whose failure a code tells where a peer is involved; the others do not say. "Not found" and "not authorized" are
-#: about the peer's registrations.
+#: The side that failed, for codes that reveal it. "Not found" and "not authorized" refer to the peer's registrations.
 _SIDES: dict[str, Side] = {"kNotFound": "seed", "kNotAuthorized": "seed", "kNotSupported": "receiver"}
 
 
@@ -44,8 +42,8 @@ class Binding:
     Attributes:
         engine_class: ``TransferEngine``; ``initialize``, ``batch_register_memory``, ``batch_transfer_sync_read``
             and ``finalize`` are the same in every generation.
-        bounds_control_calls: the generation with HIXL, which gives its control calls 10 s and releases the GIL in a
-            read. The others wait for a silent peer for ever, and every Python thread waits with them.
+        bounds_control_calls: true for the generation with HIXL, which bounds its control calls to 10 s and releases
+            the GIL in a read. The others wait for a silent peer for ever, and so does every Python thread.
     """
 
     engine_class: Callable[[], Any]
@@ -56,12 +54,12 @@ def load_binding() -> Binding:
     """Import the wheel.
 
     Raises:
-        EngineUnavailable: it is not installed, or a library that it needs is not; the text names the package.
+        EngineUnavailable: it, or a library that it needs, is not installed; the text names the package.
     """
     try:
         module = importlib.import_module(MODULE)
     except ModuleNotFoundError as error:
-        # Only the absence of this very module means "not installed"; another one missing is told as it is.
+        # Only if this very module is missing, the wheel is not installed.
         if error.name in (MODULE, MODULE.partition(".")[0]):
             raise EngineUnavailable(NAME, f"the module {MODULE} is not installed", hint=install_hint(NAME)) from error
         raise EngineUnavailable(NAME, f"{MODULE} cannot be imported: {error}", hint=install_hint(NAME)) from error
@@ -70,7 +68,7 @@ def load_binding() -> Binding:
     try:
         engine_class = module.TransferEngine
     except AttributeError as error:
-        # The datasystem wheel hides an ImportError of its native module behind this; the text still has it.
+        # The datasystem wheel hides an ImportError of its native module behind this one; the text still contains it.
         raise _unloadable(error) from error
     return Binding(engine_class, _knows_hixl(module))
 
@@ -80,14 +78,14 @@ def _unloadable(error: Exception) -> EngineUnavailable:
     if "libunwind" in text:
         hint = "it needs libunwind.so.8: on Debian and Ubuntu, apt-get install libunwind8"
     else:
-        hint = "see which library the text names, and install the package that carries it"
+        hint = "install the package of the library that the text names"
     return EngineUnavailable(NAME, f"{MODULE} cannot be loaded: {text}", hint=hint)
 
 
 def _knows_hixl(module: Any) -> bool:
-    """Whether this is the generation that bounds its control calls.
+    """Return True for the generation that bounds its control calls.
 
-    Its newest form shows in Python; before that only in the variables that the native module reads.
+    Its newest form has members in Python; older forms show only in the variables that the native module reads.
     """
     if hasattr(module, "MemoryRegistration") or hasattr(module.TransferEngine, "batch_register_memory_ex"):
         return True
@@ -96,14 +94,14 @@ def _knows_hixl(module: Any) -> bool:
 
 
 def code_name(result: Any) -> str:
-    """The name of a result's code, by the enumeration of the wheel or, failing that, by number."""
+    """The name of a result's code, from the wheel's enumeration or from :data:`CODES`."""
     code = result.get_code()
     name = getattr(code, "name", None)
     return str(name) if name else CODES.get(int(code), f"code {int(code)}")
 
 
 def failure(operation: str, result: Any, *, in_flight: bool = False, note: str = "") -> EngineError:
-    """The wheel's failed ``result`` as ours. The path of a source file that it carries says nothing to a user."""
+    """The error of a failed ``result``, without the path of a source file that the wheel adds."""
     code = code_name(result)
     text = result.get_msg() or result.to_string()
     return EngineError(
@@ -118,13 +116,13 @@ def failure(operation: str, result: Any, *, in_flight: bool = False, note: str =
 
 
 class NativeEngine:
-    """The wheel's engine object, held here and nowhere else.
+    """The only reference to the wheel's engine object.
 
-    Destroying it is what ends its reads (see :mod:`.yuanrong`), and an exception keeps every local variable of the
-    frames that it passed: so no frame has the engine itself in one.
+    Destroying the object ends its reads (see :mod:`.engine`), and an exception keeps the local variables of the frames
+    that it passed. So no frame has the object in a local variable.
 
     Args:
-        binding: whose engine to make.
+        binding: the wheel.
 
     Raises:
         EngineError: its constructor fails.
@@ -135,15 +133,15 @@ class NativeEngine:
         self._engine = _translated("open", binding.engine_class)
 
     def call(self, operation: str, method: str, *arguments: Any) -> Any:
-        """The engine's ``method``; its exceptions (arguments it cannot convert, C++ exceptions) become EngineError."""
+        """Call the engine's ``method``; its exceptions (unconvertible arguments, C++ exceptions) become EngineError."""
         return _translated(operation, lambda: getattr(self._engine, method)(*arguments))
 
     def destroy(self) -> None:
-        """Run the destructor, which waits for the engine's threads with the GIL held."""
+        """Run the destructor, which holds the GIL while it waits for the engine's threads."""
         self._engine = None
 
     def keep_forever(self) -> None:
-        """Never run the destructor, not even when the interpreter ends."""
+        """Prevent the destructor from running, even when the interpreter ends."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
 
 
@@ -151,9 +149,7 @@ def _translated(operation: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except (TypeError, ValueError, OverflowError) as error:
-        raise EngineError(
-            NAME, operation, f"the engine does not take these arguments: {error}", side="receiver"
-        ) from error
+        raise EngineError(NAME, operation, f"the engine rejected the arguments: {error}", side="receiver") from error
     except (RuntimeError, MemoryError, OSError) as error:
         raise EngineError(
             NAME,
@@ -165,9 +161,10 @@ def _translated(operation: str, function: Callable[[], Any]) -> Any:
 
 
 class AclRuntime:
-    """``libascendcl``, as far as the adapter needs it beside the engine.
+    """``libascendcl``, as far as the adapter needs it.
 
-    ``initialize`` succeeds without this library and the first read fails with kNotReady; asking early says why.
+    Without this library ``initialize`` succeeds and the first read fails with kNotReady; loading it early gives the
+    reason.
 
     Raises:
         EngineUnavailable: the loader does not find it.
@@ -185,17 +182,17 @@ class AclRuntime:
 
     @property
     def has_device_memory(self) -> bool:
-        """Whether this runtime drives a device with memory of its own, which the host stand-in does not."""
+        """Return True if the runtime has device memory, which the host stand-in does not."""
         return hasattr(self._library, "aclrtMalloc")
 
     def ensure_context(self, device: int) -> None:
-        """Give the calling thread a context on ``device`` where it has none.
+        """Create a context on ``device`` for the calling thread if it has none.
 
-        A context belongs to a thread. The engine sets one on its own threads but expects the reader's to be there,
-        and a thread of Python's own has none ("please call aclrtSetDevice before using transfer_engine").
+        A context belongs to a thread. The engine creates one on its own threads but expects the reader to have one,
+        and a new Python thread has none ("please call aclrtSetDevice before using transfer_engine").
 
         Raises:
-            EngineError: the runtime does not give one.
+            EngineError: the runtime refused.
         """
         context = ctypes.c_void_p()
         if self._library.aclrtGetCurrentContext(ctypes.byref(context)) == 0 and context.value:

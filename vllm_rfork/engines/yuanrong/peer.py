@@ -1,7 +1,4 @@
-"""Reaching one seed's YuanRong engine without betting the process on it: the endpoint, a probe, and the relay.
-
-Must not touch the engine itself; everything here releases the GIL while it waits.
-"""
+"""A seed's YuanRong engine: its endpoint, a probe, and the relay. Everything here releases the GIL while it waits."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _ANSWER_NBYTES = 9  # magic, method, length of what follows
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
-    """``host:port``, the form that the installed base exchanges.
+    """The parts of ``host:port``, the form that legacy workers exchange.
 
     Raises:
         EngineError: it is something else.
@@ -38,10 +35,10 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 def local_ipv4(host: str) -> str:
-    """``host`` as the IPv4 literal that the engine demands, of an address that this machine can bind.
+    """``host`` as the IPv4 literal that the engine requires, of an address that this machine can bind.
 
     Raises:
-        EngineError: it resolves to none, or to none of this machine's; the text says what to set.
+        EngineError: it has no IPv4 address, or none of this machine's; the text names the option to set.
     """
     advice = "set rfork_seed_advertise_host to an IPv4 address of this machine"
     try:
@@ -56,12 +53,12 @@ def local_ipv4(host: str) -> str:
             attempt.bind((address, 0))
             return address
     raise EngineError(
-        NAME, "open", f"the host {host!r} ({', '.join(addresses)}) is no address that peers reach here; {advice}"
+        NAME, "open", f"the host {host!r} ({', '.join(addresses)}) is not an address of this machine; {advice}"
     )
 
 
 def free_port(address: str) -> int:
-    """A port of ``address`` that was free a moment ago; the engine takes no 0."""
+    """A port of ``address`` that was free a moment ago; the engine does not accept 0."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as attempt:
         attempt.bind((address, 0))
         port: int = attempt.getsockname()[1]
@@ -69,14 +66,14 @@ def free_port(address: str) -> int:
 
 
 def probe(address: tuple[str, int], timeout_s: float, operation: str, *, converse: bool) -> None:
-    """Find out whether an engine answers at ``address``, within ``timeout_s`` seconds.
+    """Check that an engine answers at ``address`` within ``timeout_s`` seconds.
 
-    A stopped process still accepts connections: its kernel does. So with ``converse`` the engine is asked, in its own
-    control protocol, whether a connection is ready that nobody asked for; it keeps nothing of the question and
-    answers from a native thread within a millisecond. Without ``converse`` the TCP connection has to do.
+    The kernel accepts connections even for a stopped process. So with ``converse``, the probe asks in the engine's
+    control protocol whether a connection that was never requested is ready: the engine keeps no state for it and
+    answers from a native thread within a millisecond. Without ``converse``, the TCP connection suffices.
 
     Raises:
-        EngineError: nobody is there, nobody answers, or it is somebody else.
+        EngineError: no process listens, none answers, or the answer is not an engine's.
     """
     deadline = time.monotonic() + timeout_s
     shown = f"{address[0]}:{address[1]}"
@@ -89,7 +86,7 @@ def probe(address: tuple[str, int], timeout_s: float, operation: str, *, convers
             while len(got) < _ANSWER_NBYTES:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise TimeoutError("it accepts connections and does not answer")
+                    raise TimeoutError("it accepts connections but does not answer")
                 connection.settimeout(left_s)
                 piece = connection.recv(_ANSWER_NBYTES - len(got))
                 if not piece:
@@ -107,19 +104,19 @@ def probe(address: tuple[str, int], timeout_s: float, operation: str, *, convers
         ) from error
     if not got.startswith(_MAGIC):
         raise EngineError(
-            NAME, operation, f"what answers at {shown} is no YuanRong engine", retry_elsewhere=True, side="seed"
+            NAME, operation, f"the service at {shown} is not a YuanRong engine", retry_elsewhere=True, side="seed"
         )
 
 
 def _question(port: int) -> bytes:
-    """A QueryConnReady: requester's host, port and device, owner's device (-1: not known)."""
+    """A QueryConnReady: requester's host, port and device, owner's device (-1: unknown)."""
     host = b"127.0.0.1"
     body = struct.pack(">I", len(host)) + host + struct.pack(">Iii", port, 0, -1)
     return _MAGIC + bytes([_QUERY_CONNECTION_READY]) + struct.pack(">I", len(body)) + body
 
 
 class Relay:
-    """The relay process for one peer (:mod:`.yuanrong_relay`); ``stop`` ends it.
+    """The relay process for one peer (:mod:`.relay`); ``stop`` ends it.
 
     Raises:
         EngineError: it does not start within ``timeout_s`` seconds.
@@ -150,7 +147,7 @@ class Relay:
         line = self._process.stdout.readline() if ready else b""
         if not line.strip().isdigit():
             raise EngineError(
-                NAME, "connect", f"the relay process does not start within {timeout_s:g} s", side="receiver"
+                NAME, "connect", f"the relay process did not start within {timeout_s:g} s", side="receiver"
             )
         return int(line)
 

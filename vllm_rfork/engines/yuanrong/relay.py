@@ -1,12 +1,12 @@
-"""A process between a receiver's YuanRong engine and one seed's control port, so that a silent seed cannot hang a read.
+"""A process between a receiver's YuanRong engine and one seed's control port: a silent seed cannot hang a read.
 
-The installed engines wait for the answer to a control call without any limit and hold Python's GIL while they do:
-no thread of their process can break that wait, and a signal only restarts it. This process can. It passes each
-connection on and, where the call is not over within the bound, resets it; the engine then fails with an error.
-Weights do not pass through here, only control calls of some hundred bytes up to some hundred kilobytes.
+The engines wait without limit for the answer to a control call and hold Python's GIL meanwhile: no thread of their
+process can break that wait, and a signal only restarts it. This process forwards each connection and resets it if the
+call exceeds its bound; the engine then fails with an error. It does not forward weights, only control calls of some
+hundred bytes to some hundred kilobytes.
 
-Run as ``python -I -S yuanrong_relay.py HOST PORT BOUND_S``. Prints the port it listens on (loopback alone) and ends
-when its standard input does or its parent is gone. Standard library only: it starts in a few hundredths of a second.
+Run as ``python -I -S relay.py HOST PORT BOUND_S``. Prints the port on which it listens (loopback only), and exits with
+its standard input or its parent. Standard library only: it starts in a few hundredths of a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _reset(connection: socket.socket) -> None:
 
 
 def _pass_on(near: socket.socket, address: tuple[str, int], bound_s: float) -> None:
-    """One control call: both ways until the seed is done with it, or the bound is reached."""
+    """Forward one control call in both directions until the seed has answered, or until the bound."""
     deadline = time.monotonic() + bound_s
     try:
         far = socket.create_connection(address, bound_s)
@@ -52,11 +52,11 @@ def _pass_on(near: socket.socket, address: tuple[str, int], bound_s: float) -> N
                 if piece:
                     other[side].sendall(piece)
                 elif side is far:
-                    whole = True  # the seed closes after its answer
+                    whole = True  # the seed closes the connection after its answer
                 else:
                     return  # the engine has given up
     except OSError:
-        pass  # the reset below tells the engine
+        pass  # the reset below ends the engine's wait
     finally:
         far.close()
         if whole:
