@@ -1,4 +1,4 @@
-"""The planner client against every kind of planner that is out there, and against what is none."""
+"""The planner client against every kind of planner, and against services that are not planners."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ async def test_a_withdrawal_survives_a_hiccup() -> None:
     assert len(seen) == 2
 
 
-# --- what is no planner -------------------------------------------------------------------------------------------
+# --- not a planner ------------------------------------------------------------------------------------------------
 
 OK = b"HTTP/1.1 200 OK\r\n"
 LEASE_HEADERS = b"SEED_IP: 10.0.0.1\r\nSEED_PORT: 80\r\nSEED_RANK: 0\r\nUSER_ID: u1\r\n"

@@ -1,4 +1,4 @@
-"""What comes off the wire is a manifest that holds together, or a SeedError."""
+"""A decoded body is a consistent manifest, or a SeedError."""
 
 from __future__ import annotations
 

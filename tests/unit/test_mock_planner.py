@@ -1,4 +1,4 @@
-"""The example planner keeps what the protocol promises; raw HTTP, no client of ours in between."""
+"""The example planner implements the protocol; tested by plain HTTP, without this project's clients."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SEED = SeedAddress("10.0.0.1", 1234, 0)
 LEASE = Lease(SEED, "lease", 60.0)
 KEY = "key"
 
-#: What aiohttp lets through: no line breaks, but control characters and bytes that are no UTF-8.
+#: What aiohttp lets through: no line breaks, but control characters and bytes that are not UTF-8.
 TEXT = st.text(st.characters(exclude_characters="\r\n\0"), max_size=60)
 GOOD_NUMBERS = ["0", "1", "1.5", "65535", "65536", "86400", "86401", "9" * 20]
 BAD_NUMBERS = ["-1", "+1", "1_0", "1e3", "5e-324", "1e999", "nan", "inf", "-inf", "0x10", "１", "٣", ".5", "-0"]
@@ -156,7 +156,7 @@ def test_no_answer_of_a_planner_raises_anything_else(
 
 @given(HEADERS)
 def test_a_lease_from_any_answer_can_be_sent_back(headers: dict[str, str]) -> None:
-    """What a planner said is sent to it in headers again: it holds no line break, and means the same."""
+    """A planner's values are sent back to it in headers: without a line break, and with the same meaning."""
     try:
         lease = messages.lease_from_answer(CIMultiDict({**GOOD_LEASE, **headers}))
     except messages.BadMessage:

@@ -127,7 +127,7 @@ def fork_of(layout: str, left_s: Callable[[], float] = lambda: 10.0) -> FromFork
 
 
 def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
-    """What a receiver does with a manifest: decode, pair, read, accept.
+    """A receiver's steps with a manifest: decode, pair, read, accept.
 
     Raises:
         ForkError: as there.
@@ -149,7 +149,7 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
 
 
 def attributes(model: nn.Module) -> dict[str, object]:
-    """Everything that hangs on modules, by identity where it is no plain value."""
+    """Everything that hangs on modules, by identity if it is not a plain value."""
     return {
         f"{name}.{key}".removeprefix("."): value if value_codec.is_plain(value) else id(value)
         for name, module in model.named_modules()

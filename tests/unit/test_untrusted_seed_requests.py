@@ -93,7 +93,7 @@ class Served:
         self._loop.close()
 
     def send(self, request: bytes, timeout_s: float = 10.0) -> bytes:
-        """The answer to ``request``; empty where there is none in time, or the connection is closed instead."""
+        """The answer to ``request``; empty if there is none in time, or the connection is closed."""
         answer = bytearray()
         with (
             socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection,

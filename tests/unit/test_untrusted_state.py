@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that hangs on each module, by identity where it is no plain value."""
+    """All that hangs on each module, by identity if it is not a plain value."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():

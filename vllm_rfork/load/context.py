@@ -18,7 +18,7 @@ from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
 from vllm_rfork.manifest.facts import short_facts
-from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, ManifestHeader
+from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Layout, ManifestHeader
 from vllm_rfork.model import digest
 from vllm_rfork.net.advertise import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, seed_key_parts
@@ -63,7 +63,7 @@ class LoadContext:
     seed_key: str
     fingerprint: str
     facts: Mapping[str, str]
-    layout: str
+    layout: Layout
     engine_name: str
     engine_config: EngineConfig
     advertise_host: str | None
@@ -168,7 +168,7 @@ def describe(
     )
 
 
-def layout_for(settings: Settings, device: torch.device) -> str:
+def layout_for(settings: Settings, device: torch.device) -> Layout:
     """The layout that ``rfork_layout`` means on ``device``.
 
     Raises:
@@ -192,7 +192,7 @@ def _facts(
     *,
     device: torch.device,
     identity: WorkerIdentity,
-    layout: str,
+    layout: Layout,
     engine: str,
 ) -> dict[str, Any]:
     """The facts that the fingerprint covers."""
