@@ -54,7 +54,7 @@ class Planner:
 
 @contextmanager
 def planner(logs: Path) -> Iterator[Planner]:
-    """The planner, ready. Not the mock in examples/, which does not detect that a seed's process has died."""
+    """The planner of the package, ready."""
     port = free_port()
     command = [sys.executable, "-m", "vllm_rfork.cli.main", "planner", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
