@@ -29,8 +29,8 @@ class Tls:
     """Encryption of connections.
 
     Attributes:
-        context: asked for each connection, so that a renewed certificate is used from then on.
-        told_apart: the first byte says whether a peer speaks TLS, so that one which does not can be answered.
+        context: called for each connection, so that a renewed certificate is used from then on.
+        told_apart: examine the first byte, so that a peer without TLS can be answered in plain HTTP.
     """
 
     context: Callable[[], ssl.SSLContext]

@@ -1,11 +1,11 @@
-"""Shows vLLM the fallback's load format wherever vLLM derives something from it.
+"""The fallback's load format, shown to vLLM wherever it derives something from the format.
 
-vLLM decides by ``load_config.load_format`` in more places than the choice of a loader (read in vLLM 0.32): whether the
-checkpoint is asked if word embeddings are tied (not for ``dummy`` and the sharded formats), whether a model in object
-storage is accepted and which streamer reads it, what the tensorizer is told, and whether some models have embeddings
-of their own. A worker with ``--load-format rfork`` that loads from storage must be the worker that the fallback format
-alone would have made. So vLLM sees that format while it derives its configuration and while it loads, and ``rfork``
-in between, by which it finds this package's loader.
+vLLM reads ``load_config.load_format`` in more places than the choice of a loader (as of vLLM 0.32): to decide whether
+the checkpoint determines if word embeddings are tied (not for ``dummy`` and the sharded formats), whether a model in
+object storage is accepted and which streamer reads it, how the tensorizer is configured, and whether some models have
+embeddings of their own. A worker with ``--load-format rfork`` that loads from storage must equal the worker that the
+fallback format alone would have made. So vLLM sees that format while it derives its configuration and while it loads.
+In between it sees ``rfork``, and finds this package's loader.
 """
 
 from __future__ import annotations
