@@ -29,11 +29,6 @@ from vllm_rfork.planner.store.memory import MemoryStore
 _fleets = itertools.count()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of tests that are slow and seldom the first to fail."""
-    config.addinivalue_line("markers", "long: slow and seldom the first to fail")
-
-
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path_factory.mktemp("redis"))

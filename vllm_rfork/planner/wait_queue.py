@@ -45,7 +45,7 @@ class _Wakeup:
         self._is_set = True
         self._wake()
 
-    async def before(self, deadline: float) -> bool:
+    async def is_set_before(self, deadline: float) -> bool:
         """Return whether it was set since the last call, or is before ``deadline`` on the loop's clock."""
         if not self._is_set:
             loop = asyncio.get_running_loop()
@@ -89,7 +89,7 @@ class WaitQueue:
             StoreUnavailable: the store could not decide.
         """
         if ask.keeps:
-            return await self._slice(ask)
+            return await self._acquire_by_ticket(ask)
         if ask.wait_s <= 0:
             result = await self._store.acquire(ask)
             if isinstance(result, Queued):
@@ -114,7 +114,7 @@ class WaitQueue:
         try:
             result: Granted | Missed | Queued | None = await self._store.acquire(ask)
             while isinstance(result, Queued):
-                leave = self._closing or not await wakeup.before(deadline) or self._closing
+                leave = self._closing or not await wakeup.is_set_before(deadline) or self._closing
                 closing = self._closing
                 result = await self._store.settle(ask.ticket, leave=leave, loads=not closing)
                 if leave and closing and not isinstance(result, Granted):
@@ -130,7 +130,7 @@ class WaitQueue:
                 # Cancelled (the receiver hung up): nobody must stay behind in the queue.
                 self._in_background(self._abandon(ask.ticket))
 
-    async def _slice(self, ask: Ask) -> Granted | Missed | Queued:
+    async def _acquire_by_ticket(self, ask: Ask) -> Granted | Missed | Queued:
         loop = asyncio.get_running_loop()
         wakeup = _Wakeup()
         self._wakeups[ask.ticket] = wakeup  # of two requests with one ticket, the later one counts
@@ -140,7 +140,7 @@ class WaitQueue:
             if isinstance(result, Queued) and not result.parked:
                 place, deadline = result, loop.time() + min(messages.SLICE_S, result.left_s)
                 while isinstance(result, Queued) and not result.parked and not self._closing:
-                    if await wakeup.before(deadline):
+                    if await wakeup.is_set_before(deadline):
                         result = await self._store.settle(ask.ticket, leave=False)
                     elif self._wakeups.get(ask.ticket) is wakeup:
                         result = await self._store.park(ask.ticket)
