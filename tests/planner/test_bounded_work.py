@@ -82,18 +82,19 @@ async def test_a_seed_that_goes_does_not_make_every_exclusion_of_every_waiting_r
 
 async def test_many_seeds_that_go_stale_at_once_are_dropped_in_turns_and_not_granted_meanwhile(fleet: Fleet) -> None:
     """As a planner finds them that was paused for longer than ``stale_s``."""
-    for number in range(3 * STALE_BATCH):
+    count = 4 * STALE_BATCH
+    for number in range(count):
         await fleet.announce(number, key="stale")
     fleet.clock.pass_(61)
     left = [each.seeds for each in (await fleet.store.totals()).values()]
-    assert left == [2 * STALE_BATCH]
-    await fleet.announce(3 * STALE_BATCH - 1, key="stale")  # one that lives after all
+    assert left == [3 * STALE_BATCH]
+    await fleet.announce(count - 1, key="stale")  # one that lives after all
     granted = await fleet.ask(key="stale")
     assert isinstance(granted, Granted)
-    assert granted.seed == seed(3 * STALE_BATCH - 1)
+    assert granted.seed == seed(count - 1), "all that were announced before it are stale, though not dropped yet"
     while await fleet.store.sweep() == 0:
-        assert fleet.kinds().count("seed_dropped") < 3 * STALE_BATCH
-    assert fleet.kinds().count("seed_dropped") == 3 * STALE_BATCH - 1
+        assert fleet.kinds().count("seed_dropped") < count
+    assert fleet.kinds().count("seed_dropped") == count - 1
     assert (await fleet.store.totals())["stale"].seeds == 1
 
 
