@@ -13,6 +13,7 @@ import pytest
 from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from tests.planner.test_api import ADD, Client, eventually, planner
 from vllm_rfork import messages
+from vllm_rfork.net.connection import Phase
 from vllm_rfork.planner.http import presence
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.store.base import Announcement, Granted, LimitReached, Missed, Queued, UnknownSeed
@@ -257,16 +258,14 @@ async def test_a_request_is_answered_before_proxies_give_up_and_followed_by_the_
         assert (await client.call("POST", "/rfork_presence", **ADD))[0::2] == (200, "again\n")
 
 
-async def read_while_held(client: Client) -> tuple[bytes, float]:
-    """The beginning of a streamed answer, its first two bytes included, and the time between the two in seconds."""
+@contextlib.asynccontextmanager
+async def attending_in_pieces(client: Client) -> AsyncIterator[asyncio.StreamReader]:
+    """A presence request whose answer may come in pieces."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.planner.port)
     lines = "".join(f"{name}: {value}\r\n" for name, value in {**ADD, messages.STREAM: "1"}.items())
     writer.write(f"POST /rfork_presence HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: 0\r\n\r\n".encode())
-    head = await reader.readuntil(b"1\r\n\n\r\n")
-    first_at = asyncio.get_running_loop().time()
-    head += await reader.readuntil(b"1\r\n\n\r\n")
     try:
-        return head, asyncio.get_running_loop().time() - first_at
+        yield reader
     finally:
         writer.close()
 
@@ -275,13 +274,29 @@ async def test_a_client_that_reads_pieces_gets_bytes_in_place_of_an_answer(monke
     async with planner() as client:
         monkeypatch.setattr(client.planner.presence, "_silent_s", 0.5)
         assert await client.add() == 200
-        head, silent_s = await read_while_held(client)
-        assert head.startswith(b"HTTP/1.1 200")
-        assert b"X-Accel-Buffering: no" in head, "nginx passes the bytes on"
-        assert silent_s <= 0.5
-        assert not await absent(client)
+        async with attending_in_pieces(client) as reader:
+            head = await reader.readuntil(b"1\r\n\n\r\n")
+            first_at = asyncio.get_running_loop().time()
+            await reader.readuntil(b"1\r\n\n\r\n")
+            assert asyncio.get_running_loop().time() - first_at <= 0.5
+            assert head.startswith(b"HTTP/1.1 200")
+            assert b"X-Accel-Buffering: no" in head, "nginx passes the bytes on"
+            assert not await absent(client)
         await eventually(lambda: len(client.planner.presence) == 0)
         await until_absent(client)
+
+
+async def test_a_held_connection_keeps_none_of_the_http_servers_objects() -> None:
+    """They take 13 kB for each; and it still counts among the planner's connections."""
+    async with planner() as client:
+        assert await client.add() == 200
+        async with attending_in_pieces(client) as reader:
+            await reader.readuntil(b"\r\n\r\n")
+            connections = client.planner.connections
+            assert connections is not None
+            await eventually(lambda: connections.count(Phase.HELD) == 1)
+            await eventually(lambda: len(connections._server.connections) == len(connections) - 1)
+            assert len(connections._by_protocol) == len(connections) - 1
 
 
 async def until_absent(client: Client) -> None:
