@@ -15,15 +15,24 @@ _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
+def probe_host(connection: socket.socket) -> None:
+    """Have the kernel check that the other host exists. A stopped process does not matter: its kernel answers.
+
+    Raises:
+        OSError: the socket is closed, or is not of TCP.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE:
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def long_lived_socket(found: tuple[Any, ...]) -> socket.socket:
     """A socket for an entry of ``getaddrinfo``. Raises OSError."""
     family, kind, protocol, *_ = found
     made = socket.socket(family, kind, protocol)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEPALIVE:
-            if hasattr(socket, name):
-                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        probe_host(made)
     except OSError:
         made.close()
         raise

@@ -164,7 +164,7 @@ class SeedManager:
         start = _Start(tensors, generation, returning, slot.thread, threading.Event())
         slot.move(SlotEvent.RESUMED)
         slot.off_device = start.off_device
-        slot.thread = native_thread(self._run, "rfork-seed", (slot, publication, start))
+        slot.thread = native_thread(self._run, f"rfork-seed-{publication.role}", (slot, publication, start))
         slot.thread.start()
         return True
 

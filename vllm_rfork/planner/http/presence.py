@@ -22,6 +22,7 @@ from typing import Any
 
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.connection import Connection
+from vllm_rfork.net.long_lived import probe_host
 from vllm_rfork.planner.http.held import AGAIN, LEAVE, LOST, UNKNOWN, HeldConnection, HeldRequest
 from vllm_rfork.planner.store.base import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing
@@ -40,9 +41,6 @@ _DUE = 0.92
 _BATCH = 50
 #: Of all connections, those that may be presence: the other calls must always find some.
 SHARE = 0.5
-#: A host that vanishes closes nothing. Its kernel is asked, and is counted dead after 10 + 3 * 5 seconds of silence. A
-#: process that is only stopped has a kernel that answers.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 class Presence:
@@ -240,12 +238,10 @@ class Presence:
 
 
 def _watch_host(transport: asyncio.BaseTransport | None) -> None:
-    """Let the kernel find out when the other side's host is gone. Best effort: a re-request is missed later."""
+    """Have the kernel notice when the other host is gone. Best effort: the next request is missing later."""
     found = None if transport is None else transport.get_extra_info("socket")
     if found is None or found.family not in (socket.AF_INET, socket.AF_INET6):
         return
     # A socket of our own for the same connection: uvloop's stands for one and has no options.
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(found.fileno())) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        probe_host(connection)
