@@ -33,28 +33,21 @@ def register_updates() -> None:
         def init_transfer_engine(self, init_info: Any) -> None:
             pass
 
+        # No device context, as in vLLM's own backends: in one, vLLM would put small tensors of the host on the device.
+
         def start_weight_update(self) -> None:
-            import torch
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-            with torch.device(self.device):
-                initialize_layerwise_reload(self.model)
+            initialize_layerwise_reload(self.model)
 
         def finish_weight_update(self) -> None:
-            import torch
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-            with torch.device(self.device):
-                finalize_layerwise_reload(self.model, self.model_config)
+            finalize_layerwise_reload(self.model, self.model_config)
 
         def receive_weights(self, update_info: Any, load_weights: Any = None) -> None:
-            import torch
-
-            if load_weights is not None:
-                load_weights(_weights_in(Path(update_info.folder)))
-                return
-            with torch.device(self.device):
-                self.model.load_weights(_weights_in(Path(update_info.folder)))
+            load = self.model.load_weights if load_weights is None else load_weights
+            load(_weights_in(Path(update_info.folder)))
 
         def shutdown(self) -> None:
             pass
