@@ -52,7 +52,7 @@ class Watch:
         }
         nbytes = sum(size for _, size in tensors)
         load = Load(type(model).__name__, digests_of(model), len(tensors), nbytes)
-        # No reference of ours may keep a model alive that the loader gives up.
+        # No reference from here may keep a model alive that the loader gives up.
         self._loads.append((weakref.ref(model), load))
 
     def finish(self) -> list[Load]:

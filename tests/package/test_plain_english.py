@@ -38,15 +38,7 @@ PATTERNS = {
 #: Folders whose docstrings, comments and messages are held to the same patterns.
 SOURCES = sorted(
     path
-    for folder in (
-        "demo",
-        "examples",
-        "scripts",
-        "versions",
-        "vllm_rfork/model",
-        "vllm_rfork/planner",
-        "vllm_rfork/vllm_compat/fingerprint",
-    )
+    for folder in ("bench", "demo", "examples", "scripts", "versions", "vllm_rfork")
     for path in (ROOT / folder).rglob("*.py")
 )
 #: Begins a docstring that asks instead of naming what the thing is or does.

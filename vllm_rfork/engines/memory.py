@@ -8,7 +8,7 @@ comma-separated list that is read at ``open``, such as ``register_fails`` or ``f
 the fields of :class:`Faults`.
 
 The endpoint contains the process and the address of the engine's table of registrations. The reader fetches that table
-anew for each read, so it notices a peer that closed or died, and refuses memory that the peer has not registered.
+for each read, so it notices a peer that closed or died, and refuses memory that the peer has not registered.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def engine_names() -> list[str]:
 
 
 def install_hint(name: str) -> str:
-    """How to install what one of this package's engines needs."""
+    """The install hint of one of this package's engines."""
     return ENGINES[name].hint
 
 

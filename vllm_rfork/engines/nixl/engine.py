@@ -13,8 +13,8 @@ Its lanes:
 Bytes of an abandoned read may still arrive: releasing its request does not stop them, destroying the agent does. So
 after such a read the engine refuses every call but ``close``, which destroys the agent.
 
-UCX listens on a TCP port of each network interface and authenticates nobody: whoever reaches it and has an endpoint can
-connect. ``UCX_NET_DEVICES`` limits the interfaces.
+UCX listens on a TCP port of each network interface and authenticates nobody: a caller with an endpoint can connect.
+``UCX_NET_DEVICES`` limits the interfaces.
 
 Settings: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment), and UCX's own variables.
 """

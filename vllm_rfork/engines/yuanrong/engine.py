@@ -20,7 +20,7 @@ the process ends, and reports it.
 
 ``EngineConfig.device`` counts the process's visible devices (``ASCEND_RT_VISIBLE_DEVICES``); ``cpu`` is for the tests'
 host stand-in. ``EngineConfig.options``: ``receive_wait_s``, the engine's own wait for an item, which only the stand-in
-changes. The engine's port has neither TLS nor authentication: whoever reaches it and knows an address can read weights.
+changes. The engine's port has neither TLS nor authentication: a caller with an address can read weights.
 """
 
 from __future__ import annotations
