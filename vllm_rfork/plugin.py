@@ -1,4 +1,4 @@
-"""The one thing vLLM calls: ``vllm.general_plugins`` → :func:`register`, once in every process of vLLM."""
+"""The plugin's entry point in ``vllm.general_plugins``: vLLM calls :func:`register` once in each of its processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IN_TREE = "vllm_ascend.model_loader.rfork.rfork_loader"
 
 
 def register() -> None:
-    """Make ``--load-format rfork`` mean this package's loader. Idempotent, in whatever order plugins run.
+    """Register this package's loader for ``--load-format rfork``. Idempotent; the order of plugins does not matter.
 
     On CPU it requests AMX tiles for this process as well, whichever load format is used: see ``vllm_compat/amx.py``.
 
@@ -35,7 +35,7 @@ def register() -> None:
     except ModuleNotFoundError as error:
         if not _IN_TREE.startswith(error.name or "?"):
             logger.warning("vLLM-Ascend's rfork module does not import (%s); this package's is used", error)
-    except Exception as error:  # noqa: BLE001 - whatever ails a module that is not needed must not fail the start
+    except Exception as error:  # noqa: BLE001 - a module that is not needed must not fail the start
         logger.warning("vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
     from vllm_rfork.config import parse_config
     from vllm_rfork.loader import RForkModelLoader

@@ -1,4 +1,4 @@
-"""Looks at a model on behalf of a fork or of the seed that this worker may become."""
+"""Captures of a model, for a fork or for the seed that this worker may become."""
 
 from __future__ import annotations
 
