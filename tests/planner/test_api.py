@@ -1,4 +1,4 @@
-"""The planner over HTTP, in this process: the installed base's calls to the letter, ours, and what is not let in."""
+"""The planner over HTTP, in this process: legacy calls to the letter, additional calls, and refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def planner(environ: dict[str, str] | None = None, **settings: Any) -> Asy
         yield Client(process, session)
 
 
-# --- the installed base ----------------------------------------------------------------------------------------------
+# --- legacy calls --------------------------------------------------------------------------------------------------
 
 
 async def test_an_old_client_sees_what_the_protocol_says() -> None:
@@ -133,7 +133,7 @@ async def test_rank_and_reference_count_may_be_missing_from_every_call() -> None
 @pytest.mark.parametrize("call", ["/put_seed", "/renew_seed_lease"])
 @pytest.mark.parametrize("user_id", ["u", "UTF-8''%FF", "UTF-8''caf%C3%A9", "rf1.0.0", "x" * 4000])
 async def test_an_unknown_lease_is_a_404_whatever_its_id(call: str, user_id: str) -> None:
-    """A client of the installed base whose put_seed is answered 400 never becomes a seed."""
+    """A legacy client whose put_seed is answered 400 never becomes a seed."""
     async with planner() as client:
         assert await client.status("POST", call, **SEED, USER_ID=user_id) == 404
 

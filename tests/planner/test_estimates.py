@@ -34,7 +34,7 @@ def test_means_are_exact_at_first_and_forget_later() -> None:
 def test_a_fork_is_as_long_as_its_receiver_says_and_no_longer_than_its_lease() -> None:
     times = KeyTimes()
     times.add_fork(10.0, 3.0)
-    times.add_fork(10.0, 0.0)  # a receiver of the installed base says nothing
+    times.add_fork(10.0, 0.0)  # a legacy receiver reports nothing
     assert (times.hold_s, times.holds, times.fork_s, times.forks) == (10.0, 2, 3.0, 1)
     times.add_fork(10.0, 1e7)
     assert times.fork_s == pytest.approx(6.5)

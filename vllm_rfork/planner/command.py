@@ -15,7 +15,7 @@ from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, Settings, check_envi
 
 
 def _options(command: click.Command) -> click.Command:
-    """Give ``command`` an option for every field of :class:`Settings`."""
+    """Add an option to ``command`` for every field of :class:`Settings`."""
     for name, field in Settings.model_fields.items():
         default = None if field.default is None else str(field.default)
         command.params.append(
@@ -33,7 +33,7 @@ def _options(command: click.Command) -> click.Command:
 
 
 def _source(context: click.Context, name: str) -> str:
-    """The flag or variable that setting ``name`` came from."""
+    """Return the flag or variable that set ``name``."""
     if context.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
         return ENVIRONMENT_PREFIX + name.upper()
     return f"--{name.replace('_', '-')}"
@@ -44,7 +44,7 @@ def _source(context: click.Context, name: str) -> str:
 def planner(context: click.Context, /, **given: Any) -> None:
     """Run the planner: the service that pairs receivers with seeds.
 
-    A bearer token comes from --token-file, or from RFORK_TOKEN and, while it is rotated, RFORK_TOKEN_PREVIOUS.
+    A bearer token comes from --token-file, or from RFORK_TOKEN and, during a rotation, RFORK_TOKEN_PREVIOUS.
     """
     import os
 

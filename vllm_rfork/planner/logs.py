@@ -1,4 +1,4 @@
-"""Log lines for people or for machines: the same events, as text or as one JSON object a line."""
+"""Log lines as text or as one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import time
 from vllm_rfork.logs.quoting import MAX_LINE, printable
 from vllm_rfork.planner.http import valid_json
 
-#: Names of a record that are logging's own; everything else was given with ``extra``.
+#: Attributes of a record that ``logging`` sets; all others were given with ``extra``.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _NOT_ASCII = re.compile("[^\\x20-\\x7e]")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: ``at`` (UTC), ``level``, ``logger``, ``message``, then the fields of ``extra``."""
+    """One object per line: ``at`` (UTC), ``level``, ``logger``, ``message``, then the fields of ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON; never a line break inside."""
+        """Return the record as JSON, without a line break."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        message = record.getMessage()[:MAX_LINE]  # JSON escapes what does not print
+        message = record.getMessage()[:MAX_LINE]  # JSON escapes control characters
         line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": message}
         line |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        # In ASCII: other characters may steer the terminal that shows the log.
+        # ASCII only: other characters may control the terminal that shows the log.
         return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], valid_json.encode(line).decode())
 
 
 class TextLines(logging.Formatter):
-    """``LEVEL date logger: message field=value``; what does not print is escaped, so that no line can be forged."""
+    """``LEVEL date logger: message field=value``; control characters are escaped, so that no line can be forged."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Return the record as text."""
         fields = {name: value for name, value in vars(record).items() if name not in _OWN}
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(record.created))
         line = f"{record.levelname} {at} {record.name}: {record.getMessage()}"
@@ -45,7 +45,7 @@ class TextLines(logging.Formatter):
 
 
 def set_up(log_format: str, log_level: str) -> None:
-    """Send this process's log lines to standard error."""
+    """Log to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""A JSON object of any size, written some entries at a time: neither the loop nor the memory has it as a whole."""
+"""A JSON object of any size, written some entries at a time, so that it is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vllm_rfork.planner.http import valid_json
 
 
 async def json_chunks(parts: AsyncIterator[tuple[str, object]]) -> AsyncIterator[bytes]:
-    """The object with the fields ``parts``, as text.
+    """Yield the text of the object with the fields ``parts``.
 
     A field whose value is a list or a dictionary may come several times in a row, with more entries each time.
     """

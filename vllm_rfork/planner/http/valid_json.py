@@ -1,4 +1,4 @@
-"""JSON that every reader accepts, whatever texts and numbers the data holds."""
+"""JSON that every reader accepts, whatever texts and numbers the data contains."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encode(data: object) -> bytes:
-    """``data`` as JSON. Numbers that JSON does not have (infinite, not a number) become null.
+    """Return ``data`` as JSON. Numbers that JSON cannot represent (infinite, not a number) become null.
 
-    A text that arrived as bytes other than UTF-8 holds surrogates, which are not text in JSON: each is written as six
-    characters, such as ``\\udcff``. Other objects than JSON's become their ``str``.
+    A text that arrived as other bytes than UTF-8 contains surrogates, which JSON text cannot: each is written as six
+    characters, such as ``\\udcff``. Objects of other types become their ``str``.
     """
     try:
         return msgspec.json.encode(data, enc_hook=str)

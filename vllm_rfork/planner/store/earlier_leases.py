@@ -34,7 +34,7 @@ class EarlierLeases:
         """Take over the lease on the seed ``name``; None: it is noted until the seed reports its earlier state.
 
         Raises:
-            UnknownLease: anybody could have made it up, or the seed has no slot for it.
+            UnknownLease: it cannot be verified, or the seed has no slot for it.
         """
         if not self._store.lease_ids.provable and name not in self._fleet.seeds:
             self._note(name, user_id)

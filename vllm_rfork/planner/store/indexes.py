@@ -1,11 +1,11 @@
-"""Ordered containers whose cost does not grow with what they hold. No clock, no I/O."""
+"""Ordered containers with look-ups whose cost does not grow with their size."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Container, Iterator
 
-#: What falls due: its kind and up to two names. What falls due together does so in alphabetical order.
+#: A deadline: its kind and up to two names. Those that are due together are in alphabetical order.
 Name = tuple[str, str, str]
 
 _SLACK = 64
@@ -37,11 +37,11 @@ class RankedSet:
             heapq.heapify(self._heap)
 
     def discard(self, address: str) -> None:
-        """Remove ``address`` where it is here."""
+        """Remove ``address``, if it is here."""
         self._scores.pop(address, None)
 
     def best(self, exclude: Container[str]) -> tuple[int, str] | None:
-        """The lowest ``(score, address)`` not in ``exclude``, which stays here."""
+        """Return the lowest ``(score, address)`` not in ``exclude``, without removing it."""
         passed: list[tuple[int, str]] = []
         found = None
         while self._heap:
@@ -59,7 +59,7 @@ class RankedSet:
 
 
 class Deadlines:
-    """Names that fall due. Putting one off costs nothing: its old entry is corrected when it surfaces."""
+    """Deadlines by name. Extending one is cheap: its old entry is corrected when it surfaces."""
 
     __slots__ = ("_at", "_heap", "_queued")
 
@@ -72,14 +72,14 @@ class Deadlines:
         return name in self._at
 
     def set(self, name: Name, at: float) -> None:
-        """``name`` falls due at ``at``, whatever was set before."""
+        """Set the deadline of ``name``, in place of any earlier one."""
         self._at[name] = at
         queued = self._queued.get(name)
         if queued is None or at < queued:
             self._push(name, at)
 
     def cancel(self, name: Name) -> None:
-        """``name`` does not fall due any more."""
+        """Remove the deadline of ``name``, if there is one."""
         self._at.pop(name, None)
         if len(self._heap) > 2 * len(self._at) + _SLACK:
             live = list(self._at.items())
@@ -88,7 +88,7 @@ class Deadlines:
                 self._push(each, at)
 
     def next(self) -> float | None:
-        """When the next name falls due."""
+        """Return the next deadline."""
         while self._heap:
             at, name = self._heap[0]
             due = self._at.get(name)
@@ -102,7 +102,7 @@ class Deadlines:
         return None
 
     def due(self, now: float) -> Iterator[Name]:
-        """Take out, in order, every name that is due at ``now``."""
+        """Remove and yield, in order, every name that is due at ``now``."""
         while (at := self.next()) is not None and at <= now:
             name = heapq.heappop(self._heap)[1]
             self._queued.pop(name, None)

@@ -1,8 +1,8 @@
 """Lease ids: unguessable names, which a planner that lost its state can recognize as its own.
 
-An id is ``rf1.``, the id of the state that granted the lease, and a random part. Where callers need a bearer token, a
-MAC follows, made with a key that is derived from the token: only a planner of this fleet can have granted such a lease,
-and only on that seed. While tokens are rotated the first one makes ids, and both prove them. No clock, no I/O.
+An id is ``rf1.``, the id of the state that granted the lease, and a random part. If callers need a bearer token, a MAC
+follows, made with a key that is derived from the token: it proves that a planner of this fleet granted the lease, on
+that seed. During a rotation the first token makes ids, and both verify them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _PREFIX = "rf1."
 _RANDOM_NBYTES = 12
 _MAC_NBYTES = 16
 _ID = re.compile(re.escape(_PREFIX) + r"([0-9a-f]{8})\.[0-9a-f]{24}(\.[0-9a-f]{32})?\Z")
-#: Random parts that are drawn at once: one call into the system costs more than the rest of a decision.
+#: Random parts that are drawn at once: a system call costs more than the rest of a decision.
 _DRAWN = 64
 
 
 class LeaseIds:
-    """Makes and proves lease ids. ``tokens`` returns the bearer tokens, the present one first; none: no MAC."""
+    """Makes and verifies lease ids. ``tokens`` returns the bearer tokens, the present one first."""
 
     def __init__(self, tokens: Callable[[], Sequence[str]] = tuple) -> None:
         self._tokens = tokens
@@ -30,11 +30,11 @@ class LeaseIds:
 
     @property
     def provable(self) -> bool:
-        """Ids carry a MAC."""
+        """Ids contain a MAC."""
         return bool(self._tokens())
 
     def new(self, state_id: str, seed: str) -> str:
-        """An id for a lease on ``seed``. Knowing it is the right to release the lease."""
+        """Return an id for a lease on ``seed``. It is the right to release the lease."""
         if not self._random:
             drawn = secrets.token_hex(_RANDOM_NBYTES * _DRAWN)
             size = 2 * _RANDOM_NBYTES
@@ -44,15 +44,15 @@ class LeaseIds:
         return f"{user_id}.{_mac(tokens[0], user_id, seed)}" if tokens else user_id
 
     def is_proven(self, user_id: str, seed: str) -> bool:
-        """A planner with one of the tokens granted this lease on ``seed``."""
+        """Return whether a planner with one of the tokens granted this lease on ``seed``."""
         bare, _, mac = user_id.rpartition(".")
-        # All are compared whatever the first one yields, so that the time does not depend on it.
+        # All are compared, so that the time does not depend on the first result.
         matches = [hmac.compare_digest(_mac(each, bare, seed).encode(), mac.encode()) for each in self._tokens()]
         return any(matches)
 
 
 def state_of(user_id: str) -> str:
-    """The id of the state that granted a lease; empty if no planner made ``user_id``."""
+    """Return the id of the state that granted a lease; empty if no planner made ``user_id``."""
     match = _ID.match(user_id)
     return match[1] if match else ""
 

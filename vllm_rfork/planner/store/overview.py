@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from vllm_rfork.planner.store.key_state import KeyState
     from vllm_rfork.planner.store.records import Seed
 
-#: Keys that are counted at once, before others have their turn.
+#: Keys that are counted before other calls have their turn.
 BATCH = 500
-#: Past forks that are counted by result and cause.
+#: Number of past forks that are counted by result and cause.
 LOOK_BACK = 1000
-#: Of one key's seeds and waiters that many are shown at least, however many keys there are.
+#: Minimum number of seeds and waiters of one key that are shown, however many keys there are.
 SHARE = 4
 #: Different causes of failure that are counted separately.
 MAX_CAUSES = 20
@@ -38,7 +38,7 @@ _FAILED = ("failed", "expired")
 
 
 class Tally:
-    """The counts of all keys, added up, and which of them come first."""
+    """The sum of the counts of all keys, and the order of the keys."""
 
     def __init__(self) -> None:
         self.fleet = Totals()
@@ -46,13 +46,13 @@ class Tally:
         self._levels: tuple[dict[str, Totals], ...] = ({}, {}, {}, {})
 
     def add(self, key: str, totals: Totals) -> None:
-        """One key, which must not have been added before."""
+        """Add a key, which must be new."""
         self._levels[_urgency(totals)][key] = totals
         self.keys += 1
         self.fleet.add(totals)
 
     def first(self, limit: int, key: str | None) -> dict[str, Totals]:
-        """The most urgent keys, each level by name; ``key`` as well where it is known."""
+        """Return the most urgent keys, each level by name, and ``key`` if it is known."""
         found: dict[str, Totals] = {}
         for level in reversed(self._levels):
             for name in heapq.nsmallest(limit - len(found), level):
@@ -93,7 +93,7 @@ def choose(tally: Tally, key: str | None, limit: int) -> Choice:
 
 
 def _urgency(totals: Totals) -> int:
-    """Receivers wait; seeds are quarantined or absent; something goes on; nothing does."""
+    """Return 3 if receivers wait, 2 if seeds are quarantined or absent, 1 if the key is in use, otherwise 0."""
     if totals.waiting:
         return 3
     if totals.aside or totals.absent:
@@ -168,7 +168,7 @@ def _past(forks: Iterable[dict[str, Any]], key: str | None, limit: int) -> dict[
                 name, {"cause": name, "count": 0, "ago_s": each["ago_s"], "seed": each["seed"], "key": each["key"]}
             )
             seen["count"] += 1
-    # What the lease lasted says nothing about the wire.
+    # The duration of a lease is not that of its transfer.
     rates = [each["gb_per_s"] for each in past if each["gb_per_s"] and not each["of_lease"]]
     return {
         "history": past[:limit],

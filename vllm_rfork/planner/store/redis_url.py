@@ -1,4 +1,4 @@
-"""The check of ``--store redis://…`` before anything connects, so that a mistake in it is not a traceback."""
+"""Validation of ``--store redis://…`` before a connection is made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check(url: str) -> None:
     """Accept ``url`` if the Redis client can make a connection of it; none is opened.
 
     Raises:
-        ConfigError: names ``store`` and, without the URL itself, which may hold a password, what is wrong with it.
+        ConfigError: names ``store`` and, the problem, without the URL, which may contain a password.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -25,18 +25,16 @@ def check(url: str) -> None:
             raise ValueError("the path is not a database number")
         pool = redis.asyncio.ConnectionPool.from_url(url)
         "".encode(pool.connection_kwargs.get("encoding", "utf-8"))
-        pool.make_connection()  # type: ignore[no-untyped-call]  # only here are the options after ? looked at
+        pool.make_connection()  # type: ignore[no-untyped-call]  # the options after ? are checked only here
     except TypeError as error:
         options = ", ".join(sorted(urllib.parse.parse_qs(parts.query))) or "none"
-        raise ConfigError(
-            "store", f"the Redis client does not know one of its options ({options})", _ACCEPTS
-        ) from error
+        raise ConfigError("store", f"the Redis client rejects one of its options ({options})", _ACCEPTS) from error
     except (ValueError, LookupError, redis.exceptions.RedisError) as error:
         raise ConfigError("store", f"not a usable Redis URL ({_reason(error, url)})", _ACCEPTS) from error
 
 
 def _reason(error: Exception, url: str) -> str:
-    """The client's words, unless they quote what may be the password."""
+    """Return the text of ``error``, unless it quotes what may be the password."""
     text = str(error)
     password = url.partition("://")[2].rpartition("@")[0].rpartition(":")[2]
     return type(error).__name__ if not text or (password and password in text) else text
