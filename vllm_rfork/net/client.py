@@ -132,15 +132,18 @@ class BoundedHttp:
                 raise self.error(f"{what} could not connect within {connect_timeout_s or timeout_s:.3g} s") from error
             raise self.error(f"{what} got no answer within {timeout_s:.3g} s") from error
         except _FOREIGN as error:
-            # Some of aiohttp's errors quote the address, user and password included.
-            reason = type(error).__name__ if "@" in url else _reason(error)
-            clause = advice(
-                error,
-                tls=url.lower().startswith("https:"),
-                shows_certificate=bool(self.credentials.options.cert_file),
-                service=self.service,
-            )
-            raise self.error(f"{what} failed: {reason}{clause}{_limit_of_files(error)}") from error
+            raise self.error(f"{what} failed: {self._cause(error, url)}") from error
+
+    def _cause(self, error: Exception, url: str) -> str:
+        # Some of aiohttp's errors quote the address, user and password included.
+        reason = type(error).__name__ if "@" in url else _reason(error)
+        clause = advice(
+            error,
+            tls=url.lower().startswith("https:"),
+            shows_certificate=bool(self.credentials.options.cert_file),
+            service=self.service,
+        )
+        return f"{reason}{clause}{_limit_of_files(error)}"
 
     async def _exchange(
         self,

@@ -20,7 +20,7 @@ _TLS_BEGINS = b"\x16"
 class Phase(enum.Enum):
     """The event that a connection waits for."""
 
-    #: The TLS handshake, or the first byte, which tells TLS from plain HTTP.
+    #: The TLS handshake, or the first byte, which differs between TLS and plain HTTP.
     OPENING = "to begin"
     #: The first byte of a request to the end of its head.
     HEAD = "for its request"

@@ -91,7 +91,7 @@ class ConnectionLimiter:
             self._ticking = asyncio.get_running_loop().call_later(self._tick_s, self._tick)
 
     async def _open(self, connection: Connection, sock: socket.socket) -> None:
-        """See what the peer speaks, shake hands, and begin to read."""
+        """Find out whether the peer uses TLS, shake hands, and begin to read."""
         loop = asyncio.get_running_loop()
         handed_over = False
         try:
