@@ -19,7 +19,7 @@ from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
 from vllm_rfork.model.tensors import TensorInventory
-from vllm_rfork.model.verification import SAMPLE_EVERY, StreamingVerifier, get_ready, spans_to_check
+from vllm_rfork.model.verification import SAMPLE_EVERY, StreamingVerifier, load_kernels, spans_to_check
 
 CPU = torch.device("cpu")
 SIZES = (1000, 70_001, 8, 300_000, 16, 40_000, 24, 2_100_000, 32, 90_000)
@@ -206,7 +206,7 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
 ) -> None:
     digested: list[int] = []
     monkeypatch.setattr(digest, "digest", lambda span: digested.append(span.numel()))
-    get_ready(accelerator()).join(60)
+    load_kernels(accelerator()).join(60)
     (nbytes,) = digested
     whole, rest = divmod(nbytes, digest.ROWS * digest.COLUMNS * 8)
     assert whole
@@ -217,7 +217,7 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
             raise RuntimeError("the device is lost")
 
     with caplog.at_level("DEBUG", "vllm_rfork"):
-        get_ready(Failing(CPU)).join(60)
+        load_kernels(Failing(CPU)).join(60)
     assert "cannot digest yet: RuntimeError: the device is lost" in caplog.text
 
 

@@ -26,7 +26,7 @@ from vllm_rfork.model import digest
 from vllm_rfork.model.restore import restore
 from vllm_rfork.model.snapshot import AsBuilt, Snapshot, digests_of
 from vllm_rfork.model.tensors import TensorInventory
-from vllm_rfork.model.verification import StreamingVerifier, get_ready, spans_to_check
+from vllm_rfork.model.verification import StreamingVerifier, load_kernels, spans_to_check
 from vllm_rfork.vllm_compat import ascend, dummy_weights
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
@@ -50,7 +50,7 @@ class FromFork:
         self._forked: Snapshot | LoadedSnapshot | None = None
         side = device_backend(context.device)
         if side.has_copy_engine and context.settings.rfork_verify != "off" and context.fork_obstacle is None:
-            get_ready(side)
+            load_kernels(side)
 
     def reserve(self, model: nn.Module) -> None:
         """Take a lease before ``model`` is touched; in the runtime layout also get the seed's manifest.

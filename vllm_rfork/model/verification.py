@@ -37,7 +37,7 @@ def spans_to_check(inventory: TensorInventory, how: str) -> list[int]:
     return list(range(0, len(inventory.spans), every[how])) if how in every else []
 
 
-def get_ready(side: DeviceBackend) -> threading.Thread:
+def load_kernels(side: DeviceBackend) -> threading.Thread:
     """Load the digests' kernels on the device in the background; returns the thread that does it.
 
     The first use takes about 25 ms on a GPU: negligible while a model is built, and much during a read.

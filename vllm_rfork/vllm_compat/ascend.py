@@ -1,7 +1,7 @@
 """Differences of vLLM-Ascend from vLLM that matter to a fork, as read in its releases 0.18 and 0.23.
 
-``docs/ascend.md`` tells line by line what was read where; ``tests/ascend`` holds the names below to what the published
-releases have. Nothing here imports ``vllm_ascend``: where its modules are not loaded, there is nothing to do.
+``docs/ascend.md`` cites their source line by line, and ``tests/ascend`` compares the names below with the published
+releases. ``vllm_ascend`` is not imported: if its modules are not loaded, there is nothing to do.
 """
 
 from __future__ import annotations
@@ -17,27 +17,26 @@ from torch import nn
 
 from vllm_rfork.errors import VerificationError
 
-#: The method by which an MoE layer with overlapped shared experts compares, on random input and at the end of its own
-#: post-processing, two ways to compute them. Dummy weights give NaN in both, which are never equal.
+#: Method of an MoE layer with overlapped shared experts. At the end of post-processing it compares two ways to compute
+#: them on random input. With dummy weights both give NaN, and NaN is never equal.
 SHARED_EXPERT_CHECK = "_validate_shared_expert_consistency"
 
-#: Tensors that a class holds, not a module, and which no walk of a model meets. Why none of them has to travel:
+#: Tensors in classes, which no traversal of a model reaches, and the reasons why they need not be published.
 CLASS_LEVEL: dict[str, str] = {
     "q_hadamard": "a constant that every process computes from the number 128 while post-processing",
     "k_hadamard": "a constant that every process computes from the number 128 while post-processing",
     "hadamard": "a constant that the metadata builder computes from the head's size after loading",
-    "o_proj_full_pool": "gathered into again in every step that uses it",
-    "o_proj_full_pools": "gathered into again in every step that uses it",
-    "wo_a_full_pool": "gathered into again in every step that uses it",
-    "wo_a_full_weight_scale_pool": "gathered into again in every step that uses it",
-    "wo_b_full_pool": "gathered into again in every step that uses it",
-    "wo_b_full_weight_scale_pool": "gathered into again in every step that uses it",
+    "o_proj_full_pool": "filled in every step that uses it",
+    "o_proj_full_pools": "filled in every step that uses it",
+    "wo_a_full_pool": "filled in every step that uses it",
+    "wo_a_full_weight_scale_pool": "filled in every step that uses it",
+    "wo_b_full_pool": "filled in every step that uses it",
+    "wo_b_full_weight_scale_pool": "filled in every step that uses it",
 }
 
-#: What construction enters into process-wide places, ``module`` → dotted names in it. Containers are put back by
-#: content, everything else by value. The rotary tables are the reason that is not cosmetic: the first model's table is
-#: kept for the life of the process, and a fork that went wrong has written to it. The counters number MoE layers, by
-#: which expert maps are looked up, and row-parallel layers, in whose names they end up.
+#: Module → dotted names in it that construction changes. Containers are restored by content, everything else by value.
+#: The rotary tables need it: the first model's table lives as long as the process, and a failed fork has written to it.
+#: The counters number MoE layers, which find their expert maps by it, and row-parallel layers, whose names contain it.
 PROCESS_WIDE: dict[str, tuple[str, ...]] = {
     "vllm_ascend.ops.rotary_embedding": ("_cos_sin_cache", "_cos_cache", "_sin_cache"),
     "vllm_ascend.ops.fused_moe.fused_moe": ("AscendFusedMoE.moe_counter", "AscendMoERunner.moe_counter"),
@@ -50,7 +49,7 @@ PROCESS_WIDE: dict[str, tuple[str, ...]] = {
 
 
 class PostponedChecks:
-    """Checks that :func:`postpone_checks` keeps off dummy weights, until :meth:`run`. Keeps no model alive."""
+    """Checks that must not run on dummy weights; :meth:`run` runs them later. Keeps no model alive."""
 
     def __init__(self) -> None:
         self._silenced: list[weakref.ref[nn.Module]] = []
@@ -58,12 +57,12 @@ class PostponedChecks:
 
     def silence(self, module: nn.Module) -> None:
         """Make ``module``'s check only record that it was called."""
-        # The wrapper around post-processing looks it up on the instance when it calls it.
+        # The wrapper around post-processing looks the method up on the instance.
         vars(module)[SHARED_EXPERT_CHECK] = functools.partial(self._asked.append, weakref.ref(module))
         self._silenced.append(weakref.ref(module))
 
     def run(self) -> None:
-        """Restore every check, and run those that post-processing has called, on the present weights.
+        """Restore every check, and run those that post-processing has called, on the current weights.
 
         Raises:
             VerificationError: one failed.
@@ -85,7 +84,7 @@ def _living(references: list[weakref.ref[nn.Module]]) -> list[nn.Module]:
 
 
 def postpone_checks(model: nn.Module) -> PostponedChecks:
-    """Keep post-processing from checking what dummy weights compute, until :meth:`PostponedChecks.run`."""
+    """Postpone the checks of post-processing until :meth:`PostponedChecks.run`, because dummy weights fail them."""
     checks = PostponedChecks()
     for module in model.modules():
         if callable(getattr(module, SHARED_EXPERT_CHECK, None)):
@@ -98,7 +97,7 @@ def moving_weights_obstacle(additional_config: Any) -> str | None:
     if not isinstance(additional_config, Mapping):
         return None
     eplb = additional_config.get("eplb_config")
-    # A map of experts switches dynamic balancing on as well.
+    # A map of experts enables dynamic balancing as well.
     if isinstance(eplb, Mapping) and any(
         eplb.get(key) for key in ("dynamic_eplb", "expert_map_path", "expert_map_record_path")
     ):
@@ -122,7 +121,7 @@ def process_wide() -> Iterator[tuple[Any, str, Any]]:
 
 
 def class_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors that the classes of ``model``'s modules and attention implementations hold, by class and attribute."""
+    """Tensors in the classes of ``model``'s modules and attention implementations, by class and attribute."""
     classes = {type(thing) for module in model.modules() for thing in (module, getattr(module, "impl", None))}
     return {
         f"{kind.__name__}.{name}": value
@@ -134,5 +133,5 @@ def class_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def unknown_class_tensors(model: nn.Module) -> list[str]:
-    """Those of :func:`class_tensors` that :data:`CLASS_LEVEL` does not account for: they may be weights."""
+    """The names in :func:`class_tensors` that are not in :data:`CLASS_LEVEL`, so that they may be weights."""
     return sorted(name for name in class_tensors(model) if name.rpartition(".")[2] not in CLASS_LEVEL)
