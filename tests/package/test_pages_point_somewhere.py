@@ -34,5 +34,5 @@ def test_every_link_leads_to_a_page_and_a_heading(page: Path) -> None:
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     named = re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|yaml|txt|toml))`", page.read_text(encoding="utf-8"))
     named = [name for name in named if not name.startswith("build/")]
-    bases = (ROOT, ROOT / "vllm_rfork", ROOT / "vllm_rfork" / "vllm_compat", ROOT / "docs")
+    bases = (ROOT, ROOT / "docs", *(ROOT / "vllm_rfork" / part for part in ("", "vllm_compat", "planner")))
     assert [name for name in named if not any((base / name).exists() for base in bases)] == []
