@@ -97,7 +97,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     ):
         monkeypatch.setattr(where, name, one.queueing(what, getattr(where, name)))
     for where, name, how in (
-        (snapshot, "walk", "addresses"),
+        (snapshot, "collect", "addresses"),
         (relocation, "collect", "addresses"),
         (MemoryEngine, "register", "registered"),
         (MemoryEngine, "read", "read"),

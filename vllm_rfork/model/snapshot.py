@@ -124,6 +124,9 @@ class Snapshot:
 
 
 def digests_of(tensors: TensorInventory, header: ManifestHeader, seed: Manifest) -> tuple[str, ...]:
-    """The digests in ``seed`` for the spans of ``tensors``, in order; the two have been paired."""
+    """The digests in ``seed`` for the spans of ``tensors``, in order; the two have been paired.
+
+    A digest that the seed does not have is empty.
+    """
     by_span = paired_digests(tensors.manifest(header), seed)
-    return tuple(by_span[number] for number in range(len(tensors.spans)))
+    return tuple(by_span.get(number, "") for number in range(len(tensors.spans)))
