@@ -10,31 +10,8 @@ from typing import Any
 #: Smallest model whose rates are meaningful, in bytes.
 LARGE_NBYTES = 100_000_000
 
-#: The beginning of a new document.
-HEAD = """# The model zoo
-
-Every model below was made on the spot with random weights in a real architecture, and loaded three times, each in a
-process of its own: by vLLM's default loader, by a worker that became a seed, and by a worker that forked from that
-seed and had no weight files (but for the rows that say why they need them). *Tensors equal* means: every tensor has
-the default load's SHA-256, as loaded (where the layout is `checkpoint`) and after post-processing, and every plain
-value that a model holds is the same. *Answers equal* means: the greedy tokens and the log-probabilities of the three
-best of each step, or the whole embedding, are the same to the last bit, one prompt at a time; with a draft model,
-what it proposes in each step as well. With several ranks both hold for every rank against the same rank of the default
-load.
-
-*Refused* is what was listed beforehand, with a part of what the log says; the default loader then made the model good,
-and a listed refusal that forks is a failure. *Not run* is what vLLM itself cannot load on the platform, with a part of
-what it says, likewise listed; *only loaded* what it can load and not run.
-
-The tables are written by the command: `make zoo`, or `python -m zoo --write docs/zoo.md` with its options. It runs on
-whatever platform vLLM finds; with large models, on two GPUs:
-
-    python -m zoo --models zoo/large.json --seed-devices 1 --receiver-devices 0 --write docs/zoo.md
-
-Where one device must hold seed and fork, `--llm '{"gpu_memory_utilization": 0.4}'` leaves room for both. Each run
-leaves `build/zoo/zoo.json` and a log of every process; `--render A.json B.json --write docs/zoo.md` makes one table of
-several runs on one platform.
-"""
+#: The beginning of a new document; docs/zoo.md explains the words of the tables.
+HEAD = "# The model zoo\n"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,14 +64,8 @@ CHECKS: dict[str, str] = {
     "seed killed: the planner": "grants it to nobody, within 10 s",
 }
 
-#: The beginning of a new section.
-HEAD = """## Events
-
-End-to-end lifecycle scenarios of seeds and receivers, on engines of one Llama with random weights, a process each:
-`make events`, or `python -m zoo.events` with the zoo's options and `--write` with this page. *Not here* is what the
-platform lacks, in its own words. *Right* is a load or a fork whose every tensor has the default load's SHA-256 and
-whose tokens and log-probabilities are the same to the last bit.
-"""
+#: The beginning of a new section; docs/zoo.md explains the words of the tables.
+HEAD = "## Events\n"
 
 #: The log line of a completed fork.
 FORKED = re.compile(r"RFork: forked (?P<nbytes>\d+) bytes .* from seed (?P<seed>\S+), .* layout=(?P<layout>\w+)")
