@@ -108,6 +108,7 @@ def _fail_drafts(seen: Seen) -> None:
             raise NoSeedAvailable("no seed for a target")
 
     def run(self: Any, target: Any) -> Any:
+        self.has_written = True  # as the session records it before the first read
         for span in target.memory.spans:
             if span.address not in target.untouched:
                 span.data.fill_(0x55)

@@ -149,6 +149,7 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
     def run(self: Any, target: Any) -> Any:
         if here and fault == "before a write":
             raise ManifestMismatch("the seed's tensors are others")
+        self.has_written = True  # as the session records it before the first read
         for span in target.memory.spans:
             if span.address not in target.untouched:
                 span.data.zero_()
