@@ -11,8 +11,10 @@ import weakref
 from typing import Any
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-#: A host that vanishes is noticed after 10 + 3 * 5 seconds. Not every platform has these options.
-_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+#: A host that vanishes is noticed after 20 seconds without a byte. The kernel does not probe a connection on which
+#: something was sent and not acknowledged, and would repeat that for a quarter of an hour: hence the last option, in
+#: milliseconds, from the first such byte. Not every platform has these options.
+_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000))
 
 
 def probe_host(connection: socket.socket) -> None:
