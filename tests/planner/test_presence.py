@@ -459,6 +459,48 @@ async def test_a_connection_that_breaks_while_the_store_decides_counts() -> None
     assert len(room) == 0
 
 
+class SlowStore:
+    """As Redis: a decision is answered once it is written."""
+
+    def __init__(self) -> None:
+        self.written = asyncio.Event()
+        self.held: list[bool] = []
+
+    async def attend(self, announcement: Announcement, *, held: bool) -> int:
+        self.held.append(held)
+        await self.written.wait()
+        return len(self.held)
+
+    async def leave(self, seed_: object, number: int, *, answered: bool) -> None: ...
+
+
+async def test_seeds_that_come_together_get_no_more_than_the_share() -> None:
+    """After a takeover all seeds send their requests while the first ones are still being written."""
+    store = SlowStore()
+    room = Presence(store, 10)  # type: ignore[arg-type]
+    holding = [asyncio.create_task(room.hold(Announcement(key="k", seed=seed(each)), None)) for each in range(20)]
+    await eventually(lambda: len(store.held) == 20)
+    store.written.set()
+    done, held = await asyncio.wait(holding, timeout=0.2)
+    assert len(held) == len(room) == room.limit
+    assert all(isinstance(each.exception(), LimitReached) for each in done)
+    room.close()
+    ended = await asyncio.wait_for(asyncio.gather(*held, return_exceptions=True), 30)
+    assert [type(each) for each in ended] == [Closing] * room.limit
+    assert len(room) == 0
+
+
+async def test_a_request_that_the_store_accepts_after_the_end_is_sent_away() -> None:
+    store = SlowStore()
+    room = Presence(store, 10)  # type: ignore[arg-type]
+    holding = asyncio.create_task(room.hold(Announcement(key="k", seed=seed(1)), None))
+    await eventually(lambda: len(store.held) == 1)
+    room.close()
+    store.written.set()
+    with pytest.raises(Closing):
+        await asyncio.wait_for(holding, 5)
+
+
 async def test_a_closed_room_takes_nobody() -> None:
     async with planner() as client:
         room = Presence(client.planner.store, 1)

@@ -70,6 +70,8 @@ class Presence:
         self._due: dict[HeldConnection, float] = {}
         self._beating: asyncio.Task[None] | None = None
         self._count = 0
+        #: Requests about which the store decides. After a takeover thousands come at once.
+        self._deciding = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         store.lost = self._lost
@@ -103,10 +105,14 @@ class Presence:
         if self._closing:
             raise Closing
         name = str(announcement.seed)
-        if self._count >= self.limit and name not in self._held:
+        if self._count + self._deciding >= self.limit and name not in self._held:
             await self._store.attend(announcement, held=False)
             raise LimitReached(f"{self._count} presence connections are held already")
-        number = await self._attend(announcement)
+        self._deciding += 1
+        try:
+            number = await self._attend(announcement)
+        finally:
+            self._deciding -= 1
         _watch_host(transport)
         if (earlier := self._held.get(name)) is not None:
             earlier.end(AGAIN)
@@ -128,6 +134,8 @@ class Presence:
             raise Closing
 
     async def _answer(self, held: HeldRequest) -> str:
+        if self._closing:
+            return LEAVE
         try:
             return await asyncio.wait_for(held.word, self._held_s(min(self._hold_s, self._silent_s)))
         except asyncio.TimeoutError:
@@ -154,6 +162,8 @@ class Presence:
         if self._beating is None:
             self._beating = self._in_background(self._beat())
         held.begin()
+        if self._closing:
+            held.end(LEAVE)
 
     def _stream_ended(self, held: HeldConnection, word: str) -> None:
         self._due.pop(held, None)
