@@ -610,3 +610,29 @@ async def test_a_replica_that_leads_no_longer_sends_its_seeds_to_the_next_leader
     await next_leader.store.sweep()
     assert not (await next_leader.seed_entry(1))["absent"]
     again.cancel()
+
+
+async def test_nothing_expires_while_a_new_leader_reads(
+    replica: Replica, client: redis.asyncio.Redis, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease that had expired meanwhile would stay in Redis for ever, because what is read is not written again."""
+    first = await replica(claim_s=5.0)
+    await first.announce(1)
+    lease = await first.lease()
+    await first.ask(wait_s=60)
+    await first.release(lease, Outcome(True, 5, 1.0))  # and the one that waits has a lease, which it has not fetched
+    read = FencedRecords.read
+
+    async def slowly(records: FencedRecords, kind: str) -> AsyncIterator[list[tuple[str, bytes]]]:
+        async for some in read(records, kind):
+            first.clock.pass_(20.0)
+            yield some
+
+    monkeypatch.setattr(FencedRecords, "read", slowly)
+    second = await successor_of(first, replica, claim_s=5.0)
+    (kept,) = (await snapshot(second.store))["leases"]
+    assert kept["expires_in_s"] == 5.0
+    assert len(await client.hgetall(f"{{{prefix}}}:2:lease")) == 1
+    second.clock.pass_(5.1)
+    await second.store.sweep()
+    assert await client.hgetall(f"{{{prefix}}}:2:lease") == {}

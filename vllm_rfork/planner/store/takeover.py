@@ -56,8 +56,13 @@ async def take_over(records: FencedRecords, token: str, rules: Rules, clock: Cal
 
 async def _read_fleet(records: FencedRecords, rules: Rules, clock: Callable[[], float], lock: Lock) -> Takeover:
     """Continue what an earlier leader wrote. Raises ValueError if it cannot be read."""
-    offset_s = float(lock.now) - clock()
-    new = Takeover(rules, lambda: clock() + offset_s)
+    began_at: float | None = None
+
+    def fleets_clock() -> float:
+        """The fleet's time, which stands still until all is read: nothing expires before somebody could renew it."""
+        return float(lock.now) + (0.0 if began_at is None else clock() - began_at)
+
+    new = Takeover(rules, fleets_clock)
     new.memory.resume(lock.state, float(lock.born))
     refused: list[Place] = []
     for kind, book in new.journal.books.items():
@@ -68,6 +73,7 @@ async def _read_fleet(records: FencedRecords, rules: Rules, clock: Callable[[], 
                 refused += _restore(new.memory, book, texts)
                 texts = {}
         refused += _restore(new.memory, book, dict(sorted(texts.items(), key=lambda each: int(each[0]))))
+    began_at = clock()
     new.journal.changed.clear()
     if refused:
         logger.warning("%d records were forgotten, because a limit of this planner is lower", len(refused))
