@@ -132,11 +132,12 @@ def close_or_quarantine(engine: TransferEngine, memory: Any) -> None:
     """
     try:
         engine.close()
-    except (EngineError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - engines of other distributions may raise anything
+        text = str(error) if isinstance(error, EngineError) else f"engine {engine.name}: close failed: {error!r}"
         if memory is None:
-            logger.debug("%s", error)
+            logger.debug("%s", text)
             return
-        logger.warning("%s; its buffers stay allocated until this process ends", error)
+        logger.warning("%s; its buffers stay allocated until this process ends", text)
         _quarantine.append((engine, memory))
 
 
