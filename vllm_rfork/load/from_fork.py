@@ -48,6 +48,7 @@ class FromFork:
         self._promised: Manifest | None = None
         self._checks = ascend.PostponedChecks()
         self._forked: Snapshot | LoadedSnapshot | None = None
+        self._checkpoint: dict[str, str] | None = None  # the seed's
         side = device_backend(context.device)
         if side.has_copy_engine and context.settings.rfork_verify != "off" and context.fork_obstacle is None:
             load_kernels(side)
@@ -149,11 +150,11 @@ class FromFork:
         Raises:
             ForkError: post-processing replaced tensors.
         """
-        if isinstance(self._forked, LoadedSnapshot):
-            return self._forked.after_post_processing(model)
         if self._forked is None:
             raise ForkError("no weights were captured")
-        return self._forked
+        # Not before the end of the load: a fork that is given up is followed by weights from this machine's files.
+        self._context.files.forked_from(self._checkpoint)
+        return self._forked.after_post_processing(model) if isinstance(self._forked, LoadedSnapshot) else self._forked
 
     def _header(self) -> ManifestHeader:
         return self._context.header(None if self._built is None else self._built.signature)
@@ -174,7 +175,7 @@ class FromFork:
     def _capture(self, tensors: TensorInventory, seed: Manifest) -> Snapshot | LoadedSnapshot:
         """The snapshot that this worker will publish: the seed's digests and state are passed on."""
         snapshot = Snapshot.forked(tensors, self._header(), seed)
-        self._context.files.forked_from(seed.checkpoint)
+        self._checkpoint = seed.checkpoint
         if self._context.layout == RUNTIME:
             return snapshot  # nothing replaces the tensors any more
         return LoadedSnapshot(self._context, self._session, snapshot)
