@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -265,3 +266,67 @@ def test_graphs_wait_for_seeds_that_still_need_the_device(process: Process, monk
     monkeypatch.setattr(managers, "LEAVES_DEVICE_WITHIN_S", 20.0)
     threading.Timer(0.05, process.go.set).start()
     assert manager.device_is_idle(), "it has what it needs"
+
+
+def test_a_second_change_does_not_begin_before_the_seed_is_withdrawn(process: Process) -> None:
+    """It finds no seed that it could withdraw: the first change has taken it out of the slot."""
+    slot = process.publish()
+    may_end, withdrawing = threading.Event(), threading.Event()
+
+    def withdraw(reason: str) -> None:
+        withdrawing.set()
+        may_end.wait(60)
+        process.withdrawn.append(reason)
+
+    cast("Any", slot.seed).withdraw = withdraw
+    first = threading.Thread(target=process.change, daemon=True)
+    second = threading.Thread(target=process.change, daemon=True)
+    first.start()
+    assert withdrawing.wait(60)
+    second.start()
+    second.join(0.1)
+    assert second.is_alive(), "bytes may change, and receivers still get their addresses"
+    may_end.set()
+    for thread in (first, second):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert process.withdrawn == [REASON]
+
+
+def test_a_process_without_threads_to_spare_can_still_change_its_weights(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No method of the listener may raise: it would fail the worker's own method."""
+    slot = process.publish()
+    process.change()
+
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(managers, "native_thread", lambda target, name, args: Refused(target=target, args=args))
+    process.manager.resume()
+    assert slot.state is GONE
+    with pytest.raises(RuntimeError):
+        process.manager.publish(process.publication())
+    assert process.manager.slots == ()
+    process.change()
+
+
+def test_an_engine_is_not_handed_over_to_a_seed_that_is_never_made() -> None:
+    """Whoever has been handed an engine closes it; nobody would close this one."""
+    handed: list[str] = []
+
+    def unreadable() -> None:
+        raise RuntimeError("the storage is gone")
+
+    process = Process()
+    publication = dataclasses.replace(
+        process.publication(),
+        engine=cast("Any", SimpleNamespace(hand_over=lambda: handed.append("engine"))),
+        checkpoint=unreadable,
+    )
+    start = SimpleNamespace(tensors=SimpleNamespace(manifest=None))
+    with pytest.raises(RuntimeError, match="storage"):
+        SeedManager._make(publication, cast("Any", start))
+    assert handed == []

@@ -59,6 +59,8 @@ class SeedManager:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        #: Held until a withdrawal is complete: another thread's change must not begin before its bytes may change.
+        self._withdrawing = threading.RLock()
         self._slots: list[Slot] = []
         self._generation = 0
         self._may_return = True
@@ -91,9 +93,9 @@ class SeedManager:
         slot = Slot(publication)
         with self._lock:
             captured = self._generation if generation is None else generation
-            if captured == self._generation or self._may_return:
-                self._slots.append(slot)
             begun = self._begin(slot, publication.tensors, captured, returning=False)
+            if begun or self._may_return:
+                self._slots.append(slot)
         if not begun:
             _give_up(publication)
             publication.tensors.release()
@@ -104,18 +106,19 @@ class SeedManager:
         Unless this is the ``last`` change, :meth:`resume` will be called when it is over; until then, tensors that
         are kept beside the model stay. Otherwise they are dropped.
         """
-        with self._lock:
-            self._generation += 1
-            self._may_return, self._reason = not last, reason
-            met = [slot for slot in self._slots if slot.state in (SlotState.STARTING, SlotState.SERVING)]
-            seeds = [slot.seed for slot in met if slot.seed is not None]
-            for slot in list(self._slots) if last else met:
-                self._move(slot, SlotEvent.ENDED if last else SlotEvent.WITHDRAWN)
-        for seed in seeds:
-            seed.withdraw(reason)
-        for slot in met:
-            if slot.thread is not None and slot.thread is not threading.current_thread():
-                slot.thread.join(_JOIN_S)  # it announces nothing any more
+        with self._withdrawing:
+            with self._lock:
+                self._generation += 1
+                self._may_return, self._reason = not last, reason
+                met = [slot for slot in self._slots if slot.state in (SlotState.STARTING, SlotState.SERVING)]
+                seeds = [slot.seed for slot in met if slot.seed is not None]
+                for slot in list(self._slots) if last else met:
+                    self._move(slot, SlotEvent.ENDED if last else SlotEvent.WITHDRAWN)
+            for seed in seeds:
+                seed.withdraw(reason)
+            for slot in met:
+                if slot.thread is not None and slot.thread is not threading.current_thread():
+                    slot.thread.join(_JOIN_S)  # it announces nothing any more
 
     def device_is_idle(self) -> bool:
         """Wait a little for seeds that are being started; False if one may still need the device."""
@@ -144,6 +147,8 @@ class SeedManager:
         for slot, publication in suspended:
             try:
                 tensors = publication.tensors.relocate()
+                with self._lock:
+                    self._begin(slot, tensors, generation, returning=True)
             except ForkError as error:
                 logger.warning("this worker is not a seed again: %s: %s", type(error).__name__, error)
                 if not publication.tensors.recoverable:
@@ -152,9 +157,6 @@ class SeedManager:
                 # Whatever happens to the seed, the worker's method has done its work.
                 logger.exception("this worker is not a seed again")
                 self._end(slot)
-            else:
-                with self._lock:
-                    self._begin(slot, tensors, generation, returning=True)
 
     def _begin(self, slot: Slot, tensors: PublishedTensors, generation: int, *, returning: bool) -> bool:
         """Start a seed in the background, or return False if another change has begun meanwhile. The lock is held."""
@@ -162,10 +164,11 @@ class SeedManager:
         if generation != self._generation or slot.state is not SlotState.SUSPENDED or publication is None:
             return False
         start = _Start(tensors, generation, returning, slot.thread, threading.Event())
+        thread = native_thread(self._run, f"rfork-seed-{publication.role}", (slot, publication, start))
+        thread.start()  # first: it raises at the limit of threads. The new one waits for the lock before it looks.
         slot.move(SlotEvent.RESUMED)
         slot.off_device = start.off_device
-        slot.thread = native_thread(self._run, f"rfork-seed-{publication.role}", (slot, publication, start))
-        slot.thread.start()
+        slot.thread = thread
         return True
 
     def _run(self, slot: Slot, publication: Publication, start: _Start) -> None:
@@ -216,11 +219,12 @@ class SeedManager:
 
     @staticmethod
     def _make(publication: Publication, start: _Start) -> Seed:
-        engine = publication.engine.hand_over()
+        # The checkpoint first: it may take a while or fail, and nobody would close an engine that is handed over.
+        manifest = msgspec.structs.replace(start.tensors.manifest, checkpoint=publication.checkpoint())
         return Seed(
             config=publication.config,
-            manifest=msgspec.structs.replace(start.tensors.manifest, checkpoint=publication.checkpoint()),
-            engine=engine,
+            manifest=manifest,
+            engine=publication.engine.hand_over(),
             keep=start.tensors.keep,
             recheck=start.tensors.recheck,
             # An earlier announcement has fulfilled the intent, or it was taken back.
