@@ -197,6 +197,22 @@ async def test_a_second_replica_learns_that_the_first_announcement_had_no_answer
     assert [request.headers.get("RFORK-STATE") for request in leader.seen] == ["unanswered", None]
 
 
+@pytest.mark.parametrize("ends", ["the connection breaks", "a proxy answers"])
+async def test_the_next_announcement_says_that_one_before_had_no_answer_but_a_standbys(ends: str) -> None:
+    """The leader may have recorded the first one, granted the seed, and lost its state since."""
+    standby, proxy = Replica(503), Replica(502)
+    async with raw_server(b"") as breaks, replicas(standby, proxy):
+        first = breaks if ends == "the connection breaks" else proxy.url
+        client = PlannerClient(f"{first},{standby.url}")
+        with pytest.raises(PlannerError):
+            await client.announce(KEY, SEED)
+        assert client.state_of(SEED) == "unanswered"
+        standby.status = 200
+        client = PlannerClient(f"http://127.0.0.1:{free_port()},{standby.url}")
+        await client.announce(KEY, SEED)
+        assert client.state_of(SEED) == "", "an attempt that reached nobody says nothing"
+
+
 async def test_presence_moves_to_the_leader() -> None:
     standby, leader = Replica(503), Replica(409)
     async with replicas(standby, leader) as urls:

@@ -25,9 +25,9 @@ logger = worker_logger(__name__)
 #: Longest JSON answer (``/healthz``, ``/debug/snapshot``) in bytes; 50,000 seeds take about 20 MB.
 MAX_JSON_NBYTES = 64 * 1024 * 1024
 #: Statuses of a proxy whose planner was gone before it could answer.
-FROM_A_PROXY = frozenset({502, 504})
+_FROM_A_PROXY = frozenset({502, 504})
 #: Statuses on which the next address is tried: a replica that does not lead answers 503.
-_ELSEWHERE = FROM_A_PROXY | {503}
+_ELSEWHERE = _FROM_A_PROXY | {503}
 #: Statuses on which a call that changes something is repeated after a pause, besides 5xx.
 _RETRIED = frozenset({408, 429})
 
@@ -74,6 +74,7 @@ class PlannerCalls:
         held_s: float = 0.0,
         repeatable: bool = True,
         repeat_headers: Mapping[str, str] | None = None,
+        unanswered: Callable[[], object] = lambda: None,
         connect_timeout_s: float | None = None,
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
@@ -85,6 +86,7 @@ class PlannerCalls:
             held_s: how long the planner may hold the call before it answers.
             repeatable: the call may be sent to the next address although it may have arrived at this one.
             repeat_headers: added to such a repetition.
+            unanswered: called when an attempt may have arrived and has no answer of the planner's.
 
         Raises:
             PlannerError: no answer; its cause is that of an attempt that may have arrived, if there was one.
@@ -103,6 +105,7 @@ class PlannerCalls:
                 return result
             failures.append(result)
             if _may_have_arrived(result):
+                unanswered()
                 if not repeatable:
                     self._preferred = (number + 1) % count
                     return _best([result])
@@ -205,7 +208,7 @@ class _Request:
 
 
 def _may_have_arrived(result: Answer | PlannerError) -> bool:
-    return result.status in FROM_A_PROXY if isinstance(result, Answer) else was_sent(result)
+    return result.status in _FROM_A_PROXY if isinstance(result, Answer) else was_sent(result)
 
 
 def _best(failures: Sequence[Answer | PlannerError]) -> Answer:

@@ -6,10 +6,10 @@ from typing import Any
 
 from vllm_rfork import messages
 from vllm_rfork.clients.answers import Attendance, Attended, Outcome, outcome, refusal, retry_after_s
-from vllm_rfork.clients.calls import FROM_A_PROXY, PlannerCalls, given, key_headers, seed_headers
+from vllm_rfork.clients.calls import PlannerCalls, given, key_headers, seed_headers
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import BadMessage, SeedAddress
-from vllm_rfork.net.client import Answer, was_sent
+from vllm_rfork.net.client import Answer
 
 #: Pauses in seconds before each further attempt to withdraw a seed; the caller waits for it.
 WITHDRAW_PAUSES_S = (0.1, 0.3)
@@ -61,15 +61,13 @@ class SeedCalls(PlannerCalls):
             **given(messages.INTENT, intent),
             **given(messages.STATE, self._states.get(seed, "")),
         }
-        unanswered = given(messages.STATE, self._states.get(seed, messages.STATE_UNANSWERED))
-        try:
-            answer = await self.call("POST", messages.ADD_SEED, headers, repeat_headers=unanswered)
-        except PlannerError as error:
-            if was_sent(error):
-                self._states.setdefault(seed, messages.STATE_UNANSWERED)
-            raise
-        if answer.status in FROM_A_PROXY:
-            self._states.setdefault(seed, messages.STATE_UNANSWERED)
+        answer = await self.call(
+            "POST",
+            messages.ADD_SEED,
+            headers,
+            repeat_headers=given(messages.STATE, self._states.get(seed, messages.STATE_UNANSWERED)),
+            unanswered=lambda: self._states.setdefault(seed, messages.STATE_UNANSWERED),
+        )
         outcome(answer)
         self._remember_state(seed, answer)
 
