@@ -125,3 +125,11 @@ def test_a_missing_engine_is_a_configuration_error_that_lists_the_others(install
     install("carrier-engines", pigeon="carrier:Pigeon")
     with pytest.raises(ConfigError, match=r"no engine 'dove'.*memory, pigeon"):
         engine_class("dove")
+
+
+def test_a_malformed_distribution_costs_no_engine_of_this_package(install: Install, tmp_path: Path) -> None:
+    """``importlib.metadata`` parses the entry points of all distributions to find those of one group."""
+    install("carrier-engines", pigeon="carrier:Pigeon")
+    (tmp_path / "carrier_engines-1.2.dist-info" / "entry_points.txt").write_text("[console_scripts]\nno equals sign\n")
+    assert engine_names() == list(ENGINES)
+    assert engine_class("memory") is MemoryEngine

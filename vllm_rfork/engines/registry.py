@@ -13,6 +13,9 @@ from importlib.metadata import EntryPoint, entry_points
 
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import ConfigError, EngineUnavailable
+from vllm_rfork.logs.worker import worker_logger
+
+logger = worker_logger(__name__)
 
 GROUP = "vllm_rfork.engines"
 
@@ -63,7 +66,12 @@ DEFAULT_ENGINE: dict[str, str] = {"npu": "yuanrong", "cuda": "nixl", "cpu": "nix
 
 def engine_names() -> list[str]:
     """The names of all engines, those of other distributions last."""
-    return [*ENGINES, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(ENGINES))]
+    try:
+        others = {entry.name for entry in entry_points(group=GROUP)}
+    except Exception as error:  # noqa: BLE001 - any distribution with a malformed entry_points.txt fails the search
+        logger.warning("The engines of other distributions cannot be listed: %s: %s", type(error).__name__, error)
+        others = set()
+    return [*ENGINES, *sorted(others - set(ENGINES))]
 
 
 def install_hint(name: str) -> str:
