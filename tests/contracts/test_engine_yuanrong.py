@@ -229,7 +229,7 @@ class YuanRongContract(EngineContract):
         receiver = processes.start()
         with (
             silent_after(1, answer=b"HTTP/1.1 400 Bad Request\r\n\r\n") as endpoint,
-            pytest.raises(EngineError, match="no YuanRong engine") as caught,
+            pytest.raises(EngineError, match="is not a YuanRong engine") as caught,
         ):
             receiver.connect(endpoint, timeout_s=5.0)
         self.check(caught.value, "connect")

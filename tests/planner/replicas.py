@@ -165,9 +165,9 @@ async def fleet_at(urls: list[str], ttl_s: float) -> AsyncIterator[Fleet]:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        assert fleet.judge.clashes == [], "a slot was granted twice"
-        assert fleet.lost == [], "a lease was lost"
-        assert fleet.sent_away == [], "a waiting receiver did not go on waiting"
+        assert not fleet.judge.clashes, f"a slot was granted twice: {fleet.judge.clashes}"
+        assert not fleet.lost, f"a lease was lost: {fleet.lost}"
+        assert not fleet.sent_away, f"a waiting receiver did not go on waiting: {fleet.sent_away}"
 
 
 class Proxy:
