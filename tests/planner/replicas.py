@@ -48,6 +48,8 @@ class Fleet:
         self.urls = urls
         self.judge = Judge(ttl_s)
         self.over = asyncio.Event()
+        #: a seed of key ``k`` is known to the planner: before that, nobody is told to wait
+        self.serves = asyncio.Event()
         #: renewals of kept leases that were answered 200, and answers that such a lease is unknown
         self.renewed = 0
         self.lost: list[str] = []
@@ -66,7 +68,9 @@ class Fleet:
 
     async def seed(self, port: int, key: str = "k") -> None:
         while not self.over.is_set():
-            await self.call_any("POST", "/add_seed", SEED_KEY=key, SEED_PORT=str(port), **ADD)
+            status, _ = await self.call_any("POST", "/add_seed", SEED_KEY=key, SEED_PORT=str(port), **ADD)
+            if status == 200 and key == "k":
+                self.serves.set()
             await self._pause(0.3)
 
     async def receiver(self, number: int) -> None:
@@ -84,6 +88,7 @@ class Fleet:
     async def patient_receiver(self, number: int) -> None:
         """Fork again and again, waiting under a ticket for as long as it takes, through any change of the leader."""
         rng, count = random.Random(number), 0
+        await self.serves.wait()
         while not self.over.is_set():
             count += 1
             ticket, status, asked_at, answer = {"RFORK-TICKET": f"t{number}.{count}"}, 0, 0.0, {}
