@@ -90,10 +90,12 @@ class Planner:
         """Return the number of leases."""
         return sum(len(seed["leases"]) for seed in self.snapshot()["seeds"])
 
-    def seeds(self) -> list[str]:
-        """Return ``ip:port:rank`` of every seed that the planner does not consider absent."""
-        known = self.snapshot()["seeds"]
-        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in known if not seed.get("absent")]
+    def seeds(self, model_url: str = "") -> list[str]:
+        """Return ``ip:port:rank`` of every seed that is not absent; with ``model_url``, only of that model's."""
+        known = [seed for seed in self.snapshot()["seeds"] if not seed.get("absent")]
+        if model_url:
+            known = [seed for seed in known if seed["key"].startswith(f"{model_url}$")]
+        return [f"{seed['ip']}:{seed['port']}:{seed['rank']}" for seed in known]
 
     def stop(self) -> None:
         """End it at once."""

@@ -190,14 +190,18 @@ def _order(case: Case, setting: Setting, folder: Path, role: str, asks: str) -> 
 
 
 def _check_seeds(case: Case, setting: Setting, seeds: list[Report]) -> None:
-    """Check that each rank has a seed for each of its models, at its own address."""
+    """Check that each rank has a seed for each of its models, at its own address.
+
+    The planner is asked, not the workers: a function that runs on a worker suspends its seed.
+    """
     if said := "; ".join(report.error for report in seeds if report.error):
         raise RoleFailed(f"the seed failed: {said}")
-    addresses = [address for report in seeds for address in report.seeds]
-    if len(set(addresses)) != case.models * case.ranks:
+    wanted = case.models * case.ranks
+    try:
+        eventually(lambda: len(set(setting.planner.seeds(case.name))) == wanted, "the seeds are announced", 180.0)
+    except AssertionError as error:
         why = "; ".join(text for report in seeds for level, text in report.lines if level != "INFO")
-        raise RoleFailed(f"{len(set(addresses))} seeds for {case.models * case.ranks} models: {why}")
-    eventually(lambda: set(addresses) <= set(setting.planner.seeds()), "the seeds are announced", 60.0)
+        raise RoleFailed(f"{len(set(setting.planner.seeds(case.name)))} seeds for {wanted} models: {why}") from error
 
 
 def _judge(case: Case, refused: str | None, reports: Reports, row: Row) -> None:

@@ -261,12 +261,9 @@ def _meet_at(port: int) -> None:
 
 def _of_a_worker(worker: Any) -> Report:
     """Return the report of this worker of vLLM's own executor, which was forked from an observed process."""
-    from vllm_rfork.seeding.manager import manager
-
     del worker
     ((watch, lines),) = _watching
-    seeds = [str(seed.address) for seed in manager().seeds(120) if seed.address]
-    return Report(loads=watch.finish(), seeds=seeds, storage_s=watch.storage_s, lines=lines.lines)
+    return Report(loads=watch.finish(), storage_s=watch.storage_s, lines=lines.lines)
 
 
 def _profile(worker: Any) -> None:
