@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -46,11 +46,15 @@ def vllm_imported() -> Iterator[None]:
 class ForkedModule:
     """``python -m module argument`` in a process of the fork server, with the parts of Popen that tests use."""
 
-    def __init__(self, module: str, argument: str) -> None:
+    def __init__(self, module: str, argument: str, answers: int) -> None:
         self.args = (module, argument)
         context = multiprocessing.get_context("forkserver")
         (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
-        ends = Connection(read_in, writable=False), Connection(write_out, readable=False)
+        ends = (
+            Connection(read_in, writable=False),
+            Connection(write_out, readable=False),
+            Connection(os.dup(answers), readable=False),
+        )
         self._process = context.Process(target=_run_module, args=(module, argument, *ends), daemon=True)
         self._process.start()
         for end in ends:
@@ -74,50 +78,60 @@ class ForkedModule:
         self._process.kill()
 
 
-def _run_module(module: str, argument: str, stdin: Connection, stdout: Connection) -> None:
+def _run_module(module: str, argument: str, stdin: Connection, stdout: Connection, answers: Connection) -> None:
     os.dup2(stdin.fileno(), 0)
     sys.stdin = os.fdopen(0)
     for number in (1, 2):
         os.dup2(stdout.fileno(), number)
     stdin.close()
     stdout.close()
-    sys.argv = [module, argument]
+    sys.argv = [module, argument, str(answers.fileno())]
     runpy.run_module(module, run_name="__main__")
 
 
 class LineProcess:
-    """A module in a process of its own that prints JSON lines after a marker and reads lines as orders.
+    """A module in a process of its own that reads lines as orders and answers with lines of JSON.
+
+    The answers have a pipe, whose number is the module's second argument: on standard output another thread's log line
+    could come between the pieces of an answer.
 
     ``forked`` is for tests that have the fixture ``vllm_imported``: the process starts in a second instead of twenty.
     """
 
-    def __init__(
-        self, module: str, argument: str, *, marker: str, env: dict[str, str] | None = None, forked: bool = False
-    ) -> None:
+    def __init__(self, module: str, argument: str, *, env: dict[str, str] | None = None, forked: bool = False) -> None:
         self.process: subprocess.Popen[str] | ForkedModule
+        read_answers, write_answers = os.pipe()
         if forked:
-            self.process = ForkedModule(module, argument)
+            self.process = ForkedModule(module, argument, write_answers)
         else:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, argument],
+                [sys.executable, "-m", module, argument, str(write_answers)],
                 cwd=ROOT,
                 env={**os.environ, **(env or {})},
+                pass_fds=[write_answers],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        self._marker = marker
+        os.close(write_answers)
         self._answers: list[dict[str, Any]] = []
         self._log: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._readers = [
+            threading.Thread(target=self._read_log, daemon=True),
+            threading.Thread(target=self._read_answers, args=(os.fdopen(read_answers),), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
 
-    def _read(self) -> None:
+    def _read_log(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._log.append(line)
-            if line.startswith(self._marker):
-                self._answers.append(json.loads(line.removeprefix(self._marker)))
+
+    def _read_answers(self, pipe: TextIO) -> None:
+        with pipe:
+            for line in pipe:
+                self._answers.append(json.loads(line))
 
     def wait(self, number: int = 1, timeout_s: float = 600.0) -> dict[str, Any]:
         """Return answer ``number``, counted from 1; the process sends the first one without an order."""
@@ -154,7 +168,8 @@ class LineProcess:
                 self.process.wait(20)
         self.process.kill()
         self.process.wait()
-        self._reader.join(10)
+        for reader in self._readers:
+            reader.join(10)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -167,7 +182,7 @@ class SeedProcess(LineProcess):
 
     def __init__(self, model: Path, extra: dict[str, Any], **changes: Any) -> None:
         arguments = json.dumps({"model": str(model), "extra": extra, "changes": changes})
-        super().__init__("tests.vllm.seed_main", arguments, marker="SEED ", forked=True)
+        super().__init__("tests.vllm.seed_main", arguments, forked=True)
 
     @property
     def said(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A whole vLLM engine in one process (its worker is this process): answers, reloads and sleeps on order.
 
-Orders come as lines on standard input; each answer is one line that begins with ``LLM``.
+Orders come as lines on standard input; each answer is one line of JSON in the pipe whose number
+is the second argument.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def add_one(worker: Any) -> None:
 
 
 def say(what: dict[str, Any]) -> None:
-    print("LLM " + json.dumps(what), flush=True)
+    with os.fdopen(int(sys.argv[2]), "w", closefd=False) as pipe:
+        print(json.dumps(what), file=pipe)
 
 
 if __name__ == "__main__":

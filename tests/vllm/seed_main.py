@@ -1,12 +1,13 @@
-"""A worker in a process of its own: loads a model, becomes a seed, says so on standard output, waits for its end.
+"""A worker in a process of its own: loads a model, becomes a seed, reports it, waits for its end.
 
-Prints one JSON line with the seeds' addresses and the digests of the loaded tensors, then serves until standard
-input ends.
+Writes one JSON line with the seeds' addresses and the digests of the loaded tensors to the pipe whose number is its
+second argument, then serves until standard input ends.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def main() -> None:
     loaded = engine_process.load_digested(config)
     seeds = manager().seeds(60)
     said = {"seeds": [str(seed.address) for seed in seeds], "loaded": loaded.before, "processed": loaded.after}
-    print("SEED " + json.dumps(said), flush=True)
+    with os.fdopen(int(sys.argv[2]), "w") as answers:
+        print(json.dumps(said), file=answers, flush=True)
     sys.stdin.read()
     manager().withdraw("told to end", last=True)
 

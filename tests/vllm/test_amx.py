@@ -82,7 +82,7 @@ def test_a_spawned_engine_core_answers_a_short_prompt_first_with_the_default_loa
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     if processor != "this one":
         env |= emulating(processor)
-    engine = LineProcess("tests.vllm.llm_main", arguments, marker="LLM ", env=env)
+    engine = LineProcess("tests.vllm.llm_main", arguments, env=env)
     try:
         answers = engine.order("answer")["answers"]
         assert "EngineCore" in engine.log, "the worker is another process"

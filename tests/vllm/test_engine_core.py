@@ -21,7 +21,7 @@ class Engine(LineProcess):
 
     def __init__(self, model: Path, load_format: str, extra: dict[str, Any]) -> None:
         arguments = {"model": str(model), "load_format": load_format, "extra": extra}
-        super().__init__("tests.vllm.llm_main", json.dumps(arguments), marker="LLM ", forked=True)
+        super().__init__("tests.vllm.llm_main", json.dumps(arguments), forked=True)
 
     def call(self, *what: object) -> dict[str, Any]:
         return self.order("call " + json.dumps(what))
