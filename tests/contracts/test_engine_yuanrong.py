@@ -81,12 +81,7 @@ class YuanRongContract(EngineContract):
     ) -> tuple[WorkerProcess, WorkerProcess, int, int, str]:
         """As ``seed_and_receiver``, with faults on either side."""
         seed, receiver = self.start_with(processes, **seed_faults), self.start_with(processes, **receiver_faults)
-        source, target = seed.alloc(nbytes, seed=7), receiver.alloc(nbytes)
-        seed.register([source, nbytes])
-        receiver.register([target, nbytes])
-        endpoint = seed.endpoint()
-        receiver.connect(endpoint)
-        return seed, receiver, source, target, endpoint
+        return self.connected(seed, receiver, nbytes)
 
     # -- where the engine does less than the suite asks ------------------------------------------------------------
 

@@ -126,18 +126,19 @@ async def stopped(replicas: Replicas, leader: PlannerUnderTest, fleet: Fleet) ->
 
 async def cut_off(replicas: Replicas, leader: PlannerUnderTest, fleet: Fleet) -> None:
     """Connections between the leader and Redis break."""
-    others = [each for each in replicas.planners if each is not leader]
-    with replicas.proxies[leader].refusing():
-        async with new_leader(fleet, others):
-            pass
-        await fleet.forks(10)
+    await _without_redis(replicas, leader, fleet, replicas.proxies[leader].refusing())
 
 
 async def silently_cut_off(replicas: Replicas, leader: PlannerUnderTest, fleet: Fleet) -> None:
     """Packets between the leader and Redis are delayed until another replica leads, and arrive then."""
-    others = [each for each in replicas.planners if each is not leader]
-    with replicas.proxies[leader].silent():
-        async with new_leader(fleet, others):
+    await _without_redis(replicas, leader, fleet, replicas.proxies[leader].silent())
+
+
+async def _without_redis(
+    replicas: Replicas, leader: PlannerUnderTest, fleet: Fleet, cut: contextlib.AbstractContextManager[None]
+) -> None:
+    with cut:
+        async with new_leader(fleet, [each for each in replicas.planners if each is not leader]):
             pass
         await fleet.forks(10)
 

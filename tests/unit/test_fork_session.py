@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.sockets import deaf
 from tests.unit.interop_planners import free_port, serve
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
@@ -284,16 +285,8 @@ def test_lookups_of_several_planners_together_are_bounded_as_one(monkeypatch: py
 
 def test_a_planner_that_takes_no_connection_costs_a_start_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advertise, "_CONNECT_TIMEOUT_S", 0.05)
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        filling = [socket.socket() for _ in range(4)]
-        for each in filling:
-            each.setblocking(False)
-            each.connect_ex(deaf.getsockname())  # the queue is full: further connections get no answer
-        assert advertise_host(settings(f"http://127.0.0.1:{deaf.getsockname()[1]}")) == "127.0.0.1"
-        for each in filling:
-            each.close()
+    with deaf() as url:
+        assert advertise_host(settings(url)) == "127.0.0.1"
 
 
 def test_a_planner_on_loopback_is_reached_from_loopback() -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_rfork"
 #: Modules with threads that an exit need not wait for, and why.
 PYTHON_ONLY = {
     "net/event_loop.py": "an event loop: Python, and C without C++ frames",
-    "threads/deadline.py": "for calls that say so, and the resolver's alone does: C without C++ frames",
+    "threads/deadline.py": "for calls that need no wait at exit; only the resolver's is one: C without C++ frames",
     "testing/engine_worker.py": "a worker process of the contract suite, which ends by _exit if need be",
     "planner/resolver.py": "a C call of the resolver, on the planner's side",
     "manifest/checkpoint_identity.py": "file system calls and hashlib: C without C++ frames",

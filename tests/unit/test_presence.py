@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from aiohttp import web
 
+from tests.sockets import deaf
 from tests.unit.interop_planners import serve
 from tests.unit.virtual_time import VirtualTime, until
 from vllm_rfork import messages
@@ -300,18 +301,8 @@ async def test_a_connection_that_the_planner_ends_is_an_error() -> None:
 
 
 async def test_a_planner_that_takes_no_connection_is_given_up_within_the_request_timeout() -> None:
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        filling = [socket.socket() for _ in range(4)]
-        for each in filling:
-            each.setblocking(False)
-            each.connect_ex(deaf.getsockname())  # the queue is full: further connections get no answer
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-        with pytest.raises(PlannerError, match=r"could not connect within 0\.1 s"):
-            await PlannerClient(url, request_timeout_s=0.1).attend("k", SEED)
-        for each in filling:
-            each.close()
+    with deaf() as url, pytest.raises(PlannerError, match=r"could not connect within 0\.1 s"):
+        await PlannerClient(url, request_timeout_s=0.1).attend("k", SEED)
 
 
 async def test_a_process_without_descriptors_is_told_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,7 @@ def test_a_return_does_not_follow_a_start_that_hangs(process: Process) -> None:
 
 def test_graphs_wait_for_seeds_that_still_need_the_device(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = process.manager
-    assert manager.device_is_idle(), "there is no seed"
+    assert manager.device_is_idle(), "no seed is being started"
 
     process.go.clear()
     process.publish(captures_graphs=False)

@@ -20,21 +20,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.inventory import collect, state_of
-from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, ManifestMismatch, SeedError
 from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.capture import contents
 from vllm_rfork.load.context import LoadContext
-from vllm_rfork.load.from_fork import FromFork
+from vllm_rfork.load.from_fork import _Arrival
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader, Region, Span, TensorEntry
 from vllm_rfork.model import digest, value_codec
 from vllm_rfork.model.python_state import changed_state, gone_state
-from vllm_rfork.model.snapshot import AsBuilt
 from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.traversal import walk
-from vllm_rfork.model.verification import StreamingVerifier
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 from vllm_rfork.vllm_compat.rank_groups import RankGroup
 
@@ -102,7 +99,7 @@ GOOD = json.loads(
 )
 
 
-def fork_of(layout: str, left_s: Callable[[], float] = lambda: 10.0) -> FromFork:
+def arrival_of(layout: str, model: Model, left_s: Callable[[], float] = lambda: 10.0) -> _Arrival:
     settings = SimpleNamespace(rfork_fork_timeout_sec=10.0, rfork_verify="full")
     context = LoadContext(
         settings=cast("Any", settings),
@@ -121,9 +118,15 @@ def fork_of(layout: str, left_s: Callable[[], float] = lambda: 10.0) -> FromFork
         files=cast("Any", None),
     )
     session = SimpleNamespace(times=StageTimes(), left_s=left_s)
-    made = FromFork(context, cast("Any", session), cast("Any", None), cast("Any", None))
-    made._built = AsBuilt(BUILT, {"layers.*.scale": "1"})
-    return made
+    return _Arrival(
+        context,
+        cast("Any", session),
+        model,
+        contents(context, model).tensors,
+        context.header({"layers.*.scale": "1"}),
+        built=BUILT if layout == RUNTIME else None,
+        settle=lambda: None,
+    )
 
 
 def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
@@ -132,18 +135,17 @@ def fork(body: bytes, layout: str = CHECKPOINT) -> tuple[Model, Manifest]:
     Raises:
         ForkError: as there.
     """
-    one, model = fork_of(layout), Model()
+    model = Model()
+    one = arrival_of(layout, model)
     remote = decode_manifest(body)
-    collection = contents(one._context, model).tensors
-    segments = pair(collection.manifest(one._header()), remote)
+    segments = pair(one._tensors.manifest(one._header), remote)
     for local, address, nbytes in segments:
         inside = [each for each in COLLECTION.spans if each.address <= address < each.address + each.nbytes]
         if all(address + nbytes > each.address + each.nbytes for each in inside):
             raise ForkError("an engine refuses what is not registered")
         ctypes.memmove(local, address, nbytes)
-    numbers = list(range(len(collection.spans)))
     before = attributes(model)
-    one.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
+    one.accept(remote)
     check_nothing_else_changed(model, before, remote)
     return model, remote
 
@@ -391,14 +393,12 @@ def test_a_fork_that_has_no_time_left_ends_while_state_is_set(layout: str) -> No
             raise ForkError("the fork took longer than 10 s")
         return 10.0
 
-    one = fork_of(layout, left_s)
+    one = arrival_of(layout, model, left_s)
     remote = decode_manifest(json.dumps({**GOOD, "layout": layout}).encode())
-    collection = contents(one._context, model).tensors
-    for local, address, nbytes in pair(collection.manifest(one._header()), remote):
+    for local, address, nbytes in pair(one._tensors.manifest(one._header), remote):
         ctypes.memmove(local, address, nbytes)
-    numbers = list(range(len(collection.spans)))
     with pytest.raises(ForkError, match="took longer than 10 s"):
-        one.accept(model, StreamingVerifier(collection, numbers, device_backend(CPU), 10.0), remote)
+        one.accept(remote)
     assert state_of(model) == BUILT
 
 

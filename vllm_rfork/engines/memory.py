@@ -26,6 +26,7 @@ from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
 from vllm_rfork.engines.process_memory import process_started, read_process
+from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import ConfigError, EngineError, Side
 from vllm_rfork.manifest.schema import Region
@@ -216,7 +217,7 @@ class MemoryEngine(TransferEngine):
         self._require_open("read")
         peer = self._peers.get(endpoint)
         if peer is None:
-            raise EngineError(_NAME, "read", "the peer is not connected", side="receiver")
+            raise not_connected(_NAME, "read")
         deadline = time.monotonic() + timeout_s
         self._table.check_local(segments)
         remote = peer.regions("read")

@@ -23,6 +23,16 @@ def not_open(engine: str, operation: str) -> EngineError:
     return EngineError(engine, operation, "it is not open", side="receiver")
 
 
+def not_connected(engine: str, operation: str) -> EngineError:
+    """``connect`` was not called for this peer, or the peer was forgotten since."""
+    return EngineError(engine, operation, "the peer is not connected", side="receiver")
+
+
+def still_called(engine: str) -> EngineError:
+    """``close`` waited in vain for a native call: the memory stays the engine's."""
+    return EngineError(engine, "close", "a native call does not return", code="timeout", in_flight=True)
+
+
 def given_up(engine: str, operation: str, why: str) -> EngineError:
     """Bytes of an earlier read may still arrive, so only ``close`` is possible."""
     text = f"an earlier read was given up ({why}): close the engine"

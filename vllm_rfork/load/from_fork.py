@@ -7,6 +7,7 @@ post-processes dummy weights first, and the fork overwrites what it makes of the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from vllm_rfork.model import digest
 from vllm_rfork.model.restore import restore
 from vllm_rfork.model.snapshot import AsBuilt, Snapshot, digests_of
 from vllm_rfork.model.tensors import TensorInventory
+from vllm_rfork.model.value_codec import Plain
 from vllm_rfork.model.verification import StreamingVerifier, load_kernels, spans_to_check
 from vllm_rfork.vllm_compat import ascend, dummy_weights
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
@@ -162,10 +164,12 @@ class FromFork:
     def _read(self, model: nn.Module) -> tuple[TensorInventory, Manifest]:
         context = self._context
         tensors = self._tensors or capture.contents(context, model).tensors
+        header = self._header()
+        built = self._built.state if context.layout == RUNTIME and self._built is not None else None
         with forking_progress(tensors.nbytes, shown=context.shows_progress) as progress:
             destination = Destination(
-                tensors.manifest(self._header()),
-                lambda: _Arrival(self, model, tensors),
+                tensors.manifest(header),
+                lambda: _Arrival(context, self._session, model, tensors, header, built=built, settle=self._checks.run),
                 tensors,
                 progress,
                 untouched=_shared_spans(tensors, context.shared_storages),
@@ -180,53 +184,67 @@ class FromFork:
             return snapshot  # nothing replaces the tensors any more
         return LoadedSnapshot(self._context, self._session, snapshot)
 
-    def check(self, tensors: TensorInventory) -> StreamingVerifier:
-        """The verification of one seed's bytes in ``tensors``."""
-        settings = self._context.settings
-        numbers = spans_to_check(tensors, settings.rfork_verify)
-        return StreamingVerifier(
-            tensors, numbers, device_backend(self._context.device), settings.rfork_fork_timeout_sec
-        )
 
-    def accept(self, model: nn.Module, check: StreamingVerifier, seed: Manifest) -> None:
-        """Verify the bytes that have arrived, and give the rest of ``model`` the seed's state.
+class _Arrival:
+    """:class:`~vllm_rfork.fork.session.Sink` of one seed: verifies what arrives, then gives the model its state.
+
+    Args:
+        built: plain values of the model as built, in the runtime layout; None in the checkpoint layout.
+        settle: called when the state is set, see :func:`~vllm_rfork.model.restore.restore`.
+    """
+
+    def __init__(
+        self,
+        context: LoadContext,
+        session: ForkSession,
+        model: nn.Module,
+        tensors: TensorInventory,
+        header: ManifestHeader,
+        *,
+        built: dict[str, Plain] | None,
+        settle: Callable[[], None],
+    ) -> None:
+        self._session, self._model, self._tensors, self._header = session, model, tensors, header
+        self._built, self._settle = built, settle
+        settings = context.settings
+        numbers = spans_to_check(tensors, settings.rfork_verify)
+        self._check = StreamingVerifier(
+            tensors, numbers, device_backend(context.device), settings.rfork_fork_timeout_sec
+        )
+        self.arrived, self.close = self._check.arrived, self._check.close
+
+    def accept(self, manifest: Manifest) -> None:
+        """Verify the bytes that have arrived, and give the rest of the model the seed's state.
 
         Raises:
             VerificationError: a digest differs.
             ForkError: the state cannot be made equal, or the fork's time is over.
         """
         session = self._session
-        if check.numbers:
+        if self._check.numbers:
             with session.times.stage("verify"):
-                if seed.digest_algorithm != digest.ALGORITHM:
+                if manifest.digest_algorithm != digest.ALGORITHM:
                     raise VerificationError(
-                        f"the seed's digests are {seed.digest_algorithm or 'missing'}, this worker checks "
+                        f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
                         f"{digest.ALGORITHM}; use equal versions, or set rfork_verify=off"
                     )
-                expected = dict(enumerate(digests_of(check.inventory, self._header(), seed)))
-                check.finish(expected, session.left_s())
+                expected = dict(enumerate(digests_of(self._tensors, self._header, manifest)))
+                self._check.finish(expected, session.left_s())
         with session.times.stage("state"):
-            built = self._built.state if self._context.layout == RUNTIME and self._built is not None else None
             restore(
-                model, check.inventory, seed, VLLM_RULES, built=built, in_time=self._in_time, settle=self._checks.run
+                self._model,
+                self._tensors,
+                manifest,
+                VLLM_RULES,
+                built=self._built,
+                in_time=self._in_time,
+                settle=self._settle,
             )
             self._in_time()
 
     def _in_time(self) -> None:
         """Raise ForkError if the fork has no time left."""
         self._session.left_s()
-
-
-class _Arrival:
-    """:class:`~vllm_rfork.fork.session.Sink` of one seed."""
-
-    def __init__(self, source: FromFork, model: nn.Module, tensors: TensorInventory) -> None:
-        self._source, self._model, self._check = source, model, source.check(tensors)
-        self.arrived, self.close = self._check.arrived, self._check.close
-
-    def accept(self, manifest: Manifest) -> None:
-        """See :meth:`FromFork.accept`."""
-        self._source.accept(self._model, self._check, manifest)
 
 
 def _shared_spans(tensors: TensorInventory, storages: frozenset[int]) -> frozenset[int]:

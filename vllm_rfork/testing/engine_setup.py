@@ -61,15 +61,20 @@ class ContractSetup:
         self, processes: Processes, nbytes: int
     ) -> tuple[WorkerProcess, WorkerProcess, int, int, str]:
         """Two connected workers, each with one registered buffer of ``nbytes``; their addresses, and the endpoint."""
-        seed, receiver = processes.two()
+        return self.connected(*processes.two(), nbytes)
+
+    # -- shared steps --------------------------------------------------------------------------------------------
+
+    def connected(
+        self, seed: WorkerProcess, receiver: WorkerProcess, nbytes: int
+    ) -> tuple[WorkerProcess, WorkerProcess, int, int, str]:
+        """Connect the two workers; see :meth:`seed_and_receiver`."""
         source, target = seed.alloc(nbytes, seed=7), receiver.alloc(nbytes)
         seed.register([source, nbytes])
         receiver.register([target, nbytes])
         endpoint = seed.endpoint()
         receiver.connect(endpoint)
         return seed, receiver, source, target, endpoint
-
-    # -- shared steps --------------------------------------------------------------------------------------------
 
     def check_kept(self, error: EngineError) -> None:
         """The engine may keep the memory, and reports it as the port requires."""

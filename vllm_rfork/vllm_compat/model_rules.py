@@ -70,7 +70,7 @@ _SCRATCH_OF_CLASS = {
     for name in names
 }
 
-#: Where a flag of the holder says so.
+#: Scratch buffers only if this flag of their holder is set: (flag, buffer), with the reason.
 _SCRATCH_IF_FLAG = {
     ("_fp8_dynamic_scale", name): "a vision tower computes it from its input in every pass before it is used"
     for name in ("_fp8_q_scale", "_fp8_k_scale", "_fp8_v_scale")

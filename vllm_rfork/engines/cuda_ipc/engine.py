@@ -31,7 +31,7 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
     encode,
 )
 from vllm_rfork.engines.cuda_ipc.streams import CopyStreams
-from vllm_rfork.engines.refusals import busy, given_up, not_open
+from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
@@ -176,7 +176,7 @@ class CudaIpcEngine(TransferEngine):
         with self._exclusively("read", timeout_s):
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
+                raise not_connected(NAME, "read")
             self._table.check_local(segments)
             copies = [(each.local, _address_here(peer, each), each.nbytes) for each in segments]
             if not copies:
@@ -211,7 +211,7 @@ class CudaIpcEngine(TransferEngine):
             return
         self._closing = True
         if not self._busy.acquire(timeout=self._timeout_s):
-            raise EngineError(NAME, "close", "a native call does not return", code="timeout", in_flight=True)
+            raise still_called(NAME)
         try:
             self._shut()
         finally:

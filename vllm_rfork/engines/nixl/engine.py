@@ -48,7 +48,7 @@ from vllm_rfork.engines.nixl.peer import (
     tcp_allowed,
 )
 from vllm_rfork.engines.nixl.reader import THREADS, Reader
-from vllm_rfork.engines.refusals import busy, given_up, not_open
+from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
@@ -183,7 +183,7 @@ class NixlEngine(TransferEngine):
         with self._exclusively("read", timeout_s) as agent:
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
+                raise not_connected(NAME, "read")
             self._table.check_local(segments)
             if not segments:
                 return
@@ -219,7 +219,7 @@ class NixlEngine(TransferEngine):
             return
         self._closing = True
         if not self._busy.acquire(timeout=self._timeout_s):
-            raise EngineError(NAME, "close", "a native call does not return", code="timeout", in_flight=True)
+            raise still_called(NAME)
         try:
             self._destroy()
         finally:

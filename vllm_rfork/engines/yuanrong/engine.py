@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
-from vllm_rfork.engines.refusals import busy, given_up, not_open
+from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.engines.yuanrong.native import (
     NAME,
@@ -173,7 +173,7 @@ class YuanRongEngine(TransferEngine):
         with self._exclusively("read", timeout_s) as native:
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
+                raise not_connected(NAME, "read")
             self._table.check_local(segments)
             if not segments:
                 return
