@@ -14,10 +14,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
+
+#: The place of a peer: in this container (the same namespaces), in another container of this host, or on another host.
+Place = Literal["container", "host", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,17 @@ class TransferEngine(abc.ABC):
             EngineError: something does not work.
         """
         return "its adapter can be imported"
+
+    @classmethod
+    def lane_to(cls, place: Place, device_type: str) -> str:
+        """The lane to a peer at ``place`` that has the hardware and the settings of this machine.
+
+        For ``vllm-rfork doctor``, which calls it where ``self_check`` has succeeded. Opens no engine.
+
+        Raises:
+            EngineError: no lane leads there; the text contains the reason and, if there is one, the remedy.
+        """
+        return cls.name
 
     @abc.abstractmethod
     def open(self, config: EngineConfig) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
 from vllm_rfork.engines.process_memory import process_started, read_process
 from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
@@ -176,6 +176,13 @@ class MemoryEngine(TransferEngine):
         self._late: list[_Late] = []
         self._reads = 0
         self._bytes_read = 0
+
+    @classmethod
+    def lane_to(cls, place: Place, device_type: str) -> str:
+        """It reads processes of its own pid namespace."""
+        if place != "container":
+            raise EngineError(_NAME, "connect", "the seed is in another pid namespace", code="lane", side="receiver")
+        return _NAME
 
     def open(self, config: EngineConfig) -> None:
         """Read the faults from the environment if none were given, and start."""

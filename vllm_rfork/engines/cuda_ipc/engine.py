@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
 from vllm_rfork.engines.cuda_ipc.driver import NAME, Driver
 from vllm_rfork.engines.cuda_ipc.endpoint import (
     IDENTITY_NBYTES,
@@ -84,6 +84,13 @@ class CudaIpcEngine(TransferEngine):
         """Load the driver and retain the first device's context."""
         Driver(0).release()
         return "the CUDA driver loads, and there is a device"
+
+    @classmethod
+    def lane_to(cls, place: Place, device_type: str) -> str:
+        """It reaches every container of its host that can open the seed's GPU."""
+        if place == "elsewhere":
+            raise EngineError(NAME, "connect", "the seed is on another host", code="lane", side="receiver")
+        return NAME
 
     def open(self, config: EngineConfig) -> None:
         """Retain the device's primary context and create streams: milliseconds if torch has the context already.

@@ -29,9 +29,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+import msgspec
+
+from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
 from vllm_rfork.engines.nixl.agent import LOST, Agent, Bound, Descriptor
 from vllm_rfork.engines.nixl.peer import (
     ALLOW_TCP,
@@ -56,6 +58,12 @@ from vllm_rfork.manifest.segments import Segment
 
 _SLOTS = 64  # an abandoned probe may still arrive; the next one uses another slot
 _MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
+#: The facts in which a peer at another place differs from this process.
+_DIFFERENCES: dict[Place, dict[str, Any]] = {
+    "container": {},
+    "host": {"pid_namespace": 1},
+    "elsewhere": {"boot": "another host"},
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,13 @@ class NixlEngine(TransferEngine):
         Agent("rfork-doctor", "DRAM", emulation=False).destroy()
         return "an agent opens, with UCX"
 
+    @classmethod
+    def lane_to(cls, place: Place, device_type: str) -> str:
+        """The decision of ``connect`` about an endpoint of this process with the facts of another place."""
+        page = ctypes.create_string_buffer(uuid.uuid4().bytes, IDENTITY_NBYTES)
+        own = _endpoint(_MEMORY[device_type], 0, page, allow_tcp=tcp_allowed({}))
+        return f"{NAME}/{_lane(own, msgspec.structs.replace(own, **_DIFFERENCES[place])).short}"
+
     def open(self, config: EngineConfig) -> None:
         """Create an agent: about half a second, without the GIL."""
         kind, _, index = config.device.partition(":")
@@ -120,19 +135,7 @@ class NixlEngine(TransferEngine):
                 self._agent.destroy()
                 self._agent = None
                 raise
-            self._own = Endpoint(
-                memory=self._memory,
-                device=self._device,
-                boot=boot_id(),
-                pid=os.getpid(),
-                uid=os.getuid(),
-                pid_namespace=pid_namespace(),
-                identity=identity,
-                identity_at=ctypes.addressof(self._page),
-                rdma=has_rdma(),
-                allow_tcp=allow_tcp,
-                metadata=b"",
-            )
+            self._own = _endpoint(self._memory, self._device, self._page, allow_tcp=allow_tcp)
 
     @property
     def endpoint(self) -> str:
@@ -263,10 +266,7 @@ class NixlEngine(TransferEngine):
 
     def _lane(self, peer: Endpoint) -> Lane:
         assert self._own is not None  # noqa: S101 - set with the agent
-        chosen, why = lane(self._own, peer)
-        if chosen is Lane.EMULATED and not (self._own.allow_tcp and peer.allow_tcp):
-            raise _refused(why)
-        return chosen
+        return _lane(self._own, peer)
 
     def _check_identity(self, agent: Agent, peer: _Peer, operation: str, deadline: float) -> None:
         """Read the first slot of the peer's page: the same engine is still open."""
@@ -283,6 +283,31 @@ class NixlEngine(TransferEngine):
         """Drop a peer after an error; a second error adds nothing."""
         with suppress(EngineError):
             agent.drop_peer(peer.name, "connect")
+
+
+def _endpoint(memory: str, device: int, page: ctypes.Array[ctypes.c_char], *, allow_tcp: bool) -> Endpoint:
+    """The endpoint of this process, without NIXL's metadata; the identity is at the beginning of ``page``."""
+    return Endpoint(
+        memory=memory,
+        device=device,
+        boot=boot_id(),
+        pid=os.getpid(),
+        uid=os.getuid(),
+        pid_namespace=pid_namespace(),
+        identity=page.raw[:IDENTITY_NBYTES],
+        identity_at=ctypes.addressof(page),
+        rdma=has_rdma(),
+        allow_tcp=allow_tcp,
+        metadata=b"",
+    )
+
+
+def _lane(own: Endpoint, peer: Endpoint) -> Lane:
+    """The lane between the two. Raises EngineError if it would be TCP and one of the two does not permit it."""
+    chosen, why = lane(own, peer)
+    if chosen is Lane.EMULATED and not (own.allow_tcp and peer.allow_tcp):
+        raise _refused(why)
+    return chosen
 
 
 def _refused(why: str) -> EngineError:
