@@ -215,13 +215,15 @@ async def test_no_number_is_shown_twice_and_one_is_no_plural(chromium: Chromium)
             await fleet.end(lease, **{"RFORK-NBYTES": "15000000000"})  # by the lease's time
             own = {"RFORK-NBYTES": "15000000000", "RFORK-SECONDS": "1.25", "RFORK-LANE": "nixl/rdma"}
             await fleet.end(await fleet.lease(KEY), **own)
+            early = {"RFORK-CAUSE": "EngineError", "RFORK-LANE": "cuda_ipc"}  # connected, and no byte arrived
+            await fleet.end(await fleet.lease(KEY), "failed", **early)
             await fleet.lease(KEY)
             await page.go(process.url)
             await page.shows("#tile-leases", "1", "4 slots, 25 % in use; longest for")
             assert await page.run("[...document.querySelectorAll('#tiles dt')].map((e) => e.textContent).join()") == (
                 "Seeds,Forking now,Waiting,Loading from storage,Last forks, median"
             )
-            await page.shows("#history", "of the lease", "≥", "1.25 s", "12.0", "nixl/rdma")
+            await page.shows("#history", "of the lease", "≥", "1.25 s", "12.0", "nixl/rdma", "cuda_ipc")
             await page.shows("#tile-forks", "12.0 GB/s")
             await page.until("!/\\b1 (seeds|slots|keys|forks|receivers|leases)\\b/.test(document.body.innerText)")
             assert complains_of_nothing(page, process.url)

@@ -1,7 +1,8 @@
 """Prometheus metrics of the planner, in a registry of their own, with a bounded number of labels.
 
-Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``. Gauges over the fleet
-are computed at the time of the scrape. Of several replicas only the leader has them.
+Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``, as do lanes that are
+not in ``lanes.py``. Gauges over the fleet are computed at the time of the scrape. Of several replicas only the leader
+has them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vllm_rfork.planner.lanes import OTHER, lane_labels
 from vllm_rfork.planner.store.base import Event, Outcome, Totals
 
 # Without this, each counter has a second series "..._created", which doubles the page and which nobody uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-OTHER = "(other)"
 #: Classes of ``errors.py`` that may end a fork; other reported causes count as ``(other)``.
 CAUSES = frozenset(
     {
@@ -62,6 +63,11 @@ class Metrics:
         self._fork_seconds = self._histogram("fork_seconds", "Duration of forks, as reported by receivers", _SLOW)
         self._forks = self._counter("forks", "Leases released by receivers, by reported result", "result")
         self._bytes = self._counter("fork_bytes", "Bytes that receivers reported")
+        self._lane_forks = self._counter(
+            "lane_forks", "Forks whose receiver reported a lane, by result", "engine", "lane", "result"
+        )
+        self._lane_bytes = self._counter("lane_bytes", "Bytes of the forks with reported seconds", "engine", "lane")
+        self._lane_seconds = self._counter("lane_seconds", "Duration of these forks", "engine", "lane")
         self._failures = self._counter("fork_failures", "Failed forks, by class of the error", "cause")
         self._dropped = self._counter("seeds_dropped", "Seeds dropped, by reason", "reason")
         self._events = self._counter("events", "Events of the store, by kind", "kind")
@@ -117,8 +123,15 @@ class Metrics:
         if outcome is None:
             self._forks.labels("released").inc()
             return
-        self._forks.labels("ok" if outcome.ok else "failed").inc()
+        result = "ok" if outcome.ok else "failed"
+        self._forks.labels(result).inc()
         self._bytes.inc(outcome.nbytes)
+        if outcome.lane:
+            labels = lane_labels(outcome.lane)
+            self._lane_forks.labels(*labels, result).inc()
+            if outcome.duration_s:  # bytes without their seconds would make the rate of a lane wrong
+                self._lane_bytes.labels(*labels).inc(outcome.nbytes)
+                self._lane_seconds.labels(*labels).inc(outcome.duration_s)
         if not outcome.ok:
             self._failures.labels(outcome.cause if outcome.cause in CAUSES else OTHER).inc()
 

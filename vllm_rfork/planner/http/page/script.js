@@ -58,7 +58,8 @@ const tables = {
     ["Result", "nowrap", (each) => ({ text: RESULTS[each.result]?.[0] ?? each.result, badge: true, tone: RESULTS[each.result]?.[1], sub: [each.cause, each.side && `side: ${each.side}`].filter(Boolean).join(", ") })],
     ["Receiver", "nowrap", (each) => mono(each.receiver)],
     ["From seed", "nowrap", (each) => mono(each.seed)],
-    ["Bytes", "num", (each) => ({ text: each.nbytes ? bytes(each.nbytes) : "", sub: each.nbytes ? each.lane : "" })],
+    ["Lane", "nowrap", (each) => mono(each.lane)],
+    ["Bytes", "num", (each) => ({ text: each.nbytes ? bytes(each.nbytes) : "" })],
     // If the receiver reported no time it is that of the lease, which is longer than the fork.
     ["Time", "num", (each) => ({ text: time(each.duration_s, true), sub: each.of_lease ? "of the lease" : "" })],
     ["GB/s", "num", (each) => (!each.gb_per_s ? { text: "" } : each.of_lease ? { text: `≥ ${rate(each.gb_per_s)}` } : { text: rate(each.gb_per_s), bar: each.gb_per_s / fastest })],
