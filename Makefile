@@ -30,7 +30,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests bench bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests bench bench-engines bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,6 +74,9 @@ vllm-tests: setup standin ## tests that load models in real vLLM
 
 bench: setup standin ## weights phase of the default loader and of forks, compared with memcpy
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-engines: setup standin ## every engine that is installed, compared with raw copies: BENCH_ARGS="--device cuda --gib 14"
+	$(BIN)/python -m bench.engines $(BENCH_ARGS)
 
 bench-planner: setup ## one planner process compared with the mock: cycles, heartbeats, waiting receivers, Redis
 	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)
