@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_rfork.engines.base import Place
-from vllm_rfork.engines.nixl import engine as nixl
+from vllm_rfork.engines.nixl import peer as nixl
 from vllm_rfork.engines.nixl.peer import ALLOW_TCP
 from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError
@@ -13,7 +13,7 @@ from vllm_rfork.errors import EngineError
 
 @pytest.fixture(autouse=True)
 def no_rdma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nixl, "has_rdma", lambda: False)
+    monkeypatch.setattr(nixl, "rdma_obstacle", lambda: "there is no RDMA device")
     monkeypatch.delenv(ALLOW_TCP, raising=False)
 
 
@@ -50,5 +50,6 @@ def test_lanes_that_do_not_exist_have_a_reason(engine: str, device: str, place: 
 def test_rdma_and_permitted_tcp_reach_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_TCP, "1")
     assert engine_class("nixl").lane_to("elsewhere", "cpu") == "nixl/tcp"
-    monkeypatch.setattr(nixl, "has_rdma", lambda: True)
+    monkeypatch.setattr(nixl, "rdma_obstacle", lambda: None)
     assert engine_class("nixl").lane_to("elsewhere", "cpu") == "nixl/rdma"
+    assert engine_class("nixl").lane_to("host", "cuda") == "nixl/rdma", "two pods of one node"

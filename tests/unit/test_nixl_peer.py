@@ -14,6 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.engines.nixl import agent
+from vllm_rfork.engines.nixl.engine import NixlEngine
 from vllm_rfork.engines.nixl.peer import (
     IDENTITY_NBYTES,
     Endpoint,
@@ -23,6 +26,7 @@ from vllm_rfork.engines.nixl.peer import (
     lane,
     pid_namespace,
     tcp_allowed,
+    this_process,
 )
 from vllm_rfork.errors import EngineError
 
@@ -104,6 +108,73 @@ def test_between_machines_both_need_rdma(mine: bool, theirs: bool) -> None:
     chosen, why = lane(changed(rdma=mine), changed(boot="other-boot", rdma=theirs))
     assert (chosen is Lane.RDMA) is (mine and theirs)
     assert ("RDMA" in why) is not (mine and theirs)
+
+
+APART = [{"pid_namespace": 1}, {"uid": HERE.uid + 1}, {"identity_at": 1 << 40}]
+
+
+@pytest.mark.parametrize("memory", ["DRAM", "VRAM"])
+@pytest.mark.parametrize("fields", APART, ids=lambda fields: next(iter(fields)))
+def test_two_pods_of_one_node_have_rdma_if_both_do(memory: str, fields: dict[str, Any]) -> None:
+    """In another pid namespace UCX takes TCP even between GPUs of one host, so that lane is never CUDA IPC."""
+    own = changed(memory=memory, rdma=True)
+    assert lane(own, changed(memory=memory, rdma=True, **fields)) == (Lane.RDMA, "")
+    chosen, why = lane(own, changed(memory=memory, **fields))
+    assert chosen is Lane.EMULATED
+    assert "and the seed has no RDMA device" in why
+    chosen, why = lane(changed(memory=memory), changed(memory=memory, rdma=True, **fields))
+    assert chosen is Lane.EMULATED
+    assert "and this process has no RDMA device" in why
+
+
+def test_attach_comes_before_rdma() -> None:
+    assert lane(changed(rdma=True), changed(rdma=True))[0] is Lane.CMA
+    cuda = changed(memory="VRAM", rdma=True)
+    assert lane(cuda, cuda)[0] is Lane.CUDA
+
+
+def test_rdma_does_not_hide_that_the_seed_has_closed() -> None:
+    with pytest.raises(EngineError, match="closed"):
+        lane(changed(rdma=True), changed(rdma=True, identity=bytes(IDENTITY_NBYTES)))
+
+
+# --- the obstacle, before an agent is opened -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own() -> Endpoint:
+    """A closed seed's facts, on this machine: this process itself."""
+    return msgspec.structs.replace(
+        this_process("cpu", allow_tcp=False), identity=IDENTITY, identity_at=ctypes.addressof(PAGE)
+    )
+
+
+def obstacle(peer: Endpoint, device: str = "cpu", **options: str) -> str | None:
+    return NixlEngine.lane_obstacle(encode_endpoint(peer), EngineConfig(device=device, options=options))
+
+
+def test_a_lane_that_may_exist_has_no_obstacle(own: Endpoint) -> None:
+    assert obstacle(own) is None
+    elsewhere = msgspec.structs.replace(own, boot="other", allow_tcp=True)
+    assert obstacle(elsewhere, RFORK_NIXL_ALLOW_TCP="1") is None
+
+
+def test_an_obstacle_is_named_without_opening_an_agent(own: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "MODULES", ())
+    for fields, why in (
+        ({"boot": "other"}, "another machine"),
+        ({"uid": own.uid + 1}, "another user"),
+        ({"identity": bytes(IDENTITY_NBYTES)}, "has closed"),
+        ({"pid": (1 << 22) - 1}, "is gone"),
+        ({"memory": "VRAM"}, "holds VRAM"),
+    ):
+        assert why in str(obstacle(msgspec.structs.replace(own, **fields))), fields
+    assert "cannot read the memory of npu:0" in str(obstacle(own, device="npu:0"))
+
+
+@given(st.text(max_size=200))
+def test_any_unreadable_endpoint_is_an_obstacle(text: str) -> None:
+    assert NixlEngine.lane_obstacle(text, EngineConfig(device="cpu"))
 
 
 def test_other_memory_is_refused() -> None:

@@ -1,12 +1,9 @@
 """The port that every transfer engine implements.
 
 One engine object serves one worker process and one role. A seed calls ``open``, ``register``, then publishes
-``endpoint``. A receiver calls ``lane_obstacle`` of the class, then ``open``, ``register`` for its own memory,
-``present_lease``, ``connect``, ``read`` as often as needed, and ``disconnect``. A receiver that becomes a seed keeps
-the engine and its registrations. Both end with ``close``. Every call blocks and is bounded in time.
-
-A worker may have several engines with the same regions. If ``lane_obstacle`` or ``connect`` refuses one engine's lane,
-the receiver tries the next engine, before any byte moves.
+``endpoint``. A receiver calls ``open``, ``register`` for its own memory, ``connect``, ``read`` as often as needed, and
+``disconnect``. A receiver that becomes a seed keeps the engine and its registrations. Both end with ``close``. Every
+call blocks and is bounded in time.
 
 An adapter raises :class:`~vllm_rfork.errors.EngineError` and nothing else, with the foreign error as its cause.
 ``vllm_rfork.testing`` contains the contract as tests.
@@ -46,10 +43,20 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest ``read`` call, in bytes and items. The caller splits its batches accordingly."""
+    """The largest ``read`` call, in bytes and items. The caller splits its batches accordingly.
+
+    Attributes:
+        max_batch_nbytes: the engine's choice, without ``rfork_max_batch_bytes``.
+        largest_batch_nbytes: up to which that setting may raise it; None if it may only lower it.
+    """
 
     max_batch_nbytes: int
     max_batch_items: int
+    largest_batch_nbytes: int | None = None
+
+    def batch_nbytes(self, wanted: int | None) -> int:
+        """The largest batch in bytes for ``rfork_max_batch_bytes=wanted``; None if it is not set."""
+        return min(wanted or self.max_batch_nbytes, self.largest_batch_nbytes or self.max_batch_nbytes)
 
 
 class TransferEngine(abc.ABC):
@@ -59,10 +66,8 @@ class TransferEngine(abc.ABC):
     name: ClassVar[str]
     #: torch device types (``cpu``, ``cuda``, ``npu``) whose memory the engine reads and writes.
     device_types: ClassVar[frozenset[str]]
-    #: The bounds of one ``read``; ``rfork_max_batch_bytes`` may lower the first.
+    #: The bounds of one ``read`` on any lane.
     limits: ClassVar[Limits]
-    #: ``open`` and ``register`` take milliseconds, so a worker opens the engine whether it will be needed or not.
-    opens_quickly: ClassVar[bool] = False
 
     @classmethod
     def self_check(cls) -> str:
@@ -87,19 +92,6 @@ class TransferEngine(abc.ABC):
         """
         return cls.name
 
-    @classmethod
-    def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
-        """The reason, found without opening the engine, why no lane leads to ``endpoint``, and the remedy if any.
-
-        None if only ``connect`` can tell. Returns within milliseconds and never raises: an unreadable endpoint is a
-        reason too.
-
-        Args:
-            endpoint: a seed's, for an engine of this name; untrusted.
-            config: what :meth:`open` would get.
-        """
-        return None
-
     @abc.abstractmethod
     def open(self, config: EngineConfig) -> None:
         """Start the engine.
@@ -123,16 +115,12 @@ class TransferEngine(abc.ABC):
         The caller keeps the memory alive until ``close`` has returned.
         """
 
-    def present_lease(self, lease: str) -> None:  # noqa: B027 - one-sided engines need no lease
-        """Take the id of the lease under which the next ``connect`` is made; two-sided engines send it to the seed."""
-
     @abc.abstractmethod
     def connect(self, endpoint: str, timeout_s: float) -> None:
         """Connect to a peer.
 
         Raises:
-            EngineError: it cannot be reached within ``timeout_s`` seconds; with the code ``lane`` if the engine has no
-                path to it, or only one that is refused. The text contains the remedy.
+            EngineError: it cannot be reached within ``timeout_s`` seconds.
         """
 
     def lane(self, endpoint: str) -> str:
@@ -142,11 +130,15 @@ class TransferEngine(abc.ABC):
         """
         return self.name
 
+    def limits_for(self, endpoint: str) -> Limits:
+        """The bounds of one ``read`` from a connected peer; ``limits`` unless its lane has others. Never raises."""
+        return self.limits
+
     @abc.abstractmethod
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
         """Copy each segment from its ``remote`` address in the peer to its ``local`` one; return when all have arrived.
 
-        Each segment is in one registered region on either side, and the batch is within ``limits``.
+        Each segment is in one registered region on either side, and the batch is within ``limits_for(endpoint)``.
 
         Raises:
             EngineError: with ``in_flight=True`` if bytes may still arrive; then only ``close`` releases the buffers.

@@ -126,8 +126,15 @@ def _wait(request: TransferRequest, call: Coroutine[Any, Any, T]) -> T:
 def _read(
     request: TransferRequest, keeper: LeaseKeeper, remote: Manifest, segments: list[Segment], deadline: float
 ) -> None:
-    limits = request.engine.limits
-    max_nbytes = min(request.max_batch_nbytes or limits.max_batch_nbytes, limits.max_batch_nbytes)
+    limits = request.engine.limits_for(remote.endpoint)
+    max_nbytes = limits.batch_nbytes(request.max_batch_nbytes)
+    if max_nbytes < (request.max_batch_nbytes or 0):
+        logger.info(
+            "rfork_max_batch_bytes is %d, but engine %s reads at most %d bytes at once",
+            request.max_batch_nbytes,
+            request.engine.name,
+            max_nbytes,
+        )
     copied = 0
     for batch in batches(segments, max_nbytes=max_nbytes, max_items=limits.max_batch_items):
         keeper.check()

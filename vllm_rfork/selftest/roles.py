@@ -153,7 +153,7 @@ def _digest(buffer: Buffer) -> str:
 
 
 def _read(engine: TransferEngine, endpoint: str, segments: Sequence[Segment], trial: Trial) -> None:
-    limits = engine.limits
+    limits = engine.limits_for(endpoint)
     for batch in batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items):
         engine.read(endpoint, batch, trial.timeout_s)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_rfork.engines.nixl.pace import Pace
 from vllm_rfork.engines.nixl.peer import NAME
 from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable, Side
@@ -26,8 +27,6 @@ MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
 PROGRESS_WAIT_US = 100_000
 #: The code of the error for a peer that is gone or that UCX has no lane to.
 LOST = "nixlRemoteDisconnectError"
-_FIRST_PAUSE_S = 0.00005
-_LONGEST_PAUSE_S = 0.002
 
 Descriptor = tuple[int, int, int]
 """Address, bytes, device number."""
@@ -174,11 +173,21 @@ class Agent:
                 )
             )
 
-    def complete(self, request: int, bound: Bound, *, operation: str = "read", quiet_on_error: bool) -> None:
+    def complete(
+        self,
+        request: int,
+        bound: Bound,
+        *,
+        operation: str = "read",
+        quiet_on_error: bool,
+        nbytes: int = 0,
+        pace: Pace | None = None,
+    ) -> None:
         """Start ``request``, wait for all bytes, and release it.
 
         Args:
             quiet_on_error: on this lane, no byte of a failed read arrives later.
+            nbytes, pace: the length of the request, and what is known about the peer's speed.
 
         Raises:
             EngineError: ``in_flight`` if bytes may still arrive. The request is then not released, because that
@@ -186,8 +195,9 @@ class Agent:
         """
         with self.translated(operation, in_flight=not quiet_on_error):
             bound.posted = True
+            pace = pace or Pace()
+            began = time.monotonic()
             state = self._agent.postXferReq(request, "")
-            pause_s = _FIRST_PAUSE_S
             while state == self._native.NIXL_IN_PROG:
                 gave_up = bound.exceeded()
                 if gave_up:
@@ -200,9 +210,9 @@ class Agent:
                         retry_elsewhere=True,
                         side="receiver" if bound.stopped() else "unknown",
                     )
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+                time.sleep(pace.pause_s(nbytes, time.monotonic() - began))
                 state = self._agent.getXferStatus(request)
+            pace.learn(nbytes, time.monotonic() - began)
         self.release(request, operation)
 
     def release(self, request: int, operation: str = "read") -> None:

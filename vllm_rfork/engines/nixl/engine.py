@@ -2,9 +2,8 @@
 
 Its lanes:
 
-- host memory on one machine: cross-memory attach, which needs the same user and the same pid namespace;
-- CUDA memory on one machine: CUDA IPC;
-- between machines: RDMA;
+- one machine, one user and one pid namespace: cross-memory attach for host memory, CUDA IPC for CUDA memory;
+- otherwise, between machines or containers: RDMA, if both processes can use an RDMA device;
 - otherwise TCP, over which a receiver that dies in the middle of a read, or abandons one, can crash its seed.
   ``connect`` refuses TCP and names the reason why no better lane exists, unless ``RFORK_NIXL_ALLOW_TCP=1`` is set for
   both processes. UCX gets the same setting (``PROTO_EMULATION_ENABLE=n``), so it cannot fall back by itself. TCP is
@@ -22,66 +21,74 @@ Settings: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment)
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import msgspec
 
 from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
-from vllm_rfork.engines.nixl.agent import LOST, Agent, Bound, Descriptor
+from vllm_rfork.engines.nixl.agent import LOST, Agent, Bound
+from vllm_rfork.engines.nixl.pace import Pace
 from vllm_rfork.engines.nixl.peer import (
-    ALLOW_TCP,
     IDENTITY_NBYTES,
+    MEMORY,
     NAME,
     Endpoint,
     Lane,
-    boot_id,
     decode_endpoint,
+    decode_facts,
     encode_endpoint,
-    has_rdma,
-    lane,
-    pid_namespace,
+    only_tcp,
+    permitted_lane,
     tcp_allowed,
+    this_process,
 )
 from vllm_rfork.engines.nixl.reader import THREADS, Reader
-from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
+from vllm_rfork.engines.refusals import busy, given_up, not_open
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
 
 _SLOTS = 64  # an abandoned probe may still arrive; the next one uses another slot
-_MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 #: The facts in which a peer at another place differs from this process.
 _DIFFERENCES: dict[Place, dict[str, Any]] = {
     "container": {},
     "host": {"pid_namespace": 1},
     "elsewhere": {"boot": "another host"},
 }
+#: Cross-memory attach copies in one native call, which no deadline interrupts: 256 MiB take 0.05 to 0.25 s. Over TCP
+#: the same bytes take up to a second, in which no lease is checked.
+_LIMITS = Limits(max_batch_nbytes=256 * 1024**2, max_batch_items=4096, largest_batch_nbytes=1024**3)
+#: Other lanes wait in short pauses, and lose 15 % of NVLink's speed between batches of 256 MiB. Digests of one batch
+#: are taken during the next, so a batch is a fraction of a model.
+_LIMITS_OF_LANES = {
+    lane: Limits(max_batch_nbytes=2 * 1024**3, max_batch_items=4096, largest_batch_nbytes=64 * 1024**3)
+    for lane in (Lane.CUDA, Lane.RDMA)
+}
 
 
 @dataclass(frozen=True)
 class _Peer:
-    """A connected peer: its name in the agent, its endpoint, and the lane to it."""
+    """A connected peer: its name in the agent, its endpoint, the lane to it, and the pace of its reads."""
 
     name: str
     endpoint: Endpoint
     lane: Lane
+    pace: Pace = field(default_factory=Pace)
 
 
 class NixlEngine(TransferEngine):
     """See the module's docstring."""
 
     name: ClassVar[str] = NAME
-    device_types: ClassVar[frozenset[str]] = frozenset(_MEMORY)
-    # Cross-memory attach copies in one native call, which no deadline interrupts: 256 MiB take 0.05 to 0.25 s.
-    limits: ClassVar[Limits] = Limits(max_batch_nbytes=256 * 1024 * 1024, max_batch_items=4096)
+    device_types: ClassVar[frozenset[str]] = frozenset(MEMORY)
+    limits: ClassVar[Limits] = _LIMITS
 
     def __init__(self) -> None:
         self._agent: Agent | None = None
@@ -91,8 +98,6 @@ class NixlEngine(TransferEngine):
         self._stuck = ""
         self._peers: dict[str, _Peer] = {}
         self._own: Endpoint | None = None
-        self._device = 0
-        self._memory = "DRAM"
         self._timeout_s = 30.0
         # Peers compare the first slot; the others receive what is read from the peers' first slots.
         self._page = ctypes.create_string_buffer(IDENTITY_NBYTES * (_SLOTS + 1))
@@ -110,22 +115,23 @@ class NixlEngine(TransferEngine):
     def lane_to(cls, place: Place, device_type: str) -> str:
         """The decision of ``connect`` about an endpoint of this process with the facts of another place."""
         page = ctypes.create_string_buffer(uuid.uuid4().bytes, IDENTITY_NBYTES)
-        own = _endpoint(_MEMORY[device_type], 0, page, allow_tcp=tcp_allowed({}))
-        return f"{NAME}/{_lane(own, msgspec.structs.replace(own, **_DIFFERENCES[place])).short}"
+        own = msgspec.structs.replace(
+            this_process(device_type, allow_tcp=tcp_allowed({})),
+            identity=page.raw,
+            identity_at=ctypes.addressof(page),
+        )
+        return f"{NAME}/{permitted_lane(own, msgspec.structs.replace(own, **_DIFFERENCES[place])).short}"
 
     def open(self, config: EngineConfig) -> None:
         """Create an agent: about half a second, without the GIL."""
-        kind, _, index = config.device.partition(":")
-        if kind not in _MEMORY:
-            raise EngineError(NAME, "open", f"this engine cannot read the memory of {config.device}")
+        allow_tcp = tcp_allowed(config.options)
+        own = this_process(config.device, allow_tcp=allow_tcp)
         with self._exclusively("open", needs_agent=False):
             if self._agent is not None:
                 raise EngineError(NAME, "open", "it is open already")
-            allow_tcp = tcp_allowed(dict(config.options))
-            self._memory, self._device = _MEMORY[kind], int(index or 0)
             self._timeout_s = config.timeout_s
-            self._agent = Agent(f"rfork-{uuid.uuid4().hex}", self._memory, emulation=allow_tcp, workers=THREADS)
-            self._reader = Reader(self._agent, self._device)
+            self._agent = Agent(f"rfork-{uuid.uuid4().hex}", own.memory, emulation=allow_tcp, workers=THREADS)
+            self._reader = Reader(self._agent, own.device)
             identity = uuid.uuid4().bytes
             ctypes.memmove(self._page, identity, IDENTITY_NBYTES)
             self._closing, self._stuck = False, ""
@@ -135,24 +141,23 @@ class NixlEngine(TransferEngine):
                 self._agent.destroy()
                 self._agent = None
                 raise
-            self._own = _endpoint(self._memory, self._device, self._page, allow_tcp=allow_tcp)
+            self._own = msgspec.structs.replace(own, identity=identity, identity_at=ctypes.addressof(self._page))
 
     @property
     def endpoint(self) -> str:
         """JSON of :class:`~vllm_rfork.engines.nixl.peer.Endpoint`; about 60 bytes for each registered region."""
         with self._exclusively("register") as agent:
-            own = self._own
-            if own is None:
-                raise EngineError(NAME, "register", "it is not open")
-            facts = {name: getattr(own, name) for name in own.__struct_fields__}
-            return encode_endpoint(Endpoint(**{**facts, "metadata": agent.metadata()}))
+            assert self._own is not None  # noqa: S101 - set with the agent
+            return encode_endpoint(msgspec.structs.replace(self._own, metadata=agent.metadata()))
 
     def register(self, regions: Sequence[Region]) -> None:
         """Register all of ``regions`` in one call."""
         with self._exclusively("register") as agent:
             self._table.check_new(regions)
             if regions:
-                agent.register(self._descriptors(regions))
+                assert self._own is not None  # noqa: S101 - set with the agent
+                device = self._own.device
+                agent.register([(region.address, region.nbytes, device) for region in regions])
                 self._table.add(regions)
 
     def connect(self, endpoint: str, timeout_s: float) -> None:
@@ -160,7 +165,8 @@ class NixlEngine(TransferEngine):
         deadline = time.monotonic() + timeout_s
         with self._exclusively("connect", timeout_s) as agent:
             peer = decode_endpoint(endpoint)
-            chosen = self._lane(peer)
+            assert self._own is not None  # noqa: S101 - set with the agent
+            chosen = permitted_lane(self._own, peer)
             if endpoint in self._peers:
                 agent.drop_peer(self._peers.pop(endpoint).name, "connect")
             connected = _Peer(agent.add_peer(peer.metadata), peer, chosen)
@@ -170,10 +176,25 @@ class NixlEngine(TransferEngine):
                 # An abandoned probe arrives in a slot of the engine's own page, not in the caller's memory.
                 error.in_flight = False
                 self._forget(agent, connected)
-                if error.code == LOST and chosen is not Lane.EMULATED and self._lane(peer) is chosen:
-                    raise _refused("UCX found no other transport (see UCX_TLS and UCX_LOG_LEVEL=info)") from error
+                if error.code == LOST and chosen is not Lane.EMULATED and permitted_lane(self._own, peer) is chosen:
+                    raise only_tcp("UCX found no other transport (see UCX_TLS and UCX_LOG_LEVEL=info)") from error
                 raise
             self._peers[endpoint] = connected
+
+    @classmethod
+    def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
+        """The reason why ``connect`` would refuse; UCX may still find that a lane does not work."""
+        try:
+            own = this_process(config.device, allow_tcp=tcp_allowed(config.options))
+            permitted_lane(own, decode_facts(endpoint))
+        except EngineError as error:
+            return error.text
+        return None
+
+    def limits_for(self, endpoint: str) -> Limits:
+        """Larger batches where the waiting thread does not copy."""
+        peer = self._peers.get(endpoint)
+        return _LIMITS if peer is None else _LIMITS_OF_LANES.get(peer.lane, _LIMITS)
 
     def lane(self, endpoint: str) -> str:
         """``nixl/cma``, ``nixl/cuda_ipc``, ``nixl/rdma`` or ``nixl/tcp``."""
@@ -186,14 +207,14 @@ class NixlEngine(TransferEngine):
         with self._exclusively("read", timeout_s) as agent:
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise not_connected(NAME, "read")
+                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
             self._table.check_local(segments)
             if not segments:
                 return
             bound = Bound(deadline, self._is_closing)
             try:
                 attach = peer.lane is Lane.CMA
-                self._reader.read(peer.name, peer.endpoint.device, segments, bound, attach=attach)
+                self._reader.read(peer.name, peer.endpoint.device, segments, bound, peer.pace, attach=attach)
                 self._check_identity(agent, peer, "read", deadline)
             except EngineError as error:
                 if error.in_flight:
@@ -222,7 +243,7 @@ class NixlEngine(TransferEngine):
             return
         self._closing = True
         if not self._busy.acquire(timeout=self._timeout_s):
-            raise still_called(NAME)
+            raise EngineError(NAME, "close", "a native call does not return", code="timeout", in_flight=True)
         try:
             self._destroy()
         finally:
@@ -261,13 +282,6 @@ class NixlEngine(TransferEngine):
     def _is_closing(self) -> bool:
         return self._closing
 
-    def _descriptors(self, regions: Sequence[Region]) -> list[Descriptor]:
-        return [(region.address, region.nbytes, self._device) for region in regions]
-
-    def _lane(self, peer: Endpoint) -> Lane:
-        assert self._own is not None  # noqa: S101 - set with the agent
-        return _lane(self._own, peer)
-
     def _check_identity(self, agent: Agent, peer: _Peer, operation: str, deadline: float) -> None:
         """Read the first slot of the peer's page: the same engine is still open."""
         self._probes += 1
@@ -283,40 +297,3 @@ class NixlEngine(TransferEngine):
         """Drop a peer after an error; a second error adds nothing."""
         with suppress(EngineError):
             agent.drop_peer(peer.name, "connect")
-
-
-def _endpoint(memory: str, device: int, page: ctypes.Array[ctypes.c_char], *, allow_tcp: bool) -> Endpoint:
-    """The endpoint of this process, without NIXL's metadata; the identity is at the beginning of ``page``."""
-    return Endpoint(
-        memory=memory,
-        device=device,
-        boot=boot_id(),
-        pid=os.getpid(),
-        uid=os.getuid(),
-        pid_namespace=pid_namespace(),
-        identity=page.raw[:IDENTITY_NBYTES],
-        identity_at=ctypes.addressof(page),
-        rdma=has_rdma(),
-        allow_tcp=allow_tcp,
-        metadata=b"",
-    )
-
-
-def _lane(own: Endpoint, peer: Endpoint) -> Lane:
-    """The lane between the two. Raises EngineError if it would be TCP and one of the two does not permit it."""
-    chosen, why = lane(own, peer)
-    if chosen is Lane.EMULATED and not (own.allow_tcp and peer.allow_tcp):
-        raise _refused(why)
-    return chosen
-
-
-def _refused(why: str) -> EngineError:
-    return EngineError(
-        NAME,
-        "connect",
-        f"only TCP is left to reach this seed, since {why}; over TCP a receiver that dies in the middle of a read can "
-        f"crash its seed. Set {ALLOW_TCP}=1 for seed and receiver to take it all the same",
-        code="lane",
-        retry_elsewhere=True,
-        side="receiver",
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 
@@ -18,17 +19,20 @@ import msgspec
 from vllm_rfork.engines import host
 from vllm_rfork.engines.nixl.metadata import MAX_DEVICES, check_metadata
 from vllm_rfork.engines.process_memory import read_process
+from vllm_rfork.engines.rdma import rdma_obstacle
 from vllm_rfork.errors import EngineError
 
 NAME = "nixl"
 ALLOW_TCP = "RFORK_NIXL_ALLOW_TCP"
 IDENTITY_NBYTES = 16
+#: NIXL's kinds of memory, by torch device type.
+MEMORY = {"cpu": "DRAM", "cuda": "VRAM"}
 MAX_ENDPOINT_LENGTH = 48 * 1024 * 1024
 _VERSION = 1
 
 
 class Lane(Enum):
-    """The paths of the bytes, best first."""
+    """The paths of the bytes. The first two need one machine, one user and one pid namespace."""
 
     CMA = "cross-memory attach"
     CUDA = "CUDA IPC"
@@ -48,7 +52,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         memory: NIXL's kind of memory (``DRAM``, ``VRAM``); ``device`` is the device number.
         boot: identifies the machine's running kernel.
         identity: the bytes at address ``identity_at`` while the engine is open.
-        rdma, allow_tcp: the machine has RDMA; its user permits TCP.
+        rdma, allow_tcp: the process can use an RDMA device; its user permits TCP.
         metadata: NIXL's own.
         checksum: over all of these; empty from older seeds.
     """
@@ -87,6 +91,21 @@ def decode_endpoint(text: str) -> Endpoint:
     Raises:
         EngineError: not an endpoint of this engine, of another version, or damaged.
     """
+    endpoint = decode_facts(text)
+    try:
+        check_metadata(endpoint.metadata, endpoint.identity_at, IDENTITY_NBYTES)
+    except ValueError as error:
+        text = f"the metadata in the seed's endpoint is not NIXL's: {error}"
+        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed") from error
+    return endpoint
+
+
+def decode_facts(text: str) -> Endpoint:
+    """The endpoint with unchecked metadata, which NIXL must not load.
+
+    Raises:
+        EngineError: as :func:`decode_endpoint`.
+    """
     if len(text) > MAX_ENDPOINT_LENGTH:
         raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long", side="seed")
     try:
@@ -107,12 +126,34 @@ def decode_endpoint(text: str) -> Endpoint:
     if endpoint.checksum and endpoint.checksum != _checksum(endpoint):
         text = "the seed's endpoint was damaged: its checksum differs"
         raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed")
-    try:
-        check_metadata(endpoint.metadata, endpoint.identity_at, IDENTITY_NBYTES)
-    except ValueError as error:
-        text = f"the metadata in the seed's endpoint is not NIXL's: {error}"
-        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed") from error
     return endpoint
+
+
+def this_process(device: str, *, allow_tcp: bool) -> Endpoint:
+    """The facts about this process as an endpoint, without an agent: identity and metadata are missing.
+
+    Args:
+        device: as in :class:`~vllm_rfork.engines.base.EngineConfig`.
+
+    Raises:
+        EngineError: the engine cannot read such a device's memory.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in MEMORY or (index and not index.isdecimal()):
+        raise EngineError(NAME, "open", f"this engine cannot read the memory of {device}", side="receiver")
+    return Endpoint(
+        memory=MEMORY[kind],
+        device=int(index or 0),
+        boot=boot_id(),
+        pid=os.getpid(),
+        uid=os.getuid(),
+        pid_namespace=pid_namespace(),
+        identity=bytes(IDENTITY_NBYTES),
+        identity_at=0,
+        rdma=rdma_obstacle() is None,
+        allow_tcp=allow_tcp,
+        metadata=b"",
+    )
 
 
 def boot_id() -> str:
@@ -131,38 +172,55 @@ def pid_namespace() -> int:
         return 0
 
 
-def has_rdma() -> bool:
-    """Return True if this machine has an RDMA device."""
-    try:
-        return any(Path("/sys/class/infiniband").iterdir())
-    except OSError:
-        return False
-
-
-def tcp_allowed(options: dict[str, str]) -> bool:
+def tcp_allowed(options: Mapping[str, str]) -> bool:
     """Return True if the user accepted the risk of TCP, in ``options`` or the environment."""
     return options.get(ALLOW_TCP, os.environ.get(ALLOW_TCP, "")).strip().lower() in {"1", "true", "yes"}
 
 
-def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
-    """The lane from ``peer`` to ``own``, and the reason why it is not a better one.
+def permitted_lane(own: Endpoint, peer: Endpoint) -> Lane:
+    """The lane from ``peer`` to ``own``.
 
     Raises:
-        EngineError: the two have different kinds of memory.
+        EngineError: there is none (``code="lane"``), or the peer has closed.
+    """
+    chosen, why = lane(own, peer)
+    if chosen is Lane.EMULATED and not (own.allow_tcp and peer.allow_tcp):
+        raise only_tcp(why)
+    return chosen
+
+
+def only_tcp(why: str) -> EngineError:
+    """The refusal of the lane that can crash a seed; ``why`` there is no other."""
+    return EngineError(
+        NAME,
+        "connect",
+        f"only TCP is left to reach this seed, since {why}; over TCP a receiver that dies in the middle of a read can "
+        f"crash its seed. Set {ALLOW_TCP}=1 for seed and receiver to take it all the same",
+        code="lane",
+        retry_elsewhere=True,
+        side="receiver",
+    )
+
+
+def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
+    """The lane from ``peer`` to ``own``, and for TCP the reason why there is no better one.
+
+    On one machine, processes that cannot attach to each other (two containers, two users) still have RDMA.
+
+    Raises:
+        EngineError: the two have different kinds of memory, or the peer has closed.
     """
     if own.memory != peer.memory:
-        raise EngineError(
-            NAME, "connect", f"the seed holds {peer.memory} memory, this process {own.memory}", side="receiver"
-        )
-    if own.boot != peer.boot or not own.boot:
-        if own.rdma and peer.rdma:
-            return Lane.RDMA, ""
-        whose = "this machine" if not own.rdma else "the seed's machine"
-        return Lane.EMULATED, f"the seed is on another machine and {whose} has no RDMA device"
-    why = _attach_obstacle(own, peer)
+        text = f"the seed holds {peer.memory} memory, this process {own.memory}"
+        raise EngineError(NAME, "connect", text, code="lane", side="receiver")
+    why: str | None = "the seed is on another machine"
+    if own.boot == peer.boot and own.boot:
+        why = _attach_obstacle(own, peer)
     if why is None:
         return (Lane.CUDA if own.memory == "VRAM" else Lane.CMA), ""
-    return Lane.EMULATED, why
+    if own.rdma and peer.rdma:
+        return Lane.RDMA, ""
+    return Lane.EMULATED, f"{why}, and {'the seed' if own.rdma else 'this process'} has no RDMA device that it can use"
 
 
 def _attach_obstacle(own: Endpoint, peer: Endpoint) -> str | None:

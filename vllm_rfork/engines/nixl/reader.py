@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from vllm_rfork.engines.nixl.agent import Agent, Bound
+from vllm_rfork.engines.nixl.pace import Pace
 from vllm_rfork.engines.process_memory import touch
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.segments import Segment
@@ -65,20 +66,25 @@ class Reader:
         # One thread to an executor: a pool of two would give a request to whichever thread is free.
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"rfork-nixl-{n}") for n in range(THREADS)]
 
-    def read(self, peer: str, device: int, segments: Sequence[Segment], bound: Bound, *, attach: bool) -> None:
+    def read(
+        self, peer: str, device: int, segments: Sequence[Segment], bound: Bound, pace: Pace, *, attach: bool
+    ) -> None:
         """Copy ``segments`` from ``peer``'s device number ``device``.
 
         No copy starts before NIXL has accepted every part.
 
         Args:
+            pace: the peer's.
             attach: the lane copies on the calling thread, and no byte of a failed read arrives later.
 
         Raises:
             EngineError: see :meth:`Agent.complete`; if several parts fail, one with ``in_flight`` first.
         """
-        if not attach or sum(segment.nbytes for segment in segments) < SPLIT_NBYTES:
+        nbytes = sum(segment.nbytes for segment in segments)
+        if not attach or nbytes < SPLIT_NBYTES:
             # Other lanes copy elsewhere, and CUDA needs the caller's thread, which has its context.
-            self._agent.complete(self._prepare(peer, device, segments), bound, quiet_on_error=attach)
+            request = self._prepare(peer, device, segments)
+            self._agent.complete(request, bound, quiet_on_error=attach, nbytes=nbytes, pace=pace)
             return
         parts = list(halves(segments))
         prepared = [

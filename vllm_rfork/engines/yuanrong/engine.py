@@ -74,7 +74,9 @@ class YuanRongEngine(TransferEngine):
     name: ClassVar[str] = NAME
     device_types: ClassVar[frozenset[str]] = frozenset({"npu", "cpu"})
     # HIXL accepts 4096 items a call. Calls above 128 MiB are not faster, smaller ones lose time to their round trips.
-    limits: ClassVar[Limits] = Limits(max_batch_nbytes=128 * 1024 * 1024, max_batch_items=4096)
+    limits: ClassVar[Limits] = Limits(
+        max_batch_nbytes=128 * 1024**2, max_batch_items=4096, largest_batch_nbytes=1024**3
+    )
 
     def __init__(self) -> None:
         self._native: NativeEngine | None = None
