@@ -11,7 +11,16 @@ import pytest
 
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.engines.memory import MemoryEngine
-from vllm_rfork.engines.registry import DEFAULT_ENGINE, ENGINES, GROUP, engine_class, engine_for_device, engine_names
+from vllm_rfork.engines.registry import (
+    AUTO_ORDER,
+    DEFAULT_ENGINE,
+    ENGINES,
+    GROUP,
+    engine_class,
+    engine_for_device,
+    engine_names,
+    engine_order,
+)
 from vllm_rfork.errors import ConfigError, EngineUnavailable
 
 
@@ -47,6 +56,36 @@ def test_unknown_engines_and_devices_are_configuration_errors() -> None:
         engine_class("carrier-pigeon")
     with pytest.raises(ConfigError, match="rfork_engine"):
         engine_for_device("abacus")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_the_automatic_order_has_the_engines_that_exist_and_read_the_device(device: str) -> None:
+    order = engine_order("auto", device)
+    assert order == tuple(name for name in AUTO_ORDER[device] if name in ENGINES)
+    assert DEFAULT_ENGINE[device] in order
+    assert all(device in engine_class(name).device_types for name in order)
+
+
+def test_the_order_of_a_list_is_the_users() -> None:
+    assert engine_order("memory", "cpu") == ("memory",)
+    assert engine_order("memory, nixl", "cpu") == ("memory", "nixl")
+    assert engine_order("nixl,memory", "cpu") == ("nixl", "memory")
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "problem"),
+    [
+        ("nixl,carrier-pigeon", "cpu", "there is no engine 'carrier-pigeon'"),
+        ("nixl,auto", "cpu", "there is no engine 'auto'"),
+        ("nixl,cuda_ipc", "cpu", "engine cuda_ipc has no access to cpu memory, only to cuda"),
+        ("memory", "cuda", "engine memory has no access to cuda memory, only to cpu"),
+        ("auto", "abacus", "auto selects no engine for device type 'abacus'"),
+    ],
+)
+def test_an_order_that_cannot_work_fails_the_start_by_name(setting: str, device: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match="rfork_engine") as caught:
+        engine_order(setting, device)
+    assert problem in str(caught.value)
 
 
 # -- engines of other distributions ----------------------------------------------------------------------------------
@@ -112,6 +151,11 @@ def test_a_broken_engine_is_reported_with_its_distribution(value: str, problem: 
         engine_class("dove")
     assert "carrier-engines 1.2" in str(caught.value)
     assert value in str(caught.value)
+
+
+def test_a_broken_engine_stays_in_a_list_until_it_is_opened(install: Install) -> None:
+    install("carrier-engines", dove="nowhere:Engine")
+    assert engine_order("dove,memory", "cpu") == ("dove", "memory")
 
 
 def test_two_distributions_with_one_name_are_a_configuration_error(install: Install) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_rfork.errors import SeedError
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest, validate_manifest
-from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest, Region, Span, TensorEntry
+from vllm_rfork.manifest.schema import MANIFEST_VERSION, EngineEndpoint, Manifest, Region, Span, TensorEntry
 
 GOOD = Manifest(
     seed_key="/models/q$prod$kv_both$0$0",
@@ -43,7 +43,52 @@ def test_a_good_manifest_survives_the_wire() -> None:
     assert GOOD.nbytes == 1010
 
 
+MORE = (EngineEndpoint("nixl", "{}"), EngineEndpoint("collective", "tcp://10.0.0.1:5000"))
+
+#: As seeds wrote it before they offered several engines.
+OLD_FORM = b"""{"version": 1, "seed_key": "k", "fingerprint": "f", "epoch": "e1", "layout": "checkpoint",
+"engine": "nixl", "endpoint": "opaque", "built": null, "digest_algorithm": "", "checkpoint": null,
+"regions": [{"address": 4096, "nbytes": 1000}],
+"spans": [{"region": 0, "address": 4096, "nbytes": 1000, "digest": ""}],
+"tensors": [{"name": "a", "dtype": "uint8", "shape": [1000], "stride": [1], "span": 0}],
+"state": {}, "state_gone": []}"""
+
+
+def test_a_manifest_of_one_engine_has_one_endpoint() -> None:
+    old = decode_manifest(OLD_FORM)
+    assert old.endpoints == (EngineEndpoint("nixl", "opaque"),)
+    assert (old.version, old.more_endpoints) == (MANIFEST_VERSION, ())
+
+
+def test_a_manifest_carries_the_endpoints_of_several_engines_in_the_seeds_order() -> None:
+    sent = altered(more_endpoints=MORE)
+    received = decode_manifest(encode_manifest(sent))
+    assert received == sent
+    assert [each.engine for each in received.endpoints] == ["memory", "nixl", "collective"]
+    assert received.header.more_endpoints == MORE
+    assert sent.header.manifest(regions=(), spans=(), tensors=()).endpoints == sent.endpoints
+
+
+def test_an_older_receiver_reads_the_one_endpoint_that_it_looks_for() -> None:
+    """Its classes have no field for the others and ignore it."""
+
+    class OldManifest(msgspec.Struct, frozen=True, kw_only=True):
+        version: int
+        seed_key: str
+        engine: str
+        endpoint: str
+        regions: tuple[Region, ...]
+
+    read = msgspec.json.decode(encode_manifest(altered(more_endpoints=MORE)), type=OldManifest)
+    assert (read.version, read.engine, read.endpoint) == (1, "memory", "memory:1:2:3:4")
+
+
 CONTRADICTIONS = {
+    "two endpoints of the engine older receivers look for": altered(more_endpoints=(EngineEndpoint("memory", "b"),)),
+    "two endpoints of one engine": altered(more_endpoints=(*MORE, MORE[0])),
+    "an engine without a name": altered(more_endpoints=(EngineEndpoint("", "b"),)),
+    "an engine's name of 65 characters": altered(more_endpoints=(EngineEndpoint("e" * 65, "b"),)),
+    "seventeen engines": altered(more_endpoints=tuple(EngineEndpoint(f"e{number}", "") for number in range(16))),
     "version from the future": altered(version=MANIFEST_VERSION + 1),
     "version 0": altered(version=0),
     "region without bytes": altered(regions=(Region(4096, 0), Region(5096, 1000))),

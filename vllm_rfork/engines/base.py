@@ -1,9 +1,12 @@
 """The port that every transfer engine implements.
 
 One engine object serves one worker process and one role. A seed calls ``open``, ``register``, then publishes
-``endpoint``. A receiver calls ``open``, ``register`` for its own memory, ``connect``, ``read`` as often as needed, and
-``disconnect``. A receiver that becomes a seed keeps the engine and its registrations. Both end with ``close``. Every
-call blocks and is bounded in time.
+``endpoint``. A receiver calls ``lane_obstacle`` of the class, then ``open``, ``register`` for its own memory,
+``present_lease``, ``connect``, ``read`` as often as needed, and ``disconnect``. A receiver that becomes a seed keeps
+the engine and its registrations. Both end with ``close``. Every call blocks and is bounded in time.
+
+A worker may have several engines with the same regions. If ``lane_obstacle`` or ``connect`` refuses one engine's lane,
+the receiver tries the next engine, before any byte moves.
 
 An adapter raises :class:`~vllm_rfork.errors.EngineError` and nothing else, with the foreign error as its cause.
 ``vllm_rfork.testing`` contains the contract as tests.
@@ -68,6 +71,8 @@ class TransferEngine(abc.ABC):
     device_types: ClassVar[frozenset[str]]
     #: The bounds of one ``read`` on any lane.
     limits: ClassVar[Limits]
+    #: ``open`` and ``register`` take milliseconds, so a worker opens the engine whether it will be needed or not.
+    opens_quickly: ClassVar[bool] = False
 
     @classmethod
     def self_check(cls) -> str:
@@ -92,6 +97,19 @@ class TransferEngine(abc.ABC):
         """
         return cls.name
 
+    @classmethod
+    def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
+        """The reason, found without opening the engine, why no lane leads to ``endpoint``, and the remedy if any.
+
+        None if only ``connect`` can tell. Returns within milliseconds and never raises: an unreadable endpoint is a
+        reason too.
+
+        Args:
+            endpoint: a seed's, for an engine of this name; untrusted.
+            config: what :meth:`open` would get.
+        """
+        return None
+
     @abc.abstractmethod
     def open(self, config: EngineConfig) -> None:
         """Start the engine.
@@ -115,12 +133,16 @@ class TransferEngine(abc.ABC):
         The caller keeps the memory alive until ``close`` has returned.
         """
 
+    def present_lease(self, lease: str) -> None:  # noqa: B027 - one-sided engines need no lease
+        """Take the id of the lease under which the next ``connect`` is made; two-sided engines send it to the seed."""
+
     @abc.abstractmethod
     def connect(self, endpoint: str, timeout_s: float) -> None:
         """Connect to a peer.
 
         Raises:
-            EngineError: it cannot be reached within ``timeout_s`` seconds.
+            EngineError: it cannot be reached within ``timeout_s`` seconds; with the code ``lane`` if the engine has no
+                path to it, or only one that is refused. The text contains the remedy.
         """
 
     def lane(self, endpoint: str) -> str:

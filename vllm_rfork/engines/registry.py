@@ -60,8 +60,17 @@ ENGINES: dict[str, EngineRow] = {
     ),
 }
 
-#: The engine of ``rfork_engine=auto``, by torch device type.
+#: The engine whose endpoint a seed writes where older receivers look for the only one, by torch device type. It also
+#: stands for all engines in the fingerprint, so that neither engines nor their order separate workers.
 DEFAULT_ENGINE: dict[str, str] = {"npu": "yuanrong", "cuda": "nixl", "cpu": "nixl"}
+
+#: The engines of ``rfork_engine=auto`` in the order in which a receiver tries them, by torch device type.
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda_ipc", "nixl", "mooncake", "collective"),
+    "cpu": ("nixl", "mooncake", "collective"),
+    "npu": ("yuanrong", "mooncake", "collective"),
+}
+AUTO = "auto"
 
 
 def engine_names() -> list[str]:
@@ -123,6 +132,32 @@ def _owner(entry: EntryPoint) -> str:
     """The distribution of an entry point, with its version."""
     dist = entry.dist
     return "an unknown distribution" if dist is None else f"{dist.name} {dist.version}"
+
+
+def engine_order(setting: str, device_type: str) -> tuple[str, ...]:
+    """The engines that ``rfork_engine=setting`` selects for a torch device type, the preferred one first.
+
+    Args:
+        setting: :data:`AUTO`, or names with commas between.
+
+    Raises:
+        ConfigError: there is no such engine, or it cannot use that device's memory.
+    """
+    if setting == AUTO:
+        if device_type not in AUTO_ORDER:
+            problem = f"auto selects no engine for device type {device_type!r}"
+            raise ConfigError("rfork_engine", problem, "one of " + ", ".join(engine_names()))
+        return tuple(name for name in AUTO_ORDER[device_type] if name in ENGINES)
+    names = tuple(name.strip() for name in setting.split(","))
+    for name in names:
+        try:
+            types = engine_class(name).device_types
+        except EngineUnavailable:
+            continue  # opening it fails with the reason, and the others may work
+        if device_type not in types:
+            problem = f"engine {name} has no access to {device_type} memory, only to {', '.join(sorted(types))}"
+            raise ConfigError("rfork_engine", problem, "auto, or engines for this device")
+    return names
 
 
 def engine_for_device(device_type: str) -> str:

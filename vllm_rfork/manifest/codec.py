@@ -25,6 +25,8 @@ MAX_NAME_LENGTH = 2048
 #: Characters of a header field. The key (``messages.MAX_KEY_LENGTH``) and the engine's endpoint have other bounds.
 MAX_TEXT_LENGTH = 256
 MAX_DIMENSIONS = 64
+#: Engines that one seed offers, and characters of an engine's name.
+MAX_ENGINES, MAX_ENGINE_NAME = 16, 64
 #: A checkpoint's identity: parts (towers, heads, modules) and characters of a part's name or identity.
 MAX_CHECKPOINT_PARTS, MAX_CHECKPOINT_TEXT = 64, 200
 
@@ -71,6 +73,7 @@ def validate_manifest(manifest: Manifest) -> None:
             f"the seed's manifest has version {manifest.version}, this receiver reads 1 to {MANIFEST_VERSION}"
         )
     _check_texts(manifest)
+    _check_endpoints(manifest)
     parts = manifest.checkpoint or {}
     if len(parts) > MAX_CHECKPOINT_PARTS or any(
         len(text) > MAX_CHECKPOINT_TEXT for pair in parts.items() for text in pair
@@ -98,6 +101,16 @@ def _check_texts(manifest: Manifest) -> None:
             raise SeedError(f"state {name!r} of the seed's manifest is too large a number")
     if any(len(span.digest) > MAX_TEXT_LENGTH for span in manifest.spans):
         raise SeedError(f"the seed's manifest has a digest of more than {MAX_TEXT_LENGTH} characters")
+
+
+def _check_endpoints(manifest: Manifest) -> None:
+    names = [each.engine for each in manifest.endpoints]
+    if len(names) > MAX_ENGINES:
+        raise SeedError(f"the seed's manifest has endpoints of {len(names)} engines, this receiver reads {MAX_ENGINES}")
+    if not all(0 < len(name) <= MAX_ENGINE_NAME for name in names):
+        raise SeedError(f"an engine of the seed's manifest has a name of no or more than {MAX_ENGINE_NAME} characters")
+    if len(set(names)) < len(names):
+        raise SeedError("the seed's manifest has two endpoints of one engine")
 
 
 def _in_64_bits(number: int) -> bool:

@@ -74,13 +74,21 @@ class TensorEntry(msgspec.Struct, frozen=True):
     inline_group: int | None = None
 
 
+class EngineEndpoint(msgspec.Struct, frozen=True):
+    """A seed's address for one engine. The endpoint is opaque text; only that engine can read it."""
+
+    engine: str
+    endpoint: str
+
+
 class ManifestHeader(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of a manifest that do not come from the tensors.
 
     Attributes:
         epoch: one life of the seed with unchanged weights. It and ``endpoint`` are empty until the seed starts.
         layout: a :data:`Layout`; another seed's may be unknown here and then only differs.
-        endpoint: the seed's address for ``engine``; opaque text.
+        endpoint: the seed's address for ``engine``; opaque text. Older receivers look at this pair only.
+        more_endpoints: the seed's other engines, the preferred one first. All engines have the same regions.
         built: kernels and formats that constructors chose (``model/build_signature.py``); None: not reported.
         checkpoint: identity of the checkpoint's files, by part (``manifest/checkpoint_identity.py``); None: unknown.
     """
@@ -92,6 +100,7 @@ class ManifestHeader(msgspec.Struct, frozen=True, kw_only=True):
     layout: str
     engine: str
     endpoint: str = ""
+    more_endpoints: tuple[EngineEndpoint, ...] = ()
     built: dict[str, str] | None = None
     digest_algorithm: str = ""
     checkpoint: dict[str, str] | None = None
@@ -131,6 +140,11 @@ class Manifest(ManifestHeader, frozen=True, kw_only=True):
     tensors: tuple[TensorEntry, ...]
     state: dict[str, StateValue] = {}
     state_gone: tuple[str, ...] = ()
+
+    @property
+    def endpoints(self) -> tuple[EngineEndpoint, ...]:
+        """One endpoint for each engine that the seed offers."""
+        return (EngineEndpoint(self.engine, self.endpoint), *self.more_endpoints)
 
     @property
     def nbytes(self) -> int:
