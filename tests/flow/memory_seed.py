@@ -16,6 +16,7 @@ from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
+from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.seed import Seed, SeedConfig
 from vllm_rfork.selftest.buffers import Buffer
 
@@ -66,7 +67,8 @@ def seed_of(settings: Settings, session: ForkSession, buffer: Buffer) -> Seed:
         slots=settings.rfork_seed_slots or None,
     )
     manifest = manifest_of(buffer, digest_of(buffer))
-    return Seed(config, manifest, session.engine.hand_over(), buffer, lambda: None, session.intent.id)
+    engines = SeedEngines([session.engine.hand_over()])
+    return Seed(config, manifest, engines, buffer, lambda: None, session.intent.id)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
@@ -15,6 +15,8 @@ from vllm_rfork.manifest.schema import Region
 from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline, start_on_thread
 
 logger = worker_logger(__name__)
+
+T = TypeVar("T")
 
 #: How long past its own bound an engine's call may take before it is given up, in seconds.
 GRACE_S = 1.0
@@ -141,8 +143,8 @@ def close_or_quarantine(engine: TransferEngine, memory: Any) -> None:
         _quarantine.append((engine, memory))
 
 
-def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: Callable[[], None]) -> None:
-    """Make a native call on a thread of its own and give it up if the engine exceeds its own bound.
+def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: Callable[[], T]) -> T:
+    """The result of a native call, made on a thread of its own and given up if the engine exceeds its own bound.
 
     Args:
         timeout_s: that bound, in seconds.
@@ -152,7 +154,7 @@ def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: 
             bound: the thread and the buffers then belong to the engine until the process ends.
     """
     try:
-        call_with_deadline(call, timeout_s + GRACE_S, f"rfork-{operation}")
+        return call_with_deadline(call, timeout_s + GRACE_S, f"rfork-{operation}")
     except DeadlineExceeded as late:
         raise EngineError(
             engine.name,

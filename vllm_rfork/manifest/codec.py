@@ -43,7 +43,8 @@ def decode_manifest(body: bytes) -> Manifest:
         SeedError: not JSON, a field is missing or of the wrong type, an unsupported version, or inconsistent contents
             (a span outside its region, a tensor outside its span).
     """
-    _check_sizes(body)
+    if (obstacle := size_obstacle(body)) is not None:
+        raise SeedError(f"the seed's manifest {obstacle}")
     try:
         manifest = msgspec.json.decode(body, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -52,15 +53,13 @@ def decode_manifest(body: bytes) -> Manifest:
     return manifest
 
 
-def _check_sizes(body: bytes) -> None:
-    """Reject, before it is parsed, a body that would take many times its length in memory."""
+def size_obstacle(body: bytes) -> str | None:
+    """The reason why receivers refuse ``body`` before they parse it: it would take many times its length in memory."""
     for what, marks, most in (("lists and mappings", b"[{", MAX_CONTAINERS), ("values", b",", MAX_VALUES)):
         count = sum(body.count(mark) for mark in marks)
         if len(body) > MAX_MANIFEST_NBYTES or count > most:
-            raise SeedError(
-                f"the seed's manifest has {len(body)} bytes and {count} {what}; this receiver reads "
-                f"{MAX_MANIFEST_NBYTES} and {most}"
-            )
+            return f"has {len(body)} bytes and {count} {what}; receivers read {MAX_MANIFEST_NBYTES} and {most}"
+    return None
 
 
 def validate_manifest(manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from vllm_rfork.errors import ForkError
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.publication import Publication, PublishedTensors
 from vllm_rfork.seeding.seed import Seed
 from vllm_rfork.seeding.slot import Slot, SlotEvent, SlotState
@@ -224,7 +225,7 @@ class SeedManager:
         return Seed(
             config=publication.config,
             manifest=manifest,
-            engine=publication.engine.hand_over(),
+            engines=SeedEngines([publication.engine.hand_over()]),
             keep=start.tensors.keep,
             recheck=start.tensors.recheck,
             # An earlier announcement has fulfilled the intent, or it was taken back.

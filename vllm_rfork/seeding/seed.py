@@ -8,6 +8,7 @@ only then is the memory released.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,15 +17,14 @@ from typing import Any
 import msgspec
 
 from vllm_rfork.clients import PlannerClient
-from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import ForkError, SeedError
-from vllm_rfork.fork.engine_handle import close_or_quarantine
 from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.event_loop import BackgroundTask, background
 from vllm_rfork.seed_service import SeedService
+from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.publication import SeedConfig
 
 logger = worker_logger(__name__)
@@ -46,7 +46,7 @@ class Seed:
 
     Args:
         manifest: without endpoint and epoch; both are added here.
-        engine: open; the seed owns it from now on and closes it when it ends.
+        engines: the seed owns them from now on and closes them when it ends.
         keep: an object that keeps the manifest's memory alive; dropped at the end.
         recheck: raises ForkError if the bytes are not the manifest's any more; called before announcing, and dropped
             at the end because it refers to the memory as well.
@@ -55,7 +55,7 @@ class Seed:
 
     config: SeedConfig
     manifest: Manifest
-    engine: TransferEngine
+    engines: SeedEngines
     keep: Any
     recheck: Callable[[], None] | None
     intent: str = ""
@@ -90,21 +90,36 @@ class Seed:
             raise SeedError("the seed has been withdrawn before it was ready")
 
     def _start(self) -> SeedAddress:
-        if not self.engine.registered_nbytes:  # a worker that forked has registered already, to be written to
-            self.engine.register(self.manifest.regions)
+        started = time.monotonic()
+        bound_s = self.config.ready_timeout_s
+        self.engines.register(self.manifest.regions, self.keep, bound_s, self._stop_if_withdrawn)
         self._stop_if_withdrawn()
         if self.recheck is not None:
             self.recheck()
         self.off_device.set()
         self._stop_if_withdrawn()
         epoch = uuid.uuid4().hex
-        self.manifest = msgspec.structs.replace(self.manifest, endpoint=self.engine.endpoint, epoch=epoch)
+        manifest = msgspec.structs.replace(self.manifest, epoch=epoch)
+        self.manifest = self.engines.offer(manifest, self.keep, bound_s)
         address = self._serve()
         self._stop_if_withdrawn()
         self._announce(address)
         self._stop_if_withdrawn()
-        logger.debug("seed %s is ready, epoch %s", address, epoch)
+        self._log_ready(address, time.monotonic() - started)
         return address
+
+    def _log_ready(self, address: SeedAddress, seconds: float) -> None:
+        self.engines.log_failures()
+        nbytes = self.manifest.nbytes
+        logger.info(
+            "seed %s offers %d bytes (%.2f GB), ready in %.2f s, engines=%s epoch=%s",
+            address,
+            nbytes,
+            nbytes / 1e9,
+            seconds,
+            ",".join(self.engines.names),
+            self.manifest.epoch,
+        )
 
     def _serve(self) -> SeedAddress:
         config = self.config
@@ -180,7 +195,7 @@ class Seed:
             self._attempt("stop the heartbeat", lambda: task.cancel(bound_s))
         if service is not None:
             self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
-        close_or_quarantine(self.engine, self.keep)
+        self.engines.close(self.keep)
         self.keep = None
         self.recheck = None
 
