@@ -25,7 +25,7 @@ from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest
 from vllm_rfork.messages import BadMessage, SeedAddress
 from vllm_rfork.net.bearer import equal
 from vllm_rfork.net.credentials import Credentials
-from vllm_rfork.net.server import BoundedServer, Bounds, Reply, Tls
+from vllm_rfork.net.server import BoundedServer, Bounds, Reply, tls_for
 from vllm_rfork.net.tls_errors import ssl_error
 
 logger = worker_logger(__name__)
@@ -205,7 +205,7 @@ class SeedService:
         self._advertised_host = advertised_host
         self._ready_timeout_s = ready_timeout_s
         self._calls = _Calls(self.seed_key, _Encoded.of(manifest, encoders), self._credentials, facts)
-        self._server = BoundedServer(self._calls.answer, bounds or Bounds(), _tls(self._credentials))
+        self._server = BoundedServer(self._calls.answer, bounds or Bounds(), tls_for(self._credentials))
 
     async def start(self) -> int:
         """Listen, and return the port once the service answers its own health check.
@@ -309,14 +309,3 @@ class SeedService:
     @property
     def _own_host(self) -> str:
         return _OWN_HOST.get(self.bind_host, self.bind_host)
-
-
-def _tls(credentials: Credentials) -> Tls | None:
-    options = credentials.options
-    if options.seed_tls == "off":
-        return None
-    return Tls(
-        credentials.needed_server_context,
-        plain_too=options.seed_tls == "prefer",
-        wants_certificate=bool(options.client_ca_file),
-    )

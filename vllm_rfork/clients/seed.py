@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping
 
 import msgspec
 
 from vllm_rfork import messages
+from vllm_rfork.clients.seed_http import SeedHttp
 from vllm_rfork.errors import SeedError
 from vllm_rfork.logs.quoting import printable
 from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, decode_manifest
 from vllm_rfork.manifest.facts import MAX_FACTS, MAX_NAME, MAX_VALUE
 from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.net.client import Answer, BoundedHttp
+from vllm_rfork.net.client import Answer
 from vllm_rfork.net.credentials import Credentials, Options
-from vllm_rfork.net.tls_errors import speaks_no_tls
 
 _MAX_SMALL_NBYTES = 64 * 1024
 #: ``facts.MAX_FACTS`` names and values, with room for JSON's escapes.
@@ -34,8 +33,7 @@ class SeedClient:
     Args:
         request_timeout_s: bound of every call in seconds, from name resolution to the last byte.
         token: sent as ``Authorization: Bearer``.
-        credentials: token and TLS, instead of ``token``. With ``seed_tls`` ``off``, calls use http; with ``require``,
-            https; with ``prefer``, https and then http if the seed does not support TLS.
+        credentials: token and TLS, instead of ``token``; see :class:`~vllm_rfork.clients.seed_http.SeedHttp`.
         certified_name: name that a seed's certificate must contain, unless ``seed_name`` is set; empty: its address.
     """
 
@@ -49,9 +47,7 @@ class SeedClient:
     ) -> None:
         self.request_timeout_s = request_timeout_s
         credentials = credentials or Credentials(Options(token=token or ""))
-        self._tls = credentials.options.seed_tls
-        self._certified_name = credentials.options.seed_name or certified_name
-        self._http = BoundedHttp("seed", SeedError, credentials)
+        self._http = SeedHttp("seed", credentials, certified_name=certified_name)
 
     async def manifest(self, address: SeedAddress, seed_key: str, fingerprint: str) -> Manifest:
         """The seed's validated manifest, of ``seed_key`` and ``fingerprint``.
@@ -142,25 +138,14 @@ class SeedClient:
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
     ) -> Answer:
-        deadline = time.monotonic() + self.request_timeout_s
-
-        async def get(tls: bool) -> Answer:
-            return await self._http.exchange(
-                "GET",
-                ("https" if tls else "http") + address.base_url.removeprefix("http") + path,
-                headers=headers,
-                params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
-                timeout_s=max(0.0, deadline - time.monotonic()),
-                max_body_nbytes=max_body_nbytes,
-                certified_name=self._certified_name if tls else "",
-            )
-
-        try:
-            return await get(self._tls != "off")
-        except SeedError as error:
-            if self._tls != "prefer" or not speaks_no_tls(error.__cause__):
-                raise
-        return await get(False)
+        return await self._http.get(
+            address.base_url.removeprefix("http://"),
+            path,
+            headers=headers,
+            params={messages.SEED_KEY_PARAM: seed_key, **(params or {})},
+            timeout_s=self.request_timeout_s,
+            max_body_nbytes=max_body_nbytes,
+        )
 
 
 def _other_fingerprint(answer: Answer, fingerprint: str) -> str:

@@ -19,6 +19,7 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.net import connection, connections, descriptors, listener
 from vllm_rfork.net.connection import Limits, Phase
 from vllm_rfork.net.connections import ConnectionLimiter
+from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.seldom import Seldom, SeldomFilter
 
 logger = worker_logger(__name__)
@@ -98,6 +99,18 @@ class Tls:
     context: Callable[[], ssl.SSLContext]
     plain_too: bool = False
     wants_certificate: bool = False
+
+
+def tls_for(credentials: Credentials) -> Tls | None:
+    """The encryption that the ``seed_tls`` of ``credentials`` demands of a worker's service; None for none."""
+    options = credentials.options
+    if options.seed_tls == "off":
+        return None
+    return Tls(
+        credentials.needed_server_context,
+        plain_too=options.seed_tls == "prefer",
+        wants_certificate=bool(options.client_ca_file),
+    )
 
 
 class BoundedServer:
