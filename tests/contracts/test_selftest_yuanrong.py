@@ -9,7 +9,7 @@ import pytest
 
 from tests.contracts.driver_buffer import ROOT
 from tests.standin import build, wheels
-from vllm_rfork.selftest.processes import FAILED, GOOD, WRONG_BYTES
+from vllm_rfork.selftest.report import FAILED, GOOD, WRONG_BYTES
 
 
 @pytest.mark.parametrize("wheel", ["transfer-engine", "datasystem"])

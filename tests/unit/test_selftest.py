@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.selftest.processes import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES
+from vllm_rfork.selftest.report import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES
 from vllm_rfork.selftest.roles import buffer_sizes
 
 ROOT = Path(__file__).resolve().parents[2]

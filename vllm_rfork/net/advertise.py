@@ -87,6 +87,15 @@ def listen_host(bind_host: str, advertised: str) -> str:
     return _EVERY_ADDRESS if bind_host == _EVERY_IPV4 and ":" in advertised else bind_host
 
 
+def local_address_towards(host: str, port: int, timeout_s: float) -> str:
+    """The local address of the route to ``host``, a name or an address; nothing is sent there.
+
+    Raises:
+        OSError: the name is not found within ``timeout_s`` seconds, or there is no route.
+    """
+    return _routed_from(_look_up(host, port, timeout_s)[0])
+
+
 def is_loopback(host: str) -> bool:
     """Return True if ``host`` is a loopback address or ``localhost``, by its spelling alone."""
     address = _address(host)

@@ -1,4 +1,4 @@
-"""Seed and receiver of the self-test: what each of the two processes does with its engine."""
+"""Seed and receiver of the self-test: the work of each of the two processes with one engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import msgspec
+
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.manifest.schema import Region
@@ -21,12 +23,12 @@ from vllm_rfork.selftest.buffers import Buffer
 _MIB = 1 << 20
 _PIECE = 16 * _MIB
 #: Stages that move all bytes, and so have a speed.
-MOVES = ("read into fresh memory", "read again", "memcpy beside it")
+MOVES = FRESH, AGAIN, MEMCPY = ("read into fresh memory", "read again", "memcpy beside it")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The parameters of one run; ``timeout_s`` bounds all of it, in seconds."""
+    """The parameters of one engine's run; ``timeout_s`` bounds all of it, in seconds."""
 
     engine: str
     device: str = "cpu"
@@ -37,22 +39,32 @@ class Trial:
     corrupt: bool = False
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(msgspec.Struct, frozen=True):
     """The seed's message: its endpoint, and address, length in bytes and digest of each buffer."""
 
     endpoint: str
     buffers: list[tuple[int, int, str]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(nbytes for _, nbytes, _ in self.buffers)
+
 
 @dataclass(frozen=True)
 class Result:
-    """The receiver's message: the numbers of wrong buffers, their count, bytes, and seconds by stage, in order."""
+    """The receiver's message: lane, numbers of the wrong buffers, count, bytes, and seconds by stage, in order."""
 
+    lane: str
     wrong: list[int]
     count: int
     nbytes: int
     seconds: dict[str, float]
+
+    def gb_per_s(self, stage: str) -> float | None:
+        """The speed of a stage that moved all bytes; None if it did not run."""
+        seconds = self.seconds.get(stage, 0.0)
+        return self.nbytes / seconds / 1e9 if stage in MOVES and seconds > 0 else None
 
 
 def seed(trial: Trial, parent: Connection) -> None:
@@ -82,24 +94,30 @@ def receiver(trial: Trial, parent: Connection) -> None:
         engine.register([Region(buffer.address, buffer.nbytes) for buffer in buffers])
     with stages.timed("connect"):
         engine.connect(published.endpoint, trial.timeout_s)
+    lane = engine.lane(published.endpoint)
     pairs = list(zip(buffers, published.buffers, strict=True))
     segments = [Segment(mine.address, address, mine.nbytes) for mine, (address, _, _) in pairs]
-    with stages.timed(MOVES[0]):
+    with stages.timed(FRESH):
         _read(engine, published.endpoint, segments, trial)
     arrived = _digests(buffers)
     wrong = [number for number, (_, _, digest) in enumerate(published.buffers) if arrived[number] != digest]
-    with stages.timed(MOVES[1]):
+    with stages.timed(AGAIN):
         _read(engine, published.endpoint, segments, trial)
     if trial.device == "cpu":
-        copies = [Buffer("cpu", buffer.nbytes) for buffer in buffers]
-        for copy in copies:
-            ctypes.memset(copy.address, 1, copy.nbytes)
-        with stages.timed(MOVES[2]):
-            for copy, buffer in zip(copies, buffers, strict=True):
-                ctypes.memmove(copy.address, buffer.address, buffer.nbytes)
+        _copy_beside(buffers, stages)
     engine.disconnect(published.endpoint)
     engine.close()
-    parent.send(Result(wrong, len(buffers), sum(segment.nbytes for segment in segments), stages.seconds))
+    parent.send(Result(lane, wrong, len(buffers), published.nbytes, stages.seconds))
+
+
+def _copy_beside(buffers: Sequence[Buffer], stages: _Stages) -> None:
+    """Copy the bytes once within this process, to compare: the speed that this machine's memory permits."""
+    copies = [Buffer("cpu", buffer.nbytes) for buffer in buffers]
+    for copy in copies:
+        ctypes.memset(copy.address, 1, copy.nbytes)
+    with stages.timed(MEMCPY):
+        for copy, buffer in zip(copies, buffers, strict=True):
+            ctypes.memmove(copy.address, buffer.address, buffer.nbytes)
 
 
 def buffer_sizes(nbytes: int) -> list[int]:
