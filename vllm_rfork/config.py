@@ -156,6 +156,24 @@ def _labels(value: str) -> str:
     return ",".join(f"{name}={text}" for name, text in labels.items())
 
 
+#: Engines in one list; a seed offers no more.
+_MAX_ENGINES = 16
+
+
+def _engines(value: str) -> str:
+    """``auto``, or names of engines in the order in which they are tried, without the spaces around them."""
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise ValueError("there is an empty name in the list of engines")
+    if len(set(names)) < len(names):
+        raise ValueError("an engine is listed twice")
+    if "auto" in names[1:] or (names[0] == "auto" and len(names) > 1):
+        raise ValueError("auto is not a part of a list")
+    if len(names) > _MAX_ENGINES:
+        raise ValueError(f"{len(names)} engines")
+    return ",".join(names)
+
+
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -164,6 +182,9 @@ Line = Annotated[str, AfterValidator(_one_line)]
 LoadFormat = Annotated[str, AfterValidator(_one_line), AfterValidator(_load_format)]
 #: Not stripped: a space may be intended.
 Separator = Annotated[str, AfterValidator(_one_line), Field(min_length=1, max_length=16)]
+
+#: Not a list in JSON: the environment and the command line have only text.
+Engines = Annotated[str, AfterValidator(_one_line), AfterValidator(_engines)]
 
 #: Accepted values of each kind of field, for the error that fails the start.
 _ACCEPTS: dict[Any, str] = {
@@ -201,8 +222,9 @@ class Settings(BaseModel):
     rfork_seed_advertise_host: Line = ""
     #: 0: a random port; else base + 2 * local rank + (1 for a draft).
     rfork_seed_port_base: Annotated[int, Field(ge=0, le=65000)] = 0
-    #: auto: by device (``engines/registry.py``).
-    rfork_engine: Line = "auto"
+    #: Engines in the order in which a receiver tries them; a seed offers all. auto: by device
+    #: (``engines/registry.py``).
+    rfork_engine: Engines = "auto"
     #: auto: checkpoint on CPU, runtime on accelerators.
     rfork_layout: Literal["auto", "checkpoint", "runtime"] = "auto"
     #: full: verify every byte against the seed's digests; sample: one span in eight; off: none.
@@ -372,6 +394,7 @@ def _accepts(name: str) -> str:
         "rfork_seed_port_base": "an integer from 0 to 65000",
         "rfork_max_batch_bytes": "an integer greater than 0",
         "rfork_fallback_load_format": "a load format of vLLM other than rfork, such as auto",
+        "rfork_engine": "one line of text: auto, or engines in the order to try them, such as cuda_ipc,nixl",
         "rfork_token": "one line of text",
         "rfork_labels": f"up to {_MAX_LABELS} labels like host=a,rack=b, names and values of 1 to 63 of A-Za-z0-9_.-",
         "rfork_seed_wait_sec": _ACCEPTS[Seconds],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from vllm_rfork.logs.worker import worker_logger
 
@@ -38,6 +40,7 @@ def register() -> None:
     except Exception as error:  # noqa: BLE001 - a module that is not needed must not fail the start
         logger.warning("vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
     from vllm_rfork.config import parse_config
+    from vllm_rfork.engines.registry import check_engines
     from vllm_rfork.loader import RForkModelLoader
     from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.fallback_format import show_fallback_while_configuring
@@ -46,9 +49,13 @@ def register() -> None:
     from vllm_rfork.vllm_compat.vllm_log import log_through_vllm
 
     log_through_vllm()
-    check_options_early(
-        LOAD_FORMAT, lambda extra: check_format(parse_config(extra).settings.rfork_fallback_load_format)
-    )
+
+    def check(extra: Mapping[str, Any] | None) -> None:
+        settings = parse_config(extra).settings
+        check_format(settings.rfork_fallback_load_format)
+        check_engines(settings.rfork_engine)
+
+    check_options_early(LOAD_FORMAT, check)
     show_fallback_while_configuring(LOAD_FORMAT)
     copy_to_ray_workers()
     model_loader.register_model_loader(LOAD_FORMAT)(RForkModelLoader)

@@ -14,10 +14,12 @@ import sys
 
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
 from vllm_rfork.seeding.engines import SeedEngines
-from vllm_rfork.seeding.seed import Seed, SeedConfig
+from vllm_rfork.seeding.publication import SeedConfig
+from vllm_rfork.seeding.seed import Seed
 from vllm_rfork.selftest.buffers import Buffer
 
 KEY = "/models/q$prod$kv_both$0$0"
@@ -48,7 +50,7 @@ def manifest_of(buffer: Buffer, digest: str = "") -> Manifest:
 
 
 def session_of(settings: Settings) -> ForkSession:
-    return ForkSession(settings, KEY, "memory", EngineConfig(device="cpu"))
+    return ForkSession(settings, KEY, EngineSet(["memory"], EngineConfig(device="cpu")))
 
 
 def seed_of(settings: Settings, session: ForkSession, buffer: Buffer) -> Seed:
@@ -67,7 +69,7 @@ def seed_of(settings: Settings, session: ForkSession, buffer: Buffer) -> Seed:
         slots=settings.rfork_seed_slots or None,
     )
     manifest = manifest_of(buffer, digest_of(buffer))
-    engines = SeedEngines([session.engine.hand_over()])
+    engines = SeedEngines(session.engines.hand_over())
     return Seed(config, manifest, engines, buffer, lambda: None, session.intent.id)
 
 

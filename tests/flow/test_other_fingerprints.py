@@ -17,6 +17,7 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ForkError, NoSeedAvailable
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
@@ -31,7 +32,7 @@ OWN = {"options.model.dtype": "bfloat16", "hf_config.tie_word_embeddings": "true
 
 def session_at(url: str) -> ForkSession:
     options = {"rfork_scheduler_url": url, "rfork_become_seed": False, "rfork_request_timeout_sec": 10.0}
-    return ForkSession(parse_config(options, {}).settings, KEY, "memory", EngineConfig(device="cpu"), OWN)
+    return ForkSession(parse_config(options, {}).settings, KEY, EngineSet(["memory"], EngineConfig(device="cpu")), OWN)
 
 
 @contextlib.asynccontextmanager

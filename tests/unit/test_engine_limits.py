@@ -41,7 +41,6 @@ def test_batches_of_a_fork_have_the_size_of_the_lane(caplog: pytest.LogCaptureFi
     )
     for wanted in (None, 250, 1000):
         request: Any = SimpleNamespace(
-            engine=engine,
             max_batch_nbytes=wanted,
             request_timeout_s=5.0,
             timeout_s=5.0,
@@ -49,8 +48,8 @@ def test_batches_of_a_fork_have_the_size_of_the_lane(caplog: pytest.LogCaptureFi
             progress=lambda nbytes: None,
         )
         keeper: Any = SimpleNamespace(check=lambda: None)
-        remote: Any = SimpleNamespace(endpoint="here")
-        transfer._read(request, keeper, remote, [Segment(1000, 9000, 600)], time.monotonic() + 60.0)
+        lane: Any = SimpleNamespace(handle=engine, engine=engine, endpoint="here")
+        transfer._read(request, lane, keeper, [Segment(1000, 9000, 600)], time.monotonic() + 60.0)
     assert sizes == [100] * 6 + [250, 250, 100] + [300, 300]
 
 

@@ -16,8 +16,8 @@ from vllm_rfork.engines.registry import (
     DEFAULT_ENGINE,
     ENGINES,
     GROUP,
+    check_engines,
     engine_class,
-    engine_for_device,
     engine_names,
     engine_order,
 )
@@ -47,7 +47,6 @@ def test_an_adapter_loads_its_native_package_only_when_opened(name: str) -> None
 
 def test_the_default_engine_reads_its_device() -> None:
     for device, name in DEFAULT_ENGINE.items():
-        assert engine_for_device(device) == name
         assert device in engine_class(name).device_types
 
 
@@ -55,7 +54,7 @@ def test_unknown_engines_and_devices_are_configuration_errors() -> None:
     with pytest.raises(ConfigError, match="rfork_engine"):
         engine_class("carrier-pigeon")
     with pytest.raises(ConfigError, match="rfork_engine"):
-        engine_for_device("abacus")
+        engine_order("auto", "abacus")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
@@ -68,7 +67,7 @@ def test_the_automatic_order_has_the_engines_that_exist_and_read_the_device(devi
 
 def test_the_order_of_a_list_is_the_users() -> None:
     assert engine_order("memory", "cpu") == ("memory",)
-    assert engine_order("memory, nixl", "cpu") == ("memory", "nixl")
+    assert engine_order("memory,nixl", "cpu") == ("memory", "nixl")
     assert engine_order("nixl,memory", "cpu") == ("nixl", "memory")
 
 
@@ -156,6 +155,14 @@ def test_a_broken_engine_is_reported_with_its_distribution(value: str, problem: 
 def test_a_broken_engine_stays_in_a_list_until_it_is_opened(install: Install) -> None:
     install("carrier-engines", dove="nowhere:Engine")
     assert engine_order("dove,memory", "cpu") == ("dove", "memory")
+    check_engines("dove,memory")
+
+
+def test_names_are_checked_before_the_device_is_known() -> None:
+    for setting in ("auto", "nixl", "cuda_ipc,nixl"):
+        check_engines(setting)
+    with pytest.raises(ConfigError, match="there is no engine 'carrier-pigeon'"):
+        check_engines("nixl,carrier-pigeon")
 
 
 def test_two_distributions_with_one_name_are_a_configuration_error(install: Install) -> None:

@@ -18,6 +18,7 @@ from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net import advertise
@@ -35,7 +36,7 @@ def settings(url: str, **more: Any) -> Settings:
 
 
 def session_at(url: str, **more: Any) -> ForkSession:
-    return ForkSession(settings(url, **more), KEY, "memory", EngineConfig(device="cpu"))
+    return ForkSession(settings(url, **more), KEY, EngineSet(["memory"], EngineConfig(device="cpu")))
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +64,7 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
     session = session_at("http://127.0.0.1:1", rfork_fork_timeout_sec=20.0)
     now = 1000.0
     monkeypatch.setattr("vllm_rfork.fork.session.time.monotonic", lambda: now)
-    monkeypatch.setattr(session.engine, "opened", lambda: None)
+    monkeypatch.setattr(session.engines, "await_one", lambda: None)
     monkeypatch.setattr(session, "_acquire", lambda fingerprint: None)
     session.reserve("f1")
     assert session.left_s() == 20.0
@@ -100,7 +101,7 @@ async def test_a_worker_that_becomes_a_seed_takes_nothing_back() -> None:
         assert len(await intents(client)) == 1
         await client.announce(KEY, SeedAddress("127.0.0.1", 7000, 0), fingerprint="f1", intent=session.intent.id)
         assert await intents(client) == []
-        session.engine.close()
+        session.engines.close()
 
 
 @pytest.mark.parametrize("when", ["told not to", "found out before it asks"])

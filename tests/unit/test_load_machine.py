@@ -88,7 +88,7 @@ class Load:
         self.session: Any = SimpleNamespace(
             has_written=False,
             leases=SimpleNamespace(no_longer_needed=None),
-            engine=self.engine,
+            engines=self.engine,
             intent=SimpleNamespace(withdraw=lambda: self.happened.append("intent withdrawn")),
             logged=SimpleNamespace(once=str),
             cancel_reservation=lambda: self.happened.append("reservation cancelled"),

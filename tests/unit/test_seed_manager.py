@@ -74,7 +74,7 @@ class Process:
             role="target",
             config=cast("Any", SimpleNamespace(ready_timeout_s=timeout_s, request_timeout_s=0.0)),
             tensors=Tensors(recoverable=recoverable),
-            engine=cast("Any", SimpleNamespace(close=lambda: self.given_up.append("engine"))),
+            engines=cast("Any", SimpleNamespace(close=lambda: self.given_up.append("engine"))),
             intent=cast(
                 "Any",
                 SimpleNamespace(
@@ -323,7 +323,7 @@ def test_an_engine_is_not_handed_over_to_a_seed_that_is_never_made() -> None:
     process = Process()
     publication = dataclasses.replace(
         process.publication(),
-        engine=cast("Any", SimpleNamespace(hand_over=lambda: handed.append("engine"))),
+        engines=cast("Any", SimpleNamespace(hand_over=lambda: handed.append("engine"))),
         checkpoint=unreadable,
     )
     start = SimpleNamespace(tensors=SimpleNamespace(manifest=None))

@@ -19,6 +19,7 @@ from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
 from vllm_rfork.fork import seed_wait
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.seed_wait import LeaseRequest
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress, Waiting, parse_waiting
@@ -278,7 +279,7 @@ async def test_a_rank_whose_instance_loads_leaves_the_queue_while_its_question_i
 async def session_at(script: Script, **options: Any) -> AsyncIterator[ForkSession]:
     async with serve(script.app()) as url:
         settings = parse_config({"rfork_scheduler_url": url, "rfork_request_timeout_sec": 5.0, **options}, {}).settings
-        session = ForkSession(settings, KEY, "memory", EngineConfig(device="cpu"))
+        session = ForkSession(settings, KEY, EngineSet(["memory"], EngineConfig(device="cpu")))
         try:
             yield session
         finally:

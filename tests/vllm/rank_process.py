@@ -139,7 +139,7 @@ def _fail(rank: int, fault: str) -> Callable[[], None]:
             fingerprint=fingerprint,
             epoch="",
             layout="runtime",
-            engine=self.engine.name,
+            engine="memory",
             endpoint="",
             regions=(),
             spans=(),

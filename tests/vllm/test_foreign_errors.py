@@ -19,6 +19,7 @@ from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, ForkError
 from vllm_rfork.fork import session, transfer
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.leases import HeldLease, Leases
 from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.fork.stage_times import StageTimes
@@ -126,7 +127,7 @@ def test_a_model_that_cannot_be_walked_loads_all_the_same(
 def test_state_that_cannot_be_set_rebuilds_the_model(planner: Planner) -> None:
     """The bytes are there by then, and part of the state may be."""
     settings = parse_config(extra_for(planner.url)).settings
-    one = ForkSession(settings, "key", "memory", EngineConfig(device="cpu"))
+    one = ForkSession(settings, "key", EngineSet(["memory"], EngineConfig(device="cpu")))
     local = SimpleNamespace(fingerprint="f", regions=())
     lease = SimpleNamespace(seed="127.0.0.1:1:0", ttl_s=None)
 

@@ -13,6 +13,7 @@ from tests.vllm.conftest import LogRecords, extra_for
 from tests.vllm.engine_process import distributed, vllm_config
 from tests.vllm.models import qwen2
 from vllm_rfork.config import parse_config
+from vllm_rfork.errors import ConfigError
 from vllm_rfork.fork.intent import Intent
 from vllm_rfork.load import context as contexts
 from vllm_rfork.load.capture import SeedProspect
@@ -40,9 +41,19 @@ def test_a_worker_without_an_address_is_no_seed_and_still_reads_from_others(
         assert context.planner_unreachable is None
         SeedProspect(session, context.seed_obstacle)
         assert session.intent.id == "", "nobody is to wait for it"
-        assert session.engine.opened().registered_nbytes == 0
+        assert [engine.registered_nbytes for engine in session.engines.hand_over()] == [0]
     finally:
         session.close()
+
+
+def test_the_engines_of_a_worker_separate_it_from_no_other(model_a: Path) -> None:
+    """And ``auto`` has the fingerprint that it had when the engine was a fact of the worker."""
+    found = [described(model_a, rfork_engine=engines) for engines in ("auto", "memory", "memory,nixl", "nixl,memory")]
+    assert len({context.fingerprint for context in found}) == 1
+    assert found[0].facts["engine"] == "nixl"
+    assert [context.engine_order[0] for context in found] == ["nixl", "memory", "memory", "nixl"]
+    with pytest.raises(ConfigError, match=r"rfork_engine.*cuda_ipc has no access to cpu memory"):
+        described(model_a, rfork_engine="memory,cuda_ipc")
 
 
 def test_as_soon_as_it_is_known_that_it_will_be_no_seed_the_intent_is_taken_back(

@@ -7,6 +7,7 @@ The engines of this package are rows of :data:`ENGINES`. Another distribution ad
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -138,7 +139,7 @@ def engine_order(setting: str, device_type: str) -> tuple[str, ...]:
     """The engines that ``rfork_engine=setting`` selects for a torch device type, the preferred one first.
 
     Args:
-        setting: :data:`AUTO`, or names with commas between.
+        setting: :data:`AUTO`, or names with commas between and no spaces.
 
     Raises:
         ConfigError: there is no such engine, or it cannot use that device's memory.
@@ -148,25 +149,25 @@ def engine_order(setting: str, device_type: str) -> tuple[str, ...]:
             problem = f"auto selects no engine for device type {device_type!r}"
             raise ConfigError("rfork_engine", problem, "one of " + ", ".join(engine_names()))
         return tuple(name for name in AUTO_ORDER[device_type] if name in ENGINES)
-    names = tuple(name.strip() for name in setting.split(","))
-    for name in names:
-        try:
-            types = engine_class(name).device_types
-        except EngineUnavailable:
-            continue  # opening it fails with the reason, and the others may work
-        if device_type not in types:
-            problem = f"engine {name} has no access to {device_type} memory, only to {', '.join(sorted(types))}"
+    for name, cls in _listed(setting).items():
+        if cls is not None and device_type not in cls.device_types:
+            types = ", ".join(sorted(cls.device_types))
+            problem = f"engine {name} has no access to {device_type} memory, only to {types}"
             raise ConfigError("rfork_engine", problem, "auto, or engines for this device")
-    return names
+    return tuple(_listed(setting))
 
 
-def engine_for_device(device_type: str) -> str:
-    """The engine that ``auto`` selects for a torch device type.
+def check_engines(setting: str) -> None:
+    """Raise :class:`ConfigError` if ``rfork_engine=setting`` names an engine that does not exist."""
+    if setting != AUTO:
+        _listed(setting)
 
-    Raises:
-        ConfigError: there is none.
-    """
-    if device_type not in DEFAULT_ENGINE:
-        problem = f"auto selects no engine for device type {device_type!r}"
-        raise ConfigError("rfork_engine", problem, "one of " + ", ".join(engine_names()))
-    return DEFAULT_ENGINE[device_type]
+
+def _listed(setting: str) -> dict[str, type[TransferEngine] | None]:
+    """The classes of the engines in a list; None for one that cannot be imported: opening it reports why."""
+    found: dict[str, type[TransferEngine] | None] = {}
+    for name in setting.split(","):
+        found[name] = None
+        with contextlib.suppress(EngineUnavailable):
+            found[name] = engine_class(name)
+    return found

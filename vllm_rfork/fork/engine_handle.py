@@ -1,15 +1,15 @@
-"""A worker's transfer engine: opened in the background, registered, handed to a seed, closed, or quarantined."""
+"""One transfer engine of a worker: opened in the background, registered, handed to a seed, closed, or quarantined."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError, ForkError
-from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline, start_on_thread
@@ -25,46 +25,63 @@ GRACE_S = 1.0
 _quarantine: list[tuple[TransferEngine, Any]] = []
 
 
-class EngineHandle:
-    """The engine of one worker. Opening begins at once, on a thread of its own.
+class EngineHangs(EngineError):
+    """A call did not return: its thread and the buffers belong to the engine until the process ends."""
 
-    Args:
-        name: an engine's name, see ``engines/registry.py``.
-        times: gets the seconds of opening and of registering.
+
+class EngineHandle:
+    """One engine of a worker, opened on a thread of its own when it is first needed.
+
+    Attributes:
+        opening_s: seconds that opening took; 0 while it is not open.
     """
 
-    def __init__(self, name: str, config: EngineConfig, times: StageTimes) -> None:
+    def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name
+        self.opening_s = 0.0
         self._config = config
-        self._times = times
+        self._opening: concurrent.futures.Future[TransferEngine] | None = None
+        self._began_at = 0.0
         self._registered_memory: Any = None  # keeps it alive until the engine is closed
         self._spent = False  # a seed needs another one
-        self._opening = start_on_thread(self._open, "rfork-engine")
+
+    def start_opening(self) -> concurrent.futures.Future[TransferEngine]:
+        """Begin to open the engine in the background, unless that has begun; returns the engine to come."""
+        if self._opening is None:
+            self._began_at = time.monotonic()
+            self._opening = start_on_thread(self._open, "rfork-engine")
+        return self._opening
 
     def _open(self) -> TransferEngine:
+        started = time.perf_counter()
         try:
-            with self._times.stage("engine"):
-                engine = engine_class(self.name)()
-                engine.open(self._config)
+            engine = engine_class(self.name)()
+            engine.open(self._config)
         except ForkError:
             raise
         except BaseException as error:
             text = f"unexpected {type(error).__name__}: {error}"
             raise EngineError(self.name, "open", text) from error
-        self._times.outside["engine"] = "overlapped"
+        self.opening_s = time.perf_counter() - started
         return engine
 
-    def opened(self) -> TransferEngine:
-        """The open engine; waits for it.
+    def opened(self, timeout_s: float | None = None) -> TransferEngine:
+        """The open engine; opens it if needed, and waits for it.
+
+        Args:
+            timeout_s: bound of the wait; None for the engine's own bound, which counts from the beginning of opening.
 
         Raises:
-            EngineError: it could not be opened, or not in time; or it now belongs to a seed.
+            EngineError: it could not be opened, or not in time; or it has been given up, or now belongs to a seed.
         """
+        opening = self.start_opening()
         bound_s = self._config.timeout_s + GRACE_S
+        left_s = max(0.0, self._began_at + bound_s - time.monotonic())
         try:
-            return self._opening.result(bound_s)
+            return opening.result(left_s if timeout_s is None else min(left_s, timeout_s))
         except concurrent.futures.TimeoutError as error:
-            raise EngineError(self.name, "open", f"not open after {bound_s:g} s") from error
+            waited_s = time.monotonic() - self._began_at
+            raise EngineError(self.name, "open", f"not open after {waited_s:.1f} s") from error
 
     def register(self, regions: Sequence[Region], memory: Any, timeout_s: float) -> None:
         """Register ``regions`` if nothing is registered yet, and keep ``memory`` until the engine is closed.
@@ -75,23 +92,28 @@ class EngineHandle:
         engine = self.opened()
         if engine.registered_nbytes:
             return
-        with self._times.stage("registration"):
-            call_engine(engine, "register", timeout_s, lambda: engine.register(regions))
+        call_engine(engine, "register", timeout_s, lambda: engine.register(regions))
         self._registered_memory = memory
 
-    def hand_over(self) -> TransferEngine:
-        """The engine for the seed that this worker becomes: a new one after a discard, a close or a hand-over.
-
-        Raises:
-            EngineError: it cannot be opened.
-        """
+    def renew(self) -> None:
+        """Begin to open the engine for a seed: a new one after a discard, a close, a hand-over or a failure."""
         if self._spent:
             self.close()
-            self._opening = start_on_thread(self._open, "rfork-engine")
-        engine = self.opened()
-        self._opening = concurrent.futures.Future()
-        self._opening.set_exception(EngineError(self.name, "open", "the engine now belongs to the seed"))
-        self._registered_memory, self._spent = None, True
+            self._opening, self._spent = None, False
+        self.start_opening()
+
+    def hand_over(self, timeout_s: float) -> TransferEngine:
+        """The engine for the seed that this worker becomes. An engine that is not open in time is closed.
+
+        Raises:
+            EngineError: it cannot be opened, or not within ``timeout_s`` seconds.
+        """
+        try:
+            engine = self.opened(timeout_s)
+        except EngineError:
+            self.close()
+            raise
+        self._lose("the engine now belongs to the seed")
         return engine
 
     def close_if_registered(self) -> None:
@@ -118,12 +140,27 @@ class EngineHandle:
             else:
                 close_or_quarantine(opened.result(), memory)
 
-        self._opening.add_done_callback(close)  # runs at once if the engine is open
+        if self._opening is not None:
+            self._opening.add_done_callback(close)  # runs at once if the engine is open
 
-    def abandon(self, memory: Any) -> None:
-        """Close the engine after a call that may still write to ``memory``."""
+    def abandon(self, memory: Any, *, hangs: bool = False) -> None:
+        """Close the engine after a call that may still write to ``memory``, or that never returned.
+
+        Args:
+            hangs: close it in the background, because its lock may be held.
+        """
+        engine = self.opened()
+        self._lose("the engine was given up, because a call did not end")
+        if hangs:
+            start_on_thread(lambda: close_or_quarantine(engine, memory), "rfork-close")
+        else:
+            close_or_quarantine(engine, memory)
+
+    def _lose(self, reason: str) -> None:
+        """Leave the engine to another owner; :meth:`renew` opens a new one."""
+        self._opening = concurrent.futures.Future()
+        self._opening.set_exception(EngineError(self.name, "open", reason))
         self._registered_memory, self._spent = None, True
-        close_or_quarantine(self.opened(), memory)
 
 
 def close_or_quarantine(engine: TransferEngine, memory: Any) -> None:
@@ -150,20 +187,13 @@ def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: 
         timeout_s: that bound, in seconds.
 
     Raises:
-        EngineError: the engine's own; or one with ``in_flight`` if the call did not return :data:`GRACE_S` after its
-            bound: the thread and the buffers then belong to the engine until the process ends.
+        EngineHangs: the call did not return :data:`GRACE_S` after its bound.
+        EngineError: the engine's own.
     """
     try:
         return call_with_deadline(call, timeout_s + GRACE_S, f"rfork-{operation}")
     except DeadlineExceeded as late:
-        raise EngineError(
-            engine.name,
-            operation,
-            str(late),
-            retry_elsewhere=False,
-            in_flight=True,
-            side=None,  # by the operation
-        ) from None
+        raise EngineHangs(engine.name, operation, str(late), in_flight=True) from None
     except ForkError:
         raise
     except Exception as error:

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.config import Settings
-from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.errors import EngineError, ForkError, PlannerError, SeedError
-from vllm_rfork.fork.engine_handle import EngineHandle
+from vllm_rfork.errors import ForkError, PlannerError, SeedError
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.intent import Intent
 from vllm_rfork.fork.leases import HeldLease, Leases, Usage
 from vllm_rfork.fork.other_seeds import OtherFingerprints
@@ -69,17 +68,17 @@ class Destination:
 
 
 class ForkSession:
-    """See the module's docstring. The engine is opened in the background while the model is still being built.
+    """See the module's docstring. Engines are opened in the background while the model is still being built.
 
     Args:
-        engine_name: an engine's name, see ``engines/registry.py``.
+        engines: this worker's; the session closes them, or hands them to the seed that this worker becomes.
         facts: the facts behind this worker's fingerprint, as ``facts.short_facts`` returns them.
         checkpoint: returns the identity of this worker's own checkpoint files; may wait for it.
 
     Attributes:
         has_written: a fork may have written to its destination. True from the moment before the first read.
         seed: the seed that was forked from.
-        lane: the way the bytes took, such as ``nixl/rdma``.
+        engine, lane: the name of the engine by which the bytes came, and their path, such as ``nixl/rdma``.
         logged: the long texts that this load has logged already.
     """
 
@@ -87,8 +86,7 @@ class ForkSession:
         self,
         settings: Settings,
         seed_key: str,
-        engine_name: str,
-        engine_config: EngineConfig,
+        engines: EngineSet,
         facts: Mapping[str, str] | None = None,
         *,
         checkpoint: Callable[[], Mapping[str, str] | None] = lambda: None,
@@ -98,7 +96,7 @@ class ForkSession:
         self.facts = dict(facts or {})
         self.has_written = False
         self.seed: SeedAddress | None = None
-        self.lane = engine_name
+        self.engine = self.lane = ""
         self.times = StageTimes()
         self.logged = LoggedTexts()
         self.credentials = Credentials.of(settings)
@@ -111,7 +109,8 @@ class ForkSession:
         self.leases = Leases(
             settings, planner, seed_key, self.intent, labels=self.labels, warn_of_others=self._others.warn
         )
-        self.engine = EngineHandle(engine_name, engine_config, self.times)
+        self.engines = engines
+        engines.start_opening()
         self._checkpoint = checkpoint
         self._reserved: HeldLease | None = None
         self._last_error: ForkError | None = None
@@ -122,9 +121,9 @@ class ForkSession:
 
         Raises:
             NoSeedAvailable: the planner has no seed.
-            ForkError: the engine cannot be opened, or the planner cannot be asked.
+            ForkError: no engine can be opened, or the planner cannot be asked.
         """
-        self.engine.opened()  # before asking for a lease, which would be useless without an engine
+        self.engines.await_one()  # before asking for a lease, which would be useless without an engine
         self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
         self.times.outside["planner"] = "before"
         self._reserved = self._acquire(fingerprint)
@@ -171,7 +170,7 @@ class ForkSession:
             NoSeedAvailable: the planner has no seed.
             ForkError: the last seed's error.
         """
-        self.engine.opened()
+        self.engines.await_one()
         # A new one: the time that post-processing took since the reservation is not the fork's.
         self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
         while True:
@@ -240,20 +239,21 @@ class ForkSession:
             usage.nbytes = nbytes
             destination.progress(nbytes)
 
-        def connected(lane: str) -> None:
-            usage.lane = self.lane = lane
+        def connected(engine: str, lane: str) -> None:
+            self.engine, self.lane, usage.lane = engine, lane, lane
 
         try:
-            self.engine.register(destination.local.regions, destination.memory, self._left_s())
             request = TransferRequest(
                 local=destination.local,
-                engine=self.engine.opened(),
+                engines=self.engines,
+                memory=destination.memory,
                 seeds=self._seeds,
                 request_timeout_s=self.settings.rfork_request_timeout_sec,
                 timeout_s=self._left_s(),
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
                 untouched=destination.untouched,
                 checkpoint=self._checkpoint,
+                logged=self.logged,
                 connected=connected,
                 first_write=self._first_write,
                 arrived=sink.arrived,
@@ -262,11 +262,6 @@ class ForkSession:
             manifest = transfer(request, held.keeper, self.times)
             sink.accept(manifest)
             return manifest
-        except EngineError as error:
-            if error.in_flight:
-                error.retry_elsewhere = False
-                self.engine.abandon(destination.memory)
-            raise
         finally:
             sink.close()
 
@@ -290,4 +285,4 @@ class ForkSession:
         """End a session whose worker is not a seed: no reservation, no intent, no engine. Idempotent."""
         self.cancel_reservation()
         self.intent.withdraw()
-        self.engine.close()
+        self.engines.close()

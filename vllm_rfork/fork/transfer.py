@@ -1,4 +1,4 @@
-"""The transfer from one seed: manifest, pairing, connection, epoch, read, epoch again.
+"""The transfer from one seed: manifest, pairing, lane, epoch, read, epoch again.
 
 Begins with a lease that the planner granted, and ends with the seed's bytes in this worker's registered memory or with
 a :class:`~vllm_rfork.errors.ForkError` that states whose failure it was and whether another seed may do better.
@@ -7,17 +7,21 @@ Neither asks the planner nor releases the lease.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vllm_rfork.clients import LeaseKeeper, SeedClient
 from vllm_rfork.engines.base import TransferEngine
-from vllm_rfork.errors import EngineError, ForkError, SeedError
+from vllm_rfork.errors import EngineError, ForkError
+from vllm_rfork.fork import lanes
 from vllm_rfork.fork.engine_handle import call_engine
+from vllm_rfork.fork.engine_set import EngineSet
+from vllm_rfork.fork.lanes import Lane
 from vllm_rfork.fork.stage_times import StageTimes
-from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.logs.worker import LoggedTexts, worker_logger
 from vllm_rfork.manifest.checkpoint_identity import compare
 from vllm_rfork.manifest.pairing import pair
 from vllm_rfork.manifest.schema import Manifest
@@ -37,28 +41,32 @@ class TransferRequest:
     """The receiver's side of a transfer.
 
     Attributes:
-        local: the receiver's manifest; its ``endpoint`` and ``epoch`` are ignored.
-        engine: open, with the manifest's regions registered.
+        local: the receiver's manifest; its endpoints and ``epoch`` are ignored.
+        engines: the receiver's; those that are tried register the manifest's regions.
+        memory: keeps the regions alive while they are registered.
         request_timeout_s: bound of each HTTP call, and the minimum for each native one.
         timeout_s: bound of the whole transfer.
         max_batch_nbytes: ``rfork_max_batch_bytes``; None for the engine's own bound.
         checkpoint: returns the identity of this worker's own checkpoint files; may wait for it.
         untouched: addresses of local spans that are not read, because other models use them already.
-        connected: called with the lane, such as ``nixl/rdma``, when the peer is reached.
+        logged: the texts that this load has logged already.
+        connected: called with the engine's name and the lane, such as ``nixl/rdma``, when the peer is reached.
         first_write: called immediately before the first byte may be written.
         arrived: called with the segments that have just been copied; returns at once.
         progress: called with the number of bytes copied so far.
     """
 
     local: Manifest
-    engine: TransferEngine
+    engines: EngineSet
+    memory: Any
     seeds: SeedClient
     request_timeout_s: float
     timeout_s: float
     max_batch_nbytes: int | None = None
     untouched: frozenset[int] = frozenset()
     checkpoint: Callable[[], Mapping[str, str] | None] = lambda: None
-    connected: Callable[[str], None] = lambda lane: None
+    logged: LoggedTexts = field(default_factory=LoggedTexts)
+    connected: Callable[[str, str], None] = lambda engine, lane: None
     first_write: Callable[[], None] = lambda: None
     arrived: Callable[[Sequence[Segment]], None] = lambda segments: None
     progress: Callable[[int], None] = lambda nbytes: None
@@ -79,38 +87,49 @@ def transfer(request: TransferRequest, keeper: LeaseKeeper, times: StageTimes) -
         remote = _wait(request, request.seeds.manifest(seed, request.local.seed_key, request.local.fingerprint))
     with times.stage("pairing"):
         segments = _pair(request, remote, str(seed))
-    with times.stage("connect"):
-        bound_s = request.request_timeout_s
-        call_engine(request.engine, "connect", bound_s, lambda: request.engine.connect(remote.endpoint, bound_s))
-        request.connected(request.engine.lane(remote.endpoint))
+    receiver = lanes.Receiver(
+        request.engines, request.local.regions, request.memory, request.request_timeout_s, deadline, request.logged
+    )
+    lane = lanes.connect(receiver, remote, str(seed), keeper.lease.user_id, times)
+    request.connected(lane.handle.name, lane.name)
+
+    def confirm_epoch() -> None:
+        with times.stage("epoch"):
+            _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
+
     try:
-        with times.stage("epoch"):
-            # Addresses are valid only within their epoch: read nothing if it is over ...
-            _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
-        request.first_write()
-        with times.stage("read"):
-            _read(request, keeper, remote, segments, deadline)
-        with times.stage("epoch"):
-            # ... and the bytes are the manifest's only if the epoch still holds after the last one.
-            _wait(request, request.seeds.confirm_epoch(seed, request.local.seed_key, remote.epoch))
-        keeper.check()
+        with _disconnecting(lane, request.request_timeout_s):
+            confirm_epoch()  # addresses are valid only within their epoch: read nothing if it is over ...
+            request.first_write()
+            with times.stage("read"):
+                _read(request, lane, keeper, segments, deadline)
+            confirm_epoch()  # ... and the bytes are the manifest's only if the epoch still holds after the last one
+            keeper.check()
+    except EngineError as error:
+        if error.in_flight:
+            # Bytes may still arrive: no other engine and no other seed may write to this memory.
+            error.retry_elsewhere = False
+            lane.handle.abandon(request.memory)
+        raise
+    return remote
+
+
+@contextlib.contextmanager
+def _disconnecting(lane: Lane, timeout_s: float) -> Iterator[None]:
+    """Disconnect at the end of the block."""
+    try:
+        yield
     finally:
         try:
-            call_engine(request.engine, "connect", bound_s, lambda: request.engine.disconnect(remote.endpoint))
+            call_engine(lane.engine, "connect", timeout_s, lambda: lane.engine.disconnect(lane.endpoint))
         except EngineError as error:
             # Raised, it would replace the first error, which states whether a read is in flight; an engine that is
             # stuck in a read fails here as well.
             logger.warning("%s", error)
-    return remote
 
 
 def _pair(request: TransferRequest, remote: Manifest, seed: str) -> list[Segment]:
     """The copies to make, if both sides have the same tensors."""
-    if remote.engine != request.local.engine:
-        raise SeedError(
-            f"seed {seed} transfers with engine {remote.engine}, this worker with {request.local.engine}; "
-            "set the same rfork_engine for both"
-        )
     compare(request.checkpoint(), remote.checkpoint, seed)
     return [segment for segment in pair(request.local, remote) if segment.local not in request.untouched]
 
@@ -123,16 +142,14 @@ def _wait(request: TransferRequest, call: Coroutine[Any, Any, T]) -> T:
         raise ForkError("the background thread of this process does not answer", side="receiver") from error
 
 
-def _read(
-    request: TransferRequest, keeper: LeaseKeeper, remote: Manifest, segments: list[Segment], deadline: float
-) -> None:
-    limits = request.engine.limits_for(remote.endpoint)
+def _read(request: TransferRequest, lane: Lane, keeper: LeaseKeeper, segments: list[Segment], deadline: float) -> None:
+    limits = lane.engine.limits_for(lane.endpoint)
     max_nbytes = limits.batch_nbytes(request.max_batch_nbytes)
     if max_nbytes < (request.max_batch_nbytes or 0):
         logger.info(
             "rfork_max_batch_bytes is %d, but engine %s reads at most %d bytes at once",
             request.max_batch_nbytes,
-            request.engine.name,
+            lane.handle.name,
             max_nbytes,
         )
     copied = 0
@@ -146,7 +163,7 @@ def _read(
                 f"{copied} bytes had been copied"
             )
         timeout_s = min(left_s, request.request_timeout_s + nbytes / MIN_BYTES_PER_S)
-        read_batch(request.engine, remote.endpoint, batch, timeout_s)
+        read_batch(lane.engine, lane.endpoint, batch, timeout_s)
         request.arrived(batch)
         copied += nbytes
         request.progress(copied)

@@ -69,7 +69,7 @@ class LoadedSnapshot:
         self._kept = snapshot if context.keeps_loaded else None
         if self._kept is None:
             # Post-processing may free this memory, so no registration of the fork may outlive it.
-            session.engine.close_if_registered()
+            session.engines.close_if_registered()
 
     @property
     def nbytes(self) -> int:

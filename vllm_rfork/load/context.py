@@ -12,8 +12,9 @@ import torch
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.registry import engine_for_device
+from vllm_rfork.engines.registry import AUTO, DEFAULT_ENGINE, engine_order
 from vllm_rfork.errors import ConfigError, PlannerError
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
@@ -45,7 +46,7 @@ class LoadContext:
         device: with its index, the same for every thread.
         facts: the facts behind the fingerprint, shortened for people.
         layout: the state of the weights that is forked and published; see ``rfork_layout``.
-        engine_name, engine_config: the transfer engine of this worker.
+        engine_order: names of this worker's transfer engines, the preferred one first.
         advertise_host: the host under which others reach this worker; None if it is unknown.
         load_config: vLLM's.
         shows_progress: this rank shows the progress bar.
@@ -64,7 +65,7 @@ class LoadContext:
     fingerprint: str
     facts: Mapping[str, str]
     layout: Layout
-    engine_name: str
+    engine_order: tuple[str, ...]
     engine_config: EngineConfig
     advertise_host: str | None
     load_config: Any
@@ -82,18 +83,12 @@ class LoadContext:
         return self.device.type in KEEPS_LOADED
 
     def open_session(self) -> ForkSession:
-        """A fork session for this load; its engine is opened in the background."""
-        return ForkSession(
-            self.settings,
-            self.seed_key,
-            self.engine_name,
-            self.engine_config,
-            self.facts,
-            checkpoint=self.files.identity,
-        )
+        """A fork session for this load; its engines are opened in the background."""
+        engines = EngineSet(self.engine_order, self.engine_config, named=self.settings.rfork_engine != AUTO)
+        return ForkSession(self.settings, self.seed_key, engines, self.facts, checkpoint=self.files.identity)
 
     def header(self, signature: Mapping[str, str] | None) -> ManifestHeader:
-        """The header of this worker's manifests; the seed fills in endpoint, epoch and checkpoint.
+        """The header of this worker's manifests; the seed fills in endpoints, epoch and checkpoint.
 
         ``signature``: of the model as built; None if it has not been taken.
         """
@@ -102,7 +97,7 @@ class LoadContext:
             fingerprint=self.fingerprint,
             layout=self.layout,
             built=None if signature is None else dict(signature),
-            engine=self.engine_name,
+            engine=DEFAULT_ENGINE.get(self.device.type, self.engine_order[0]),
             digest_algorithm=digest.ALGORITHM,
         )
 
@@ -128,13 +123,11 @@ def describe(
     # On the thread that loads: other threads have current devices of their own.
     device = device_backend(storage_loader.target_device(vllm_config)).with_index
     layout = layout_for(settings, device)
-    engine_name = settings.rfork_engine if settings.rfork_engine != "auto" else engine_for_device(device.type)
+    engines = engine_order(settings.rfork_engine, device.type)
     identity = worker_identity(vllm_config, model_config)
-    facts = _facts(
-        settings, vllm_config, model_config, device=device, identity=identity, layout=layout, engine=engine_name
-    )
+    facts = _facts(settings, vllm_config, model_config, device=device, identity=identity, layout=layout)
     seed_key, fingerprint = _seed_key(settings, identity), build_fingerprint(facts)
-    logger.info("seed key %s, fingerprint %s, engine %s", seed_key, fingerprint, engine_name)
+    logger.info("seed key %s, fingerprint %s, engine %s", seed_key, fingerprint, ",".join(engines))
     logger.debug("the fingerprint covers %s", facts)
     host, unreachable = _advertise_host(settings)
     unregistrable = eligibility.registration_obstacle(vllm_config, device)
@@ -149,7 +142,7 @@ def describe(
         fingerprint=fingerprint,
         facts=short_facts(facts),
         layout=layout,
-        engine_name=engine_name,
+        engine_order=engines,
         # A worker without an address of its own can still read from others.
         engine_config=EngineConfig(
             device=device_backend(device).name, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec
@@ -193,14 +186,14 @@ def _facts(
     device: torch.device,
     identity: WorkerIdentity,
     layout: Layout,
-    engine: str,
 ) -> dict[str, Any]:
     """The facts that the fingerprint covers."""
     of_configuration = fingerprint_facts(
         vllm_config,
         model_config,
         layout=layout,
-        engine=engine,
+        # The same for all engines: a seed offers several, and workers with other lists of engines pair.
+        engine=DEFAULT_ENGINE.get(device.type, device.type),
         device=device,
         dummy=settings.rfork_fallback_load_format == "dummy",
         context_rank=identity.context_rank,

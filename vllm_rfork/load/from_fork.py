@@ -122,7 +122,7 @@ class FromFork:
             "what was forked cannot be passed on", lambda: self._capture(tensors, seed)
         )
         if self._forked is None:
-            session.engine.close_if_registered()  # nothing keeps the memory that post-processing replaces
+            session.engines.close_if_registered()  # nothing keeps the memory that post-processing replaces
         seconds = time.perf_counter() - started
         logger.info(
             "forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s lane=%s (%s)",
@@ -131,7 +131,7 @@ class FromFork:
             seconds,
             seed.nbytes / 1e9 / max(seconds, 1e-9),
             session.seed,
-            context.engine_name,
+            session.engine,
             context.layout,
             session.lane,
             session.times,

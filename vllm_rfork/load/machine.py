@@ -194,7 +194,7 @@ class LoadMachine:
 
     def _second_build(self, build: Callable[[], nn.Module], load_whole: Callable[[], nn.Module]) -> nn.Module:
         """Build the model again and load it from storage, with nothing left of the first one."""
-        self._session.engine.close()
+        self._session.engines.close()
         self._fork = None
         self._registries.restore()
         storage_loader.release_memory(self._context.device)
@@ -249,7 +249,7 @@ class LoadMachine:
         )
         self._vote.abandon(error)
         session.cancel_reservation()
-        session.engine.discard()
+        session.engines.discard()
         session.drop_tracebacks(error)
 
     def _demand_rebuild(self) -> NoReturn:

@@ -37,7 +37,7 @@ def outcome_of(
         role="draft" if context.identity.is_draft else "target",
         config=_seed_config(context, session, host),
         tensors=PublishedSnapshot.of(snapshot, context.device, model, VLLM_RULES, keeps=context.keeps_loaded),
-        engine=session.engine,
+        engines=session.engines,
         intent=session.intent,
         checkpoint=context.files.published,
         set_device=device_backend(context.device).set_current,

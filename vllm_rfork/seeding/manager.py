@@ -225,7 +225,7 @@ class SeedManager:
         return Seed(
             config=publication.config,
             manifest=manifest,
-            engines=SeedEngines([publication.engine.hand_over()]),
+            engines=SeedEngines(publication.engines.hand_over()),
             keep=start.tensors.keep,
             recheck=start.tensors.recheck,
             # An earlier announcement has fulfilled the intent, or it was taken back.
@@ -264,7 +264,7 @@ class SeedManager:
 
 def _give_up(publication: Publication) -> None:
     """Close the engine and take the intent back: this publication has no seed now."""
-    publication.engine.close()
+    publication.engines.close()
     publication.intent.withdraw()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_rfork.config import Settings
-from vllm_rfork.fork.engine_handle import EngineHandle
+from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.intent import Intent
 from vllm_rfork.logs.worker import LoggedTexts
 from vllm_rfork.manifest.schema import Manifest
@@ -84,7 +84,7 @@ class PublishedTensors(Protocol):
 
 @dataclass(frozen=True)
 class Publication:
-    """One loaded model to publish: how its seed is reached, its tensors, and this worker's engine.
+    """One loaded model to publish: how its seed is reached, its tensors, and this worker's engines.
 
     Attributes:
         role: ``target`` or ``draft``.
@@ -97,7 +97,7 @@ class Publication:
     role: str
     config: SeedConfig
     tensors: PublishedTensors
-    engine: EngineHandle
+    engines: EngineSet
     intent: Intent
     checkpoint: Callable[[], dict[str, str] | None]
     set_device: Callable[[], None]

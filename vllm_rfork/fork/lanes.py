@@ -1,0 +1,191 @@
+"""The choice of a lane: the first engine, in the receiver's order, whose connection to the seed succeeds.
+
+No byte moves before a lane is chosen, so a refused or failed connection costs only time, and the next engine is tried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_rfork.engines.base import TransferEngine
+from vllm_rfork.engines.registry import engine_class
+from vllm_rfork.errors import EngineError, ForkError, RForkError, SeedError, Side
+from vllm_rfork.fork.engine_handle import EngineHandle, EngineHangs, call_engine
+from vllm_rfork.fork.engine_set import Candidate, EngineSet
+from vllm_rfork.fork.stage_times import StageTimes
+from vllm_rfork.logs.worker import LoggedTexts, worker_logger
+from vllm_rfork.manifest.schema import Manifest, Region
+
+logger = worker_logger(__name__)
+
+#: All connections to one seed together may take as many times the bound of one. Without it, a seed that cannot be
+#: reached would cost more with every engine.
+CONNECTION_BOUNDS = 2
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A connection to a seed's engine; ``name`` is ``engine/lane``."""
+
+    handle: EngineHandle
+    engine: TransferEngine
+    endpoint: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """The receiver's side of a connection.
+
+    Attributes:
+        regions: what each engine registers.
+        memory: keeps the regions alive while they are registered.
+        request_timeout_s: bound of one connection.
+        deadline: of the whole transfer, by ``time.monotonic``.
+        logged: the texts that this load has logged already.
+    """
+
+    engines: EngineSet
+    regions: Sequence[Region]
+    memory: Any
+    request_timeout_s: float
+    deadline: float
+    logged: LoggedTexts
+
+
+def connect(receiver: Receiver, remote: Manifest, seed: str, lease: str, times: StageTimes) -> Lane:
+    """Connect to ``seed`` by the first engine that can.
+
+    Args:
+        seed: its address, for messages.
+        lease: the id of the lease, for two-sided engines.
+
+    Raises:
+        SeedError: the seed and this worker have no engine in common.
+        EngineError: no engine connects; with several, the text names each lane with its reason. ``in_flight`` if an
+            engine reports that bytes may arrive: then no other lane was tried.
+    """
+    candidates = receiver.engines.offered_by(remote)
+    if not candidates:
+        theirs, ours = ", ".join(each.engine for each in remote.endpoints), ", ".join(receiver.engines.order)
+        raise SeedError(
+            f"seed {seed} transfers with engine {theirs}, this worker with {ours}; "
+            "set rfork_engine so that both have one in common"
+        )
+    return _Search(receiver, seed, lease, times).first(candidates)
+
+
+class _Search:
+    def __init__(self, receiver: Receiver, seed: str, lease: str, times: StageTimes) -> None:
+        self._receiver, self._seed, self._lease, self._times = receiver, seed, lease, times
+        self._connecting_s = CONNECTION_BOUNDS * receiver.request_timeout_s  # left for connections to this seed
+        self._failures: list[EngineError] = []
+
+    def first(self, candidates: Sequence[Candidate]) -> Lane:
+        """The lane of the first candidate that connects; obstacles that are known at once go first."""
+        possible = []
+        for candidate in candidates:
+            obstacle = self._obstacle(candidate)
+            if obstacle is None:
+                possible.append(candidate)
+            else:
+                self._failures.append(obstacle)
+        if len(candidates) > 1:
+            for failure in self._failures:
+                self._log(failure)
+        for number, candidate in enumerate(possible, start=1):
+            try:
+                return self._connected(candidate, last=number == len(possible))
+            except EngineError as error:
+                self._failed(candidate, error)
+                if len(candidates) > 1:
+                    self._log(error)
+        raise _summary(self._failures)
+
+    def _obstacle(self, candidate: Candidate) -> EngineError | None:
+        """The obstacle that the engine finds without being opened."""
+        name = candidate.handle.name
+        try:
+            found = engine_class(name).lane_obstacle(candidate.endpoint, self._receiver.engines.config)
+        except RForkError:
+            return None  # the adapter cannot be imported; opening it reports that
+        except Exception as error:  # noqa: BLE001 - engines of other distributions may raise anything
+            found = f"lane_obstacle raised {type(error).__name__}: {error}"
+        if found is None:
+            return None
+        return EngineError(name, "connect", found, code="lane", retry_elsewhere=True, side="receiver")
+
+    def _connected(self, candidate: Candidate, *, last: bool) -> Lane:
+        handle, endpoint = candidate.handle, candidate.endpoint
+        engine = handle.opened(self._left_s())
+        left_s = self._left_s()
+        with self._times.stage("registration"):
+            handle.register(
+                self._receiver.regions,
+                self._receiver.memory,
+                left_s if last else min(left_s, self._receiver.engines.config.timeout_s),
+            )
+        bound_s = min(
+            self._receiver.request_timeout_s, self._left_s(), self._connecting_s if last else self._connecting_s / 2
+        )
+
+        def connect() -> None:
+            engine.present_lease(self._lease)
+            engine.connect(endpoint, bound_s)
+
+        started = time.monotonic()
+        try:
+            with self._times.stage("connect"):
+                call_engine(engine, "connect", bound_s, connect)
+        finally:
+            self._connecting_s -= min(time.monotonic() - started, bound_s)
+        self._times.seconds["engine"], self._times.outside["engine"] = handle.opening_s, "overlapped"
+        return Lane(handle, engine, endpoint, engine.lane(endpoint))
+
+    def _left_s(self) -> float:
+        left_s = self._receiver.deadline - time.monotonic()
+        if left_s <= 0:
+            tried = "; ".join(str(error) for error in self._failures)
+            raise ForkError(
+                "the fork took longer than rfork_fork_timeout_sec before a lane was found" + (tried and f" ({tried})")
+            )
+        return left_s
+
+    def _failed(self, candidate: Candidate, error: EngineError) -> None:
+        """Record a failure; no read has begun, so the next engine may use the same memory.
+
+        Raises:
+            EngineError: ``error``, if the engine reports that bytes may arrive nevertheless.
+        """
+        if error.operation == "open":
+            self._receiver.engines.report_failure(error)
+        if isinstance(error, EngineHangs):
+            candidate.handle.abandon(self._receiver.memory, hangs=True)
+        elif error.in_flight:
+            candidate.handle.abandon(self._receiver.memory)
+            error.retry_elsewhere = False
+            raise error
+        self._failures.append(error)
+
+    def _log(self, error: EngineError) -> None:
+        if error.operation != "open":  # reported by the engine set
+            logger.info("seed %s is not read this way: %s", self._seed, self._receiver.logged.once(error))
+
+
+def _summary(failures: Sequence[EngineError]) -> EngineError:
+    """The error of a seed to which no engine connects: the only one's own, or one with all texts."""
+    if len(failures) == 1:
+        return failures[0]
+    sides: set[Side] = {error.side for error in failures}
+    return EngineError(
+        ", ".join(error.engine for error in failures),
+        "connect",
+        "; ".join(str(error) for error in failures),
+        code="lane" if all(error.code == "lane" for error in failures) else "",
+        # Another seed may be where one of the engines works.
+        retry_elsewhere=any(error.retry_elsewhere for error in failures),
+        side=sides.pop() if len(sides) == 1 else "unknown",
+    )
