@@ -48,7 +48,7 @@ class Taking:
 class Fleet:
     """One seed of this process, and a planner that grants it once and keeps every report."""
 
-    def __init__(self) -> None:
+    def __init__(self, offers: Callable[[Manifest], Manifest]) -> None:
         self.buffer = Buffer("cpu", NBYTES)
         self.buffer.write(0, contents())
         self.engine = MemoryEngine()
@@ -57,7 +57,7 @@ class Fleet:
         self.engine.register(manifest.regions)
         served = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
         made = Manifest(**{**served, "epoch": "e1", "endpoint": self.engine.endpoint})
-        self.service = SeedService(made, bind_host="127.0.0.1")
+        self.service = SeedService(offers(made), bind_host="127.0.0.1")
         self.grants = 1
         self.reports: list[dict[str, str]] = []
         self.reported = asyncio.Event()
@@ -105,8 +105,9 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fleet() -> AsyncIterator[Fleet]:
-    made = Fleet()
+async def fleet(offers: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> AsyncIterator[Fleet]:
+    """A fleet whose seed publishes what ``offers`` makes of the manifest of its one engine."""
+    made = Fleet(offers)
     await made.service.start()
     async with serve(made.app()) as made.url:
         yield made
