@@ -2,7 +2,8 @@
 
 The parent process is the seed: tensors on the first GPU. Each receiver is a process of its own, in the namespaces and
 with the visible GPUs that its row names. It reports the seconds to open, register, connect and read, the equality of
-the bytes, and the rate of one raw copy of the same length in the same process. Needs torch with CUDA, and root
+the bytes, the rate of a second read, and that of one raw copy of the same length in the same process. With
+``RFORK_BENCH_ONE_BY_ONE=1`` in the environment the driver gets no copies in batches. Needs torch with CUDA, and root
 for the rows with ``unshare``.
 """
 
@@ -22,7 +23,7 @@ from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.cuda_ipc.driver import Driver
 from vllm_rfork.engines.cuda_ipc.engine import CudaIpcEngine
 from vllm_rfork.manifest.schema import Region
-from vllm_rfork.manifest.segments import Segment
+from vllm_rfork.manifest.segments import Segment, batches
 
 #: Row → wrapper of the receiver's command. ``{last}`` is the number of the last GPU.
 ROWS: dict[str, tuple[str, ...]] = {
@@ -72,27 +73,31 @@ def receive(path: Path) -> dict[str, Any]:
     torch.cuda.set_device(device)
     local = tensors(setting["count"], setting["nbytes"], device, random=False)
     torch.cuda.synchronize()
+    limits = CudaIpcEngine.limits
+    pairs = zip(regions(local), setting["regions"], strict=True)
+    segments = [Segment(here.address, address, nbytes) for here, (address, nbytes) in pairs]
+    cut = batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items)
+    prepared = list(cut)
     engine, marks = CudaIpcEngine(), [time.perf_counter()]
     engine.open(EngineConfig(device=device))
+    if os.environ.get("RFORK_BENCH_ONE_BY_ONE") == "1" and engine._driver is not None:
+        engine._driver._copy_batch = None
     marks.append(time.perf_counter())
     engine.register(regions(local))
     marks.append(time.perf_counter())
     engine.connect(setting["endpoint"], 30.0)
     marks.append(time.perf_counter())
-    batch: list[Segment] = []
-    size = 0
-    for here, (address, nbytes) in zip(regions(local), setting["regions"], strict=True):
-        if size + nbytes > engine.limits.max_batch_nbytes:
-            engine.read(setting["endpoint"], batch, 60.0)
-            batch, size = [], 0
-        batch.append(Segment(here.address, address, nbytes))
-        size += nbytes
-    engine.read(setting["endpoint"], batch, 60.0)
+    for batch in prepared:
+        engine.read(setting["endpoint"], batch, 60.0)
     marks.append(time.perf_counter())
     total = sum(nbytes for _, nbytes in setting["regions"])
     names = ("open_s", "register_s", "connect_s", "read_s")
     result: dict[str, Any] = {name: marks[n + 1] - marks[n] for n, name in enumerate(names)}
     result |= {"gb_s": total / result["read_s"] / 1e9, "equal": sums(local) == setting["sums"]}
+    started = time.perf_counter()
+    for batch in prepared:
+        engine.read(setting["endpoint"], batch, 60.0)
+    result["again_gb_s"] = total / (time.perf_counter() - started) / 1e9
     engine.close()
     result["raw_gb_s"] = raw_rate(setting, device)
     return result

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = _devices(options.device)
     nbytes = int((options.gib or GIB[options.device]) * 2**30)
     counts = [int(count) for count in options.tensors.split(",")]
-    console = Console(width=WIDTH)
+    console = Console(width=WIDTH, markup=False)
     results: dict[str, dict[str, Any]] = {}
     for name in options.engines.split(",") if options.engines else _engines(options.device):
         setting = setting_of(name, options.device, *devices)

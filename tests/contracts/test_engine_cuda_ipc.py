@@ -157,6 +157,20 @@ class TestFaults:
         finally:
             processes.end()
 
+    def test_memory_that_the_driver_does_not_copy_in_batches_is_copied_one_by_one(self) -> None:
+        suite = self.suite(no_batch=1)
+        processes = Processes(suite)
+        try:
+            seed, receiver, source, target, endpoint = suite.seed_and_receiver(processes, 64 * PAGE)
+            pages = [[target + number * PAGE, source + (63 - number) * PAGE, PAGE] for number in range(64)]
+            for _ in range(2):  # the refusal, and the reads after it
+                receiver.call("fill", address=target, seed=9)
+                receiver.read(endpoint, pages)
+                assert receiver.peek(target, 0, PAGE) == seed.peek(source, 63 * PAGE, PAGE)
+                assert receiver.peek(target, 63 * PAGE, PAGE) == seed.peek(source, 0, PAGE)
+        finally:
+            processes.end()
+
     def test_copies_that_never_end_are_given_up_in_time_and_the_memory_is_kept(self) -> None:
         suite = self.suite(stall=1)
         processes = Processes(suite)

@@ -63,11 +63,12 @@ class RegionTable:
 
     def check_local(self, segments: Iterable[Segment]) -> None:
         """Raise :class:`EngineError` if no single region contains the local side of a segment."""
-        for segment in segments:
-            if not self.holds(segment.local, segment.nbytes):
+        holds = self.holds  # a batch may have thousands of segments, and the device waits meanwhile
+        for local, _, nbytes in segments:
+            if not holds(local, nbytes):
                 raise EngineError(
                     self._engine,
                     "read",
-                    f"{segment.nbytes} bytes at local address {segment.local:#x} do not lie in one registered region",
+                    f"{nbytes} bytes at local address {local:#x} do not lie in one registered region",
                     side="receiver",
                 )

@@ -4,7 +4,8 @@
 //
 // Faults, from the environment: RFORK_STANDIN_CUDA_MBPS (rate of copies), RFORK_STANDIN_CUDA_STALL=1 (copies of device
 // memory never end, but those of at most a page), RFORK_STANDIN_CUDA_NO_EXPORT=1 (no handle for memory of more than a
-// page, as for expandable segments), RFORK_STANDIN_CUDA_NO_OPEN=1 (no handle can be opened: a GPU that is hidden).
+// page, as for expandable segments), RFORK_STANDIN_CUDA_NO_OPEN=1 (no handle can be opened: a GPU that is hidden),
+// RFORK_STANDIN_CUDA_NO_BATCH=1 (no copies in batches: memory that the driver takes one by one only).
 
 #include <algorithm>
 #include <condition_variable>
@@ -25,7 +26,7 @@
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kInvalidDevice = 101, kInvalidContext = 201,
-              kMapFailed = 205, kPeerUnsupported = 217, kInvalidHandle = 400, kNotReady = 600;
+              kMapFailed = 205, kPeerUnsupported = 217, kInvalidHandle = 400, kNotReady = 600, kNotSupported = 801;
 constexpr uint64_t kPage = 4096, kMagic = 0x7266'6f72'6b69'7063;
 
 struct Handle {
@@ -164,6 +165,17 @@ int cuMemFree_v2(uint64_t address) {
     return kSuccess;
 }
 
+int cuMemAllocHost_v2(void** address, size_t nbytes) {
+    if (t_depth == 0) return kInvalidContext;
+    *address = malloc(nbytes);
+    return *address == nullptr ? kOutOfMemory : kSuccess;
+}
+
+int cuMemFreeHost(void* address) {
+    free(address);
+    return kSuccess;
+}
+
 int cuMemGetAddressRange_v2(uint64_t* base, size_t* nbytes, uint64_t address) {
     std::lock_guard<std::mutex> lock(g_mutex);
     auto after = g_memory.upper_bound(address);
@@ -274,6 +286,22 @@ int cuMemcpyAsync(uint64_t to, uint64_t from, size_t nbytes, void* handle) {
     return kSuccess;
 }
 
+struct CopyAttributes {
+    int source_order, hints[4];
+    unsigned flags;
+};
+
+int cuMemcpyBatchAsync(uint64_t* to, uint64_t* from, size_t* nbytes, size_t count, CopyAttributes* attributes,
+                       size_t* first, size_t attribute_count, size_t* failed, void* handle) {
+    *failed = SIZE_MAX;
+    if (flag("RFORK_STANDIN_CUDA_NO_BATCH")) return kNotSupported;
+    if (count == 0 || attribute_count != 1 || first[0] != 0 || attributes->source_order != 1) return kInvalidValue;
+    for (size_t number = 0; number < count; ++number) {
+        if (const int code = cuMemcpyAsync(to[number], from[number], nbytes[number], handle)) return code;
+    }
+    return kSuccess;
+}
+
 int cuGetErrorName(int code, const char** text) {
     switch (code) {
         case kInvalidValue: *text = "CUDA_ERROR_INVALID_VALUE"; break;
@@ -282,6 +310,7 @@ int cuGetErrorName(int code, const char** text) {
         case kInvalidContext: *text = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case kMapFailed: *text = "CUDA_ERROR_MAP_FAILED"; break;
         case kPeerUnsupported: *text = "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"; break;
+        case kNotSupported: *text = "CUDA_ERROR_NOT_SUPPORTED"; break;
         case kInvalidHandle: *text = "CUDA_ERROR_INVALID_HANDLE"; break;
         default: return kInvalidValue;
     }

@@ -7,7 +7,8 @@ torch. Every failure is an :class:`EngineError` with the driver's own name for i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,16 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_NBYTES),)
 
 
+class _CopyAttributes(ctypes.Structure):
+    """``CUmemcpyAttributes``: the order of accesses to the sources; hints for managed memory; flags."""
+
+    _fields_ = (
+        ("source_order", ctypes.c_int),
+        ("hints", ctypes.c_int * 4),
+        ("flags", ctypes.c_uint),
+    )
+
+
 _POINTER = ctypes.c_void_p
 _ADDRESS = ctypes.c_uint64
 #: C name → types of its arguments. ``CUdeviceptr`` is an unsigned 64-bit integer, handles of objects are pointers.
@@ -44,6 +55,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuCtxPopCurrent_v2": (ctypes.POINTER(_POINTER),),
     "cuMemAlloc_v2": (ctypes.POINTER(_ADDRESS), ctypes.c_size_t),
     "cuMemFree_v2": (_ADDRESS,),
+    "cuMemAllocHost_v2": (ctypes.POINTER(_POINTER), ctypes.c_size_t),
+    "cuMemFreeHost": (_POINTER,),
     "cuMemGetAddressRange_v2": (ctypes.POINTER(_ADDRESS), ctypes.POINTER(ctypes.c_size_t), _ADDRESS),
     "cuMemcpyAsync": (_ADDRESS, _ADDRESS, ctypes.c_size_t, _POINTER),
     "cuMemcpyHtoD_v2": (_ADDRESS, _POINTER, ctypes.c_size_t),
@@ -56,6 +69,20 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamQuery": (_POINTER,),
     "cuGetErrorName": (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)),
 }
+#: Copies many ranges in one call. CUDA 12.8 added it; the driver of CUDA 13 exports this form as well.
+_COPY_BATCH = "cuMemcpyBatchAsync"
+_COPY_BATCH_SIGNATURE = (
+    _POINTER,
+    _POINTER,
+    _POINTER,
+    ctypes.c_size_t,
+    ctypes.POINTER(_CopyAttributes),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_size_t),
+    _POINTER,
+)
+_IN_STREAM_ORDER = 1
 
 
 def _library() -> Any:
@@ -87,6 +114,9 @@ class Driver:
 
     def __init__(self, index: int) -> None:
         self._library = _library()
+        self._copy_batch = getattr(self._library, _COPY_BATCH, None)
+        if self._copy_batch is not None:
+            self._copy_batch.argtypes, self._copy_batch.restype = _COPY_BATCH_SIGNATURE, ctypes.c_int
         self._device = ctypes.c_int()
         self._context = _POINTER()
         self._call("open", "cuInit", 0)
@@ -147,6 +177,16 @@ class Driver:
         """Free memory of :meth:`allocate`."""
         self._call("close", "cuMemFree_v2", address)
 
+    def allocate_host(self, nbytes: int) -> int:
+        """The address of new page-locked host memory."""
+        address = _POINTER()
+        self._call("open", "cuMemAllocHost_v2", ctypes.byref(address), nbytes)
+        return int(address.value or 0)
+
+    def free_host(self, address: int) -> None:
+        """Free memory of :meth:`allocate_host`."""
+        self._call("close", "cuMemFreeHost", address)
+
     def allocation_of(self, address: int, operation: str = "register") -> tuple[int, int]:
         """Base address and length in bytes of the allocation that contains ``address``, opened ones included."""
         base, nbytes = _ADDRESS(), ctypes.c_size_t()
@@ -201,6 +241,38 @@ class Driver:
     def copy(self, stream: Any, to: int, source: int, nbytes: int) -> None:
         """Queue a copy between any two addresses, of devices or of the host."""
         self._call("read", "cuMemcpyAsync", to, source, nbytes, stream)
+
+    def copy_all(self, stream: Any, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Queue copies, each a destination, a source and a number of bytes, which may run in any order.
+
+        One call of the driver queues all of them if it has one for that and accepts the memory.
+
+        Raises:
+            EngineError: the driver refused one; those before it are queued.
+        """
+        if len(copies) > 1 and self._queue_batch(stream, copies):
+            return
+        for to, source, nbytes in copies:
+            self.copy(stream, to, source, nbytes)
+
+    def _queue_batch(self, stream: Any, copies: Sequence[tuple[int, int, int]]) -> bool:
+        """Return True if the driver took the batch; one that refuses it does not get another."""
+        if self._copy_batch is None:
+            return False
+        columns = [array("Q", column) for column in zip(*copies, strict=True)]
+        attributes, first, failed = _CopyAttributes(source_order=_IN_STREAM_ORDER), ctypes.c_size_t(), ctypes.c_size_t()
+        code = self._copy_batch(
+            *(column.buffer_info()[0] for column in columns),
+            len(copies),
+            ctypes.byref(attributes),
+            ctypes.byref(first),
+            1,
+            ctypes.byref(failed),
+            stream,
+        )
+        if code:
+            self._copy_batch = None
+        return bool(code == 0)
 
     def is_idle(self, stream: Any) -> bool:
         """Return True if every copy of the stream is done.

@@ -10,13 +10,11 @@ The driver exports no memory of expandable segments, memory pools or vLLM's slee
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
@@ -25,11 +23,12 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
     IDENTITY_NBYTES,
     Allocation,
     Endpoint,
-    RangeMap,
     boot_id,
     decode,
     encode,
 )
+from vllm_rfork.engines.cuda_ipc.obstacles import ELSEWHERE, obstacle
+from vllm_rfork.engines.cuda_ipc.peer import MappedPeer, map_peer
 from vllm_rfork.engines.cuda_ipc.streams import CopyStreams
 from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
 from vllm_rfork.engines.registrations import RegionTable
@@ -41,17 +40,6 @@ from vllm_rfork.manifest.segments import Segment
 _PAGE_NBYTES = 4096
 
 
-@dataclass(frozen=True)
-class _Peer:
-    """A connected seed, and the addresses of its allocations in this process; ``page`` is that of its identity."""
-
-    endpoint: Endpoint
-    page: int
-    mapped: tuple[int, ...]
-    regions: RangeMap
-    allocations: RangeMap
-
-
 class CudaIpcEngine(TransferEngine):
     """See the module's docstring."""
 
@@ -60,6 +48,7 @@ class CudaIpcEngine(TransferEngine):
     # 2 GiB take 5 ms over NVLink: long enough to make the pause after a batch negligible, short enough to digest one
     # batch while the next is read.
     limits: ClassVar[Limits] = Limits(max_batch_nbytes=2 * 1024**3, max_batch_items=65536)
+    opens_quickly: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._driver: Driver | None = None
@@ -68,12 +57,10 @@ class CudaIpcEngine(TransferEngine):
         self._stuck = ""
         self._table = RegionTable(NAME)
         self._allocations: dict[int, Allocation] = {}
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, MappedPeer] = {}
         self._streams: CopyStreams | None = None
         self._page = 0
         self._identity = b""
-        # An attribute, because a copy that was given up may still write to it.
-        self._seen = ctypes.create_string_buffer(IDENTITY_NBYTES)
         self._boot = ""
         self._timeout_s = 30.0
 
@@ -89,8 +76,16 @@ class CudaIpcEngine(TransferEngine):
     def lane_to(cls, place: Place, device_type: str) -> str:
         """It reaches every container of its host that can open the seed's GPU."""
         if place == "elsewhere":
-            raise EngineError(NAME, "connect", "the seed is on another host", code="lane", side="receiver")
+            raise EngineError(NAME, "connect", ELSEWHERE, code="lane", side="receiver")
         return NAME
+
+    @classmethod
+    def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
+        """The seed is on another host, or this container lacks the device file of its GPU."""
+        try:
+            return obstacle(decode(endpoint), boot_id())
+        except EngineError as error:
+            return error.text
 
     def open(self, config: EngineConfig) -> None:
         """Retain the device's primary context and create streams: milliseconds if torch has the context already.
@@ -150,58 +145,37 @@ class CudaIpcEngine(TransferEngine):
         with self._exclusively("connect", timeout_s) as driver:
             known = self._peers.pop(endpoint, None)
             if known is not None:
-                self._unmap(driver, known)
-            peer = decode(endpoint)
-            if peer.boot != self._boot:
-                raise EngineError(
-                    NAME, "connect", "the seed is on another host", code="lane", retry_elsewhere=True, side="receiver"
-                )
-            mapped: list[int] = []
+                known.unmap(driver)
+            described = decode(endpoint)
+            if (refusal := obstacle(described, self._boot)) is not None:
+                raise EngineError(NAME, "connect", refusal, code="lane", retry_elsewhere=True, side="receiver")
+            peer = map_peer(driver, described)
             try:
-                for each in (peer.page, *peer.allocations):
-                    mapped.append(driver.open_handle(each.handle))
-                    _check_length(driver, mapped[-1], each)
-                connected = _Peer(
-                    peer,
-                    mapped[0],
-                    tuple(mapped[1:]),
-                    RangeMap(peer.regions),
-                    RangeMap([(each.base, each.nbytes) for each in peer.allocations]),
-                )
-                self._check_identity(connected, "connect", time.monotonic() + timeout_s)
+                self._copy(peer, [], "connect", time.monotonic() + timeout_s)
             except EngineError as error:
                 error.in_flight = False
-                for address in mapped:
-                    with suppress(EngineError):  # the first error names the cause
-                        driver.close_handle(address)
+                peer.unmap(driver)
                 raise
-            self._peers[endpoint] = connected
+            self._peers[endpoint] = peer
 
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:
-        """Queue one copy a segment and wait for all of them."""
+        """Queue the copies of all segments and wait for them."""
         deadline = time.monotonic() + timeout_s
         with self._exclusively("read", timeout_s):
             peer = self._peers.get(endpoint)
             if peer is None:
                 raise not_connected(NAME, "read")
             self._table.check_local(segments)
-            copies = [(each.local, _address_here(peer, each), each.nbytes) for each in segments]
-            if not copies:
-                return
-            try:
-                self._queue(copies)
-            except EngineError:
-                self._wait(deadline, "read")  # the copies that were queued must not arrive later
-                raise
-            self._wait(deadline, "read")
-            self._check_identity(peer, "read", deadline)
+            copies = peer.copies(segments, self._allocations)
+            if copies:
+                self._copy(peer, copies, "read", deadline)
 
     def disconnect(self, endpoint: str) -> None:
         """Unmap the peer's memory; does nothing on an engine that is closed or stuck."""
         if self._driver is None or self._stuck or endpoint not in self._peers:
             return
         with self._exclusively("connect") as driver:
-            self._unmap(driver, self._peers.pop(endpoint))
+            self._peers.pop(endpoint).unmap(driver)
 
     @property
     def registered_nbytes(self) -> int:
@@ -247,9 +221,18 @@ class CudaIpcEngine(TransferEngine):
     def _stop_reason(self) -> str | None:
         return "the engine is closing" if self._closing else None
 
-    def _queue(self, copies: Sequence[tuple[int, int, int]]) -> None:
+    def _copy(self, peer: MappedPeer, copies: Sequence[tuple[int, int, int]], operation: str, deadline: float) -> None:
+        """Make ``copies``, and compare the seed's identity after the last one: the same engine is still open."""
         assert self._streams is not None  # noqa: S101 - created with the driver
-        self._streams.queue(copies)
+        try:
+            self._streams.queue(copies)
+            self._streams.queue_identity(peer.page)
+        except EngineError:
+            self._wait(deadline, operation)  # the copies that were queued must not arrive later
+            raise
+        self._wait(deadline, operation)
+        if not self._streams.saw(peer.identity):
+            raise EngineError(NAME, operation, "the seed has closed", retry_elsewhere=True, side="seed")
 
     def _wait(self, deadline: float, operation: str) -> None:
         """Wait for the copies; if they are given up, only ``close`` is left."""
@@ -261,23 +244,6 @@ class CudaIpcEngine(TransferEngine):
                 self._stuck = error.text
             raise
 
-    def _check_identity(self, peer: _Peer, operation: str, deadline: float) -> None:
-        """Compare the identity in the peer's memory with its endpoint's: the same engine is still open."""
-        self._queue([(ctypes.addressof(self._seen), peer.page, IDENTITY_NBYTES)])
-        self._wait(deadline, operation)
-        if self._seen.raw != peer.endpoint.identity:
-            raise EngineError(
-                NAME,
-                operation,
-                "the seed has closed",
-                retry_elsewhere=True,
-                side="seed",
-            )
-
-    def _unmap(self, driver: Driver, peer: _Peer) -> None:
-        for address in (peer.page, *peer.mapped):
-            driver.close_handle(address)
-
     def _shut(self) -> None:
         driver = self._driver
         if driver is None:  # another thread closed first
@@ -288,7 +254,7 @@ class CudaIpcEngine(TransferEngine):
                 streams.drain(self._timeout_s)
             driver.write(self._page, bytes(IDENTITY_NBYTES), "close")
             for peer in self._peers.values():
-                self._unmap(driver, peer)
+                peer.unmap(driver)
             self._peers = {}
             driver.free(self._page)
             if streams is not None:
@@ -310,44 +276,8 @@ def _find_allocation(driver: Driver, region: Region, found: dict[int, Allocation
         found[base] = Allocation(base, nbytes, driver.export(base))
     except EngineError as error:
         problem = (
-            f"the driver does not export the memory at {base:#x}: this engine cannot read expandable segments, "
-            "memory pools and memory of sleep mode"
+            f"the driver does not export the memory at {base:#x}: it exports no expandable segments (set "
+            "expandable_segments:False in PYTORCH_CUDA_ALLOC_CONF), and no memory of pools or of sleep mode (start "
+            "without enable_sleep_mode)"
         )
         raise EngineError(NAME, "register", problem, code=error.code) from error
-
-
-def _check_length(driver: Driver, address: int, allocation: Allocation) -> None:
-    """Compare the length of a mapping with the seed's endpoint.
-
-    A copy beyond the mapping fails as well, but only after some bytes have been written.
-
-    Raises:
-        EngineError: the mapping is shorter.
-    """
-    base, nbytes = driver.allocation_of(address, "connect")
-    if base + nbytes - address < allocation.nbytes:
-        raise EngineError(
-            NAME,
-            "connect",
-            f"the seed's allocation at {allocation.base:#x} has {base + nbytes - address} bytes, and its endpoint says "
-            f"{allocation.nbytes}",
-            retry_elsewhere=True,
-            side="seed",
-        )
-
-
-def _address_here(peer: _Peer, segment: Segment) -> int:
-    """The address of the segment's remote bytes in this process.
-
-    Raises:
-        EngineError: no single registered region of the seed contains them.
-    """
-    number = peer.allocations.containing(segment.remote, segment.nbytes)
-    if number is None or peer.regions.containing(segment.remote, segment.nbytes) is None:
-        raise EngineError(
-            NAME,
-            "read",
-            f"{segment.nbytes} bytes at the seed's address {segment.remote:#x} do not lie in one registered region",
-            side="seed",
-        )
-    return peer.mapped[number] + segment.remote - peer.endpoint.allocations[number].base

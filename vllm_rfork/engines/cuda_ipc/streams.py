@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from vllm_rfork.engines.cuda_ipc.driver import NAME, Driver
+from vllm_rfork.engines.cuda_ipc.endpoint import IDENTITY_NBYTES
 from vllm_rfork.errors import EngineError
 
 #: Copies of one stream follow each other with a gap of some microseconds; those of several fill each other's gaps. On
@@ -26,15 +28,28 @@ class CopyStreams:
         self._driver = driver
         self._stopped = stopped
         self._streams = tuple(driver.new_stream() for _ in range(STREAMS))
+        # Page-locked: a copy from the device to other host memory returns only when the copies before it are done.
+        self._seen = driver.allocate_host(STREAMS * IDENTITY_NBYTES)
 
-    def queue(self, copies: Iterable[tuple[int, int, int]]) -> None:
+    def queue(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Queue copies, each a destination, a source and a number of bytes, on all streams in turn.
 
         Raises:
             EngineError: the driver refused one; those before it are queued.
         """
-        for number, (to, source, nbytes) in enumerate(copies):
-            self._driver.copy(self._streams[number % STREAMS], to, source, nbytes)
+        for number, stream in enumerate(self._streams):
+            if part := copies[number::STREAMS]:
+                self._driver.copy_all(stream, part)
+
+    def queue_identity(self, page: int) -> None:
+        """Queue a look at the peer's identity behind the copies of every stream; :meth:`saw` compares."""
+        ctypes.memset(self._seen, 0, STREAMS * IDENTITY_NBYTES)
+        for number, stream in enumerate(self._streams):
+            self._driver.copy(stream, self._seen + number * IDENTITY_NBYTES, page, IDENTITY_NBYTES)
+
+    def saw(self, identity: bytes) -> bool:
+        """Return True if every stream found ``identity`` after its last copy. Call :meth:`wait` before."""
+        return ctypes.string_at(self._seen, STREAMS * IDENTITY_NBYTES) == identity * STREAMS
 
     def wait(self, deadline: float, operation: str) -> None:
         """Wait until every queued copy is done.
@@ -73,6 +88,7 @@ class CopyStreams:
         """Destroy the streams, which must be empty."""
         for stream in self._streams:
             self._driver.destroy_stream(stream)
+        self._driver.free_host(self._seen)
 
     def _are_idle(self) -> bool:
         return all(self._driver.is_idle(stream) for stream in self._streams)
