@@ -236,11 +236,20 @@ def test_regions_are_as_few_as_the_allocators_blocks(npu: FakeTorchNpu) -> None:
     validate_manifest(collection.manifest(HEADER))
 
 
-@pytest.mark.parametrize(("backend", "aligned"), [("hixl", True), ("", False)])
+@pytest.mark.parametrize(
+    ("name", "value", "aligned"),
+    [
+        ("TRANSFER_ENGINE_BACKEND", "hixl", True),
+        ("TRANSFER_ENGINE_BACKEND", "", False),
+        ("YR_TE_HIXL_ROUTE", "auto", True),
+        ("YR_TE_HIXL_ROUTE", "HCCS", True),
+        ("YR_TE_HIXL_ROUTE", "roce", False),
+    ],
+)
 def test_regions_begin_at_multiples_of_2_mib_where_the_route_wants_it(
-    npu: FakeTorchNpu, monkeypatch: pytest.MonkeyPatch, backend: str, aligned: bool
+    npu: FakeTorchNpu, monkeypatch: pytest.MonkeyPatch, name: str, value: str, aligned: bool
 ) -> None:
-    monkeypatch.setenv("TRANSFER_ENGINE_BACKEND", backend)
+    monkeypatch.setenv(name, value)
     memory = torch.zeros(6 << 20, dtype=torch.uint8)
     start = -(-memory.data_ptr() // (2 << 20)) * (2 << 20)  # an allocator of large pages begins its blocks there
     npu.npu.segments = [segment(start, 4 << 20, device=3)]

@@ -1,4 +1,7 @@
-"""Both YuanRong wheels keep the port's contract, unmodified, on the host stand-in for the Ascend data plane."""
+"""Every YuanRong generation keeps the port's contract.
+
+Both wheels do, unmodified, on the host stand-in for the Ascend data plane; the newest generation is stood in for whole.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from vllm_rfork.engines.yuanrong.native import CODES
 from vllm_rfork.errors import EngineError
 from vllm_rfork.testing import MIB, PAGE, EngineContract, Processes, WorkerProcess, pattern
 
+NEWEST = ROOT / "tests" / "standin" / "newest"
 #: What the engine's wait of 10 s becomes in the tests that let it run out.
 WAIT_S = 1.0
 #: The engine's wait and the adapter's own steps around it.
@@ -35,13 +39,50 @@ print(json.dumps({int(code): name for name, code in codes.__members__.items()}))
 """
 
 
-class YuanRongContract(EngineContract):
-    """Everything that the two wheels have in common; ``wheel`` names one in ``tests/standin/wheels.py``."""
+class AnyGeneration(EngineContract):
+    """What the engine does differently in every generation."""
 
     engine: ClassVar[str] = "yuanrong"
     #: Two control calls in a row, each of them reset after 10 s, where the peer stops between the probe and the read.
     dead_peer_s: ClassVar[float] = 25.0
     close_may_keep_memory: ClassVar[bool] = True
+
+    @pytest.mark.parametrize(
+        ("local", "remote", "nbytes", "ours"),
+        [
+            pytest.param(0, 1, 2 * PAGE, False, id="beyond the remote end"),
+            pytest.param(0, -1, 10, False, id="before the remote start"),
+            pytest.param(0, 4 * PAGE, 10, False, id="nowhere near the remote region"),
+            pytest.param(1, 0, 2 * PAGE, True, id="beyond the local end"),
+            pytest.param(4 * PAGE, 0, 10, True, id="outside every local region"),
+        ],
+    )
+    def test_a_read_outside_a_registration_is_refused(  # type: ignore[override]
+        self, processes: Processes, local: int, remote: int, nbytes: int, ours: bool
+    ) -> None:
+        """The seed's engine authorizes item by item: the good items before may be written, and the error says so."""
+        seed, receiver = processes.two()
+        source, target = seed.alloc(8 * PAGE, seed=7), receiver.alloc(8 * PAGE)
+        seed.register([source + PAGE, 2 * PAGE])
+        receiver.register([target + PAGE, 2 * PAGE])
+        endpoint = seed.endpoint()
+        receiver.connect(endpoint)
+        good = [target + PAGE, source + PAGE, 16]
+        bad = [target + PAGE + local, source + PAGE + remote, nbytes]
+        with pytest.raises(EngineError) as caught:
+            receiver.read(endpoint, [good, bad])
+        self.check(caught.value, "read")
+        assert caught.value.in_flight is not ours
+        receiver.close()
+        got = receiver.peek(target, 0, 8 * PAGE)
+        first = got[PAGE : PAGE + 16]
+        assert first == bytes(16) or (not ours and first == pattern(7, 8 * PAGE)[PAGE : PAGE + 16])
+        assert got[:PAGE] + got[PAGE + 16 :] == bytes(8 * PAGE - 16)
+
+
+class YuanRongContract(AnyGeneration):
+    """Everything that the two wheels have in common; ``wheel`` names one in ``tests/standin/wheels.py``."""
+
     wheel: ClassVar[str]
     installed: ClassVar[wheels.Installed]
 
@@ -82,40 +123,6 @@ class YuanRongContract(EngineContract):
         """As ``seed_and_receiver``, with faults on either side."""
         seed, receiver = self.start_with(processes, **seed_faults), self.start_with(processes, **receiver_faults)
         return self.connected(seed, receiver, nbytes)
-
-    # -- where the engine does less than the suite asks ------------------------------------------------------------
-
-    @pytest.mark.parametrize(
-        ("local", "remote", "nbytes", "ours"),
-        [
-            pytest.param(0, 1, 2 * PAGE, False, id="beyond the remote end"),
-            pytest.param(0, -1, 10, False, id="before the remote start"),
-            pytest.param(0, 4 * PAGE, 10, False, id="nowhere near the remote region"),
-            pytest.param(1, 0, 2 * PAGE, True, id="beyond the local end"),
-            pytest.param(4 * PAGE, 0, 10, True, id="outside every local region"),
-        ],
-    )
-    def test_a_read_outside_a_registration_is_refused(  # type: ignore[override]
-        self, processes: Processes, local: int, remote: int, nbytes: int, ours: bool
-    ) -> None:
-        """The seed's engine authorizes item by item: the good items before may be written, and the error says so."""
-        seed, receiver = processes.two()
-        source, target = seed.alloc(8 * PAGE, seed=7), receiver.alloc(8 * PAGE)
-        seed.register([source + PAGE, 2 * PAGE])
-        receiver.register([target + PAGE, 2 * PAGE])
-        endpoint = seed.endpoint()
-        receiver.connect(endpoint)
-        good = [target + PAGE, source + PAGE, 16]
-        bad = [target + PAGE + local, source + PAGE + remote, nbytes]
-        with pytest.raises(EngineError) as caught:
-            receiver.read(endpoint, [good, bad])
-        self.check(caught.value, "read")
-        assert caught.value.in_flight is not ours
-        receiver.close()
-        got = receiver.peek(target, 0, 8 * PAGE)
-        first = got[PAGE : PAGE + 16]
-        assert first == bytes(16) or (not ours and first == pattern(7, 8 * PAGE)[PAGE : PAGE + 16])
-        assert got[:PAGE] + got[PAGE + 16 :] == bytes(8 * PAGE - 16)
 
     # -- faults of the data plane ------------------------------------------------------------------------------------
 
@@ -264,6 +271,49 @@ class TestTransferEngineWheel(YuanRongContract):
 
 class TestDatasystemWheel(YuanRongContract):
     wheel: ClassVar[str] = "datasystem"
+
+
+class TestNewestGeneration(AnyGeneration):
+    """The stand-in of ``tests/standin/newest``: the adapter recognizes the generation by its members."""
+
+    @pytest.fixture(autouse=True)
+    def _variables(self) -> None:
+        build.build()
+        self.variables: dict[str, str] = {}
+
+    def environment(self) -> Mapping[str, str]:
+        return {**build.environment(), "PYTHONPATH": f"{ROOT}:{NEWEST}", **self.variables}
+
+    def test_the_engine_chooses_its_port_in_the_range_that_the_user_gave(self, processes: Processes) -> None:
+        """It holds that port while it chooses, so two workers never race for one."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            least = taken.getsockname()[1]
+            self.variables = {"YR_TE_RPC_PORT_MIN": str(least), "YR_TE_RPC_PORT_MAX": str(least + 9)}
+            ports = []
+            for worker in processes.two():
+                address = worker.alloc(PAGE)
+                worker.register([address, PAGE])
+                ports.append(int(worker.endpoint().rpartition(":")[2]))
+        assert len({*ports, least}) == 3
+        assert all(least < port < least + 10 for port in ports)
+
+    def test_no_relay_stands_between_a_receiver_and_its_seed(self, processes: Processes) -> None:
+        _, receiver, _, _, _ = self.seed_and_receiver(processes, PAGE)
+        assert children(receiver.process.pid) == []
+
+    @pytest.mark.parametrize("route", ["auto", "hccs"])
+    def test_a_base_that_the_route_does_not_accept_is_refused_with_the_reason(
+        self, processes: Processes, route: str
+    ) -> None:
+        self.variables = {"YR_TE_HIXL_ROUTE": route}
+        seed = processes.start()
+        memory = seed.alloc(4 * MIB, seed=7)
+        aligned = -(-memory // (2 * MIB)) * 2 * MIB
+        with pytest.raises(EngineError, match=f"route {route} requires.*YR_TE_HIXL_ROUTE=roce") as caught:
+            seed.register([aligned + PAGE, PAGE])
+        self.check(caught.value, "register", in_flight=False)
+        assert seed.registered_nbytes == 0
+        seed.register([aligned, PAGE])
 
 
 def wait_until(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:

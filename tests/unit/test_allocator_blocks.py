@@ -8,8 +8,9 @@ import random
 import pytest
 
 from tests.ascend.fake_torch_npu import segment
-from vllm_rfork.devices.allocator_blocks import HIXL_ALIGNMENT, MAX_GAP, Block, BlockMap, blocks_of, merge_into_blocks
+from vllm_rfork.devices.allocator_blocks import MAX_GAP, Block, BlockMap, blocks_of, merge_into_blocks
 from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest.alignment import HIXL_ALIGNMENT
 from vllm_rfork.manifest.schema import Region
 
 MIB = 1 << 20

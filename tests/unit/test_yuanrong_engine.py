@@ -202,6 +202,7 @@ def test_the_error_that_datasystem_hides_is_found(monkeypatch: pytest.MonkeyPatc
     [
         (b"...TRANSFER_ENGINE_P2P_SO_PATH...", {}, False),
         (b"...TRANSFER_ENGINE_HIXL_ROUTE...", {}, True),
+        (b"...YR_TE_HIXL_ROUTE...", {}, True),
         (b"", {"MemoryRegistration": object}, True),
     ],
 )
@@ -216,6 +217,26 @@ def test_the_generation_with_bounded_calls_is_recognized_by_what_it_shows(
     }
     monkeypatch.setattr(yuanrong_native.importlib, "import_module", modules.__getitem__)
     assert load_binding().bounds_control_calls is expected
+    assert not load_binding().chooses_port
+
+
+@pytest.mark.parametrize(
+    ("members", "newest"),
+    [
+        ({"get_rpc_port"}, False),  # datasystem 0.8.1, which rejects port 0
+        ({"get_rpc_port", "get_route_policy"}, True),
+    ],
+)
+def test_the_newest_generation_is_recognized_by_its_members(
+    monkeypatch: pytest.MonkeyPatch, members: set[str], newest: bool
+) -> None:
+    engine_class = type("TransferEngine", (), {name: lambda self: None for name in members})
+    engine_class.__module__ = __name__  # a file that names no variable of HIXL beside the two in this test
+    monkeypatch.setattr(yuanrong_native, "_HIXL_VARIABLES", ())
+    module = SimpleNamespace(TransferEngine=engine_class)
+    modules = {"yr.datasystem": module, __name__: sys.modules[__name__]}
+    monkeypatch.setattr(yuanrong_native.importlib, "import_module", modules.__getitem__)
+    assert load_binding() == Binding(engine_class, newest, newest)
 
 
 # -- codes -----------------------------------------------------------------------------------------------------------
@@ -334,6 +355,66 @@ def test_a_host_that_is_not_this_machines_says_what_to_set(host: str) -> None:
     with pytest.raises(EngineError, match="rfork_seed_advertise_host") as caught:
         local_ipv4(host)
     assert caught.value.operation == "open"
+
+
+# -- the newest generation -------------------------------------------------------------------------------------------
+
+
+class Newest(Native):
+    port: ClassVar[Any] = 41234
+    route: ClassVar[Any] = "roce"
+
+    def get_rpc_port(self) -> Any:
+        return Newest.port
+
+    def get_route_policy(self) -> Any:
+        return Newest.route
+
+
+@pytest.fixture
+def newest(engine: YuanRongEngine, monkeypatch: pytest.MonkeyPatch) -> YuanRongEngine:
+    monkeypatch.setattr(yuanrong, "load_binding", lambda: Binding(Newest, True, True))
+    return engine
+
+
+def test_the_newest_generation_chooses_its_port(newest: YuanRongEngine) -> None:
+    newest.open(CONFIG)
+    assert Native.made[0].called("initialize")[0][0] == "127.0.0.1:0"
+    assert newest.endpoint == "127.0.0.1:41234"
+
+
+def test_an_engine_that_rejects_port_0_is_given_one(newest: YuanRongEngine) -> None:
+    Native.script = {"initialize": [Answer(2, "port 0 is invalid")]}
+    newest.open(CONFIG)
+    (tried,) = Native.made[1].called("initialize")
+    assert newest.endpoint == tried[0] != "127.0.0.1:0"
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, None, "7000"])
+def test_a_port_that_cannot_be_one_is_an_error(
+    newest: YuanRongEngine, monkeypatch: pytest.MonkeyPatch, port: Any
+) -> None:
+    monkeypatch.setattr(Newest, "port", port)
+    with pytest.raises(EngineError, match="reports port"):
+        newest.open(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("route", "refused"), [("auto", True), (SimpleNamespace(name="HCCS"), True), ("roce", False), ("later", False)]
+)
+def test_regions_are_aligned_where_the_route_requires_it(
+    newest: YuanRongEngine, monkeypatch: pytest.MonkeyPatch, route: Any, refused: bool
+) -> None:
+    monkeypatch.setattr(Newest, "route", route)
+    newest.open(CONFIG)
+    newest.register([Region(4 << 20, 100)])
+    if refused:
+        with pytest.raises(EngineError, match=r"YR_TE_HIXL_ROUTE=(auto|hccs)") as caught:
+            newest.register(REGIONS)
+        assert (caught.value.operation, caught.value.side) == ("register", "receiver")
+        assert newest.registered_nbytes == 100
+    else:
+        newest.register(REGIONS)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,6 @@ from typing import Any
 from vllm_rfork.errors import ForkError
 from vllm_rfork.manifest.schema import Region
 
-#: The alignment of registrations that HIXL's ``auto`` and ``hccs`` routes require, in bytes.
-HIXL_ALIGNMENT = 2 * 1024 * 1024
-
 #: Two tensors of one block are registered together if fewer bytes than this lie between them. The allocator rounds
 #: requests up by less. A larger gap is in use elsewhere or was freed; in an expandable segment, whole pages of this
 #: size may lose their physical memory.

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_rfork.devices.allocator_blocks import HIXL_ALIGNMENT
 from vllm_rfork.devices.base import PLAIN, DeviceBackend
 from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest.alignment import ALIGNED_ROUTES, HIXL_ALIGNMENT, ROUTE_VARIABLE
 
 #: The ``acl_format`` of a layout that shape and strides describe.
 ND = 2
@@ -105,9 +105,13 @@ class NpuBackend(DeviceBackend):
         return view
 
     def alignment(self, environment: Mapping[str, str] | None = None) -> int:
-        """2 MiB if the engine uses HIXL, whose ``auto`` and ``hccs`` routes require it; otherwise 1."""
-        backend = (os.environ if environment is None else environment).get("TRANSFER_ENGINE_BACKEND", "")
-        return HIXL_ALIGNMENT if backend.strip().lower() == "hixl" else 1
+        """2 MiB if the engine uses HIXL, whose ``auto`` and ``hccs`` routes require it; otherwise 1.
+
+        The newest generation always uses HIXL, on the route in ``YR_TE_HIXL_ROUTE`` or RoCE.
+        """
+        given = os.environ if environment is None else environment
+        backend, route = (given.get(name, "").strip().lower() for name in ("TRANSFER_ENGINE_BACKEND", ROUTE_VARIABLE))
+        return HIXL_ALIGNMENT if backend == "hixl" or route in ALIGNED_ROUTES else 1
 
     def _snapshot(self) -> Iterable[Mapping[str, Any]]:
         segments: list[Mapping[str, Any]] = self._npu.npu.memory_snapshot()

@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_rfork.devices.allocator_blocks import HIXL_ALIGNMENT, BlockMap
+from vllm_rfork.devices.allocator_blocks import BlockMap
 from vllm_rfork.devices.base import PLAIN, DeviceBackend
 from vllm_rfork.devices.npu import NpuBackend
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError
+from vllm_rfork.manifest.alignment import HIXL_ALIGNMENT
 from vllm_rfork.manifest.schema import Region
 
 #: NZ: tiles of 16 rows by 32 bytes. A matrix that is not a whole number of tiles is padded.

@@ -1,7 +1,8 @@
 """YuanRong TransferEngine: the default engine on Ascend NPUs.
 
 Both wheels work, ``openyuanrong-transfer-engine`` and ``openyuanrong-datasystem`` (never both in one environment).
-Newer generations are recognized by their members (:mod:`.native`).
+Newer generations are recognized by their members (:mod:`.native`). The newest chooses its port itself, within
+``YR_TE_RPC_PORT_MIN`` and ``YR_TE_RPC_PORT_MAX``, and has a route, which may require aligned regions (:mod:`.routes`).
 
 Bounds. The wheels hold Python's GIL during each native call, so the whole process waits, and they do not limit control
 calls. Therefore:
@@ -46,6 +47,7 @@ from vllm_rfork.engines.yuanrong.native import (
     load_binding,
 )
 from vllm_rfork.engines.yuanrong.peer import Relay, free_port, local_ipv4, parse_endpoint, probe
+from vllm_rfork.engines.yuanrong.routes import check_bases, route_of
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
@@ -87,6 +89,7 @@ class YuanRongEngine(TransferEngine):
         self._peers: dict[str, _Peer] = {}
         self._device = 0
         self._own = ""
+        self._route = ""
         self._timeout_s = 30.0
         self._receive_wait_s = _RECEIVE_WAIT_S
         self._stuck = ""
@@ -121,6 +124,7 @@ class YuanRongEngine(TransferEngine):
                 )
             address = local_ipv4(config.host)
             self._native, port = _initialized(self._binding, address, device)
+            self._route = route_of(self._native) if self._binding.chooses_port else ""
             self._device, self._own = device, f"{address}:{port}"
             self._timeout_s = config.timeout_s
             self._receive_wait_s = float(config.options.get("receive_wait_s", _RECEIVE_WAIT_S))
@@ -141,6 +145,7 @@ class YuanRongEngine(TransferEngine):
         """
         with self._exclusively("register") as native:
             self._table.check_new(regions)
+            check_bases(self._route, regions)
             if not regions:
                 return
             if self._acl is not None:
@@ -304,17 +309,26 @@ def device_number(device: str, environment: dict[str, str] | None = None) -> int
 def _initialized(binding: Binding, address: str, device: int) -> tuple[NativeEngine, int]:
     """A native engine that listens on ``address``, and its port.
 
-    Another process may take the free port before the engine binds it; then another one is tried.
+    Another process may take the free port before the engine binds it; then another one is tried. The newest generation
+    binds a port of its own choice instead.
     """
     last: EngineError | None = None
-    for _ in range(_PORT_ATTEMPTS):
-        port = free_port(address)
+    for attempt in range(_PORT_ATTEMPTS):
+        own_choice = binding.chooses_port and attempt == 0
+        port = 0 if own_choice else free_port(address)
         native = NativeEngine(binding)
         result = native.call("open", "initialize", f"{address}:{port}", _PROTOCOL, f"npu:{device}")
         if not result.is_error():
-            return native, port
+            return native, _bound_port(native) if own_choice else port
         last = failure("open", result)
         if "bind" not in last.text and "port" not in last.text:
             break
     assert last is not None  # noqa: S101 - there was at least one attempt
     raise last
+
+
+def _bound_port(native: NativeEngine) -> int:
+    port = native.call("open", "get_rpc_port")
+    if not isinstance(port, int) or not 0 < port < 65536:
+        raise EngineError(NAME, "open", f"the engine reports port {port!r}", side="receiver")
+    return port

@@ -29,6 +29,9 @@ CODES: dict[int, str] = {
     9: "kNotAuthorized",
     36: "kNotSupported",
 }
+#: The beginnings of HIXL's variables; the second is the newer one.
+_HIXL_VARIABLES = (b"TRANSFER_ENGINE_HIXL", b"YR_TE_HIXL")
+
 #: Codes about this peer: another seed may succeed.
 _PEERS_FAULT = frozenset({"kRuntimeError", "kNotReady", "kNotAuthorized", "kNotFound"})
 #: The side that failed, for codes that reveal it. "Not found" and "not authorized" refer to the peer's registrations.
@@ -44,10 +47,14 @@ class Binding:
             and ``finalize`` are the same in every generation.
         bounds_control_calls: true for the generation with HIXL, which bounds its control calls to 10 s and releases
             the GIL in a read. The others wait for a silent peer for ever, and so does every Python thread.
+        chooses_port: true for the newest generation: ``initialize`` accepts port 0, and ``get_rpc_port`` returns the
+            port that the engine has bound, within ``YR_TE_RPC_PORT_MIN`` and ``YR_TE_RPC_PORT_MAX`` if they are set.
+            ``get_route_policy`` returns its route.
     """
 
     engine_class: Callable[[], Any]
     bounds_control_calls: bool
+    chooses_port: bool = False
 
 
 def load_binding() -> Binding:
@@ -70,7 +77,9 @@ def load_binding() -> Binding:
     except AttributeError as error:
         # The datasystem wheel hides an ImportError of its native module behind this one; the text still contains it.
         raise _unloadable(error) from error
-    return Binding(engine_class, _knows_hixl(module))
+    # datasystem 0.8.1 has get_rpc_port too, and rejects port 0.
+    newest = hasattr(engine_class, "get_route_policy") and hasattr(engine_class, "get_rpc_port")
+    return Binding(engine_class, newest or _knows_hixl(module), newest)
 
 
 def _unloadable(error: Exception) -> EngineUnavailable:
@@ -85,12 +94,12 @@ def _unloadable(error: Exception) -> EngineUnavailable:
 def _knows_hixl(module: Any) -> bool:
     """Return True for the generation that bounds its control calls.
 
-    Its newest form has members in Python; older forms show only in the variables that the native module reads.
+    Newer forms have members in Python; older forms show only in the variables that the native module reads.
     """
     if hasattr(module, "MemoryRegistration") or hasattr(module.TransferEngine, "batch_register_memory_ex"):
         return True
     file = getattr(importlib.import_module(module.TransferEngine.__module__), "__file__", None)
-    return file is not None and b"TRANSFER_ENGINE_HIXL" in Path(file).read_bytes()
+    return file is not None and any(name in Path(file).read_bytes() for name in _HIXL_VARIABLES)
 
 
 def code_name(result: Any) -> str:

@@ -1,0 +1,1 @@
+"""Shadows the wheel's package."""
