@@ -53,6 +53,11 @@ ENGINES: dict[str, EngineRow] = {
         "install the NVIDIA driver; in a container, the NVIDIA container toolkit mounts it",
         host_hint="it uses no network",
     ),
+    "collective": EngineRow(
+        "vllm_rfork.engines.collective.engine",
+        "CollectiveEngine",
+        "it needs torch, with gloo on the CPU and libnccl.so.2 on CUDA, as torch's own wheels bring them",
+    ),
     "memory": EngineRow(
         "vllm_rfork.engines.memory",
         "MemoryEngine",

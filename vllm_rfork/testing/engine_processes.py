@@ -19,6 +19,7 @@ import pytest
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.errors import EngineError
 from vllm_rfork.testing.engine_worker import as_json
+from vllm_rfork.testing.fork_server import ForkedProcess, server
 
 #: The folder that contains the package, for workers that run under another interpreter.
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ class EngineSetup(Protocol):
     engine: ClassVar[str]
     device: ClassVar[str]
     buffer: ClassVar[str]
+    preload: ClassVar[tuple[str, ...]]
 
     def environment(self) -> Mapping[str, str]: ...
     def python(self) -> str: ...
@@ -50,12 +52,18 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         environment = {**os.environ, "PYTHONPATH": path, **suite.environment()}
-        self.process = subprocess.Popen(
-            [suite.python(), "-m", "vllm_rfork.testing.engine_worker", str(theirs.fileno())],
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        if suite.preload:
+            command = (suite.python(), *suite.preload)
+            environment.pop("PYTEST_CURRENT_TEST", None)  # one server for all tests
+            self.process = server(command, tuple(sorted(environment.items()))).start(theirs)
+        else:
+            self.process = subprocess.Popen(
+                [suite.python(), "-m", "vllm_rfork.testing.engine_worker", str(theirs.fileno())],
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
         theirs.close()
         self._socket = ours
         self._buffer = b""

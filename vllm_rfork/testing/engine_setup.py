@@ -28,6 +28,8 @@ class ContractSetup:
     device: ClassVar[str] = "cpu"
     #: The class of the workers' memory, as ``module:class``; it has the interface of the default.
     buffer: ClassVar[str] = "vllm_rfork.selftest.buffers:Buffer"
+    #: Modules that are imported once and shared by all workers, which are then forks of one process.
+    preload: ClassVar[tuple[str, ...]] = ()
     #: How long past its ``timeout_s`` a call may take to give up, in seconds.
     grace_s: ClassVar[float] = 5.0
     #: How long an engine may take to notice a dead peer, in seconds.

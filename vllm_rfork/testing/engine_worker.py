@@ -159,9 +159,9 @@ def as_json(config: EngineConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(config), "options": dict(config.options)}
 
 
-def main() -> None:
-    """Serve until the suite closes the socket."""
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+def main(descriptor: int) -> None:
+    """Serve the socket ``descriptor`` until the suite closes it."""
+    with socket.socket(fileno=descriptor) as connection:
         stream = connection.makefile("rwb")
         Worker(stream).serve()
     # Native threads that an engine failed to end must not keep the process alive: the suite has its answers.
@@ -171,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

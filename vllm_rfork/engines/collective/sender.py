@@ -1,0 +1,245 @@
+"""The seed's side: a listener, and a thread for each connected receiver.
+
+Everything is bounded: the connections, the groups, the sends at one time, each message, each wait. A receiver that
+dies, stops or sends nonsense costs its own group.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+
+from vllm_rfork.engines.capture_gate import gate
+from vllm_rfork.engines.collective import channel, messages
+from vllm_rfork.engines.collective.channel import Channel, Lost
+from vllm_rfork.engines.collective.group import SEED, Backend, Group, GroupFailed
+from vllm_rfork.engines.collective.messages import Join, Joined, Read, Refused, Sending, Sent
+from vllm_rfork.engines.collective.plan import Piece
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.threads.native import native_thread
+
+logger = worker_logger(__name__)
+
+#: Connections at one time, with those that have not proved yet that they have the secret.
+MAX_CONNECTIONS = 16
+#: Receivers that have a group at one time.
+MAX_GROUPS = 8
+#: Batches that are sent at one time.
+MAX_SENDS = 4
+#: Bound of the handshake and of each short message, in seconds.
+_MESSAGE_S = 5.0
+#: A group without a request for so long is closed, in seconds.
+_IDLE_S = 120.0
+#: Bytes per second below which a batch is given up.
+_MIN_BYTES_PER_S = 20e6
+#: Pause after a failed accept, most likely for lack of descriptors, in seconds.
+_PAUSE_S = 1.0
+#: Threads that send yield the processor to inference; gloo's threads inherit it.
+_NICENESS = 10
+
+
+class Sender:
+    """Serves the registered memory of one open engine.
+
+    Args:
+        host: the address to listen on.
+        secret: the endpoint's.
+        holds: returns True if one registered region contains a number of bytes at an address. Called on any thread.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
+
+    def __init__(self, backend: Backend, host: str, secret: bytes, holds: Callable[[int, int], bool]) -> None:
+        self.backend = backend
+        self.holds = holds
+        self.secret = secret
+        self.stopped = False
+        self.groups = threading.BoundedSemaphore(MAX_GROUPS)
+        self.sends = threading.BoundedSemaphore(MAX_SENDS)
+        self._lock = threading.Lock()
+        self._sessions: set[_Session] = set()
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        self._listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+        self._thread = threading.Thread(target=self._listen, name="rfork-collective-listen", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port of the control connections."""
+        return int(self._listening.getsockname()[1])
+
+    def stop(self, timeout_s: float) -> None:
+        """Refuse everything and end every group. Idempotent.
+
+        Raises:
+            GroupFailed: a thread does not end, so the memory may still be read (``in_flight``).
+        """
+        deadline = time.monotonic() + timeout_s
+        self.stopped = True
+        with suppress(OSError):  # stopped before
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._thread.join(timeout_s)
+        self._listening.close()
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.interrupt()
+        for session in sessions:
+            session.thread.join(max(0.0, deadline - time.monotonic()))
+        stuck = [session for session in sessions if session.thread.is_alive() or session.in_flight]
+        if stuck:
+            raise GroupFailed(f"{len(stuck)} of {len(sessions)} groups cannot be closed", in_flight=True, late=True)
+
+    def forget(self, session: _Session) -> None:
+        """Drop a session that has ended; one whose group may still read memory is kept, for :meth:`stop`."""
+        if not session.in_flight:
+            with self._lock:
+                self._sessions.discard(session)
+
+    def _listen(self) -> None:
+        while not self.stopped:
+            try:
+                sock, _ = self._listening.accept()
+            except OSError as error:
+                if not self.stopped:
+                    logger.warning("No receiver can connect for %g s because of: %s", _PAUSE_S, error)
+                    time.sleep(_PAUSE_S)
+                continue
+            session = _Session(self, sock)
+            with self._lock:
+                if self.stopped or len(self._sessions) >= MAX_CONNECTIONS:
+                    sock.close()
+                    continue
+                self._sessions.add(session)
+            session.start()
+
+
+class _Session:
+    """One receiver's connection, group and thread."""
+
+    def __init__(self, sender: Sender, sock: socket.socket) -> None:
+        self._sender = sender
+        self._socket = sock
+        self._group: Group | None = None
+        #: The group may still read memory, for good.
+        self.in_flight = False
+        self.thread = native_thread(self._run, "rfork-collective-send")
+
+    def start(self) -> None:
+        """Start the thread; without one the connection is closed."""
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            logger.warning("A receiver was turned away because of: %s", error)
+            self._socket.close()
+            self._sender.forget(self)
+
+    def interrupt(self) -> None:
+        """Make the thread end soon."""
+        with suppress(OSError):  # the receiver was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if (group := self._group) is not None:
+            group.abort()
+
+    def _run(self) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            with self._socket:
+                opened = channel.accept(self._socket, self._sender.secret, time.monotonic() + _MESSAGE_S)
+                self._admit(opened, messages.receive(opened, Join, time.monotonic() + _MESSAGE_S))
+        except (Lost, messages.Refusal) as error:
+            logger.debug("A receiver's connection ended: %s", error)
+        except GroupFailed as error:
+            logger.info("A receiver's transfer group was given up because of: %s", error)
+        except Exception:  # the guard of a background thread: serving goes on, whatever fails here
+            logger.exception("A receiver's transfer group failed")
+        finally:
+            self._sender.forget(self)
+
+    def _admit(self, opened: Channel, join: Join) -> None:
+        """Create the group, if it is of the right kind and there is room, and serve it."""
+        refused = None
+        if join.v != messages.VERSION or join.backend != self._sender.backend.name:
+            text = f"the seed transfers with {self._sender.backend.name}, version {messages.VERSION}"
+            refused = Refused(text, "lane")
+        elif not self._sender.groups.acquire(blocking=False):
+            refused = Refused(f"the seed serves {MAX_GROUPS} receivers already", "busy")
+        if refused is not None:
+            messages.send(opened, refused, time.monotonic() + _MESSAGE_S)
+            return
+        logger.debug("A receiver joined: host=%s, lease=%s", opened.peer_host, join.lease)
+        try:
+            self._create(opened, time.monotonic() + min(join.timeout_s, _IDLE_S))
+            while self._group is not None:
+                self._answer(opened, messages.receive(opened, Read, time.monotonic() + _IDLE_S))
+        finally:
+            self._close()
+            self._sender.groups.release()
+
+    def _create(self, opened: Channel, deadline: float) -> None:
+        with self._on_device(deadline) as free:
+            if not free:
+                messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
+                return
+            messages.send(opened, Joined(), deadline)
+            self._group = self._sender.backend.create(SEED, opened, deadline)
+        if self._sender.stopped:  # interrupt() may have come too early
+            raise Lost("the seed closes")
+
+    def _answer(self, opened: Channel, read: Read) -> None:
+        """Validate a request, then send."""
+        for address, nbytes in read.segments:
+            if not self._sender.holds(address, nbytes):
+                text = f"{nbytes} bytes at the seed's address {address:#x} do not lie in one registered region"
+                messages.send(opened, Refused(text, "address"), time.monotonic() + _MESSAGE_S)
+                return
+        total = sum(nbytes for _, nbytes in read.segments)
+        deadline = time.monotonic() + min(read.timeout_s, _MESSAGE_S + total / _MIN_BYTES_PER_S)
+        if not self._sender.sends.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            refused = Refused(f"the seed sends {MAX_SENDS} other batches", "busy")
+            messages.send(opened, refused, time.monotonic() + _MESSAGE_S)
+            return
+        try:
+            self._send(opened, [Piece(*segment) for segment in read.segments], deadline)
+        finally:
+            self._sender.sends.release()
+
+    def _send(self, opened: Channel, pieces: list[Piece], deadline: float) -> None:
+        with self._on_device(deadline) as free:
+            if not free:
+                messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
+                return
+            messages.send(opened, Sending(), deadline)
+            assert self._group is not None  # noqa: S101 - _admit
+            try:
+                self._group.send(pieces, deadline)
+            except GroupFailed:
+                self._close()  # within the block: it uses the device
+                raise
+        messages.send(opened, Sent(), time.monotonic() + _MESSAGE_S)
+
+    def _close(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+        # A seed that stops closes its groups before a capture begins: vllm_compat/weight_changes.py.
+        with self._on_device(time.monotonic() + (0.0 if self._sender.stopped else _IDLE_S)):
+            try:
+                group.close()
+            except GroupFailed as error:
+                self.in_flight = error.in_flight
+                logger.warning("A receiver's transfer group cannot be closed: %s", error)
+
+    def _on_device(self, deadline: float) -> AbstractContextManager[bool]:
+        """Keep captures away for the block; False if one does not end before ``deadline``."""
+        if not self._sender.backend.captures:
+            return nullcontext(True)
+        return gate.working(deadline - time.monotonic())
+
+
+_CAPTURING = Refused("the seed captures graphs", "busy")
