@@ -20,9 +20,11 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from tests.planner.processes import PlannerUnderTest
 from tests.planner.redis_server import free_port
 from tests.standin import build
-from vllm_rfork.cli import doctor_checks
+from vllm_rfork.cli import doctor_checks, doctor_engines
+from vllm_rfork.cli.doctor_engines import Examined
+from vllm_rfork.cli.findings import FAIL, NOTE, OK, Finding
 from vllm_rfork.cli.main import main
-from vllm_rfork.engines.registry import DEFAULT_ENGINE
+from vllm_rfork.engines.registry import DEFAULT_ENGINE, engine_names
 from vllm_rfork.messages import encode_text
 from vllm_rfork.net.client import Answer
 from vllm_rfork.planner.settings import Settings
@@ -199,10 +201,20 @@ def test_the_doctor_finds_this_machine_and_planner_well(planner: PlannerUnderTes
         "planner",
         "planner ready",
         "planner token",
-        "engine yuanrong",
-        "engine nixl",
-        "libunwind8",
+        *(f"engine {name}" for name in engine_names() if name != "memory"),
         "cross-memory attach",
+        "libunwind8",
+        "NVIDIA GPUs",
+        "Ascend NPUs",
+        "RDMA",
+        "memlock",
+        "namespaces",
+        "ptrace scope",
+        "allocator",
+        "variables",
+        "lane cpu, peer in this container",
+        "lane cpu, peer in another container of this host",
+        "lane cpu, peer on another host",
     ]
     assert [found[name] for name in ("planner", "planner ready", "planner token", "engine nixl")] == ["ok"] * 4
 
@@ -286,39 +298,39 @@ def test_the_doctor_finds_an_address_that_the_planner_does_not_let_this_host_ann
 
 def only_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the slower checks out."""
-    well = doctor_checks.Finding("as if", doctor_checks.OK, "")
-    monkeypatch.setattr(doctor_checks, "engine", lambda name, wanted: well)
+    well = Finding("as if", OK, "")
+    monkeypatch.setattr(doctor_engines, "engine", lambda name, **_: Examined(well, []))
     monkeypatch.setattr(doctor_checks, "cross_memory_attach", lambda: well)
 
 
 def test_an_engine_that_is_not_installed_fails_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hide = "import sys; sys.modules['yr'] = None"
-    monkeypatch.setattr(doctor_checks, "_EXAMINE", f"{hide}\n{doctor_checks._EXAMINE}")
-    found = doctor_checks.engine("yuanrong", wanted=True)
-    assert found.state == doctor_checks.FAIL
+    monkeypatch.setattr(doctor_engines, "_EXAMINE", f"{hide}\n{doctor_engines._EXAMINE}")
+    found = doctor_engines.engine("yuanrong", wanted=True).finding
+    assert found.state == FAIL
     assert "vllm-rfork[ascend]" in found.advice
-    assert doctor_checks.engine("yuanrong", wanted=False).state == doctor_checks.NOTE
+    assert doctor_engines.engine("yuanrong", wanted=False).finding.state == NOTE
 
 
 def test_yuanrong_without_the_ascend_runtime_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel imports without CANN, and every read would fail."""
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    found = doctor_checks.engine("yuanrong", wanted=True)
-    assert found.state == doctor_checks.FAIL
+    found = doctor_engines.engine("yuanrong", wanted=True).finding
+    assert found.state == FAIL
     assert "libascendcl.so" in found.found
     assert "set_env.sh" in found.advice
 
 
 def test_yuanrong_with_a_runtime_is_found_working(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(standin))
-    found = doctor_checks.engine("yuanrong", wanted=True)
-    assert (found.state, found.advice) == (doctor_checks.OK, "")
+    found = doctor_engines.engine("yuanrong", wanted=True).finding
+    assert (found.state, found.advice) == (OK, "")
     assert "stand-in" in found.found
 
 
 def test_a_planners_host_needs_no_engine(monkeypatch: pytest.MonkeyPatch, planner: PlannerUnderTest) -> None:
-    absent = doctor_checks.Finding("engine", doctor_checks.NOTE, "not installed", "install it")
-    monkeypatch.setattr(doctor_checks, "engine", lambda name, wanted: absent)
+    absent = Finding("engine", NOTE, "not installed", "install it")
+    monkeypatch.setattr(doctor_engines, "engine", lambda name, **_: Examined(absent, []))
     monkeypatch.setattr(doctor_checks, "is_worker_host", lambda: False)
     done = run("doctor", "--url", planner.url)
     assert done.exit_code == 0, done.output
@@ -336,7 +348,7 @@ def test_vllm_is_installed_here() -> None:
 )
 def test_only_a_missing_call_tells_of_a_third_party_planner(status: int, third_party: bool) -> None:
     found = doctor_checks._admission(status)
-    assert found.state == doctor_checks.NOTE
+    assert found.state == NOTE
     assert str(status) in found.found
     assert ("third-party" in found.advice) == third_party
     assert ("log" in found.advice) != third_party
@@ -352,9 +364,9 @@ def test_an_unusable_url_is_told_by_every_command(url: str, monkeypatch: pytest.
 
 
 def test_an_engine_whose_start_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_checks, "_EXAMINE", "import os; os.kill(os.getpid(), 11)")
-    found = doctor_checks.engine("nixl", wanted=False)
-    assert found.state == doctor_checks.FAIL
+    monkeypatch.setattr(doctor_engines, "_EXAMINE", "import os; os.kill(os.getpid(), 11)")
+    found = doctor_engines.engine("nixl", wanted=False).finding
+    assert found.state == FAIL
     assert "signal 11" in found.found
 
 
@@ -363,7 +375,7 @@ def test_engines_are_examined_without_torch(standin: Path) -> None:
     code = "import sys; sys.modules['torch'] = None"
     for name in dict.fromkeys(DEFAULT_ENGINE.values()):
         done = subprocess.run(
-            [sys.executable, "-c", f"{code}\n{doctor_checks._EXAMINE}", name],
+            [sys.executable, "-c", f"{code}\n{doctor_engines._EXAMINE}", name],
             env={**os.environ, "LD_LIBRARY_PATH": str(standin)},
             capture_output=True,
             text=True,
@@ -375,17 +387,17 @@ def test_engines_are_examined_without_torch(standin: Path) -> None:
 
 def test_a_library_that_is_missing_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_checks, "UNWIND", "libthere-is-none.so.9")
-    assert doctor_checks.libunwind(wanted=True).state == doctor_checks.FAIL
+    assert doctor_checks.libunwind(wanted=True).state == FAIL
     found = doctor_checks.libunwind(wanted=False)
-    assert found.state == doctor_checks.NOTE
+    assert found.state == NOTE
     assert "libunwind8" in found.advice
 
 
 def test_memory_that_cannot_be_read_is_a_finding_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_checks.cross_memory_attach().state == doctor_checks.OK
+    assert doctor_checks.cross_memory_attach().state == OK
     monkeypatch.setattr(doctor_checks, "_HOLDER", doctor_checks._HOLDER.replace("ctypes.addressof(secret)", "4096"))
     found = doctor_checks.cross_memory_attach()
-    assert found.state == doctor_checks.NOTE
+    assert found.state == NOTE
     assert "Bad address" in found.found
     assert "pid namespace" in found.advice
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from vllm_rfork.cli.doctor_checks import FAIL, NOTE, OK, Finding
+from vllm_rfork.cli.findings import FAIL, NOTE, OK, Finding
 from vllm_rfork.cli.planner_api import ask
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import REMOVE_SEED, SEED_KEY, SEED_REFCNT, SeedAddress

@@ -10,11 +10,13 @@ import dataclasses
 import click
 from rich.table import Table
 
-from vllm_rfork.cli import doctor_checks
+from vllm_rfork.cli import doctor_checks, doctor_engines, doctor_machine
 from vllm_rfork.cli.announcing import announced_address
-from vllm_rfork.cli.doctor_checks import FAIL, NOTE, OK, Finding
+from vllm_rfork.cli.engine_probe import Lane
+from vllm_rfork.cli.findings import FAIL, NOTE, OK, Check, Finding, find_all
+from vllm_rfork.cli.machine import Machine
 from vllm_rfork.cli.planner_api import echo_json, json_option, planner_options, print_table, shown
-from vllm_rfork.engines.registry import DEFAULT_ENGINE, engine_names
+from vllm_rfork.engines.registry import engine_names
 
 _STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
 
@@ -40,25 +42,59 @@ def doctor(ctx: click.Context, url: str | None, timeout_s: float, engine: str | 
 
 def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Finding]:
     """All findings, in the order in which a fork depends on them."""
-    names = dict.fromkeys([*DEFAULT_ENGINE.values(), *([wanted] if wanted else [])])
-    engines = [doctor_checks.engine(name, wanted=name == wanted) for name in names]
-    if wanted is None and not any(each.state == OK for each in engines):
-        if doctor_checks.is_worker_host():
-            engines = [dataclasses.replace(each, state=FAIL) for each in engines]
-        else:
-            advice = "nothing to do on a planner's host; a worker needs one engine, and vLLM"
-            engines = [dataclasses.replace(each, state=NOTE, advice=advice) for each in engines]
+    machine = Machine()
+    device_types = machine.device_types()
+    lanes: dict[str, list[Lane]] = {}
+    engines = _engines(wanted, device_types, lanes)
+    attach, *others = find_all(
+        [
+            Check("cross-memory attach", doctor_checks.cross_memory_attach, 45.0),
+            Check("libunwind8", lambda: doctor_checks.libunwind(wanted=wanted == "yuanrong")),
+            *doctor_machine.checks(machine),
+        ]
+    )
     return [
         *doctor_checks.planner(url, timeout_s),
         *announced_address(url, timeout_s),
         *engines,
-        doctor_checks.libunwind(wanted=wanted == "yuanrong"),
-        doctor_checks.cross_memory_attach(),
+        attach,
+        *others,
+        *doctor_engines.lanes(lanes, device_types, attach=attach.state == OK),
     ]
 
 
+def _engines(wanted: str | None, device_types: list[str], lanes: dict[str, list[Lane]]) -> list[Finding]:
+    """The findings about the engines; adds to ``lanes`` those that each engine has from here."""
+
+    def check(name: str) -> Check:
+        def find() -> Finding:
+            examined = doctor_engines.engine(name, wanted=name == wanted, device_types=device_types)
+            lanes[name] = examined.lanes
+            return examined.finding
+
+        lanes[name] = []
+        return Check(f"engine {name}", find, doctor_engines.BOUND_S + 5.0)
+
+    found = find_all([check(name) for name in doctor_engines.names(wanted)])
+    if wanted is not None or any(each.state == OK for each in found):
+        return found
+    if doctor_checks.is_worker_host():
+        return [dataclasses.replace(each, state=FAIL) for each in found]
+    advice = "nothing to do on a planner's host; a worker needs one engine, and vLLM"
+    return [dataclasses.replace(each, state=NOTE, advice=advice) for each in found]
+
+
 def _print(found: list[Finding]) -> None:
-    table = Table()
+    """Two tables: the checks, and the lanes that follow from them."""
+    _print_part("", [each for each in found if not each.check.startswith(doctor_engines.LANE)])
+    title = "lanes of rfork_engine=auto, to a peer with the hardware and the settings of this host"
+    _print_part(title, [each for each in found if each.check.startswith(doctor_engines.LANE)])
+    failed = [each.check for each in found if each.state == FAIL]
+    click.echo(f"failed: {', '.join(failed)}" if failed else "no check failed")
+
+
+def _print_part(title: str, found: list[Finding]) -> None:
+    table = Table(title=title or None, title_justify="left")
     for name in ("", "check", "result", "advice"):
         table.add_column(name, overflow="fold")
     for each in found:

@@ -1,8 +1,4 @@
-"""The doctor's checks; each returns :class:`Finding` objects.
-
-Native packages are imported in processes of their own, so that one that crashes or hangs is a finding and not the end
-of the command.
-"""
+"""The doctor's checks of the planner and of what engines need from this host; each returns findings."""
 
 from __future__ import annotations
 
@@ -11,36 +7,19 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
+from vllm_rfork.cli.findings import FAIL, NOTE, OK, Finding
+from vllm_rfork.cli.machine import Machine
 from vllm_rfork.cli.planner_api import TOKEN_VARIABLE, URL_VARIABLE, ask, credentials
 from vllm_rfork.config import planner_urls
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import DEBUG_SNAPSHOT, HEALTHZ, READYZ
 from vllm_rfork.net.client import without_credentials
 
-OK, NOTE, FAIL = "ok", "note", "fail"
-_IMPORT_TIMEOUT_S = 60.0
 _CMA_TIMEOUT_S = 20.0
 UNWIND = "libunwind.so.8"
 _READY = "planner ready"
 
-_EXAMINE = """
-import os, sys
-os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-from vllm_rfork.engines.registry import engine_class
-from vllm_rfork.errors import EngineError, EngineUnavailable
-try:
-    print(engine_class(sys.argv[1]).self_check(), flush=True)
-except EngineUnavailable as error:
-    print(error, file=sys.stderr, flush=True)
-    os._exit(3)
-except EngineError as error:
-    print(error, file=sys.stderr, flush=True)
-    os._exit(4)
-os._exit(0)
-"""
 _HOLDER = """
 import ctypes, sys
 secret = ctypes.create_string_buffer(b"cross-memory attach works", 32)
@@ -57,16 +36,6 @@ except OSError as error:
     sys.exit(f"{error.strerror} (errno {error.errno})")
 sys.exit(None if got.value == b"cross-memory attach works" else "other bytes arrived")
 """
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check. ``state`` is ``ok``, ``note`` (may be intended) or ``fail``."""
-
-    check: str
-    state: str
-    found: str
-    advice: str = ""
 
 
 def planner(urls: str | None, timeout_s: float) -> list[Finding]:
@@ -149,30 +118,6 @@ def _admission(status: int) -> Finding:
     return Finding("planner token", NOTE, f"unknown: {DEBUG_SNAPSHOT} answers {status}", advice)
 
 
-def engine(name: str, *, wanted: bool) -> Finding:
-    """The state of engine ``name`` on this host; ``wanted`` makes its absence a failure."""
-    check = f"engine {name}"
-    state = FAIL if wanted else NOTE
-    command = [sys.executable, "-c", _EXAMINE, name]
-    try:
-        done = subprocess.run(  # noqa: S603 - this very Python, and a constant
-            command, capture_output=True, text=True, errors="replace", check=False, timeout=_IMPORT_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return Finding(check, FAIL, f"its start did not end within {_IMPORT_TIMEOUT_S:g} s", "reinstall it")
-    if done.returncode == 0:
-        return Finding(check, OK, (done.stdout.strip().splitlines() or ["it works"])[-1])
-    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode == 3:
-        found, _, advice = said.rpartition("; ")
-        return Finding(check, state, found, advice)
-    if done.returncode == 4:
-        return Finding(check, state, said, f"vllm-rfork selftest --engine {name} shows more")
-    if done.returncode < 0:
-        said = f"its start ended by signal {-done.returncode}: {said}"
-    return Finding(check, FAIL, said, "reinstall it for this Python and this processor")
-
-
 def is_worker_host() -> bool:
     """Check if vLLM is installed, so that workers may start on this host; does not import it."""
     return importlib.util.find_spec("vllm") is not None
@@ -219,18 +164,14 @@ def cross_memory_attach() -> Finding:
 
 def _cma_advice() -> str:
     """Ways to allow it, given this machine's kernel setting."""
-    scope = _yama_scope()
-    if scope not in {"", "0"}:
+    try:
+        scope = Machine().ptrace_scope()
+    except OSError:
+        scope = None
+    if scope not in {None, "0"}:
         allow = f"kernel.yama.ptrace_scope is {scope}: set it to 0, or give the workers CAP_SYS_PTRACE"
     else:
         allow = "let the container's seccomp profile pass process_vm_readv, or give it CAP_SYS_PTRACE"
     return (
         f"CPU workers of one machine need it with engine nixl (GPUs, RDMA do not): {allow}; one user, one pid namespace"
     )
-
-
-def _yama_scope() -> str:
-    try:
-        return Path("/proc/sys/kernel/yama/ptrace_scope").read_text().strip()
-    except OSError:
-        return ""

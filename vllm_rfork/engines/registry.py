@@ -28,23 +28,29 @@ class EngineRow:
     Attributes:
         module, cls: the adapter.
         hint: how to install what it needs.
+        packages: the distributions that it needs, in every variant; for their versions.
         host_hint: how to select the network interface, for an engine that ignores ``EngineConfig.host``.
     """
 
     module: str
     cls: str
     hint: str
+    packages: tuple[str, ...] = ()
     host_hint: str | None = None
 
 
 ENGINES: dict[str, EngineRow] = {
     "yuanrong": EngineRow(
-        "vllm_rfork.engines.yuanrong.engine", "YuanRongEngine", "install it with: pip install 'vllm-rfork[ascend]'"
+        "vllm_rfork.engines.yuanrong.engine",
+        "YuanRongEngine",
+        "install it with: pip install 'vllm-rfork[ascend]'",
+        packages=("openyuanrong-transfer-engine", "openyuanrong-datasystem"),
     ),
     "nixl": EngineRow(
         "vllm_rfork.engines.nixl.engine",
         "NixlEngine",
         "install it with: pip install 'vllm-rfork[nixl]'",
+        packages=("nixl-cu13", "nixl-cu12", "nixl"),
         host_hint="UCX listens on every interface; set UCX_NET_DEVICES to choose",
     ),
     "cuda_ipc": EngineRow(
