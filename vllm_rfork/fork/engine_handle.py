@@ -147,12 +147,12 @@ class EngineHandle:
         """Close the engine after a call that may still write to ``memory``, or that never returned.
 
         Args:
-            hangs: close it in the background, because its lock may be held.
+            hangs: see :func:`close_in_background`.
         """
         engine = self.opened()
         self._lose("the engine was given up, because a call did not end")
         if hangs:
-            start_on_thread(lambda: close_or_quarantine(engine, memory), "rfork-close")
+            close_in_background(engine, memory)
         else:
             close_or_quarantine(engine, memory)
 
@@ -178,6 +178,11 @@ def close_or_quarantine(engine: TransferEngine, memory: Any) -> None:
             return
         logger.warning("%s; its buffers stay allocated until this process ends", text)
         _quarantine.append((engine, memory))
+
+
+def close_in_background(engine: TransferEngine, memory: Any) -> None:
+    """As :func:`close_or_quarantine`, after a call that hangs and may hold the engine's lock."""
+    start_on_thread(lambda: close_or_quarantine(engine, memory), "rfork-close")
 
 
 def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: Callable[[], T]) -> T:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from vllm_rfork.engines.base import TransferEngine
-from vllm_rfork.errors import EngineError, EngineUnavailable, ForkError
-from vllm_rfork.fork.engine_handle import call_engine, close_or_quarantine
+from vllm_rfork.errors import EngineError, ForkError
+from vllm_rfork.fork.engine_handle import EngineHangs, call_engine, close_in_background, close_or_quarantine
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.codec import encode_manifest, size_obstacle
 from vllm_rfork.manifest.schema import EngineEndpoint, Manifest, Region
@@ -25,12 +25,11 @@ class SeedEngines:
 
     Args:
         opened: open engines, the preferred one first. A worker that forked has registered with some of them.
-        failures: of the engines that could not be opened.
     """
 
-    def __init__(self, opened: Sequence[TransferEngine], failures: Sequence[EngineError] = ()) -> None:
+    def __init__(self, opened: Sequence[TransferEngine]) -> None:
         self._engines = list(opened)
-        self._failures = list(failures)
+        self._failures: list[EngineError] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,9 +81,7 @@ class SeedEngines:
         """Log the engines that are left out, each once."""
         failures, self._failures = self._failures, []
         for failure in failures:
-            # A missing package is not news to a worker that did not name the engine, and was reported to others.
-            log = logger.debug if isinstance(failure, EngineUnavailable) else logger.info
-            log("engine %s is not offered to receivers: %s", failure.engine, failure)
+            logger.info("engine %s is not offered to receivers: %s", failure.engine, failure)
 
     def close(self, memory: Any) -> None:
         """Close all engines. ``memory`` is kept until the process ends if one of them cannot release it."""
@@ -103,7 +100,10 @@ class SeedEngines:
     def _leave_out(self, engine: TransferEngine, error: EngineError, memory: Any) -> None:
         self._engines.remove(engine)
         self._failures.append(error)
-        close_or_quarantine(engine, memory)
+        if isinstance(error, EngineHangs):
+            close_in_background(engine, memory)
+        else:
+            close_or_quarantine(engine, memory)
 
     def _require_one(self) -> None:
         if self._engines:
