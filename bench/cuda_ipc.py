@@ -21,10 +21,20 @@ from typing import Any
 
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.cuda_ipc.driver import Driver
+from vllm_rfork.engines.cuda_ipc.endpoint import decode
 from vllm_rfork.engines.cuda_ipc.engine import CudaIpcEngine
+from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment, batches
 
+#: Moves a folder with the last GPU's device file and those that no GPU owns over ``/dev``, in a mount namespace.
+HIDE = (
+    "dev=$(mktemp -d) && mount -t tmpfs none $dev && mkdir $dev/shm && "
+    "for file in nvidia{last} nvidiactl nvidia-uvm nvidia-uvm-tools nvidia-modeset nvidia-caps null zero urandom; do "
+    "[ ! -e /dev/$file ] || cp -a /dev/$file $dev/; done && mount --move $dev /dev && "
+)
+#: The row in which a connection must be refused.
+REFUSED = "the seed's GPU without a device file"
 #: Row → wrapper of the receiver's command. ``{last}`` is the number of the last GPU.
 ROWS: dict[str, tuple[str, ...]] = {
     "both GPUs visible": (),
@@ -33,6 +43,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "another ipc namespace": ("unshare", "--ipc"),
     "pid, ipc, uts and mount namespaces": ("unshare", "--pid", "--ipc", "--uts", "--mount", "--fork", "--mount-proc"),
     "the same GPU": ("env", "CUDA_VISIBLE_DEVICES=0"),
+    REFUSED: ("unshare", "--mount", "sh", "-c", HIDE + 'exec "$0" "$@"'),
 }
 
 
@@ -85,7 +96,10 @@ def receive(path: Path) -> dict[str, Any]:
     marks.append(time.perf_counter())
     engine.register(regions(local))
     marks.append(time.perf_counter())
-    engine.connect(setting["endpoint"], 30.0)
+    try:
+        engine.connect(setting["endpoint"], 30.0)
+    except EngineError as error:
+        return {"refused": str(error), "driver": drivers_refusal(setting["endpoint"], device)}
     marks.append(time.perf_counter())
     for batch in prepared:
         engine.read(setting["endpoint"], batch, 60.0)
@@ -101,6 +115,17 @@ def receive(path: Path) -> dict[str, Any]:
     engine.close()
     result["raw_gb_s"] = raw_rate(setting, device)
     return result
+
+
+def drivers_refusal(endpoint: str, device: str) -> str:
+    """The driver's own error for the first handle, which the engine's obstacle may keep from being tried."""
+    driver = Driver(int(device.partition(":")[2]))
+    try:
+        with driver.current("connect"):
+            driver.open_handle(decode(endpoint).page.handle)
+    except EngineError as error:
+        return str(error)
+    return "none"
 
 
 def raw_rate(setting: dict[str, Any], device: str) -> float:
@@ -128,6 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_ipc", description=__doc__)
     parser.add_argument("--gib", type=float, default=14.0, help="bytes of all tensors together, in GiB")
     parser.add_argument("--counts", default="200,2000", help="numbers of tensors, separated by commas")
+    parser.add_argument("--rows", default="", help="part of the names of the rows to measure; all if not given")
     parser.add_argument("--work", type=Path, default=Path("build/cuda_ipc.json"), help="file between the processes")
     parser.add_argument("--receive", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -165,7 +191,8 @@ def main() -> int:
         }
         arguments.work.parent.mkdir(parents=True, exist_ok=True)
         arguments.work.write_text(json.dumps(setting))
-        for name, wrapper in ROWS.items():
+        for name in (name for name in ROWS if arguments.rows in name):
+            wrapper = ROWS[name]
             command = [part.format(last=last) for part in wrapper]
             command += [sys.executable, "-m", "bench.cuda_ipc", "--receive", str(arguments.work)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, env=os.environ)
@@ -173,7 +200,7 @@ def main() -> int:
                 row = json.loads(done.stdout.splitlines()[-1])
             except (IndexError, ValueError):
                 row = {"failed": done.stderr.strip().splitlines()[-3:]}
-            failed += not row.get("equal")
+            failed += "refused" not in row if name == REFUSED else not row.get("equal")
             print(json.dumps({"tensors": count, "receiver": name, **row}), flush=True)
         engine.close()
         del own, raw

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.engines.split(",") if options.engines else _engines(options.device):
         setting = setting_of(name, options.device, *devices)
         console.print(f"{name} …")
-        results[name] = measured(setting, counts, nbytes, options.passes)
+        results[name] = measured(setting, [] if options.only_deaths else counts, nbytes, options.passes)
         if not options.no_deaths and "unavailable" not in results[name]:
             results[name]["deaths"] = deaths(setting, nbytes)
         _write(options, nbytes, results)
@@ -179,6 +179,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tensors", default="2000,100000", help="numbers of tensors, separated by commas")
     parser.add_argument("--passes", type=int, default=3, help="counted reads of everything, after a first one")
     parser.add_argument("--no-deaths", action="store_true", help="do not kill or stop any process")
+    parser.add_argument("--only-deaths", action="store_true", help="measure no rates, only kill and stop")
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args(arguments)
 
