@@ -22,6 +22,7 @@ LEASES: list[str] = []
 class Recorded(MemoryEngine):
     """The memory engine. ``script``: what a call does first; ``obstacle``: what ``lane_obstacle`` finds."""
 
+    opens_quickly: ClassVar[bool] = False
     obstacle: ClassVar[str | None] = None
     script: ClassVar[dict[str, Callable[[], None]]] = {}
 

@@ -142,6 +142,20 @@ def test_an_obstacle_that_is_known_costs_no_opening(pair: Pair, caplog: pytest.L
     assert sum("the seed is on another host" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_an_offer_is_checked_without_opening_an_engine(pair: Pair) -> None:
+    """Before the model is built for it."""
+    engines = pair.engines("alpha", "beta")
+    lanes.check_offer(engines, pair.remote("beta", "pigeon"), "s")
+    Alpha.obstacle = Beta.obstacle = "another host"
+    for offers, reason in (("pigeon",), "in common"), (("alpha", "beta"), "another host.*another host"):
+        with pytest.raises(ForkError, match=reason) as caught:
+            lanes.check_offer(engines, pair.remote(*offers), "s")
+        assert caught.value.retry_elsewhere
+    Beta.obstacle = None
+    lanes.check_offer(engines, pair.remote("alpha", "beta"), "s")
+    assert calls("open", "register", "connect") == []
+
+
 @pytest.mark.parametrize("step", ["open", "register", "connect"])
 @pytest.mark.parametrize("error", [EngineError("alpha", "connect", "no"), OSError("gone"), SystemExit("native")])
 def test_whatever_an_engine_raises_the_next_is_tried(pair: Pair, step: str, error: BaseException) -> None:

@@ -23,8 +23,8 @@ from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.leases import HeldLease, Leases
 from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.fork.stage_times import StageTimes
+from vllm_rfork.load import from_fork
 from vllm_rfork.load.consensus import Consensus
-from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.manifest.segments import Segment
 
 pytestmark = pytest.mark.vllm
@@ -34,7 +34,7 @@ def test_an_unexpected_error_in_a_fork_falls_back_and_gives_the_lease_back(
     model_a: Path, default_a: Any, rfork_log: LogRecords, planner: Planner, seed: SeedProcess,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(FromFork, "accept", raising(RuntimeError("no memory for a digest")))
+    monkeypatch.setattr(from_fork._Arrival, "accept", raising(RuntimeError("no memory for a digest")))
     falls_back(model_a, default_a, planner.url, rfork_log, cause="no memory for a digest", leases=planner.leases)
 
 

@@ -163,6 +163,7 @@ class MemoryEngine(TransferEngine):
 
     name: ClassVar[str] = _NAME
     device_types: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    opens_quickly: ClassVar[bool] = True
     limits: ClassVar[Limits] = Limits(max_batch_nbytes=64 * 1024 * 1024, max_batch_items=4096)
 
     def __init__(self, faults: Faults | None = None) -> None:

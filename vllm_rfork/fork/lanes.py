@@ -68,14 +68,44 @@ def connect(receiver: Receiver, remote: Manifest, seed: str, lease: str, times: 
         EngineError: no engine connects; with several, the text names each lane with its reason. ``in_flight`` if an
             engine reports that bytes may arrive: then no other lane was tried.
     """
-    candidates = receiver.engines.offered_by(remote)
-    if not candidates:
-        theirs, ours = ", ".join(each.engine for each in remote.endpoints), ", ".join(receiver.engines.order)
-        raise SeedError(
-            f"seed {seed} transfers with engine {theirs}, this worker with {ours}; "
-            "set rfork_engine so that both have one in common"
-        )
-    return _Search(receiver, seed, lease, times).first(candidates)
+    return _Search(receiver, seed, lease, times).first(_common(receiver.engines, remote, seed))
+
+
+def check_offer(engines: EngineSet, remote: Manifest, seed: str) -> None:
+    """Check that a lane to ``seed`` may exist, without opening an engine.
+
+    Raises:
+        SeedError: the seed and this worker have no engine in common.
+        EngineError: each engine in common finds an obstacle.
+    """
+    candidates = _common(engines, remote, seed)
+    obstacles = [obstacle for each in candidates if (obstacle := _obstacle(engines, each)) is not None]
+    if len(obstacles) == len(candidates):
+        raise _summary(obstacles)
+
+
+def _common(engines: EngineSet, remote: Manifest, seed: str) -> list[Candidate]:
+    if candidates := engines.offered_by(remote):
+        return candidates
+    theirs, ours = ", ".join(each.engine for each in remote.endpoints), ", ".join(engines.order)
+    raise SeedError(
+        f"seed {seed} transfers with engine {theirs}, this worker with {ours}; "
+        "set rfork_engine so that both have one in common"
+    )
+
+
+def _obstacle(engines: EngineSet, candidate: Candidate) -> EngineError | None:
+    """The obstacle that the engine finds without being opened."""
+    name = candidate.handle.name
+    try:
+        found = engine_class(name).lane_obstacle(candidate.endpoint, engines.config)
+    except RForkError:
+        return None  # the adapter cannot be imported; opening it reports that
+    except Exception as error:  # noqa: BLE001 - engines of other distributions may raise anything
+        found = f"lane_obstacle raised {type(error).__name__}: {error}"
+    if found is None:
+        return None
+    return EngineError(name, "connect", found, code="lane", retry_elsewhere=True, side="receiver")
 
 
 class _Search:
@@ -88,7 +118,7 @@ class _Search:
         """The lane of the first candidate that connects; obstacles that are known at once go first."""
         possible = []
         for candidate in candidates:
-            obstacle = self._obstacle(candidate)
+            obstacle = _obstacle(self._receiver.engines, candidate)
             if obstacle is None:
                 possible.append(candidate)
             else:
@@ -105,22 +135,11 @@ class _Search:
                     self._log(error)
         raise _summary(self._failures)
 
-    def _obstacle(self, candidate: Candidate) -> EngineError | None:
-        """The obstacle that the engine finds without being opened."""
-        name = candidate.handle.name
-        try:
-            found = engine_class(name).lane_obstacle(candidate.endpoint, self._receiver.engines.config)
-        except RForkError:
-            return None  # the adapter cannot be imported; opening it reports that
-        except Exception as error:  # noqa: BLE001 - engines of other distributions may raise anything
-            found = f"lane_obstacle raised {type(error).__name__}: {error}"
-        if found is None:
-            return None
-        return EngineError(name, "connect", found, code="lane", retry_elsewhere=True, side="receiver")
-
     def _connected(self, candidate: Candidate, *, last: bool) -> Lane:
         handle, endpoint = candidate.handle, candidate.endpoint
-        engine = handle.opened(self._left_s())
+        left_s = self._left_s()
+        with self._times.stage("engine wait"):
+            engine = handle.opened(left_s)
         left_s = self._left_s()
         with self._times.stage("registration"):
             handle.register(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.config import Settings
 from vllm_rfork.errors import ForkError, PlannerError, SeedError
+from vllm_rfork.fork import lanes
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.intent import Intent
 from vllm_rfork.fork.leases import HeldLease, Leases, Usage
@@ -129,7 +130,8 @@ class ForkSession:
         self._reserved = self._acquire(fingerprint)
 
     def peek(self, fingerprint: str) -> Manifest:
-        """The manifest of the reserved seed. A seed without a usable one, or with another checkpoint, is exchanged.
+        """The manifest of the reserved seed. A seed without a usable one, with another checkpoint, or out
+        of reach of every engine, is exchanged.
 
         Raises:
             ForkError: no seed returned one; nothing is reserved any more.
@@ -147,6 +149,7 @@ class ForkSession:
                         self.settings.rfork_request_timeout_sec + 1.0,
                     )
                 compare(self._checkpoint(), manifest.checkpoint, str(held.seed))
+                lanes.check_offer(self.engines, manifest, str(held.seed))
                 return manifest
             except TimeoutError as error:
                 self.cancel_reservation()
