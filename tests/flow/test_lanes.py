@@ -122,11 +122,11 @@ async def test_a_read_that_fails_is_not_repeated_by_another_engine() -> None:
         session = session_at(made, "alpha", "beta")
         with pytest.raises(EngineError, match="cut") as caught:
             await asyncio.to_thread(session.run, target_of(Buffer("cpu", NBYTES)))
+        assert "alpha close" in CALLS
         await asyncio.to_thread(session.close)
         assert made.grants == 1, "bytes may be in flight: no other seed"
     assert (caught.value.retry_elsewhere, session.has_written) == (False, True)
     assert "beta connect" not in CALLS
-    assert "alpha close" in CALLS
 
 
 @pytest.mark.usefixtures("recorded")

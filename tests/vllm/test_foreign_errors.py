@@ -18,13 +18,15 @@ from vllm_rfork.devices.cpu import CpuBackend
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, ForkError
-from vllm_rfork.fork import session, transfer
+from vllm_rfork.fork import engine_handle, session, transfer
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.leases import HeldLease, Leases
 from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load import from_fork
 from vllm_rfork.load.consensus import Consensus
+from vllm_rfork.logs.worker import LoggedTexts
+from vllm_rfork.manifest.schema import EngineEndpoint
 from vllm_rfork.manifest.segments import Segment
 
 pytestmark = pytest.mark.vllm
@@ -163,10 +165,12 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         def disconnect(self, endpoint: str) -> None:
             raise EngineError("stuck", "connect", "another call does not return")
 
-    remote = SimpleNamespace(engine="memory", endpoint="e", epoch="1", nbytes=8, checkpoint=None)
+    remote = SimpleNamespace(endpoints=[EngineEndpoint("memory", "e")], epoch="1", nbytes=8, checkpoint=None)
     request: Any = SimpleNamespace(
-        local=SimpleNamespace(engine="memory", seed_key="k", fingerprint="f"),
-        engine=Stuck(),
+        local=SimpleNamespace(seed_key="k", fingerprint="f", regions=()),
+        engines=EngineSet(["memory"], EngineConfig(device="cpu")),
+        memory=None,
+        logged=LoggedTexts(),
         seeds=SimpleNamespace(manifest=lambda *args: None, confirm_epoch=lambda *args: None),
         request_timeout_s=1.0,
         timeout_s=5.0,
@@ -174,11 +178,12 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         untouched=frozenset(),
         progress=lambda nbytes: None,
         checkpoint=lambda: None,
-        connected=lambda lane: None,
+        connected=lambda engine, lane: None,
         first_write=lambda: None,
     )
-    keeper: Any = SimpleNamespace(lease=SimpleNamespace(seed="s"), check=lambda: None)
+    keeper: Any = SimpleNamespace(lease=SimpleNamespace(seed="s", user_id="u"), check=lambda: None)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_handle, "engine_class", lambda name: Stuck)
         patch.setattr(transfer, "_wait", lambda request, call: remote)
         patch.setattr(transfer, "pair", lambda local, remote: [Segment(8, 8, 8)])
         with pytest.raises(EngineError) as caught:
