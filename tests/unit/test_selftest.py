@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_rfork.selftest.report import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES
-from vllm_rfork.selftest.roles import buffer_sizes
+from vllm_rfork.selftest.attempts import Attempt, Outcome, in_order
+from vllm_rfork.selftest.report import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, report
+from vllm_rfork.selftest.roles import Result, Trial, buffer_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 #: In each child of the self-test: the memory engine's read notes its process, and then hangs or kills it.
@@ -124,6 +127,64 @@ def test_a_missing_package_is_said_with_how_to_install_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize("size", ["0", "-1", "12x", "", "1.5G"])
 def test_a_size_that_is_none_is_a_usage_error(size: str) -> None:
     assert selftest("--engine", "memory", "--size", size).returncode == 2
+
+
+def test_the_first_engine_that_works_ends_the_search() -> None:
+    done = selftest("--engine", "yuanrong,memory,nixl", "--size", "1M", LD_LIBRARY_PATH="")
+    assert done.returncode == GOOD, done.stderr
+    assert "lane memory" in done.stdout
+    assert re.search(r"preferred, but not possible:\n  yuanrong: .*set_env\.sh", done.stdout)
+    assert "nixl/" not in done.stdout
+
+
+def attempts(*outcomes: Outcome) -> tuple[list[Trial], Callable[[Trial, float], Attempt], list[float]]:
+    """Trials, and the attempts that end with ``outcomes``; the shares of time that they got."""
+    shares: list[float] = []
+
+    def attempt(trial: Trial, deadline: float) -> Attempt:
+        shares.append(deadline - time.monotonic())
+        outcome = outcomes[int(trial.engine)]
+        if outcome not in ("right", "wrong"):
+            return Attempt(trial.engine, outcome, "why")
+        wrong = [0] if outcome == "wrong" else []
+        return Attempt(trial.engine, outcome, result=Result("e/lane", wrong, 1, 100, {"read again": 1.0}))
+
+    return [Trial(str(number)) for number in range(len(outcomes))], attempt, shares
+
+
+def test_an_engine_that_hangs_leaves_time_for_the_next() -> None:
+    trials, attempt, shares = attempts("late", "refused", "right", "right")
+    ended = in_order(trials, 100.0, attempt, every=False)
+    assert [each.outcome for each in ended] == ["late", "refused", "right"]
+    assert [round(share) for share in shares] == [25, 33, 50]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["right"], GOOD),
+        (["refused", "right"], GOOD),
+        (["refused", "refused"], FAILED),
+        (["broke", "right"], FAILED),
+        (["late", "right"], TOO_LATE),
+        (["late", "broke", "right"], FAILED),
+        (["right", "wrong"], WRONG_BYTES),
+        (["wrong", "broke"], WRONG_BYTES),
+    ],
+)
+def test_a_lane_that_is_refused_is_no_failure_beside_one_that_works(outcomes: list[Outcome], code: int) -> None:
+    trials, attempt, _ = attempts(*outcomes)
+    made = report("title", in_order(trials, 100.0, attempt, every=True))
+    assert made.code == code
+    text = "\n".join(made.lines)
+    assert text.count("FAILED: ") == sum(each not in ("right", "refused") for each in outcomes)
+
+
+def test_lanes_that_work_are_compared() -> None:
+    for outcomes, compared in ((["right", "right"], True), (["right", "wrong"], False)):
+        trials, attempt, _ = attempts(*outcomes)  # type: ignore[arg-type]
+        made = report("title", in_order(trials, 100.0, attempt, every=True))
+        assert ("fastest here: e/lane" in made.lines) == compared
 
 
 def test_the_exit_statuses_do_not_collide() -> None:

@@ -38,8 +38,9 @@ def report(title: str, attempts: Sequence[Attempt], hints: Sequence[str] = ()) -
     lines = [title]
     for attempt, result in read:
         lines += _stages(attempt, result)
-    if len(read) > 1:
-        lines += _table([result for _, result in read])
+    right = [result for _, result in read if not result.wrong]
+    if len(right) > 1:
+        lines += _table(right)
     lines += [f"FAILED: {each.engine}: {each.text}" for each in attempts if each.outcome in ("broke", "late")]
     lines += _refused(attempts)
     if hints:

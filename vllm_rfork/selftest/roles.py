@@ -16,12 +16,15 @@ import msgspec
 
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
+from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.selftest.buffers import Buffer
 
 _MIB = 1 << 20
 _PIECE = 16 * _MIB
+#: Two-sided engines send a lease to the seed, and only a planner grants one.
+_LEASE = "selftest"
 #: Stages that move all bytes, and so have a speed.
 MOVES = FRESH, AGAIN, MEMCPY = ("read into fresh memory", "read again", "memcpy beside it")
 
@@ -86,12 +89,14 @@ def seed(trial: Trial, parent: Connection) -> None:
 def receiver(trial: Trial, parent: Connection) -> None:
     """Read what the seed published, compare digests, and send a :class:`Result`."""
     stages = _Stages()
+    published: Published = parent.recv()
+    _refuse_obstacle(trial, published.endpoint)
     with stages.timed("engine open"):
         engine = _opened(trial, trial.device)
-    published: Published = parent.recv()
     buffers = [Buffer(trial.device, nbytes) for _, nbytes, _ in published.buffers]
     with stages.timed("register"):
         engine.register([Region(buffer.address, buffer.nbytes) for buffer in buffers])
+    engine.present_lease(_LEASE)
     with stages.timed("connect"):
         engine.connect(published.endpoint, trial.timeout_s)
     lane = engine.lane(published.endpoint)
@@ -138,10 +143,21 @@ def buffer_sizes(nbytes: int) -> list[int]:
     return sizes[::-1]
 
 
+def _config(trial: Trial, device: str) -> EngineConfig:
+    return EngineConfig(device=device, host=trial.host, timeout_s=trial.timeout_s)
+
+
 def _opened(trial: Trial, device: str) -> TransferEngine:
     engine = engine_class(trial.engine)()
-    engine.open(EngineConfig(device=device, host=trial.host, timeout_s=trial.timeout_s))
+    engine.open(_config(trial, device))
     return engine
+
+
+def _refuse_obstacle(trial: Trial, endpoint: str) -> None:
+    """Raise EngineError if no lane leads to ``endpoint``, before the engine is opened, as a fork does."""
+    obstacle = engine_class(trial.engine).lane_obstacle(endpoint, _config(trial, trial.device))
+    if obstacle is not None:
+        raise EngineError(trial.engine, "connect", obstacle, code="lane", side="receiver")
 
 
 def _fill(buffers: Sequence[Buffer]) -> None:
