@@ -1,8 +1,12 @@
-"""Facts of this host that decide which lanes are possible."""
+"""Facts of this host that decide which lanes are possible, and its addresses."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
+
+from vllm_rfork.errors import EngineError
 
 
 def boot_id() -> str:
@@ -20,3 +24,29 @@ def rdma_devices() -> list[str]:
         return sorted(each.name for each in Path("/sys/class/infiniband").iterdir())
     except OSError:
         return []
+
+
+def local_ipv4(engine: str, host: str) -> str:
+    """``host`` as an IPv4 literal, of an address that this machine can bind.
+
+    Args:
+        engine: the name of the engine that requires it, for the error.
+
+    Raises:
+        EngineError: it has no IPv4 address, or none of this machine's; the text names the option to set.
+    """
+    advice = "set rfork_seed_advertise_host to an IPv4 address of this machine"
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise EngineError(engine, "open", f"the host {host!r} has no IPv4 address ({error}); {advice}") from error
+    addresses = sorted({str(entry[4][0]) for entry in found})
+    for address in addresses:
+        if address == "0.0.0.0":  # noqa: S104 - compared, not bound
+            continue
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as attempt:
+            attempt.bind((address, 0))
+            return address
+    raise EngineError(
+        engine, "open", f"the host {host!r} ({', '.join(addresses)}) is not an address of this machine; {advice}"
+    )

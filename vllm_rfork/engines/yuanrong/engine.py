@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
+from vllm_rfork.engines.host import local_ipv4
 from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.engines.yuanrong.native import (
@@ -46,7 +47,7 @@ from vllm_rfork.engines.yuanrong.native import (
     failure,
     load_binding,
 )
-from vllm_rfork.engines.yuanrong.peer import Relay, free_port, local_ipv4, parse_endpoint, probe
+from vllm_rfork.engines.yuanrong.peer import Relay, free_port, parse_endpoint, probe
 from vllm_rfork.engines.yuanrong.routes import check_bases, route_of
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
@@ -122,7 +123,7 @@ class YuanRongEngine(TransferEngine):
                 raise EngineError(
                     NAME, "open", "on a machine with an Ascend runtime this engine copies NPU memory, not host memory"
                 )
-            address = local_ipv4(config.host)
+            address = local_ipv4(NAME, config.host)
             self._native, port = _initialized(self._binding, address, device)
             self._route = route_of(self._native) if self._binding.chooses_port else ""
             self._device, self._own = device, f"{address}:{port}"

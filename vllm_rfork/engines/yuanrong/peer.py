@@ -34,29 +34,6 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def local_ipv4(host: str) -> str:
-    """``host`` as the IPv4 literal that the engine requires, of an address that this machine can bind.
-
-    Raises:
-        EngineError: it has no IPv4 address, or none of this machine's; the text names the option to set.
-    """
-    advice = "set rfork_seed_advertise_host to an IPv4 address of this machine"
-    try:
-        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise EngineError(NAME, "open", f"the host {host!r} has no IPv4 address ({error}); {advice}") from error
-    addresses = sorted({str(entry[4][0]) for entry in found})
-    for address in addresses:
-        if address == "0.0.0.0":  # noqa: S104 - compared, not bound
-            continue
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as attempt:
-            attempt.bind((address, 0))
-            return address
-    raise EngineError(
-        NAME, "open", f"the host {host!r} ({', '.join(addresses)}) is not an address of this machine; {advice}"
-    )
-
-
 def free_port(address: str) -> int:
     """A port of ``address`` that was free a moment ago; the engine does not accept 0."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as attempt:
