@@ -59,6 +59,24 @@ ENGINES: dict[str, EngineRow] = {
         "install the NVIDIA driver; in a container, the NVIDIA container toolkit mounts it",
         host_hint="it uses no network",
     ),
+    "mooncake": EngineRow(
+        "vllm_rfork.engines.mooncake.engine",
+        "MooncakeEngine",
+        "install one of its wheels: pip install 'vllm-rfork[mooncake-cuda13]', or [mooncake-cuda12], [mooncake-npu], "
+        "[mooncake-cpu]",
+        packages=(
+            "mooncake-transfer-engine",
+            "mooncake-transfer-engine-cuda13",
+            "mooncake-transfer-engine-non-cuda",
+            "mooncake-transfer-engine-npu",
+            "mooncake-transfer-engine-rocm",
+            "mooncake-transfer-engine-musa",
+            "mooncake-transfer-engine-efa",
+            "mooncake-transfer-engine-efa-cuda13",
+            "mooncake-transfer-engine-efa-non-cuda",
+        ),
+        host_hint="Mooncake listens on every interface, and peers use the address that it is given",
+    ),
     "collective": EngineRow(
         "vllm_rfork.engines.collective.engine",
         "CollectiveEngine",

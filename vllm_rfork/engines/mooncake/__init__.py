@@ -1,0 +1,1 @@
+"""Mooncake TransferEngine behind the port."""
