@@ -13,7 +13,7 @@ import pytest
 from tests.contracts.test_example_engine import EXAMPLES, distribution
 from tests.flow.memory_seed import KEY, NBYTES, contents
 from tests.flow.test_fork_reports import Fleet, Taking, fleet, target_of
-from tests.lane_engines import CALLS, Alpha, raises, recorded
+from tests.lane_engines import CALLS, Alpha, Beta, raises, recorded
 from vllm_rfork.config import parse_config
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.registry import engine_class
@@ -111,6 +111,20 @@ async def test_when_no_lane_leads_to_a_seed_its_error_names_all_and_nothing_was_
     assert not session.has_written
     assert buffer.read(0, NBYTES) == bytes(NBYTES)
     assert (report["RFORK-CAUSE"], report["RFORK-SIDE"]) == ("EngineError", "unknown")
+
+
+@pytest.mark.usefixtures("recorded")
+async def test_a_seed_out_of_reach_is_given_back_before_the_model_is_built_for_it() -> None:
+    Alpha.obstacle = Beta.obstacle = "the seed is on another host"
+    async with fleet(under_names("alpha", "beta")) as made:
+        session = session_at(made, "alpha", "beta")
+        await asyncio.to_thread(session.reserve, "f1")
+        with pytest.raises(EngineError, match=r"alpha: connect failed \[lane\].*beta: connect failed \[lane\]"):
+            await asyncio.to_thread(session.peek, "f1")
+        report = await made.report()
+        await asyncio.to_thread(session.close)
+    assert (report["RFORK-CAUSE"], report["RFORK-SIDE"]) == ("EngineError", "receiver")
+    assert not [call for call in CALLS if call.endswith(("register", "connect"))]
 
 
 @pytest.mark.usefixtures("recorded")

@@ -163,6 +163,11 @@ def test_whatever_an_engine_raises_the_next_is_tried(pair: Pair, step: str, erro
     assert pair.connect(pair.engines("alpha", "beta"), pair.remote("alpha", "beta")).handle.name == "beta"
 
 
+def test_a_lane_that_cannot_be_named_is_not_used(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Alpha, "lane", lambda self, endpoint: {}[endpoint])
+    assert pair.connect(pair.engines("alpha", "beta"), pair.remote("alpha", "beta")).handle.name == "beta"
+
+
 def test_a_lane_obstacle_that_raises_is_an_obstacle(pair: Pair) -> None:
     Alpha.script["obstacle"] = raises(ZeroDivisionError("by nought"))
     assert pair.connect(pair.engines("alpha", "beta"), pair.remote("alpha", "beta")).handle.name == "beta"

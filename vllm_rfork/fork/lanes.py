@@ -151,18 +151,19 @@ class _Search:
             self._receiver.request_timeout_s, self._left_s(), self._connecting_s if last else self._connecting_s / 2
         )
 
-        def connect() -> None:
+        def connect() -> str:
             engine.present_lease(self._lease)
             engine.connect(endpoint, bound_s)
+            return engine.lane(endpoint)
 
         started = time.monotonic()
         try:
             with self._times.stage("connect"):
-                call_engine(engine, "connect", bound_s, connect)
+                name = call_engine(engine, "connect", bound_s, connect)
         finally:
             self._connecting_s -= min(time.monotonic() - started, bound_s)
         self._times.seconds["engine"], self._times.outside["engine"] = handle.opening_s, "overlapped"
-        return Lane(handle, engine, endpoint, engine.lane(endpoint))
+        return Lane(handle, engine, endpoint, name)
 
     def _left_s(self) -> float:
         left_s = self._receiver.deadline - time.monotonic()

@@ -116,6 +116,11 @@ class WorkerProcess:
         self.call("new", name=self.suite.engine)
         self.call("open", config=as_json(self.suite.config()))
 
+    def lane_obstacle(self, endpoint: str) -> str | None:
+        config = as_json(self.suite.config())
+        found: str | None = self.call("lane_obstacle", name=self.suite.engine, endpoint=endpoint, config=config)
+        return found
+
     def register(self, *regions: Sequence[int]) -> None:
         self.call("register", regions=regions)
 

@@ -84,6 +84,30 @@ class Refusals(ContractSetup):
         seed.register()
         assert seed.registered_nbytes == 0
 
+    def test_an_obstacle_is_found_without_an_open_engine(self, processes: Processes) -> None:
+        """None for a peer that ``connect`` reaches; and nothing is raised about any other text."""
+        _, receiver, _, _, endpoint = self.seed_and_receiver(processes, PAGE)
+        fresh = processes.start(opened=False)
+        assert fresh.lane_obstacle(endpoint) is None
+        lies = (
+            "",
+            "nobody",
+            "\x00",
+            "{}",
+            "[]",
+            "null",
+            "[" * 1000,
+            '{"version": -1}',
+            "a:b:c:d:e",
+            endpoint[:-1],
+            "9" * 9,
+        )
+        for lie in lies:
+            found = fresh.lane_obstacle(lie)
+            assert found is None or found.strip(), lie
+        receiver.call("present_lease", lease="a lease")
+        receiver.connect(endpoint)
+
     def test_calls_before_open_and_reads_without_connect_are_refused(self, processes: Processes) -> None:
         _, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)
         receiver.disconnect(endpoint)

@@ -74,6 +74,12 @@ class Worker:
     def registered_nbytes(self) -> int:
         return self._engine().registered_nbytes
 
+    def lane_obstacle(self, name: str, endpoint: str, config: dict[str, Any]) -> str | None:
+        return engine_class(name).lane_obstacle(endpoint, EngineConfig(**config))
+
+    def present_lease(self, lease: str) -> None:
+        self._engine().present_lease(lease)
+
     def connect(self, endpoint: str, timeout_s: float) -> None:
         self._engine().connect(endpoint, timeout_s)
 
