@@ -7,6 +7,7 @@ dies, stops or sends nonsense costs its own group.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
@@ -38,6 +39,8 @@ _IDLE_S = 120.0
 _MIN_BYTES_PER_S = 20e6
 #: Pause after a failed accept, most likely for lack of descriptors, in seconds.
 _PAUSE_S = 1.0
+#: Between two looks at the connections of receivers, in seconds; none if there are no receivers.
+_TICK_S = 0.5
 #: Threads that send yield the processor to inference; gloo's threads inherit it.
 _NICENESS = 10
 
@@ -104,19 +107,38 @@ class Sender:
     def _listen(self) -> None:
         while not self.stopped:
             try:
-                sock, _ = self._listening.accept()
+                if self._wait_for_receiver():
+                    self._admit(self._listening.accept()[0])
             except OSError as error:
                 if not self.stopped:
                     logger.warning("No receiver can connect for %g s because of: %s", _PAUSE_S, error)
                     time.sleep(_PAUSE_S)
-                continue
-            session = _Session(self, sock)
-            with self._lock:
-                if self.stopped or len(self._sessions) >= MAX_CONNECTIONS:
-                    sock.close()
-                    continue
-                self._sessions.add(session)
-            session.start()
+
+    def _wait_for_receiver(self) -> bool:
+        """Wait a while for a connection; end the sessions of receivers that are gone.
+
+        A thread that sends does not look at its control connection, and gloo misses some resets.
+        """
+        with self._lock:
+            sessions = {each.descriptor: each for each in self._sessions if not each.interrupted}
+        poll = select.poll()
+        poll.register(self._listening, select.POLLIN)
+        for descriptor in sessions:
+            if descriptor >= 0:  # it has ended
+                poll.register(descriptor, select.POLLRDHUP)
+        ready = dict(poll.poll(_TICK_S * 1000.0 if sessions else None))
+        for descriptor in ready.keys() & sessions.keys():
+            sessions[descriptor].interrupt()
+        return self._listening.fileno() in ready
+
+    def _admit(self, sock: socket.socket) -> None:
+        session = _Session(self, sock)
+        with self._lock:
+            if self.stopped or len(self._sessions) >= MAX_CONNECTIONS:
+                sock.close()
+                return
+            self._sessions.add(session)
+        session.start()
 
 
 class _Session:
@@ -128,6 +150,7 @@ class _Session:
         self._group: Group | None = None
         #: The group may still read memory, for good.
         self.in_flight = False
+        self.interrupted = False
         self.thread = native_thread(self._run, "rfork-collective-send")
 
     def start(self) -> None:
@@ -139,8 +162,14 @@ class _Session:
             self._socket.close()
             self._sender.forget(self)
 
+    @property
+    def descriptor(self) -> int:
+        """The connection's; negative when it is closed."""
+        return self._socket.fileno()
+
     def interrupt(self) -> None:
         """Make the thread end soon."""
+        self.interrupted = True
         with suppress(OSError):  # the receiver was faster
             self._socket.shutdown(socket.SHUT_RDWR)
         if (group := self._group) is not None:
