@@ -23,7 +23,7 @@ THREADS_OF_A_GROUP = 3  # the session's and two of gloo
 class Suite(EngineContract):
     __test__ = False
     engine: ClassVar[str] = "collective"
-    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.gloo",)
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.engine", "vllm_rfork.engines.collective.gloo")
 
 
 class Fleet:

@@ -1,12 +1,30 @@
-"""The collective engine keeps the port's contract over gloo."""
+"""The collective engine keeps the port's contract over gloo, and over NCCL on a host stand-in for it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
+from tests.standin import build
 from vllm_rfork.testing import EngineContract
 
 
-class TestCollectiveEngine(EngineContract):
+class TestGloo(EngineContract):
     engine: ClassVar[str] = "collective"
-    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.gloo",)
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.engine", "vllm_rfork.engines.collective.gloo")
+
+
+class TestNccl(EngineContract):
+    """``RFORK_TEST_GPU=1`` runs it on a real GPU."""
+
+    engine: ClassVar[str] = "collective"
+    device: ClassVar[str] = "cuda:0"
+    buffer: ClassVar[str] = "tests.contracts.driver_buffer:DriverBuffer"
+    preload: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "vllm_rfork.engines.collective.engine",
+        "vllm_rfork.engines.collective.nccl",
+    )
+
+    def environment(self) -> Mapping[str, str]:
+        return build.cuda_environment(build.build())

@@ -1,4 +1,4 @@
-// A host stand-in for the part of the CUDA driver that the engine cuda_ipc uses. "Device" memory is a memfd of this
+// A host stand-in for the part of the CUDA driver that the engines cuda_ipc and collective use. "Device" memory is a memfd of this
 // process; an IPC handle names the process and the descriptor, and opening it maps the same pages, so a mapping outlives
 // the process that exported it, as the driver's does. Copies run on a thread of their own for each stream.
 //
@@ -66,6 +66,8 @@ uint64_t mapped(int fd, uint64_t nbytes) {
 struct Stream {
     struct Copy {
         uint64_t to, from, nbytes;
+        void (*function)(void*) = nullptr;  // called instead of a copy
+        void* argument = nullptr;
     };
     std::mutex mutex;
     std::condition_variable changed;
@@ -91,6 +93,7 @@ struct Stream {
                 return;
             }
             lock.unlock();
+            if (copy.function != nullptr) copy.function(copy.argument);
             for (uint64_t done = 0; done < copy.nbytes; done += 1 << 20) {
                 const uint64_t part = std::min<uint64_t>(1 << 20, copy.nbytes - done);
                 memcpy(reinterpret_cast<void*>(copy.to + done), reinterpret_cast<void*>(copy.from + done), part);
@@ -257,6 +260,32 @@ int cuStreamCreate(void** stream, unsigned) {
     return kSuccess;
 }
 
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
+
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    if (t_depth == 0) return kInvalidContext;
+    *least = 0;
+    *greatest = -5;
+    return kSuccess;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+    thread_local int t_mode = 0;
+    if (*mode < 0 || *mode > 2) return kInvalidValue;
+    std::swap(t_mode, *mode);
+    return kSuccess;
+}
+
+int cuLaunchHostFunc(void* handle, void (*function)(void*), void* argument) {
+    auto* stream = static_cast<Stream*>(handle);
+    {
+        std::lock_guard<std::mutex> lock(stream->mutex);
+        stream->copies.push_back({0, 0, 0, function, argument});
+    }
+    stream->changed.notify_all();
+    return kSuccess;
+}
+
 int cuStreamDestroy_v2(void* handle) {
     auto* stream = static_cast<Stream*>(handle);
     {
@@ -280,7 +309,7 @@ int cuMemcpyAsync(uint64_t to, uint64_t from, size_t nbytes, void* handle) {
     auto* stream = static_cast<Stream*>(handle);
     {
         std::lock_guard<std::mutex> lock(stream->mutex);
-        stream->copies.push_back({to, from, nbytes});
+        stream->copies.push_back({to, from, nbytes, nullptr, nullptr});
     }
     stream->changed.notify_all();
     return kSuccess;

@@ -92,7 +92,7 @@ class CollectiveEngine(TransferEngine):
         with self._exclusively("open", needs_open=False):
             if self._sender is not None:
                 raise EngineError(NAME, "open", "it is open already")
-            self._backend = backend(device_type)
+            self._backend = backend(config.device)
             self._stuck, self._closing, self._timeout_s = "", False, config.timeout_s
             secret = secrets.token_bytes(SECRET_NBYTES)
             try:
@@ -231,14 +231,18 @@ class CollectiveEngine(TransferEngine):
             self.close()
 
 
-def backend(device_type: str) -> Backend:
-    """The library for a torch device type.
+def backend(device: str) -> Backend:
+    """The library for a torch device, such as ``cuda:1``.
 
     Raises:
         EngineUnavailable: it is not installed.
+        EngineError: there is no such device.
     """
+    device_type, _, index = device.partition(":")
     try:
-        return backend_class(device_type)()
+        return backend_class(device_type)(int(index or 0))
     except (ImportError, OSError) as error:
-        text = f"torch cannot load {LANES[device_type]}: {error}"
+        text = f"{LANES[device_type]} cannot be loaded: {error}"
         raise EngineUnavailable(NAME, text, hint=install_hint(NAME)) from error
+    except GroupFailed as error:
+        raise EngineError(NAME, "open", str(error)) from error

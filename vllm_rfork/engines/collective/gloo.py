@@ -38,6 +38,9 @@ class GlooBackend(Backend):
     name: ClassVar[str] = "gloo"
     captures: ClassVar[bool] = False
 
+    def __init__(self, index: int) -> None:
+        """Host memory has one device, whatever ``index``."""
+
     def create(self, rank: int, channel: Channel, deadline: float) -> Group:
         """Connect over the addresses of the control connection."""
         return GlooGroup(rank, channel, deadline)

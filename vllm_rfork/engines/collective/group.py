@@ -67,12 +67,20 @@ class Group(abc.ABC):
 
 
 class Backend(abc.ABC):
-    """The library of one open engine."""
+    """The library of one open engine, on the device with the number ``index``.
+
+    Raises:
+        ImportError, OSError: the library, or torch, is not installed.
+        GroupFailed: there is no such device.
+    """
 
     #: ``gloo``, ``nccl`` or ``hccl``: both sides must have the same.
     name: ClassVar[str]
     #: Graphs are captured on its devices, and its calls would end in them.
     captures: ClassVar[bool]
+
+    @abc.abstractmethod
+    def __init__(self, index: int) -> None: ...
 
     @abc.abstractmethod
     def create(self, rank: int, channel: Channel, deadline: float) -> Group:
