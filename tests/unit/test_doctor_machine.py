@@ -197,26 +197,26 @@ def test_a_check_that_hangs_or_raises_is_a_finding_and_delays_no_other() -> None
 # --- lanes ----------------------------------------------------------------------------------------------------------
 
 NIXL = [
-    Lane("cpu", "container", "nixl/cma"),
-    Lane("cpu", "host", reason="another pid namespace"),
-    Lane("cpu", "elsewhere", "nixl/rdma"),
+    Lane("nixl", "cpu", "container", "nixl/cma"),
+    Lane("nixl", "cpu", "host", reason="another pid namespace"),
+    Lane("nixl", "cpu", "elsewhere", "nixl/rdma"),
 ]
 
 
 def test_the_lanes_follow_the_order_of_auto_with_the_reasons_against_the_others() -> None:
-    third = [Lane("cpu", place, "collective/gloo") for place in PLACES]
-    found = doctor_engines.lanes({"nixl": NIXL, "mooncake": [], "collective": third}, ["cpu"], attach=True)
-    assert [each.found for each in found] == [
-        "nixl/cma, then collective/gloo",
-        "collective/gloo",
-        "nixl/rdma, then collective/gloo",
+    third = [Lane("collective", "cpu", place, "collective/gloo") for place in PLACES]
+    found = doctor_engines.lanes({"collective": third, "nixl": NIXL, "mooncake": []}, ["cpu"], attach=True)
+    assert [(each.state, each.found) for each in found] == [
+        (OK, "nixl/cma, then collective/gloo"),
+        (OK, "collective/gloo"),
+        (OK, "nixl/rdma, then collective/gloo"),
+        (NOTE, "not possible: another pid namespace"),
     ]
-    assert [each.state for each in found] == [OK] * 3
-    assert found[1].advice == "not possible: nixl: another pid namespace; mooncake: see engine mooncake"
+    assert found[-1].check == "lane cpu, peer in another container of this host: nixl"
 
 
 def test_a_place_without_a_lane_is_noted() -> None:
     found = doctor_engines.lanes({"nixl": NIXL}, ["cpu"], attach=False)
-    assert [each.state for each in found] == [NOTE, NOTE, OK]
+    assert [each.state for each in found] == [NOTE, NOTE, OK, NOTE, NOTE]
     assert "load from storage" in found[0].found
-    assert "see cross-memory attach" in found[0].advice
+    assert found[3].found == "not possible: see cross-memory attach"

@@ -87,18 +87,19 @@ def _engines(wanted: str | None, device_types: list[str], lanes: dict[str, list[
 def _print(found: list[Finding]) -> None:
     """Two tables: the checks, and the lanes that follow from them."""
     _print_part("", [each for each in found if not each.check.startswith(doctor_engines.LANE)])
-    title = "lanes of rfork_engine=auto, to a peer with the hardware and the settings of this host"
+    title = "Lanes of rfork_engine=auto, to a peer with the hardware and the settings of this host"
     _print_part(title, [each for each in found if each.check.startswith(doctor_engines.LANE)])
     failed = [each.check for each in found if each.state == FAIL]
     click.echo(f"failed: {', '.join(failed)}" if failed else "no check failed")
 
 
 def _print_part(title: str, found: list[Finding]) -> None:
+    advises = any(each.advice for each in found)
     table = Table(title=title or None, title_justify="left")
-    for name in ("", "check", "result", "advice"):
+    for name in ("", "check", "result", *(["advice"] if advises else [])):
         table.add_column(name, overflow="fold")
     for each in found:
         mark = shown(each.state)
         mark.stylize(_STYLES[each.state])
-        table.add_row(mark, shown(each.check), shown(each.found), shown(each.advice))
+        table.add_row(mark, shown(each.check), shown(each.found), *([shown(each.advice)] if advises else []))
     print_table(table)

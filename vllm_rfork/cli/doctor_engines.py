@@ -95,34 +95,37 @@ def _versions(name: str) -> str:
 def lanes(examined: Mapping[str, Sequence[Lane]], device_types: Sequence[str], *, attach: bool) -> list[Finding]:
     """The lane to a peer at each place, for each device type of this machine, in the order of ``rfork_engine=auto``.
 
+    The reasons against engines that work here but have no lane to a place follow.
+
     Args:
         examined: lanes by engine; none for an engine that does not work here.
         attach: one process may read another's memory here.
     """
-    known = {name: [_checked(each, attach=attach) for each in found] for name, found in examined.items()}
-    return [_used(kind, place, known) for kind in device_types for place in PLACES]
+    known = [_checked(each, attach=attach) for found in examined.values() for each in found]
+    used, refused = [], []
+    for device_type in device_types:
+        for place in PLACES:
+            here = {each.engine: each for each in known if (each.device_type, each.place) == (device_type, place)}
+            ordered = [here[name] for name in AUTO_ORDER[device_type] if name in here]
+            check = f"{LANE}{device_type}, peer {_PLACES[place]}"
+            used.append(_used(check, [each.lane for each in ordered if each.lane is not None]))
+            refused += [
+                Finding(f"{check}: {each.engine}", NOTE, f"not possible: {each.reason}")
+                for each in ordered
+                if each.lane is None
+            ]
+    return used + refused
+
+
+def _used(check: str, possible: Sequence[str]) -> Finding:
+    """The lane that a fork takes, and those that it tries next."""
+    if not possible:
+        return Finding(check, NOTE, "none: workers load from storage", "make one of the engines above work")
+    return Finding(check, OK, ", then ".join(possible))
 
 
 def _checked(lane: Lane, *, attach: bool) -> Lane:
     """``lane``, or the reason against it if it needs cross-memory attach and there is none."""
     if attach or lane.lane not in _NEED_ATTACH:
         return lane
-    return Lane(lane.device_type, lane.place, reason="see cross-memory attach")
-
-
-def _used(device_type: str, place: Place, examined: Mapping[str, Sequence[Lane]]) -> Finding:
-    """The lanes to one place: the one that is used, those that would follow, and the reasons against the others."""
-    possible, reasons = [], []
-    for name in AUTO_ORDER[device_type]:
-        found = [each for each in examined.get(name, ()) if (each.device_type, each.place) == (device_type, place)]
-        if not found:
-            reasons += [f"{name}: see engine {name}"] if name in examined else []
-        elif found[0].lane is None:
-            reasons.append(f"{name}: {found[0].reason}")
-        else:
-            possible.append(found[0].lane)
-    check = f"{LANE}{device_type}, peer {_PLACES[place]}"
-    advice = f"not possible: {'; '.join(reasons)}" if reasons else ""
-    if not possible:
-        return Finding(check, NOTE, "none: workers load from storage", advice)
-    return Finding(check, OK, ", then ".join(possible), advice)
+    return Lane(lane.engine, lane.device_type, lane.place, reason="see cross-memory attach")

@@ -22,8 +22,9 @@ PLACES: tuple[Place, ...] = typing.get_args(Place)
 
 
 class Lane(msgspec.Struct, frozen=True):
-    """A lane to a peer at ``place``, or the reason why there is none."""
+    """An engine's lane to a peer at ``place``, or the reason why there is none."""
 
+    engine: str
     device_type: str
     place: Place
     lane: str | None = None
@@ -54,9 +55,9 @@ def examine(name: str, device_types: Sequence[str]) -> Examination:
 
 def _lane(cls: type[TransferEngine], device_type: str, place: Place) -> Lane:
     try:
-        return Lane(device_type, place, cls.lane_to(place, device_type))
+        return Lane(cls.name, device_type, place, cls.lane_to(place, device_type))
     except EngineError as error:
-        return Lane(device_type, place, reason=error.text)
+        return Lane(cls.name, device_type, place, reason=error.text)
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def main() -> None:
     except EngineUnavailable as error:
         status, found = UNAVAILABLE, Refusal(error.text.removesuffix(f"; {error.hint}"), error.hint)
     except EngineError as error:
-        status, found = BROKEN, Refusal(error.text)
+        status, found = BROKEN, Refusal(str(error).removeprefix(f"engine {error.engine}: "))
     print(msgspec.json.encode(found).decode(), flush=True)
     os._exit(status)  # some native libraries crash when the interpreter ends
 

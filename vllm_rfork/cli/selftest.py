@@ -40,10 +40,12 @@ class Size(click.ParamType[int]):
 @click.option("--device", default="cpu", show_default=True, help="torch device of this side: cpu, cuda:0, npu:0")
 @click.option("--seed-device", default=None, help="the seed's device, on one machine  [default: the receiver's]")
 @click.option("--size", "nbytes", type=Size(), default="256M", show_default=True, help="bytes to fork")
-@click.option("--all", "every", is_flag=True, help="try every engine, not only up to the first that works")
+@click.option("--all", "every", is_flag=True, help="try every engine, and compare their speed")
 @click.option("--serve", is_flag=True, help="be the seed of a test between two hosts, and print the other's command")
 @click.option("--connect", metavar="HOST[:PORT]", default=None, help="be the receiver of a test between two hosts")
-@click.option("--host", default=None, help="address of this host for the other  [default: 127.0.0.1; two hosts: route]")
+@click.option(
+    "--host", default=None, help="this host's address  [default: 127.0.0.1; between two hosts, that of the route]"
+)
 @click.option(
     "--port", type=click.IntRange(1, 65535), default=None, help="port of --serve  [default: 1224, or a free one]"
 )

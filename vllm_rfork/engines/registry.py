@@ -81,6 +81,7 @@ ENGINES: dict[str, EngineRow] = {
         "vllm_rfork.engines.collective.engine",
         "CollectiveEngine",
         "it needs torch, with gloo on the CPU and libnccl.so.2 on CUDA, as torch's own wheels bring them",
+        packages=("torch", "torch-npu"),
     ),
     "memory": EngineRow(
         "vllm_rfork.engines.memory",
