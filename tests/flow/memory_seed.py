@@ -14,6 +14,7 @@ import sys
 
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.engines.registry import AUTO
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.manifest.schema import Manifest, Region, Span, TensorEntry
@@ -50,7 +51,8 @@ def manifest_of(buffer: Buffer, digest: str = "") -> Manifest:
 
 
 def session_of(settings: Settings) -> ForkSession:
-    return ForkSession(settings, KEY, EngineSet(["memory"], EngineConfig(device="cpu")))
+    order = ["memory"] if settings.rfork_engine == AUTO else settings.rfork_engine.split(",")
+    return ForkSession(settings, KEY, EngineSet(order, EngineConfig(device="cpu")))
 
 
 def seed_of(settings: Settings, session: ForkSession, buffer: Buffer) -> Seed:
