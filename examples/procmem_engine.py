@@ -66,7 +66,7 @@ class ProcMemEngine(TransferEngine):
             table = RegionTable(self.name)
             table.add(Region(*each) for each in regions)
             peer = (os.open(f"/proc/{pid}/mem", os.O_RDONLY), int(address), bytes.fromhex(token), table)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RecursionError) as error:  # it is text of another machine
             raise self._failed("connect", f"the endpoint is unusable: {error}", "seed") from error
         self._peers[endpoint] = peer
         self._check_token(peer, "connect")

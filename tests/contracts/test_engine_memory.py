@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ import pytest
 from tests.open_engines import open_engines
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import FAULT_VARIABLE, Faults, MemoryEngine, parse_faults
+from vllm_rfork.engines.process_memory import process_started
 from vllm_rfork.errors import ConfigError, EngineError
 from vllm_rfork.manifest.schema import Region
 from vllm_rfork.manifest.segments import Segment
@@ -121,6 +123,15 @@ def test_late_read_lands_unless_close_comes_first(pair: InProcess) -> None:
             engine._late[0]._thread.join(60)
         engine.close()
         assert (pair.target.raw == pair.source.raw) is not closes_first
+
+
+def test_an_endpoint_that_names_this_process_and_memory_it_does_not_have_is_refused() -> None:
+    engine = MemoryEngine()
+    engine.open(CONFIG)
+    pid = os.getpid()
+    with pytest.raises(EngineError, match="connect failed"):
+        engine.connect(f"memory:{pid}:{process_started(pid)}:4096:{'00' * 16}", 1.0)
+    engine.close()
 
 
 @pytest.mark.parametrize("operation", ["open", "register", "connect", "close"])

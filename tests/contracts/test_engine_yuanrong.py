@@ -276,6 +276,8 @@ class TestDatasystemWheel(YuanRongContract):
 class TestNewestGeneration(AnyGeneration):
     """The stand-in of ``tests/standin/newest``: the adapter recognizes the generation by its members."""
 
+    silent_peer_in_flight: ClassVar[bool] = True
+
     @pytest.fixture(autouse=True)
     def _variables(self) -> None:
         build.build()

@@ -16,7 +16,7 @@ import pytest
 
 # Before they are imported, so that failed assertions show both sides.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.engine_{part}" for part in ("setup", "transfers", "refusals", "peers", "closing"))
+    *(f"{__name__}.engine_{part}" for part in ("setup", "transfers", "refusals", "lies", "peers", "closing"))
 )
 
 from vllm_rfork.testing.engine_contract import EngineContract  # noqa: E402

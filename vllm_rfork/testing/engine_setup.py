@@ -38,6 +38,8 @@ class ContractSetup:
     memory_outlives_its_process: ClassVar[bool] = False
     #: After a read that overran, ``close`` may report that the engine keeps the memory for good.
     close_may_keep_memory: ClassVar[bool] = False
+    #: A read from a port that never answers may end as ``in_flight``; the receiver then loads from storage.
+    silent_peer_in_flight: ClassVar[bool] = False
     #: Bytes of the one large segment.
     large_nbytes: ClassVar[int] = 64 * MIB
 

@@ -34,6 +34,7 @@ class Worker:
         self.stream = stream
         self.engine: TransferEngine | None = None
         self.buffers: dict[int, Buffer] = {}
+        self.repeated: dict[str, str] = {}
 
     def new(self, name: str) -> None:
         self.engine = engine_class(name)()
@@ -88,6 +89,21 @@ class Worker:
 
     def read(self, endpoint: str, segments: list[list[int]], timeout_s: float) -> None:
         self._engine().read(endpoint, [Segment(*segment) for segment in segments], timeout_s)
+
+    def repeat(self, piece: str, nbytes: int) -> str:
+        """Make an endpoint of ``nbytes`` here, because it is too long for the stream; returns its name."""
+        name = f"endpoint {len(self.repeated)}"
+        self.repeated[name] = (piece * (nbytes // len(piece) + 1))[:nbytes]
+        return name
+
+    def attempt(self, endpoint: str, segment: list[int], timeout_s: float) -> None:
+        """Connect, read one segment and disconnect; ``endpoint`` may be a name from :meth:`repeat`."""
+        text = self.repeated.get(endpoint, endpoint)
+        try:
+            self.connect(text, timeout_s)
+            self.read(text, [segment], timeout_s)
+        finally:
+            self.disconnect(text)
 
     def in_threads(self, calls: list[dict[str, Any]]) -> None:
         """Run commands one after another, each on a thread of its own."""
