@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vllm_rfork.engines import capture_gate
+
 
 @dataclass(frozen=True)
 class Change:
@@ -81,7 +83,8 @@ class WeightChanges:
                 self._listener.resume()
 
     def run_alone(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``method`` while no seed of this process uses the device."""
-        if self._listener.device_is_idle():
-            return method(*args, **kwargs)
-        return self.run(Change("graphs are captured"), method, *args, **kwargs)
+        """Call ``method`` while no seed of this process uses the device, to start or to send."""
+        with capture_gate.gate.capturing() as idle:
+            if idle and self._listener.device_is_idle():
+                return method(*args, **kwargs)
+            return self.run(Change("graphs are captured"), method, *args, **kwargs)

@@ -34,7 +34,7 @@ MAX_SENDS = 4
 #: Bound of the handshake and of each short message, in seconds.
 _MESSAGE_S = 5.0
 #: A group without a request for so long is closed, in seconds.
-_IDLE_S = 120.0
+_IDLE_S = 60.0
 #: Bytes per second below which a batch is given up.
 _MIN_BYTES_PER_S = 20e6
 #: Pause after a failed accept, most likely for lack of descriptors, in seconds.
