@@ -42,6 +42,7 @@ from vllm_rfork.engines.mooncake.endpoint import (
     own_protocol,
 )
 from vllm_rfork.engines.mooncake.native import Bound, NativeEngine, load_engine_class
+from vllm_rfork.engines.mooncake.pieces import items
 from vllm_rfork.engines.mooncake.spans import Spans
 from vllm_rfork.engines.rdma import rdma_obstacle
 from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
@@ -268,8 +269,8 @@ class MooncakeEngine(TransferEngine):
             raise
 
     def _read(self, native: NativeEngine, peer: Endpoint, segments: Sequence[Segment], deadline: float) -> None:
-        for start in range(0, len(segments), _MAX_ITEMS):
-            columns = zip(*segments[start : start + _MAX_ITEMS], strict=True)
+        for part in items(segments, peer.protocol, _MAX_ITEMS):
+            columns = zip(*part, strict=True)
             self._transfer(native, peer, "read", [list(column) for column in columns], deadline)
         self._check_identity(native, peer, "read", deadline)
 
