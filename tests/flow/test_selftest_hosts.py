@@ -21,6 +21,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from tests.authority import Authority
 from vllm_rfork.cli.main import main
 from vllm_rfork.selftest import offer
 from vllm_rfork.selftest.offer import Host, Offer, Seed, UnusableOffer
@@ -150,6 +151,25 @@ def get(address: str, path: str, authorization: str | None) -> tuple[int, bytes]
         return answer.status, answer.read()
     finally:
         connection.close()
+
+
+def test_calls_use_tls_as_a_worker_s_do(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    certificate, key = authority.issue("seed", names=("127.0.0.1",))
+    tls = {
+        "RFORK_SEED_TLS": "require",
+        "RFORK_TLS_CA_FILE": str(authority.file),
+        "RFORK_TLS_CERT_FILE": str(certificate),
+        "RFORK_TLS_KEY_FILE": str(key),
+    }
+    with serving(*LOCAL, "--once", **tls) as seed:
+        environ, command = seed.invitation()
+        assert "TLS" in seed.output
+        in_plain = connecting(*command, **environ)
+        assert (in_plain.returncode, "426" in in_plain.stderr) == (FAILED, True), in_plain.stderr
+        done = connecting(*command, **environ, **tls)
+        assert done.returncode == GOOD, done.stderr
+        assert seed.end() == GOOD
 
 
 def test_a_signal_ends_it_and_its_children() -> None:

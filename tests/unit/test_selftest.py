@@ -30,6 +30,7 @@ if "--multiprocessing-fork" in sys.argv:
         print(os.getpid(), file=pids)
     def read(*arguments, **more):
         if os.environ["ENDS"] == "dies":
+            os.write(2, b"many words\\n" * 1000 + b"the last words of a native library\\n")
             os.kill(os.getpid(), signal.SIGKILL)
         while True:
             signal.pause()
@@ -109,6 +110,8 @@ def test_no_child_outlives_the_command(ends: str, tmp_path: Path) -> None:
         assert done.returncode == TOO_LATE, done.stderr
     else:
         assert (done.returncode, "ended with status -9" in done.stderr) == (FAILED, True), done.stderr
+        assert "the last words of a native library" in done.stderr
+        assert done.stderr.count("many words") < 10
     written = [int(line) for line in pids.read_text().split()]
     assert len(written) == 2
     for pid in written:

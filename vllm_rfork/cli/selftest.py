@@ -60,6 +60,7 @@ class Size(click.ParamType[int]):
     default=None,
     help=f"bound of the whole run, in seconds  [default: {_RUN_S:g}; with --serve {_SERVE_S:g}]",
 )
+@click.option("--native-log", is_flag=True, help="show what native libraries log, such as UCX with UCX_LOG_LEVEL=info")
 @click.option("--corrupt", is_flag=True, hidden=True, help="alter the seed's memory after its digest was computed")
 @click.pass_context
 def selftest(ctx: click.Context, /, setting: str, serve: bool, connect: str | None, every: bool, **given: Any) -> None:

@@ -48,7 +48,9 @@ def serve(trial: Trial, engines: Sequence[str], setting: str, options: Serving, 
         command = ["vllm-rfork", "selftest", "--connect", address, "--engine", setting]
         command += ["--device", trial.device, "--size", _size(trial.nbytes)]
         token = f"{TOKEN_VARIABLE}={generated} " if generated else ""
-        note = "" if generated else f" with the token of this host ({TOKEN_VARIABLE} or RFORK_TOKEN_FILE)"
+        needs = [] if generated else [f"the token of this host ({TOKEN_VARIABLE} or RFORK_TOKEN_FILE)"]
+        needs += [] if known.options.seed_tls == "off" else ["the TLS variables of a worker"]
+        note = f" with {' and '.join(needs)}" if needs else ""
         return f"run this on the other host within {trial.timeout_s:g} s{note}:\n  {token}{shlex.join(command)}"
 
     return serving.serve(replace(trial, host=host), engines, service, invite, click.echo)

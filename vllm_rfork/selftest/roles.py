@@ -31,7 +31,16 @@ MOVES = FRESH, AGAIN, MEMCPY = ("read into fresh memory", "read again", "memcpy 
 
 @dataclass(frozen=True)
 class Trial:
-    """The parameters of one engine's run; ``timeout_s`` bounds all of it, in seconds."""
+    """The parameters of one engine's run.
+
+    Attributes:
+        engine, host: as for workers.
+        device, seed_device: torch devices of the receiver and of the seed.
+        nbytes: bytes to fork.
+        timeout_s: bound of all of it, in seconds.
+        corrupt: alter the seed's memory after its digest was computed.
+        native_log: leave the output of native libraries on the terminal.
+    """
 
     engine: str
     device: str = "cpu"
@@ -40,6 +49,7 @@ class Trial:
     host: str = "127.0.0.1"
     timeout_s: float = 120.0
     corrupt: bool = False
+    native_log: bool = False
 
 
 class Published(msgspec.Struct, frozen=True):
