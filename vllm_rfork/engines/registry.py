@@ -75,7 +75,6 @@ ENGINES: dict[str, EngineRow] = {
             "mooncake-transfer-engine-efa-cuda13",
             "mooncake-transfer-engine-efa-non-cuda",
         ),
-        host_hint="Mooncake listens on every interface, and peers use the address that it is given",
     ),
     "collective": EngineRow(
         "vllm_rfork.engines.collective.engine",

@@ -165,8 +165,12 @@ class WorkerProcess:
         self.process.kill()
         self.process.wait(60)
 
-    def end(self) -> None:
+    def hang_up(self) -> None:
+        """Let the process end."""
         self._socket.close()
+
+    def end(self) -> None:
+        self.hang_up()
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGCONT)
         try:
@@ -197,5 +201,7 @@ class Processes:
         return seed, receiver
 
     def end(self) -> None:
+        for worker in self._started:  # first all of them: some engines take a second to end
+            worker.hang_up()
         for worker in self._started:
             worker.end()

@@ -121,9 +121,14 @@ def own_protocol(device_type: str) -> str:
     """The protocol of this process: the device's own, RDMA if a device can be used, else TCP."""
     if device_type == "npu":
         return "ascend"
-    if FORCE_TCP in os.environ or rdma_obstacle() is not None:
+    if tcp_reason() is not None:
         return "tcp"
     return "efa" if with_efa() else "rdma"
+
+
+def tcp_reason() -> str | None:
+    """The reason why this process uses TCP with host memory and GPUs; None if it uses RDMA."""
+    return f"{FORCE_TCP} is set" if FORCE_TCP in os.environ else rdma_obstacle()
 
 
 def own_boot() -> str:
@@ -140,7 +145,7 @@ def obstacle(endpoint: Endpoint, device_type: str) -> str | None:
         return f"the seed has {endpoint.memory[:20]} memory, this process {device_type}"
     own = own_protocol(device_type)
     if endpoint.protocol != own:
-        why = f" ({reason})" if own == "tcp" and (reason := _why_tcp()) else ""
+        why = f" ({tcp_reason()})" if own == "tcp" else ""
         return (
             f"the seed uses {endpoint.protocol} and this process {own}{why}: give both RDMA, or set {FORCE_TCP}=1 "
             "for both"
@@ -152,7 +157,3 @@ def obstacle(endpoint: Endpoint, device_type: str) -> str | None:
             "rfork_seed_advertise_host for the seed"
         )
     return None
-
-
-def _why_tcp() -> str | None:
-    return f"{FORCE_TCP} is set" if FORCE_TCP in os.environ else rdma_obstacle()

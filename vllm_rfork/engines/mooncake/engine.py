@@ -40,11 +40,11 @@ from vllm_rfork.engines.mooncake.endpoint import (
     obstacle,
     own_boot,
     own_protocol,
+    tcp_reason,
 )
 from vllm_rfork.engines.mooncake.native import Bound, NativeEngine, load_engine_class
 from vllm_rfork.engines.mooncake.pieces import items
 from vllm_rfork.engines.mooncake.spans import Spans
-from vllm_rfork.engines.rdma import rdma_obstacle
 from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
@@ -99,7 +99,7 @@ class MooncakeEngine(TransferEngine):
         engine.open(EngineConfig(device="cpu"))
         engine.close()
         protocol = own_protocol("cpu")
-        return f"an engine opens, over {protocol}" + (f" ({rdma_obstacle()})" if protocol == "tcp" else "")
+        return f"an engine opens, over {protocol}" + (f" ({why})" if (why := tcp_reason()) else "")
 
     @classmethod
     def lane_to(cls, place: Place, device_type: str) -> str:
