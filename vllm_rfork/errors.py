@@ -148,6 +148,7 @@ class EngineError(ForkError):
         operation: ``open``, ``register``, ``connect``, ``read`` or ``close``.
         text: the engine's own text, or a description.
         code: the engine's own code, by its name if it has one.
+        retry_elsewhere: another seed may succeed; None for the default, which is true if the seed has failed.
         in_flight: bytes of an abandoned read may still arrive. The buffers belong to the engine until it is closed,
             or until the process ends if that fails too.
         side: the side that failed. ``connect`` and ``read`` involve a peer and must state it; their default is
@@ -161,7 +162,7 @@ class EngineError(ForkError):
         text: str,
         *,
         code: str = "",
-        retry_elsewhere: bool = False,
+        retry_elsewhere: bool | None = None,
         in_flight: bool = False,
         side: Side | None = None,
     ) -> None:
@@ -173,7 +174,7 @@ class EngineError(ForkError):
         coded = f" [{code}]" if code else ""
         super().__init__(
             f"engine {engine}: {operation} failed{coded}: {text}",
-            retry_elsewhere=retry_elsewhere,
+            retry_elsewhere=side == "seed" and not in_flight if retry_elsewhere is None else retry_elsewhere,
             side=side or ("unknown" if operation in ("connect", "read") else "receiver"),
         )
 

@@ -71,6 +71,7 @@ class Lies(ContractSetup):
             with pytest.raises(EngineError) as caught:
                 receiver.read(foreign, [[target, address, PAGE]])
             self.check(caught.value, "read", in_flight=False)
+            assert caught.value.retry_elsewhere, "another seed may be right"
         receiver.disconnect(foreign)
         receiver.read(true, [[target, source, PAGE]])
         assert receiver.digest(target) == seed.digest(source)
@@ -102,6 +103,7 @@ class Lies(ContractSetup):
         if failure is not None:
             assert failure.operation in ("connect", "read"), failure
             assert may_be_in_flight or not failure.in_flight, failure
+            assert failure.in_flight or failure.retry_elsewhere, failure
             assert failure.side != "receiver" or failure.code == "lane", "a bad endpoint comes from the seed"
         return failure
 
@@ -110,6 +112,6 @@ def _altered(true: str) -> Iterator[str]:
     """``true`` cut, repeated, and with each of its numbers changed, a few places at a time."""
     yield from (true[: len(true) // 2], true[1:], true[:-1], true + true, true[::-1], true.swapcase())
     numbers = list(re.finditer(r"\d+", true))
-    for found in numbers[:: max(1, len(numbers) // 6)]:
-        for other in ("0", str(int(found[0]) + 1), "-1", str(1 << 70)):
+    for found in numbers[:: max(1, len(numbers) // 4)]:
+        for other in ("0", str(int(found[0]) + 1), str(1 << 70)):
             yield true[: found.start()] + other + true[found.end() :]

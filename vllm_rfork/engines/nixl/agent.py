@@ -161,7 +161,9 @@ class Agent:
         thread.
         """
         kind = self._kind(memory)
-        with self.translated(operation):
+        # The engine has checked its own side of a read: what is wrong is the seed's, and others may be right.
+        facts = {"retry_elsewhere": True} if operation == "read" else {}
+        with self.translated(operation, **facts):
             return int(
                 self._agent.createXferReq(
                     self._native.NIXL_READ,
