@@ -23,10 +23,12 @@ from click.testing import CliRunner
 
 from tests.authority import Authority
 from vllm_rfork.cli.main import main
+from vllm_rfork.selftest import connecting as connecting_side
 from vllm_rfork.selftest import offer
+from vllm_rfork.selftest.attempts import Attempt
 from vllm_rfork.selftest.offer import Host, Offer, Seed, UnusableOffer
 from vllm_rfork.selftest.report import FAILED, GOOD, TOO_LATE, WRONG_BYTES
-from vllm_rfork.selftest.roles import Published
+from vllm_rfork.selftest.roles import Published, Result
 
 COMMAND = [sys.executable, "-m", "vllm_rfork.cli.main", "selftest"]
 PATIENCE_S = 120.0
@@ -289,7 +291,7 @@ def test_two_network_namespaces_use_the_first_lane_that_leads_from_one_to_the_ot
 
 def an_offer(*buffers: tuple[int, int, str], version: int = offer.VERSION, engines: int = 1) -> bytes:
     seeds = [Seed(f"e{number}", Published("an endpoint", list(buffers))) for number in range(engines)]
-    return msgspec.json.encode(Offer(version, "client", "cpu", Host("boot", []), seeds))
+    return msgspec.json.encode(Offer(version, "client", "cpu", Host("boot", None), seeds))
 
 
 def test_a_usable_offer_is_read() -> None:
@@ -315,6 +317,29 @@ def test_a_usable_offer_is_read() -> None:
 def test_an_offer_that_lies_is_refused_before_memory_is_taken(body: bytes, reason: str) -> None:
     with pytest.raises(UnusableOffer, match=reason):
         offer.decode(body, 100)
+
+
+@pytest.mark.parametrize(
+    ("boot", "obstacle", "lane", "hint"),
+    [
+        (
+            "another",
+            "no port is active",
+            "collective/gloo",
+            "this host: none here; the serving host: no port is active",
+        ),
+        ("another", None, "collective/gloo", "this host: none here"),
+        ("another", None, "nixl/rdma", None),
+        ("this", None, "collective/gloo", None),
+    ],
+)
+def test_rdma_is_named_between_hosts_that_read_without_it(
+    boot: str, obstacle: str | None, lane: str, hint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Host, "here", classmethod(lambda _: Host("this", "none here")))
+    found = Offer(offer.VERSION, "client", "cpu", Host(boot, obstacle), [])
+    attempt = Attempt("e", "right", result=Result(lane, [], 1, 100, {}))
+    assert connecting_side._hints(found, [attempt]) == ([] if hint is None else [f"RDMA; {hint}"])
 
 
 def test_iproute2_is_installed_by_ci() -> None:

@@ -18,14 +18,6 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def rdma_devices() -> list[str]:
-    """The names of this host's RDMA devices, such as ``mlx5_0``, as far as this container has them."""
-    try:
-        return sorted(each.name for each in Path("/sys/class/infiniband").iterdir())
-    except OSError:
-        return []
-
-
 def local_ipv4(engine: str, host: str) -> str:
     """``host`` as an IPv4 literal, of an address that this machine can bind.
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from tempfile import _TemporaryFileWrapper
 from typing import Any
 
 from vllm_rfork.errors import EngineError
@@ -57,8 +58,8 @@ class Child:
     def __init__(self, role: str, work: Callable[[Trial, Connection], None], trial: Trial) -> None:
         self.role = role
         self._pipe, theirs = _SPAWN.Pipe()
-        self._output = tempfile.NamedTemporaryFile(prefix="rfork-selftest-")  # noqa: SIM115 - closed by end()
-        output = "" if trial.native_log else self._output.name
+        self._output = None if trial.native_log else _output_file()
+        output = "" if self._output is None else self._output.name
         self.process = _SPAWN.Process(target=_child, args=(work, trial, theirs, output), name=f"rfork-selftest-{role}")
         self.process.start()
         theirs.close()
@@ -96,6 +97,8 @@ class Child:
 
     def _last_output(self) -> str:
         """The last lines of the child's output, as a clause; empty if there is none."""
+        if self._output is None:
+            return ""
         self._output.seek(0, os.SEEK_END)
         self._output.seek(max(0, self._output.tell() - _OUTPUT_NBYTES))
         lines = self._output.read().decode("utf-8", "replace").splitlines()[-_OUTPUT_LINES:]
@@ -108,7 +111,16 @@ class Child:
         if self.process.is_alive():
             self.process.kill()
             self.process.join(_END_S)
-        self._output.close()
+        if self._output is not None:
+            self._output.close()
+
+
+def _output_file() -> _TemporaryFileWrapper[bytes] | None:
+    """A file for a child's output; None if this container has no writable folder, and so the output is not kept."""
+    try:
+        return tempfile.NamedTemporaryFile(prefix="rfork-selftest-")
+    except OSError:
+        return None
 
 
 def _child(work: Callable[[Trial, Connection], None], trial: Trial, parent: Connection, output: str) -> None:

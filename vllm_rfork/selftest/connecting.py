@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from vllm_rfork.clients.seed_http import SeedHttp
 from vllm_rfork.errors import SeedError
+from vllm_rfork.logs.quoting import printable
 from vllm_rfork.net.client import Answer
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.selftest import offer
@@ -81,7 +82,8 @@ def _hints(found: Offer, attempts: Sequence[Attempt]) -> list[str]:
     lanes = [each.result.lane for each in attempts if each.result is not None]
     if not lanes or (here.boot and here.boot == found.host.boot) or any("rdma" in lane for lane in lanes):
         return []
-    without = [name for name, host in (("this host", here), ("the serving host", found.host)) if not host.rdma]
-    if without:
-        return [f"RDMA: {' and '.join(without)} has no RDMA device that this container can open"]
-    return ["RDMA: both hosts have devices; install an engine that uses them, such as nixl, on both"]
+    sides = {"this host": here.rdma_obstacle, "the serving host": found.host.rdma_obstacle}
+    obstacles = [f"{name}: {printable(obstacle)}" for name, obstacle in sides.items() if obstacle is not None]
+    if obstacles:
+        return [f"RDMA; {'; '.join(obstacles)}"]
+    return ["RDMA, which both hosts have: install an engine that uses it, such as nixl, on both"]

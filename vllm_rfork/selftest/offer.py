@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import msgspec
 
-from vllm_rfork.engines import host
+from vllm_rfork.engines import host, rdma
 from vllm_rfork.selftest.roles import Published
 
 OFFER, DONE = "/rfork_selftest", "/rfork_selftest/done"
@@ -30,11 +30,11 @@ class Host(msgspec.Struct, frozen=True):
 
     Attributes:
         boot: identifies the running kernel, so that two containers of one host recognize each other; empty: unknown.
-        rdma: its RDMA devices.
+        rdma_obstacle: why it cannot use RDMA; None if it can.
     """
 
     boot: str
-    rdma: list[str]
+    rdma_obstacle: str | None
 
     @classmethod
     def here(cls) -> Host:
@@ -43,7 +43,7 @@ class Host(msgspec.Struct, frozen=True):
             boot = host.boot_id()
         except OSError:
             boot = ""
-        return cls(boot, host.rdma_devices())
+        return cls(boot, rdma.rdma_obstacle())
 
 
 class Seed(msgspec.Struct, frozen=True):

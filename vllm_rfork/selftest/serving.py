@@ -59,7 +59,8 @@ def serve(
         invite: the text to print for a port, with the other host's command.
         say: prints one line at once.
     """
-    with contextlib.ExitStack() as children:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the children as Ctrl-C does
+    with contextlib.ExitStack() as children, contextlib.suppress(KeyboardInterrupt):
         seeds = _opened([replace(trial, engine=engine) for engine in engines], children, say)
         if not any(seed.published for seed, _ in seeds):
             say("no engine opens here, so there is nothing to serve")
@@ -70,6 +71,8 @@ def serve(
         except OSError as error:
             say(f"this address cannot be used: {service.host}: {error}; --host and --port select another one")
             return FAILED
+    say("stopped before it served because a signal arrived")
+    return GOOD
 
 
 def _opened(
