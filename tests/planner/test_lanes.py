@@ -7,7 +7,7 @@ import re
 
 from tests.planner.test_api import planner
 from vllm_rfork.engines.nixl.peer import Lane
-from vllm_rfork.engines.registry import ENGINES
+from vllm_rfork.engines.registry import ENGINES, engine_class
 from vllm_rfork.planner.lanes import LANES, lane_labels
 
 
@@ -48,6 +48,8 @@ async def test_lanes_that_receivers_make_up_share_their_series() -> None:
 
 
 def test_every_engine_of_this_package_has_series_of_its_own() -> None:
-    assert set(ENGINES) <= set(LANES)
+    assert set(ENGINES) == set(LANES)
     assert {f"nixl/{lane.short}" for lane in Lane} <= LANES["nixl"]
+    for name in ENGINES:  # each adapter lists its lanes
+        assert set(re.findall(rf"``({name}/\w+)``", engine_class(name).lane.__doc__ or "")) <= LANES[name]
     assert all(lane_labels(lane) == (engine, lane) for engine, lanes in LANES.items() for lane in lanes)

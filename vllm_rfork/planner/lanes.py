@@ -8,7 +8,7 @@ OTHER = "(other)"
 LANES: dict[str, frozenset[str]] = {
     "cuda_ipc": frozenset({"cuda_ipc"}),
     "nixl": frozenset({"nixl", "nixl/rdma", "nixl/cma", "nixl/cuda_ipc", "nixl/tcp"}),
-    "mooncake": frozenset({"mooncake", "mooncake/rdma", "mooncake/tcp"}),
+    "mooncake": frozenset({"mooncake", "mooncake/rdma", "mooncake/tcp", "mooncake/efa", "mooncake/ascend"}),
     "collective": frozenset({"collective", "collective/gloo", "collective/nccl", "collective/hccl"}),
     "yuanrong": frozenset({"yuanrong"}),
     "memory": frozenset({"memory"}),
