@@ -192,6 +192,19 @@ def test_doctor_gets_the_protocol_and_the_reason() -> None:
     assert MooncakeEngine.lane_to("container", "npu") == "mooncake/ascend"
 
 
+@pytest.mark.parametrize(("driver", "extra"), [("cuda", "mooncake-cuda13"), ("npu", "mooncake-npu")])
+def test_doctor_names_the_wheel_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str, extra: str
+) -> None:
+    def fails(name: str) -> Any:
+        raise ModuleNotFoundError("none", name="mooncake")
+
+    monkeypatch.setattr(native.importlib, "import_module", fails)
+    monkeypatch.setitem(wheels._DRIVERS, driver, tmp_path)
+    with pytest.raises(EngineUnavailable, match=rf"vllm-rfork\[{extra}\]"):
+        MooncakeEngine.self_check()
+
+
 def test_an_npu_is_selected_on_the_thread_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     selected: list[tuple[int, str]] = []
 

@@ -45,6 +45,7 @@ from vllm_rfork.engines.mooncake.endpoint import (
 from vllm_rfork.engines.mooncake.native import Bound, NativeEngine, load_engine_class
 from vllm_rfork.engines.mooncake.pieces import items
 from vllm_rfork.engines.mooncake.spans import Spans
+from vllm_rfork.engines.mooncake.wheels import device_of_machine
 from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
@@ -94,7 +95,8 @@ class MooncakeEngine(TransferEngine):
 
     @classmethod
     def self_check(cls) -> str:
-        """Open an engine for host memory and close it."""
+        """Load the wheel for this machine's devices; open an engine for host memory and close it."""
+        load_engine_class(device_of_machine())
         engine = cls()
         engine.open(EngineConfig(device="cpu"))
         engine.close()
