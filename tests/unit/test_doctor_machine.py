@@ -205,7 +205,9 @@ NIXL = [
 
 def test_the_lanes_follow_the_order_of_auto_with_the_reasons_against_the_others() -> None:
     third = [Lane("collective", "cpu", place, "collective/gloo") for place in PLACES]
-    found = doctor_engines.lanes({"collective": third, "nixl": NIXL, "mooncake": []}, ["cpu"], attach=True)
+    found = doctor_engines.lanes(
+        {"collective": third, "nixl": NIXL, "mooncake": []}, ["cpu"], attach=True, expandable=True
+    )
     assert [(each.state, each.found) for each in found] == [
         (OK, "nixl/cma, then collective/gloo"),
         (OK, "collective/gloo"),
@@ -216,7 +218,18 @@ def test_the_lanes_follow_the_order_of_auto_with_the_reasons_against_the_others(
 
 
 def test_a_place_without_a_lane_is_noted() -> None:
-    found = doctor_engines.lanes({"nixl": NIXL}, ["cpu"], attach=False)
+    found = doctor_engines.lanes({"nixl": NIXL}, ["cpu"], attach=False, expandable=False)
     assert [each.state for each in found] == [NOTE, NOTE, OK, NOTE, NOTE]
     assert "load from storage" in found[0].found
     assert found[3].found == "not possible: see cross-memory attach"
+
+
+def test_expandable_segments_block_the_lane_that_cannot_read_them() -> None:
+    both = {
+        "cuda_ipc": [Lane("cuda_ipc", "cuda", "host", "cuda_ipc")],
+        "collective": [Lane("collective", "cuda", "host", "collective/nccl")],
+    }
+    for expandable, used in ((False, "cuda_ipc, then collective/nccl"), (True, "collective/nccl")):
+        found = doctor_engines.lanes(both, ["cuda"], attach=True, expandable=expandable)
+        assert found[1].found == used
+    assert found[-1].found == "not possible: it cannot read expandable segments, see allocator"

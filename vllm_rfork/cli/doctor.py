@@ -59,7 +59,9 @@ def examine(url: str | None, timeout_s: float, wanted: str | None) -> list[Findi
         *engines,
         attach,
         *others,
-        *doctor_engines.lanes(lanes, device_types, attach=attach.state == OK),
+        *doctor_engines.lanes(
+            lanes, device_types, attach=attach.state == OK, expandable=machine.expandable_segments() is not None
+        ),
     ]
 
 

@@ -24,6 +24,8 @@ _TESTS_ONLY = "memory"
 LANE = "lane "
 #: Lanes on which one process reads another's memory, or proves by it that the other is alive.
 _NEED_ATTACH = frozenset({"memory", "nixl/cma", "nixl/cuda_ipc"})
+#: The lane over which only segments that cudaMalloc returned can be read.
+_NEEDS_SEGMENTS = "cuda_ipc"
 _EXAMINE = "from vllm_rfork.cli.engine_probe import main\nmain()"
 _PLACES: dict[Place, str] = {
     "container": "in this container",
@@ -92,7 +94,9 @@ def _versions(name: str) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def lanes(examined: Mapping[str, Sequence[Lane]], device_types: Sequence[str], *, attach: bool) -> list[Finding]:
+def lanes(
+    examined: Mapping[str, Sequence[Lane]], device_types: Sequence[str], *, attach: bool, expandable: bool
+) -> list[Finding]:
     """The lane to a peer at each place, for each device type of this machine, in the order of ``rfork_engine=auto``.
 
     The reasons against engines that work here but have no lane to a place follow.
@@ -100,8 +104,12 @@ def lanes(examined: Mapping[str, Sequence[Lane]], device_types: Sequence[str], *
     Args:
         examined: lanes by engine; none for an engine that does not work here.
         attach: one process may read another's memory here.
+        expandable: torch's allocator uses expandable segments.
     """
-    known = [_checked(each, attach=attach) for found in examined.values() for each in found]
+    blocked = {} if attach else dict.fromkeys(_NEED_ATTACH, "see cross-memory attach")
+    if expandable:
+        blocked[_NEEDS_SEGMENTS] = "it cannot read expandable segments, see allocator"
+    known = [_checked(each, blocked) for found in examined.values() for each in found]
     used, refused = [], []
     for device_type in device_types:
         for place in PLACES:
@@ -124,8 +132,8 @@ def _used(check: str, possible: Sequence[str]) -> Finding:
     return Finding(check, OK, ", then ".join(possible))
 
 
-def _checked(lane: Lane, *, attach: bool) -> Lane:
-    """``lane``, or the reason against it if it needs cross-memory attach and there is none."""
-    if attach or lane.lane not in _NEED_ATTACH:
+def _checked(lane: Lane, blocked: Mapping[str, str]) -> Lane:
+    """``lane``, or the reason against it from another check."""
+    if lane.lane is None or lane.lane not in blocked:
         return lane
-    return Lane(lane.engine, lane.device_type, lane.place, reason="see cross-memory attach")
+    return Lane(lane.engine, lane.device_type, lane.place, reason=blocked[lane.lane])
