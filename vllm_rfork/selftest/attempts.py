@@ -32,7 +32,7 @@ def in_order(
 ) -> list[Attempt]:
     """Try the engines one after another until bytes have arrived; with ``every``, all of them.
 
-    An engine that hangs leaves time for those that follow: each gets an equal share of the time that is left.
+    An engine that hangs leaves time for those that follow: each gets half of the time that is left, the last all of it.
 
     Args:
         attempt: gets a trial, whose ``timeout_s`` is its share, and the deadline of that share.
@@ -40,7 +40,8 @@ def in_order(
     deadline = time.monotonic() + timeout_s
     ended: list[Attempt] = []
     for number, trial in enumerate(trials):
-        share_s = max(0.0, deadline - time.monotonic()) / (len(trials) - number)
+        left_s = max(0.0, deadline - time.monotonic())
+        share_s = left_s if number == len(trials) - 1 else left_s / 2
         bounded = replace(trial, timeout_s=max(share_s, 0.1))
         ended.append(attempt(bounded, time.monotonic() + share_s))
         if ended[-1].result is not None and not every:
