@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import ipaddress
+import secrets
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +35,11 @@ _WINDOW_NBYTES = 64 * 1024 * 1024
 _WINDOW = 64
 #: Staging buffers of a group.
 _SLOTS = 4
-_DATA_TAG, _ABORT_TAG = 0, 1
+_DATA_TAG = 0
 _AT_ONCE = timedelta(milliseconds=1)
+#: Lengths in gloo's description of a process: of a host name at most, of an address (``sockaddr_storage`` and a
+#: number), and of the identifiers of two connections.
+_MAX_HOST_NAME, _ADDRESS_NBYTES, _NUMBERS_NBYTES = 255, 136, 16
 
 
 class GlooBackend(Backend):
@@ -60,7 +67,7 @@ class GlooGroup(Group):
         self._stopped = False
         self._lock = threading.Lock()  # of the two attributes below
         self._staging = torch.empty(_SLOTS * STAGED_NBYTES, dtype=torch.uint8, device="cpu")  # pages come with use
-        store = RelayStore(channel, deadline)
+        store = RelayStore(channel, deadline, published_problem)
         options = ProcessGroupGloo._Options()
         options._timeout = _until(deadline)
         options._threads = 1
@@ -163,9 +170,36 @@ class GlooGroup(Group):
             raise GroupFailed("the group was aborted" if self._stopped else text, late=late) from error
 
     def _cut(self) -> None:
-        """Close the connections: a receive of a message that the peer never sends runs out of time."""
+        """Close the connections: a receive of a message that the peer cannot send runs out of time.
+
+        The peer does not know the tag. gloo ends the process on a message that is longer than expected.
+        """
+        tag = 1 + secrets.randbelow(2**30)
         with suppress(RuntimeError):  # raised in either case: for the time, or because they are closed already
-            self._group.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], self._peer, _ABORT_TAG).wait(_AT_ONCE)
+            self._group.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], self._peer, tag).wait(_AT_ONCE)
+
+
+def published_problem(value: bytes, host: str) -> str | None:
+    """The reason why gloo must not read ``value``, which it would without any check of lengths.
+
+    It consists of a host name and an address with their lengths, and two numbers. The address must be ``host``: a group
+    connects to the other end of its control connection only.
+    """
+    length, at = struct.Struct("<Q"), 0
+    if len(value) > length.size:
+        at = length.size + length.unpack_from(value)[0]
+    if not 0 < at <= length.size + _MAX_HOST_NAME or len(value) != at + length.size + _ADDRESS_NBYTES + _NUMBERS_NBYTES:
+        return f"{len(value)} bytes of a form that is not known"
+    if length.unpack_from(value, at)[0] != _ADDRESS_NBYTES:
+        return "an address of a length that is not known"
+    at += length.size
+    family = struct.unpack_from("=H", value, at)[0]
+    places = {int(socket.AF_INET): (4, 4), int(socket.AF_INET6): (8, 16)}
+    if family not in places:
+        return f"an address of family {family}"
+    start, nbytes = places[family]
+    address = ipaddress.ip_address(value[at + start : at + start + nbytes])
+    return None if address == ipaddress.ip_address(host.partition("%")[0]) else f"the address {address}"
 
 
 def _tensor(address: int, nbytes: int) -> Any:

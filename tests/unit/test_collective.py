@@ -1,0 +1,426 @@
+"""The collective engine's control connection and its seed's side, with groups that move no bytes."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import msgspec
+import pytest
+
+from vllm_rfork.engines import capture_gate
+from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.engines.collective import channel, messages, sender
+from vllm_rfork.engines.collective.channel import MAX_FRAME_NBYTES, Channel, Lost
+from vllm_rfork.engines.collective.endpoint import Endpoint, decode, encode
+from vllm_rfork.engines.collective.engine import CollectiveEngine
+from vllm_rfork.engines.collective.gloo import GlooGroup, published_problem
+from vllm_rfork.engines.collective.group import SEED, Backend, Group, GroupFailed
+from vllm_rfork.engines.collective.messages import Join, Joined, Read, Refusal, Sending, Sent, Share
+from vllm_rfork.engines.collective.plan import DIRECT_NBYTES, STAGED_NBYTES, Message, Piece
+from vllm_rfork.engines.collective.sender import MAX_CONNECTIONS, MAX_GROUPS, MAX_SENDS, Sender
+from vllm_rfork.errors import EngineError
+
+SECRET = secrets.token_bytes(32)
+START, NBYTES = 4096, 1000
+
+
+def soon(seconds: float = 20.0) -> float:
+    return time.monotonic() + seconds
+
+
+class Recorded(Group):
+    """A group that records what is sent, and waits in ``send`` while ``held`` is set."""
+
+    def __init__(self, backend: Backends) -> None:
+        self._backend = backend
+        self._aborted = threading.Event()
+        self._closed = False
+
+    def send(self, pieces: Sequence[Piece], deadline: float) -> None:
+        self._backend.sending.release()
+        while self._backend.held.is_set() and not self._aborted.is_set() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self._aborted.is_set() or time.monotonic() >= deadline:
+            raise GroupFailed("aborted", in_flight=self._backend.never_ends)
+        self._backend.sent += pieces
+
+    def receive(self, pieces: Sequence[Piece], deadline: float) -> None:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._backend.closed.append(self)
+        if self._backend.never_ends:
+            raise GroupFailed("it does not end", in_flight=True)
+
+
+class Backends(Backend):
+    name: ClassVar[str] = "recorded"
+    captures: ClassVar[bool] = True
+
+    def __init__(self, index: int = 0) -> None:
+        self.sent: list[Piece] = []
+        self.closed: list[Group] = []
+        self.held = threading.Event()
+        self.sending = threading.Semaphore(0)
+        self.never_ends = False
+
+    def create(self, rank: int, channel: Channel, deadline: float) -> Group:
+        return Recorded(self)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def backend() -> Backends:
+    return Backends()
+
+
+@pytest.fixture
+def seed(backend: Backends) -> Iterator[Sender]:
+    serving = Sender(backend, "127.0.0.1", SECRET, lambda at, n: at >= START and at + n <= START + NBYTES)
+    yield serving
+    backend.never_ends = False
+    serving.stop(20.0)
+
+
+def connected(seed: Sender, secret: bytes = SECRET) -> Channel:
+    return channel.connect("127.0.0.1", seed.port, secret, soon())
+
+
+def joined(seed: Sender, *, backend: str = "recorded", v: int = messages.VERSION) -> Channel:
+    opened = connected(seed)
+    messages.send(opened, Join(v, backend, "a lease", 10.0), soon())
+    messages.receive(opened, Joined, soon())
+    return opened
+
+
+def read(opened: Channel, *segments: tuple[int, int], timeout_s: float = 20.0) -> None:
+    messages.send(opened, Read(list(segments), timeout_s), soon())
+    messages.receive(opened, Sending, soon())
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = soon()
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# --- who is admitted ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_requested_is_sent_and_confirmed(seed: Sender, backend: Backends) -> None:
+    opened = joined(seed)
+    read(opened, (START, 10), (START + 990, 10))
+    messages.receive(opened, Sent, soon())
+    assert backend.sent == [Piece(START, 10), Piece(START + 990, 10)]
+    opened.close()
+    eventually(lambda: len(backend.closed) == 1)
+
+
+def test_a_peer_without_the_secret_is_turned_away(seed: Sender, backend: Backends) -> None:
+    with pytest.raises(Lost):
+        connected(seed, secrets.token_bytes(32))
+    joined(seed).close()
+
+
+def test_a_seed_without_the_secret_is_noticed() -> None:
+    """It could only replay what a receiver sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def pretend() -> None:
+            with listening.accept()[0] as sock:
+                sock.sendall(b"rfork-collective-1" + bytes(16))
+                sock.sendall(sock.recv(48)[16:])
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with pytest.raises(Lost, match="secret"):
+            channel.connect("127.0.0.1", listening.getsockname()[1], SECRET, soon())
+        thread.join()
+
+
+@pytest.mark.parametrize("text", [b"GET / HTTP/1.1\r\n\r\n", bytes(48), bytes(100_000), b""])
+def test_nonsense_costs_its_own_connection(seed: Sender, text: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", seed.port)) as stranger:
+        stranger.sendall(text)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.settimeout(20.0)
+        try:
+            while stranger.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    joined(seed).close()
+
+
+def test_strangers_that_send_nothing_are_few_and_are_dropped(seed: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "_MESSAGE_S", 0.2)
+    strangers = [socket.create_connection(("127.0.0.1", seed.port)) for _ in range(MAX_CONNECTIONS + 5)]
+    for stranger in strangers:
+        stranger.settimeout(20.0)
+        assert len(stranger.recv(100)) in (0, 34)
+        assert stranger.recv(100) == b""
+        stranger.close()
+    joined(seed).close()
+
+
+def test_another_kind_of_device_is_refused_as_a_lane(seed: Sender) -> None:
+    for wrong in ({"backend": "gloo"}, {"v": 2}):
+        with pytest.raises(Refusal, match="recorded") as caught:
+            joined(seed, **wrong)  # type: ignore[arg-type]
+        assert caught.value.code == "lane"
+
+
+def test_receivers_beyond_the_bound_are_refused_as_long_as_the_others_stay(seed: Sender) -> None:
+    admitted = [joined(seed) for _ in range(MAX_GROUPS)]
+    with pytest.raises(Refusal) as caught:
+        joined(seed)
+    assert caught.value.code == "busy"
+    admitted.pop().close()
+
+    def room() -> bool:
+        try:
+            admitted.append(joined(seed))
+        except Refusal:
+            return False
+        return True
+
+    eventually(room)
+    for each in admitted:
+        each.close()
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreign", [(START - 1, 2), (START, NBYTES + 1), (START + NBYTES, 1), (1, 1), (2**61, 2**61)])
+def test_one_foreign_address_refuses_the_whole_request(
+    seed: Sender, backend: Backends, foreign: tuple[int, int]
+) -> None:
+    opened = joined(seed)
+    with pytest.raises(Refusal, match="do not lie in one registered region") as caught:
+        read(opened, (START, 10), foreign)
+    assert caught.value.code == "address"
+    assert backend.sent == []
+    read(opened, (START, 10))
+    messages.receive(opened, Sent, soon())
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b"[[[[",
+        b'{"type":"read","segments":[[0,5]],"timeout_s":1}',
+        b'{"type":"read","segments":[[-5,5]],"timeout_s":1}',
+        b'{"type":"read","segments":[[4096,99999999999999999999999]],"timeout_s":1}',
+        b'{"type":"read","segments":[[4096,5]],"timeout_s":1e99}',
+        b'{"type":"sent"}',
+        msgspec.json.encode(Read([(START, 1)] * (messages.MAX_SEGMENTS + 1), 1.0)),
+    ],
+)
+def test_an_unusable_request_ends_its_connection(seed: Sender, backend: Backends, body: bytes) -> None:
+    opened = joined(seed)
+    opened.send(body, soon())
+    with pytest.raises(Lost):
+        opened.receive(soon())
+    eventually(lambda: len(backend.closed) == 1)
+    assert backend.sent == []
+    joined(seed).close()
+
+
+def test_a_frame_that_is_changed_or_repeated_or_too_large_ends_the_connection() -> None:
+    keys = secrets.token_bytes(32), secrets.token_bytes(32)
+
+    def pair() -> tuple[Channel, Channel, socket.socket]:
+        one, other = socket.socketpair()
+        return Channel(one, *keys), Channel(other, *reversed(keys)), one
+
+    for change in (
+        lambda frame: frame[:6] + b"X" + frame[7:],
+        lambda frame: frame[:-1] + bytes([frame[-1] ^ 1]),
+        lambda frame: struct.pack(">I", MAX_FRAME_NBYTES + 1) + frame[4:],
+    ):
+        first, second, _ = pair()
+        first.send(b"a message", soon())
+        frame = second._socket.recv(1000)
+        first._socket.sendall(change(frame))
+        with pytest.raises(Lost):
+            second.receive(soon())
+    first, second, raw = pair()
+    first.send(b"a message", soon())
+    frame = second._socket.recv(1000)
+    raw.sendall(frame * 2)
+    assert second.receive(soon()) == b"a message"
+    with pytest.raises(Lost, match="changed"):
+        second.receive(soon())
+    with pytest.raises(Lost, match="too large"):
+        first.send(bytes(MAX_FRAME_NBYTES + 1), soon())
+
+
+def test_sends_beyond_the_bound_wait_and_are_refused_at_their_deadline(seed: Sender, backend: Backends) -> None:
+    backend.held.set()
+    senders = [joined(seed) for _ in range(MAX_SENDS)]
+    for each in senders:
+        read(each, (START, 10))
+        assert backend.sending.acquire(timeout=20.0)
+    waiting = joined(seed)
+    with pytest.raises(Refusal, match="other batches") as caught:
+        read(waiting, (START, 10), timeout_s=0.1)
+    assert caught.value.code == "busy"
+    backend.held.clear()
+    for each in senders:
+        messages.receive(each, Sent, soon())
+    read(waiting, (START, 10))
+    for each in (*senders, waiting):
+        each.close()
+
+
+def test_while_graphs_are_captured_nothing_is_sent_and_the_receiver_is_told(seed: Sender, backend: Backends) -> None:
+    opened = joined(seed)
+    with capture_gate.gate.capturing() as idle:
+        assert idle
+        with pytest.raises(Refusal, match="captures") as caught:
+            read(opened, (START, 10), timeout_s=0.1)
+        assert caught.value.code == "busy"
+        assert backend.sent == []
+    read(opened, (START, 10))
+    messages.receive(opened, Sent, soon())
+    opened.close()
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_a_receiver_that_leaves_during_a_send_frees_the_send(seed: Sender, backend: Backends) -> None:
+    backend.held.set()
+    opened = joined(seed)
+    read(opened, (START, 10))
+    opened.close()
+    eventually(lambda: len(backend.closed) == 1)
+    assert backend.sent == []
+
+
+def test_stopping_ends_sends_and_admits_nobody(seed: Sender, backend: Backends) -> None:
+    backend.held.set()
+    opened = joined(seed)
+    read(opened, (START, 10))
+    port = seed.port
+    seed.stop(20.0)
+    seed.stop(20.0)
+    assert len(backend.closed) == 1
+    assert backend.sent == []
+    with pytest.raises(Lost):
+        channel.connect("127.0.0.1", port, SECRET, soon())
+    opened.close()
+
+
+def test_a_group_that_does_not_end_keeps_the_memory(seed: Sender, backend: Backends) -> None:
+    backend.held.set()
+    backend.never_ends = True
+    opened = joined(seed)
+    read(opened, (START, 10))
+    opened.close()
+    eventually(lambda: len(backend.closed) == 1)
+    with pytest.raises(GroupFailed) as caught:
+        seed.stop(20.0)
+    assert caught.value.in_flight
+    with seed._lock:
+        seed._sessions.clear()
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_values_that_no_gloo_publishes_end_the_group_not_the_process() -> None:
+    """gloo itself reads beyond the end of such values: without the check this test is a segmentation fault."""
+    for value in (b"", b"x", bytes(170), secrets.token_bytes(170), secrets.token_bytes(60_000)):
+        keys = secrets.token_bytes(32), secrets.token_bytes(32)
+        listening = socket.create_server(("127.0.0.1", 0))
+        with listening, socket.create_connection(listening.getsockname()) as one, listening.accept()[0] as other:
+            lying = Channel(other, *reversed(keys))
+            messages.send(lying, Share("0/0", value), soon())
+            with pytest.raises(Lost, match="unusable value"):
+                GlooGroup(SEED, Channel(one, *keys), soon(10.0))
+
+
+def test_a_group_connects_to_the_other_end_of_its_control_connection_only() -> None:
+    def published(name: bytes, address: bytes) -> bytes:
+        numbers = len(name).to_bytes(8, "little"), (136).to_bytes(8, "little")
+        return numbers[0] + name + numbers[1] + address.ljust(136, b"\0") + bytes(16)
+
+    four = struct.pack("=HH", socket.AF_INET, 80) + socket.inet_aton("10.1.2.3")
+    six = struct.pack("=HHI", socket.AF_INET6, 80, 0) + socket.inet_pton(socket.AF_INET6, "fe80::1")
+    assert published_problem(published(b"a-host", four), "10.1.2.3") is None
+    assert published_problem(published(b"", six), "fe80::1%eth0") is None
+    for value, host in (
+        (published(b"a-host", four), "10.1.2.4"),
+        (published(b"a-host", six), "10.1.2.3"),
+        (published(b"a" * 256, four), "10.1.2.3"),
+        (published(b"a-host", four) + b"x", "10.1.2.3"),
+        (published(b"a-host", four)[:-1], "10.1.2.3"),
+        (published(b"a-host", b"\x01\x00" + four[2:]), "10.1.2.3"),
+        (published(b"a-host", four).replace(b"\x88", b"\x87"), "10.1.2.3"),
+        ((2**64 - 1).to_bytes(8, "little") + bytes(162), "10.1.2.3"),
+    ):
+        assert published_problem(value, host), value
+
+
+def test_both_sides_divide_a_batch_alike_and_lose_nothing() -> None:
+    from vllm_rfork.engines.collective.plan import messages as divided
+
+    lengths = [1, 70_000, DIRECT_NBYTES * 2 + 5, 10, 128 * 1024, *[100_000] * 100, 3]
+    pieces = [Piece(1 << 40, 0)]
+    for nbytes in lengths:
+        pieces.append(Piece(pieces[-1].address + pieces[-1].nbytes + 7, nbytes))
+    found = list(divided(pieces[1:]))
+    covered = [(at, at + n) for message in found for at, n in message.pieces]
+    assert sum(message.nbytes for message in found) == sum(lengths)
+    assert covered == sorted(covered)
+    assert all(_bounded(message) for message in found)
+
+
+def _bounded(message: Message) -> bool:
+    return message.nbytes <= (STAGED_NBYTES if len(message.pieces) > 1 else DIRECT_NBYTES)
+
+
+def test_an_endpoint_is_read_again_and_its_text_shows_no_secret_in_errors() -> None:
+    own = Endpoint(backend="gloo", host="10.0.0.1", port=1234, secret=SECRET)
+    assert decode(encode(own)) == own
+    text = encode(own)
+    assert "secret" not in repr(own)
+    for broken in (
+        text.replace("1234", "0"),
+        text.replace('"v":1', '"v":2'),
+        text[:-5],
+        text.replace("gloo", "g" * 99),
+    ):
+        with pytest.raises(EngineError) as caught:
+            decode(broken)
+        assert text.split('"secret":"')[1][:20] not in str(caught.value)
+
+
+def test_a_lane_to_another_kind_of_device_is_known_before_connecting() -> None:
+    text = encode(Endpoint(backend="gloo", host="10.0.0.1", port=1234, secret=SECRET))
+    assert CollectiveEngine.lane_obstacle(text, EngineConfig("cpu")) is None
+    for endpoint, device in ((text, "cuda:0"), (text, "npu:0"), ("nonsense", "cpu")):
+        assert CollectiveEngine.lane_obstacle(endpoint, EngineConfig(device))
+
+
+def test_an_address_of_another_machine_is_refused_with_the_remedy() -> None:
+    with pytest.raises(EngineError, match="rfork_seed_advertise_host"):
+        CollectiveEngine().open(EngineConfig("cpu", host="192.0.2.1"))
