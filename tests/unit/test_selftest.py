@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vllm_rfork.selftest.attempts import Attempt, Outcome, in_order
 from vllm_rfork.selftest.report import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, report
-from vllm_rfork.selftest.roles import Result, Trial, buffer_sizes
+from vllm_rfork.selftest.roles import FRESH, Result, Trial, buffer_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 #: In each child of the self-test: the memory engine's read notes its process, and then hangs or kills it.
@@ -150,7 +150,7 @@ def attempts(*outcomes: Outcome) -> tuple[list[Trial], Callable[[Trial, float], 
         if outcome not in ("right", "wrong"):
             return Attempt(trial.engine, outcome, "why")
         wrong = [0] if outcome == "wrong" else []
-        return Attempt(trial.engine, outcome, result=Result("e/lane", wrong, 1, 100, {"read again": 1.0}))
+        return Attempt(trial.engine, outcome, result=Result("e/lane", wrong, 1, 100, {FRESH: 1.0}))
 
     return [Trial(str(number)) for number in range(len(outcomes))], attempt, shares
 
@@ -187,7 +187,7 @@ def test_lanes_that_work_are_compared() -> None:
     for outcomes, compared in ((["right", "right"], True), (["right", "wrong"], False)):
         trials, attempt, _ = attempts(*outcomes)  # type: ignore[arg-type]
         made = report("title", in_order(trials, 100.0, attempt, every=True))
-        assert ("fastest here: e/lane" in made.lines) == compared
+        assert ("fastest first read: e/lane" in made.lines) == compared
 
 
 def test_the_exit_statuses_do_not_collide() -> None:

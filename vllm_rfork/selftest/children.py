@@ -135,7 +135,8 @@ def _child(work: Callable[[Trial, Connection], None], trial: Trial, parent: Conn
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except EngineError as error:
-            parent.send(_Failure(str(error), error.operation in _BEFORE_BYTES))
+            text = str(error).removeprefix(f"engine {error.engine}: ")  # the report begins with the engine
+            parent.send(_Failure(text, error.operation in _BEFORE_BYTES))
         except Exception as error:  # noqa: BLE001 - the process's edge: the parent reports it
             parent.send(_Failure(f"{type(error).__name__}: {error}", False))
 

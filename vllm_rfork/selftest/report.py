@@ -104,5 +104,5 @@ def _table(results: Sequence[Result]) -> list[str]:
         before_s = sum(result.seconds.get(stage, 0.0) for stage in ("engine open", "register", "connect"))
         speeds = "".join(f"{result.gb_per_s(stage) or 0.0:11.2f} GB/s" for stage in (FRESH, AGAIN))
         lines.append(f"  {result.lane:<28}{before_s:14.3f} s{speeds}")
-    fastest = max(results, key=lambda each: each.gb_per_s(AGAIN) or 0.0)
-    return ["every lane that works:", *lines, f"fastest here: {fastest.lane}"]
+    fastest = max(results, key=lambda each: each.gb_per_s(FRESH) or 0.0)  # a fork reads once
+    return ["every lane that works:", *lines, f"fastest first read: {fastest.lane}"]
