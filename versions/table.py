@@ -171,6 +171,8 @@ ROWS: tuple[Row, ...] = (
     Row("vllm.model_executor.models.utils"),  # its _model_to_pp_missing_layer_names
     Row("vllm.model_executor.layers.hpc.rope_norm", since="0.32.0"),  # its _hpc_rope_norm_instances
     Row("vllm.v1.worker.worker_base", "WorkerBase"),
+    Row("vllm.v1.worker.worker_base", "WorkerBase.__init__"),
+    *members("vllm.v1.worker.worker_base", "WorkerBase", "vllm_config", "init_device"),
     Row("vllm.v1.worker.worker_base", "WorkerWrapperBase"),
     Row("vllm.v1.worker.worker_base", "WorkerWrapperBase.__getattr__", takes=(), positional=1),
     Row("vllm.v1.serial_utils", "run_method", takes=(), positional=4),

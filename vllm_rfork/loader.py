@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.load import early
 from vllm_rfork.load.context import describe
 from vllm_rfork.load.machine import LoadMachine
 from vllm_rfork.load.outcome import NotASeed
@@ -76,7 +77,7 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             Exception: the fallback loader's own error, if that loader fails too.
         """
         # Models and post-processing read the format as well, and must see the one that the weights come from.
-        with fallback_shown(vllm_config.load_config, self.load_config.load_format):
+        with fallback_shown(vllm_config.load_config, self.load_config.load_format), early.discarded_at_end():
             storage = self._storage(vllm_config, model_config)
             arguments = {"vllm_config": vllm_config, "model_config": model_config, "prefix": prefix}
             load_whole = partial(storage.load_model, **arguments)

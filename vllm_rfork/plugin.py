@@ -41,12 +41,14 @@ def register() -> None:
         logger.warning("vLLM-Ascend's rfork module does not import (%r); this package's is used", error)
     from vllm_rfork.config import parse_config
     from vllm_rfork.engines.registry import check_engines
+    from vllm_rfork.load import early
     from vllm_rfork.loader import RForkModelLoader
     from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.fallback_format import show_fallback_while_configuring
     from vllm_rfork.vllm_compat.ray_environment import copy_to_ray_workers
     from vllm_rfork.vllm_compat.storage_loader import check_format
     from vllm_rfork.vllm_compat.vllm_log import log_through_vllm
+    from vllm_rfork.vllm_compat.worker_start import observe_worker_start
 
     log_through_vllm()
 
@@ -58,4 +60,5 @@ def register() -> None:
     check_options_early(LOAD_FORMAT, check)
     show_fallback_while_configuring(LOAD_FORMAT)
     copy_to_ray_workers()
+    observe_worker_start(LOAD_FORMAT, early.configured, early.device_ready)
     model_loader.register_model_loader(LOAD_FORMAT)(RForkModelLoader)

@@ -15,7 +15,7 @@ from tests.vllm.models import qwen2
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.fork.intent import Intent
-from vllm_rfork.load import context as contexts
+from vllm_rfork.load import early
 from vllm_rfork.load.capture import SeedProspect
 from vllm_rfork.load.context import LoadContext, describe
 from vllm_rfork.manifest.facts import MAX_FACTS, differences
@@ -33,7 +33,7 @@ def described(model: Path, **options: Any) -> LoadContext:
 def test_a_worker_without_an_address_is_no_seed_and_still_reads_from_others(
     model_a: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contexts, "advertise_host", lambda settings: None)
+    monkeypatch.setattr(early, "advertise_host", lambda settings: None)
     context = described(model_a)
     session = context.open_session()
     try:

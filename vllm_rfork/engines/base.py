@@ -86,6 +86,16 @@ class TransferEngine(abc.ABC):
         """
         return "its adapter can be imported"
 
+    @classmethod  # noqa: B027 - only large libraries are worth it
+    def preload(cls) -> None:
+        """Load native libraries that ``open`` will need, without touching a device.
+
+        A worker calls it in the background before vLLM has set its device up. ``open`` works without it.
+
+        Raises:
+            EngineError: something is missing or does not work; ``open`` raises it again.
+        """
+
     @classmethod
     def lane_to(cls, place: Place, device_type: str) -> str:
         """The lane to a peer at ``place`` that has the hardware and the settings of this machine.

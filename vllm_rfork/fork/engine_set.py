@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
@@ -46,7 +46,7 @@ class EngineSet:
 
         The seed that this worker becomes needs the latter anyway. The rest is opened when a fork or the seed needs it.
         """
-        for name in self._first_names():
+        for name in opened_first(self.order):
             self._handles[name].start_opening()
 
     def await_one(self) -> None:
@@ -57,7 +57,7 @@ class EngineSet:
         """
         self.start_opening()
         failures = []
-        for name in dict.fromkeys([*self._first_names(), *self.order]):
+        for name in dict.fromkeys([*opened_first(self.order), *self.order]):
             try:
                 self._handles[name].opened()
             except EngineError as error:
@@ -120,11 +120,11 @@ class EngineSet:
         for handle in self._handles.values():
             handle.close()
 
-    def _first_names(self) -> Iterator[str]:
-        """The names of the engines that are opened at once; those that open quickly come first."""
-        quick = [name for name in self.order if _opens_quickly(name)]
-        yield from quick
-        yield from [name for name in self.order if name not in quick][:1]
+
+def opened_first(order: Sequence[str]) -> list[str]:
+    """The names of the engines that are opened at once; those that open quickly come first."""
+    quick = [name for name in order if _opens_quickly(name)]
+    return quick + [name for name in order if name not in quick][:1]
 
 
 def _opens_quickly(name: str) -> bool:

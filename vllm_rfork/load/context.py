@@ -12,16 +12,15 @@ import torch
 from vllm_rfork.config import Settings
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.registry import AUTO, DEFAULT_ENGINE, engine_order
+from vllm_rfork.engines.registry import DEFAULT_ENGINE, engine_order
 from vllm_rfork.errors import ConfigError, PlannerError
-from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
+from vllm_rfork.load import early
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
 from vllm_rfork.manifest.facts import short_facts
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Layout, ManifestHeader
 from vllm_rfork.model import digest
-from vllm_rfork.net.advertise import advertise_host
 from vllm_rfork.seed_key import WorkerIdentity, build_fingerprint, build_seed_key, seed_key_parts
 from vllm_rfork.vllm_compat import checkpoint_files, eligibility, storage_loader
 from vllm_rfork.vllm_compat.fingerprint.facts import fingerprint_facts
@@ -84,7 +83,7 @@ class LoadContext:
 
     def open_session(self) -> ForkSession:
         """A fork session for this load; its engines are opened in the background."""
-        engines = EngineSet(self.engine_order, self.engine_config, named=self.settings.rfork_engine != AUTO)
+        engines = early.take_engines(self.settings, self.engine_order, self.engine_config)
         return ForkSession(self.settings, self.seed_key, engines, self.facts, checkpoint=self.files.identity)
 
     def header(self, signature: Mapping[str, str] | None) -> ManifestHeader:
@@ -129,7 +128,7 @@ def describe(
     seed_key, fingerprint = _seed_key(settings, identity), build_fingerprint(facts)
     logger.info("seed key %s, fingerprint %s, engine %s", seed_key, fingerprint, ",".join(engines))
     logger.debug("the fingerprint covers %s", facts)
-    host, unreachable = _advertise_host(settings)
+    host, unreachable = early.own_address(settings)
     unregistrable = eligibility.registration_obstacle(vllm_config, device)
     find_files = functools.partial(
         checkpoint_files.files_of, model_config, vllm_config.load_config, settings.rfork_fallback_load_format
@@ -143,10 +142,7 @@ def describe(
         facts=short_facts(facts),
         layout=layout,
         engine_order=engines,
-        # A worker without an address of its own can still read from others.
-        engine_config=EngineConfig(
-            device=device_backend(device).name, host=host or "127.0.0.1", timeout_s=settings.rfork_seed_timeout_sec
-        ),
+        engine_config=early.engine_config(settings, device_backend(device).name, host),
         advertise_host=host,
         load_config=vllm_config.load_config,
         shows_progress=shows_progress and is_first_rank(),
@@ -220,15 +216,6 @@ def _seed_key(settings: Settings, identity: WorkerIdentity) -> str:
             seed_key,
         )
     return seed_key
-
-
-def _advertise_host(settings: Settings) -> tuple[str | None, PlannerError | None]:
-    """This worker's advertised host, None if it is unknown; and the error if that took all of the allowed time."""
-    try:
-        return advertise_host(settings), None
-    except TimeoutError as error:
-        # A call to the planner would resolve the same name again.
-        return None, PlannerError(str(error))
 
 
 def _mapping_obstacle(settings: Settings, vllm_config: Any, storage: Any) -> str | None:

@@ -50,6 +50,23 @@ def load_bindings() -> Any:
     raise EngineUnavailable(NAME, "NIXL is not installed", hint=install_hint(NAME))
 
 
+def preload() -> None:
+    """Load the bindings, UCX and NIXL's plugin for it; a UCX context, which looks at devices, is not created.
+
+    This is most of the time that the first agent of a process takes.
+
+    Raises:
+        EngineError: something is missing or does not work.
+    """
+    native = load_bindings()
+    config = native.nixlAgentConfig()
+    config.useProgThread = False
+    try:
+        native.nixlAgent("rfork-preload", config).getPluginParams("UCX")
+    except native_errors(native) as error:
+        raise EngineError(NAME, "open", _text(error), code=type(error).__name__, side="receiver") from error
+
+
 def native_errors(bindings: Any) -> tuple[type[BaseException], ...]:
     """Every exception that the bindings raise: NIXL's own, and translated C++ exceptions."""
     own = [value for value in vars(bindings).values() if isinstance(value, type) and issubclass(value, Exception)]

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
-from vllm_rfork.engines.nixl.agent import LOST, Agent, Bound
+from vllm_rfork.engines.nixl.agent import LOST, Agent, Bound, preload
 from vllm_rfork.engines.nixl.pace import Pace
 from vllm_rfork.engines.nixl.peer import (
     IDENTITY_NBYTES,
@@ -110,6 +110,11 @@ class NixlEngine(TransferEngine):
         """Open an agent."""
         Agent("rfork-doctor", "DRAM", emulation=False).destroy()
         return "an agent opens, with UCX"
+
+    @classmethod
+    def preload(cls) -> None:
+        """Load the libraries: 0.7 of 0.8 s of the first ``open`` on a machine without GPUs."""
+        preload()
 
     @classmethod
     def lane_to(cls, place: Place, device_type: str) -> str:
