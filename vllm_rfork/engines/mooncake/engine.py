@@ -71,7 +71,7 @@ class MooncakeEngine(TransferEngine):
 
     name: ClassVar[str] = NAME
     device_types: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda", "npu"})
-    # Mooncake gives a native call 30 s, whatever its length: 1 GiB needs 36 MB/s.
+    # Each batch is several native calls, which no deadline interrupts; over TCP they have at most 250 MiB each.
     limits: ClassVar[Limits] = Limits(
         max_batch_nbytes=256 * 1024**2, max_batch_items=4096, largest_batch_nbytes=1024**3
     )
