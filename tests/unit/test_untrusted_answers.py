@@ -73,7 +73,7 @@ def planner(stranger: Stranger) -> PlannerClient:
 
 def seeds(stranger: Stranger) -> SeedClient:
     client = SeedClient(request_timeout_s=5.0)
-    client._http = stranger  # type: ignore[assignment]
+    client._http._http = stranger  # type: ignore[assignment]
     return client
 
 

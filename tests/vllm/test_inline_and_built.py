@@ -20,7 +20,7 @@ from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
 from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load.capture import SeedProspect
 from vllm_rfork.load.context import LoadContext
-from vllm_rfork.load.from_fork import FromFork
+from vllm_rfork.load.from_fork import FromFork, _Arrival
 from vllm_rfork.load.from_storage import FromStorage
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.pairing import built_differences, pair
@@ -29,7 +29,6 @@ from vllm_rfork.model.build_signature import LARGEST_INT, build_signature
 from vllm_rfork.model.pointers import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import changed_state, gone_state
 from vllm_rfork.model.restore import apply_inline, check_inline
-from vllm_rfork.model.snapshot import AsBuilt
 from vllm_rfork.model.tensors import TensorInventory, with_inline
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 from vllm_rfork.vllm_compat.rank_groups import RankGroup
@@ -415,13 +414,13 @@ def test_a_receiver_becomes_a_seed_of_the_bytes_it_was_sent(fork: FromFork) -> N
 def test_a_load_ends_with_a_look_at_the_small_tensors(fork: FromFork, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = manifest_of(collect(holding(k=torch.tensor([3.0])), ELSEWHERE))
     model = holding(k=torch.tensor([0.5]))
-    fork._built = AsBuilt({}, {})
-    check = cast("Any", SimpleNamespace(inventory=collect(model, ELSEWHERE), numbers=[]))
-    fork.accept(model, check, remote)
+    inventory = collect(model, ELSEWHERE)
+    arrival = _Arrival(fork._context, fork._session, model, inventory, fork._header(), built={}, settle=lambda: None)
+    arrival.accept(remote)
     model.k.fill_(0.5)
     monkeypatch.setattr("vllm_rfork.model.restore.apply_inline", lambda inventory, manifest: None)
     with pytest.raises(VerificationError, match="small tensors"):
-        fork.accept(model, check, remote)
+        arrival.accept(remote)
 
 
 def test_a_model_that_was_built_otherwise_is_refused_before_it_is_touched(
