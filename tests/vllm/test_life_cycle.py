@@ -103,6 +103,28 @@ def test_after_a_change_that_left_the_bytes_it_is_a_seed_again_in_another_epoch(
     assert model is not None
 
 
+def test_a_seed_with_two_engines_returns_with_both_and_each_of_them_carries_a_fork(
+    model_a: Path, default_a: Any, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
+) -> None:
+    def extra(engines: str, **more: Any) -> dict[str, Any]:
+        return extra_for(planner.url, model_url="two engines", rfork_engine=engines, **more)
+
+    model = load(vllm_config(model_a, load_format="rfork", extra=extra("nixl,memory")))
+    before = only_seed().manifest
+    changes.run(Change("weights are updated"), nothing)
+    after = only_seed()
+    assert [each.engine for each in after.manifest.endpoints] == ["nixl", "memory"]
+    assert not set(after.manifest.endpoints) & set(before.endpoints)
+    eventually(lambda: str(after.address) in planner.seeds(), "it is announced")
+    for engine in ("memory", "nixl"):
+        receiver = extra(engine, rfork_become_seed=False)
+        forked = load_digested(vllm_config(model_a, load_format="rfork", extra=receiver))
+        assert forked.before == default_a.before
+        assert any(f"engine={engine} " in line and f"from seed {after.address}" in line for line in rfork_log.texts())
+    assert rfork_log.warnings == []
+    assert model is not None
+
+
 def test_a_fixed_port_is_taken_again_and_a_lease_of_the_old_epoch_does_not_keep_it(
     model_a: Path, planner: Planner, changes: WeightChanges, rfork_log: LogRecords
 ) -> None:

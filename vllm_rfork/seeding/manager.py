@@ -23,7 +23,8 @@ from vllm_rfork.threads.native import native_thread
 
 logger = worker_logger(__name__)
 
-#: How long, in seconds, capturing graphs waits for seeds that are being started: registering and digesting take less.
+#: How long, in seconds, capturing graphs waits for seeds that are being started: they open and register with their
+#: engines and digest the bytes, which usually takes less.
 LEAVES_DEVICE_WITHIN_S = 5.0
 #: How long, in seconds, a withdrawal waits for the thread of a start that it met.
 _JOIN_S = 1.0
@@ -37,7 +38,7 @@ class _Start:
         tensors: where they are now.
         generation: the manager's, when they were found; valid until the next withdrawal.
         returning: a seed has been withdrawn before, and this one replaces it.
-        before: the thread of the start before this one, which may still use the engine.
+        before: the thread of the start before this one, which may still use its engines.
     """
 
     tensors: PublishedTensors
@@ -220,7 +221,7 @@ class SeedManager:
 
     @staticmethod
     def _make(publication: Publication, start: _Start) -> Seed:
-        # The checkpoint first: it may take a while or fail, and nobody would close an engine that is handed over.
+        # The checkpoint first: it may take a while or fail, and nobody would close engines that are handed over.
         manifest = msgspec.structs.replace(start.tensors.manifest, checkpoint=publication.checkpoint())
         return Seed(
             config=publication.config,
@@ -263,7 +264,7 @@ class SeedManager:
 
 
 def _give_up(publication: Publication) -> None:
-    """Close the engine and take the intent back: this publication has no seed now."""
+    """Close the engines and take the intent back: this publication has no seed now."""
     publication.engines.close()
     publication.intent.withdraw()
 
