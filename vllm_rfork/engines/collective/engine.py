@@ -60,9 +60,14 @@ class CollectiveEngine(TransferEngine):
 
     @classmethod
     def self_check(cls) -> str:
-        """Import torch and load the libraries of the devices that this machine has."""
+        """Load the library of each kind of device; those that this machine lacks are left out, but for gloo."""
         backend("cpu")
-        return "gloo can be loaded"
+        loaded = [LANES["cpu"]]
+        for device_type in ("cuda", "npu"):
+            with suppress(EngineError):
+                backend(device_type).close()
+                loaded.append(LANES[device_type])
+        return f"{' and '.join(loaded)} can be loaded"
 
     @classmethod
     def lane_to(cls, place: Place, device_type: str) -> str:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_rfork.engines.collective.group import GroupFailed
+from vllm_rfork.engines.collective.plan import Piece
 
 LIBRARY = "libnccl.so.2"
 ID_NBYTES = 128
-IN_PROGRESS = 7
-UINT8 = 1
+#: Thread blocks of a kernel: two H200 transfer more than any network with them, and 128 others stay free.
+MAX_CTAS = 4
+_IN_PROGRESS = 7
+_UINT8 = 1
 _UNDEFINED = -(2**31)
 _MAGIC = 0xCAFEBEEF
 #: The configuration below is that of this version; later ones know it, and use defaults for their newer fields.
@@ -93,10 +97,15 @@ class Nccl:
     def unique_id(self) -> bytes:
         """The identity of a new group; this process listens for its other member."""
         unique = UniqueId()
-        self.call("ncclGetUniqueId", ctypes.byref(unique))
+        self._call("ncclGetUniqueId", ctypes.byref(unique))
         return bytes(unique.internal)
 
-    def communicator(self, unique: bytes, rank: int, max_ctas: int) -> Any:
+    @property
+    def id_nbytes(self) -> int:
+        """Length of a group's identity."""
+        return ID_NBYTES
+
+    def communicator(self, unique: bytes, rank: int, deadline: float) -> Any:
         """A communicator of two that is still being created; every call on it returns at once."""
         config = _Config(
             size=ctypes.sizeof(_Config),
@@ -105,13 +114,13 @@ class Nccl:
             blocking=0,
             cga_cluster_size=_UNDEFINED,
             min_ctas=1,
-            max_ctas=max_ctas,
+            max_ctas=MAX_CTAS,
             net_name=None,
             split_share=_UNDEFINED,
         )
         communicator = _POINTER()
         passed = UniqueId((ctypes.c_ubyte * ID_NBYTES).from_buffer_copy(unique))
-        self.call("ncclCommInitRankConfig", ctypes.byref(communicator), 2, passed, rank, ctypes.byref(config))
+        self._call("ncclCommInitRankConfig", ctypes.byref(communicator), 2, passed, rank, ctypes.byref(config))
         return communicator
 
     def is_ready(self, communicator: Any) -> bool:
@@ -121,19 +130,33 @@ class Nccl:
             GroupFailed: it failed, or the peer did.
         """
         state = ctypes.c_int()
-        self.call("ncclCommGetAsyncError", communicator, ctypes.byref(state))
-        if state.value not in (0, IN_PROGRESS):
+        self._call("ncclCommGetAsyncError", communicator, ctypes.byref(state))
+        if state.value not in (0, _IN_PROGRESS):
             raise self._error("a transfer", state.value)
         return state.value == 0
 
-    def call(self, name: str, *arguments: Any) -> None:
+    def queue(self, *, sends: bool, pieces: Sequence[Piece], peer: int, communicator: Any, stream: Any) -> None:
+        """Queue transfers as one group of calls. Raises GroupFailed."""
+        name = "ncclSend" if sends else "ncclRecv"
+        self._call("ncclGroupStart")
+        try:
+            for address, nbytes in pieces:
+                self._call(name, address, nbytes, _UINT8, peer, communicator, stream)
+        finally:
+            self._call("ncclGroupEnd")
+
+    def abort(self, communicator: Any, stream: Any) -> None:
+        """Tell the kernels to end, and destroy the communicator. Raises GroupFailed."""
+        self._call("ncclCommAbort", communicator)
+
+    def _call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library; it may still be in progress afterwards.
 
         Raises:
             GroupFailed: it failed.
         """
         code = getattr(self._library, name)(*arguments)
-        if code not in (0, IN_PROGRESS):
+        if code not in (0, _IN_PROGRESS):
             raise self._error(name, code)
 
     def _error(self, what: str, code: int) -> GroupFailed:
