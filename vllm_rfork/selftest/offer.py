@@ -1,9 +1,7 @@
 """The calls between the two hosts of a self-test, over the package's bounded HTTP server and client.
 
-=========================  ==========================================================================================
-``GET /rfork_selftest``    The offer: the seeds that the serving host holds, as JSON.
-``GET /rfork_selftest/done``  The end of one client's run: its ``client`` from the offer, ``code`` and ``lane``.
-=========================  ==========================================================================================
+- ``GET /rfork_selftest`` returns the offer: the seeds that the serving host holds, as JSON.
+- ``GET /rfork_selftest/done`` reports the end of one client's run: ``client`` from the offer, ``code`` and ``lane``.
 
 Both need the bearer token.
 """
