@@ -69,7 +69,7 @@ class Worker:
 
     def read(self) -> dict[str, float]:
         """Wall and processor seconds to read everything once, in batches as a fork reads."""
-        limits = self.engine.limits
+        limits = self.engine.limits_for(self._endpoint)
         cut = batches(self._segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items)
         prepared = list(cut)
         started, cpu_s = time.perf_counter(), cpu_seconds()

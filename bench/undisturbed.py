@@ -173,7 +173,8 @@ def read_for_ever(file: Path, engine_name: str, device: str) -> None:
     engine.open(EngineConfig(device=device))
     engine.register([Region(buffer.data_ptr(), buffer.numel())])
     engine.connect(manifest.endpoint, 30.0)
-    cut = list(batches(segments, max_nbytes=engine.limits.max_batch_nbytes, max_items=engine.limits.max_batch_items))
+    limits = engine.limits_for(manifest.endpoint)
+    cut = list(batches(segments, max_nbytes=limits.max_batch_nbytes, max_items=limits.max_batch_items))
     for batch in cut:
         engine.read(manifest.endpoint, batch, 60.0)
     print("ready", flush=True)
@@ -211,7 +212,7 @@ def verified_reads(manifest: Any, segments: list[Any], engine: Any, buffer: Any)
     ]
     collection: Any = SimpleNamespace(spans=spans, entries=())
     expected = {number: span.digest for number, span in enumerate(manifest.spans)}
-    side, limits = device_backend(buffer.device), engine.limits
+    side, limits = device_backend(buffer.device), engine.limits_for(manifest.endpoint)
 
     def read(how: str) -> float:
         side.synchronize()
