@@ -68,6 +68,19 @@ class TestCudaIpcEngine(EngineContract):
             receiver.read(endpoint, [[target, source, PAGE]])
         assert not caught.value.in_flight
 
+    def test_a_seed_that_closes_in_the_middle_of_reads_ends_them(self, processes: Processes) -> None:
+        """As a seed does that is suspended: the read that was under way is not accepted, whatever it copied."""
+        seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, self.large_nbytes)
+        segments = [[target, source, self.large_nbytes]]
+        receiver.send("read_loop", endpoint=endpoint, segments=segments, timeout_s=10.0, seconds=60.0)
+        assert receiver.message(60.0) == {"event": "reading"}
+        seed.close()
+        with pytest.raises(EngineError, match="has closed") as caught:
+            receiver.result(self.dead_peer_s)
+        self.check(caught.value, "read", in_flight=False)
+        assert caught.value.side == "seed"
+        self.still_good(processes, receiver, target, self.large_nbytes)
+
     def test_endpoints_that_contradict_themselves_are_refused(self, processes: Processes) -> None:
         """No address of a lying seed gets as far as the driver's copies."""
         _, receiver, source, target, endpoint = self.seed_and_receiver(processes, 2 * PAGE)
@@ -149,7 +162,7 @@ class TestFaults:
         suite = self.suite(no_open=1)
         processes = Processes(suite)
         try:
-            with pytest.raises(EngineError) as caught:
+            with pytest.raises(EngineError, match="no access to the seed's GPU") as caught:
                 suite.seed_and_receiver(processes, PAGE)
             suite.check(caught.value, "connect", in_flight=False)
             assert caught.value.code == "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"

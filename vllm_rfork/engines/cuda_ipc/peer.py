@@ -85,7 +85,7 @@ def map_peer(driver: Driver, endpoint: Endpoint) -> MappedPeer:
     mapped: list[int] = []
     try:
         for each in (endpoint.page, *endpoint.allocations):
-            mapped.append(driver.open_handle(each.handle))
+            mapped.append(_mapped(driver, each))
             _check_length(driver, mapped[-1], each)
     except EngineError:
         for address in mapped:
@@ -93,6 +93,22 @@ def map_peer(driver: Driver, endpoint: Endpoint) -> MappedPeer:
                 driver.close_handle(address)
         raise
     return MappedPeer(endpoint, mapped[0], mapped[1:])
+
+
+def _mapped(driver: Driver, allocation: Allocation) -> int:
+    """The address of a mapping of the seed's allocation.
+
+    Raises:
+        EngineError: the driver refuses, with its code, and what may be the reason.
+    """
+    try:
+        return driver.open_handle(allocation.handle)
+    except EngineError as error:
+        text = (
+            f"the driver cannot map the seed's memory ({error.text}): the seed has ended or freed it, or this "
+            "container has no access to the seed's GPU; give it all GPUs, and choose its own by CUDA_VISIBLE_DEVICES"
+        )
+        raise EngineError(NAME, "connect", text, code=error.code, retry_elsewhere=True, side=error.side) from error
 
 
 def _check_length(driver: Driver, address: int, allocation: Allocation) -> None:
