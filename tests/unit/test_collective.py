@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import secrets
 import socket
 import struct
@@ -20,7 +21,7 @@ from vllm_rfork.engines.collective.channel import MAX_FRAME_NBYTES, Channel, Los
 from vllm_rfork.engines.collective.endpoint import Endpoint, decode, encode
 from vllm_rfork.engines.collective.engine import CollectiveEngine
 from vllm_rfork.engines.collective.gloo import GlooGroup, published_problem
-from vllm_rfork.engines.collective.group import SEED, Backend, Group, GroupFailed
+from vllm_rfork.engines.collective.group import RECEIVER, SEED, STALL_S, Backend, Group, GroupFailed
 from vllm_rfork.engines.collective.messages import Join, Joined, Read, Refusal, Sending, Sent, Share
 from vllm_rfork.engines.collective.plan import DIRECT_NBYTES, STAGED_NBYTES, Message, Piece
 from vllm_rfork.engines.collective.sender import MAX_CONNECTIONS, MAX_GROUPS, MAX_SENDS, Sender
@@ -134,6 +135,14 @@ def test_a_peer_without_the_secret_is_turned_away(seed: Sender, backend: Backend
     with pytest.raises(Lost):
         connected(seed, secrets.token_bytes(32))
     joined(seed).close()
+
+
+def test_a_seed_proves_nothing_to_a_peer_that_has_not_proved_the_secret(seed: Sender) -> None:
+    with socket.create_connection(("127.0.0.1", seed.port)) as stranger:
+        stranger.settimeout(20.0)
+        assert len(stranger.recv(34, socket.MSG_WAITALL)) == 34
+        stranger.sendall(secrets.token_bytes(48))
+        assert stranger.recv(1) == b""
 
 
 def test_a_seed_without_the_secret_is_noticed() -> None:
@@ -306,10 +315,13 @@ def test_while_graphs_are_captured_nothing_is_sent_and_the_receiver_is_told(seed
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def test_a_receiver_that_leaves_during_a_send_frees_the_send(seed: Sender, backend: Backends) -> None:
+def test_a_receiver_that_leaves_during_a_send_frees_the_send_before_its_deadline(
+    seed: Sender, backend: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "_MESSAGE_S", 600.0)
     backend.held.set()
     opened = joined(seed)
-    read(opened, (START, 10))
+    read(opened, (START, 10), timeout_s=600.0)
     opened.close()
     eventually(lambda: len(backend.closed) == 1)
     assert backend.sent == []
@@ -344,6 +356,46 @@ def test_a_group_that_does_not_end_keeps_the_memory(seed: Sender, backend: Backe
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_an_abort_ends_a_wait_in_another_thread_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take STALL_S otherwise, and so would closing a seed whose receiver is stopped."""
+    keys = secrets.token_bytes(32), secrets.token_bytes(32)
+    waiting, finish = threading.Event(), GlooGroup._finish
+    groups: dict[int, GlooGroup] = {}
+
+    def announced(group: GlooGroup, work: object, deadline: float) -> None:
+        waiting.set()
+        finish(group, work, deadline)
+
+    monkeypatch.setattr(GlooGroup, "_finish", announced)
+    memory = ctypes.create_string_buffer(100)
+
+    def receive() -> None:
+        with pytest.raises(GroupFailed, match="aborted"):
+            groups[RECEIVER].receive([Piece(ctypes.addressof(memory), 100)], soon())
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ends = socket.create_connection(listening.getsockname()), listening.accept()[0]
+    channels = {RECEIVER: Channel(ends[0], *keys), SEED: Channel(ends[1], *reversed(keys))}
+    threads = [
+        threading.Thread(target=lambda rank=rank: groups.update({rank: GlooGroup(rank, channels[rank], soon())}))
+        for rank in channels
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reader = threading.Thread(target=receive)
+    reader.start()
+    assert waiting.wait(20.0)
+    began = time.monotonic()
+    groups[RECEIVER].abort()
+    reader.join()
+    assert time.monotonic() - began < STALL_S / 2
+    for rank, group in groups.items():
+        group.close()
+        channels[rank].close()
 
 
 def test_values_that_no_gloo_publishes_end_the_group_not_the_process() -> None:
