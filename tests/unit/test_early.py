@@ -29,6 +29,9 @@ TIMEOUT_S = parse_config(OPTIONS, {}).settings.rfork_seed_timeout_sec
 CONFIG = EngineConfig(device="cpu", host="127.0.0.1", timeout_s=TIMEOUT_S)
 
 
+THREADS = {"rfork-address", "rfork-early", "rfork-engine", "rfork-preload"}
+
+
 class Engine(MemoryEngine):
     """Remembers what happened to it."""
 
@@ -61,6 +64,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(early, "engine_order", lambda setting, device_type: ("memory",))
     yield Engine.events
     early.discard()
+    # Late events belong to this test, not to the next one.
+    eventually(lambda: not any(thread.name in THREADS for thread in threading.enumerate()))
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -123,6 +128,13 @@ def test_engines_of_a_load_that_takes_none_are_closed_at_its_end(events: list[st
     with pytest.raises(ValueError, match="the load fails"), early.discarded_at_end():
         raise ValueError("the load fails")
     eventually(lambda: events == ["opened for cpu", "closed"])
+
+
+def test_engines_of_an_earlier_worker_in_this_process_are_closed(events: list[str]) -> None:
+    configured()
+    eventually(lambda: events == ["opened for cpu"])
+    configured()
+    eventually(lambda: sorted(events) == ["closed", "opened for cpu", "opened for cpu"])
 
 
 @pytest.mark.parametrize("preload_fails", [False, True])

@@ -100,7 +100,8 @@ def configured(options: Mapping[str, Any], device_type: str) -> None:
     if settings.missing:
         return
     preparation = _Preparation(settings, engine_order(settings.rfork_engine, device_type))
-    _replace(preparation)
+    if (before := _replace(preparation)) is not None:  # of another worker in this process, which loaded nothing
+        before.close()
     if device_type in _OPENED_AT_ONCE:
         preparation.open(device_type)
     else:
