@@ -15,7 +15,7 @@ from vllm_rfork.engines.memory import FAULT_VARIABLE
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("engine", ["nixl", "yuanrong"])
+@pytest.mark.parametrize("engine", ["nixl", "yuanrong", "collective"])
 def test_forks_of_forks_are_the_default_loaders_model(
     engine: str,
     vllm_imported: None,
