@@ -94,11 +94,12 @@ ENGINES: dict[str, EngineRow] = {
 #: stands for all engines in the fingerprint, so that neither engines nor their order separate workers.
 DEFAULT_ENGINE: dict[str, str] = {"npu": "yuanrong", "cuda": "nixl", "cpu": "nixl"}
 
-#: The engines of ``rfork_engine=auto`` in the order in which a receiver tries them, by torch device type.
+#: The engines of ``rfork_engine=auto`` in the order in which a receiver tries them, by torch device type. Mooncake is
+#: not among them: a caller that reaches its ports can write to a seed's weights, so users must have named it.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("cuda_ipc", "nixl", "mooncake", "collective"),
-    "cpu": ("nixl", "mooncake", "collective"),
-    "npu": ("yuanrong", "mooncake", "collective"),
+    "cuda": ("cuda_ipc", "nixl", "collective"),
+    "cpu": ("nixl", "collective"),
+    "npu": ("yuanrong", "collective"),
 }
 AUTO = "auto"
 
