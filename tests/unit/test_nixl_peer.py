@@ -127,6 +127,16 @@ def test_two_pods_of_one_node_have_rdma_if_both_do(memory: str, fields: dict[str
     assert "and this process has no RDMA device" in why
 
 
+@pytest.mark.parametrize("fields", [{}, *APART], ids=str)
+def test_one_gpu_is_refused_before_ucx_fails_in_a_read(fields: dict[str, Any]) -> None:
+    own = changed(memory="VRAM", rdma=True, gpu="ab" * 16)
+    with pytest.raises(EngineError, match=r"same GPU.*cuda_ipc") as caught:
+        lane(own, changed(memory="VRAM", rdma=True, gpu="ab" * 16, **fields))
+    assert caught.value.code == "lane"
+    for other in ("", "cd" * 16):  # of an older seed, or another GPU
+        assert lane(own, changed(memory="VRAM", rdma=True, gpu=other))[0] is Lane.CUDA
+
+
 def test_attach_comes_before_rdma() -> None:
     assert lane(changed(rdma=True), changed(rdma=True))[0] is Lane.CMA
     cuda = changed(memory="VRAM", rdma=True)

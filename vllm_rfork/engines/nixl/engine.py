@@ -124,6 +124,7 @@ class NixlEngine(TransferEngine):
             this_process(device_type, allow_tcp=tcp_allowed({})),
             identity=page.raw,
             identity_at=ctypes.addressof(page),
+            gpu="",  # a peer's is another one
         )
         return f"{NAME}/{permitted_lane(own, msgspec.structs.replace(own, **_DIFFERENCES[place])).short}"
 

@@ -55,6 +55,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         rdma, allow_tcp: the process can use an RDMA device; its user permits TCP.
         metadata: NIXL's own.
         checksum: over all of these; empty from older seeds.
+        gpu: the GPU's UUID in hexadecimal digits; empty if it is unknown, and from older seeds.
     """
 
     v: int = _VERSION
@@ -70,6 +71,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     allow_tcp: bool
     metadata: bytes
     checksum: str = ""
+    gpu: str = ""
 
 
 def encode_endpoint(endpoint: Endpoint) -> str:
@@ -153,6 +155,7 @@ def this_process(device: str, *, allow_tcp: bool) -> Endpoint:
         rdma=rdma_obstacle() is None,
         allow_tcp=allow_tcp,
         metadata=b"",
+        gpu=gpu_uuid(int(index or 0)) if kind == "cuda" else "",
     )
 
 
@@ -170,6 +173,18 @@ def pid_namespace() -> int:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
+
+
+def gpu_uuid(device: int) -> str:
+    """The UUID of a visible GPU, in hexadecimal digits; empty if the driver does not return it. Creates no context."""
+    handle, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), device) or cuda.cuDeviceGetUuid(uuid, handle):
+            return ""
+    except (OSError, AttributeError):
+        return ""
+    return uuid.raw.hex()
 
 
 def tcp_allowed(options: Mapping[str, str]) -> bool:
@@ -208,11 +223,15 @@ def lane(own: Endpoint, peer: Endpoint) -> tuple[Lane, str]:
     On one machine, processes that cannot attach to each other (two containers, two users) still have RDMA.
 
     Raises:
-        EngineError: the two have different kinds of memory, or the peer has closed.
+        EngineError: the two have different kinds of memory or the same GPU, or the peer has closed.
     """
     if own.memory != peer.memory:
         text = f"the seed holds {peer.memory} memory, this process {own.memory}"
         raise EngineError(NAME, "connect", text, code="lane", side="receiver")
+    if own.gpu and own.gpu == peer.gpu:
+        # UCX fails in the read: "No zero-copy protocol found for get into cuda from cuda".
+        text = "the seed is on the same GPU, where UCX cannot copy between processes; use engine cuda_ipc"
+        raise EngineError(NAME, "connect", text, code="lane", retry_elsewhere=True, side="receiver")
     why: str | None = "the seed is on another machine"
     if own.boot == peer.boot and own.boot:
         why = _attach_obstacle(own, peer)
