@@ -313,6 +313,13 @@ def test_an_engine_that_is_not_installed_fails_where_it_is_wanted(monkeypatch: p
     assert doctor_engines.engine("yuanrong", wanted=False).finding.state == NOTE
 
 
+def test_an_engine_outside_auto_is_recommended_only_for_being_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide = "import sys; sys.modules['mooncake'] = None"
+    monkeypatch.setattr(doctor_engines, "_EXAMINE", f"{hide}\n{doctor_engines._EXAMINE}")
+    assert "only if rfork_engine is to name it" in doctor_engines.engine("mooncake", wanted=False).finding.advice
+    assert doctor_engines.engine("mooncake", wanted=True).finding.advice.startswith("install one of its wheels")
+
+
 def test_yuanrong_without_the_ascend_runtime_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel imports without CANN, and every read would fail."""
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)

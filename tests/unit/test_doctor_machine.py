@@ -224,12 +224,14 @@ def test_a_place_without_a_lane_is_noted() -> None:
     assert found[3].found == "not possible: see cross-memory attach"
 
 
-def test_expandable_segments_block_the_lane_that_cannot_read_them() -> None:
+def test_expandable_segments_block_every_lane_of_a_gpu() -> None:
     both = {
         "cuda_ipc": [Lane("cuda_ipc", "cuda", "host", "cuda_ipc")],
         "collective": [Lane("collective", "cuda", "host", "collective/nccl")],
     }
-    for expandable, used in ((False, "cuda_ipc, then collective/nccl"), (True, "collective/nccl")):
+    for expandable, used in ((False, "cuda_ipc, then collective/nccl"), (True, "none: workers load from storage")):
         found = doctor_engines.lanes(both, ["cuda"], attach=True, expandable=expandable)
         assert found[1].found == used
-    assert found[-1].found == "not possible: it cannot read expandable segments, see allocator"
+    assert (
+        found[-1].found == "not possible: workers neither fork nor become seeds with expandable segments, see allocator"
+    )

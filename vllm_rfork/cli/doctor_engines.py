@@ -24,8 +24,7 @@ _TESTS_ONLY = "memory"
 LANE = "lane "
 #: Lanes on which one process reads another's memory, or proves by it that the other is alive.
 _NEED_ATTACH = frozenset({"memory", "nixl/cma", "nixl/cuda_ipc"})
-#: The lane over which only segments that cudaMalloc returned can be read.
-_NEEDS_SEGMENTS = "cuda_ipc"
+_NO_FORK = "workers neither fork nor become seeds with expandable segments, see allocator"
 _EXAMINE = "from vllm_rfork.cli.engine_probe import main\nmain()"
 _PLACES: dict[Place, str] = {
     "container": "in this container",
@@ -71,6 +70,8 @@ def engine(name: str, *, wanted: bool, device_types: Sequence[str] = ("cpu",)) -
     if isinstance(found, Examination):
         return Examined(Finding(check, OK, f"{printable(found.works)}{_versions(name)}"), found.lanes)
     remedy = found.remedy or f"vllm-rfork selftest --engine {name} shows more"
+    if not wanted and not any(name in order for order in AUTO_ORDER.values()):
+        remedy = f"only if rfork_engine is to name it: {remedy}"
     return Examined(Finding(check, FAIL if wanted else NOTE, f"{found.reason}{_versions(name)}", remedy), [])
 
 
@@ -107,9 +108,7 @@ def lanes(
         expandable: torch's allocator uses expandable segments.
     """
     blocked = {} if attach else dict.fromkeys(_NEED_ATTACH, "see cross-memory attach")
-    if expandable:
-        blocked[_NEEDS_SEGMENTS] = "it cannot read expandable segments, see allocator"
-    known = [_checked(each, blocked) for found in examined.values() for each in found]
+    known = [_checked(each, blocked, expandable=expandable) for found in examined.values() for each in found]
     used, refused = [], []
     for device_type in device_types:
         for place in PLACES:
@@ -132,8 +131,9 @@ def _used(check: str, possible: Sequence[str]) -> Finding:
     return Finding(check, OK, ", then ".join(possible))
 
 
-def _checked(lane: Lane, blocked: Mapping[str, str]) -> Lane:
+def _checked(lane: Lane, blocked: Mapping[str, str], *, expandable: bool) -> Lane:
     """``lane``, or the reason against it from another check."""
-    if lane.lane is None or lane.lane not in blocked:
+    if lane.lane is None:
         return lane
-    return Lane(lane.engine, lane.device_type, lane.place, reason=blocked[lane.lane])
+    reason = _NO_FORK if expandable and lane.device_type == "cuda" else blocked.get(lane.lane)
+    return lane if reason is None else Lane(lane.engine, lane.device_type, lane.place, reason=reason)

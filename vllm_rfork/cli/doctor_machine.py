@@ -103,11 +103,11 @@ def ptrace_scope(machine: Machine) -> Finding:
 
 
 def allocator(machine: Machine) -> Finding:
-    """Settings of torch's allocator under which the CUDA driver exports no memory."""
+    """Settings of torch's allocator under which no engine can keep CUDA memory registered."""
     variable = machine.expandable_segments()
     if variable is None:
         return Finding("allocator", OK, "no expandable segments")
-    advice = f"for engine cuda_ipc: remove expandable_segments:True from {variable}; sleep mode has the same effect"
+    advice = f"remove expandable_segments:True from {variable} to fork; sleep mode has the same effect"
     state = NOTE if "cuda" in machine.device_types() else OK
     return Finding("allocator", state, f"{variable} turns expandable segments on", advice if state == NOTE else "")
 
