@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vllm_rfork.config import ENVIRONMENT, parse_config
-from vllm_rfork.engines.registry import ENGINES
+from vllm_rfork.engines.registry import engine_order
 from vllm_rfork.messages import HEALTHZ, METRICS, parse_labels
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, check_environment, settings_from
@@ -234,7 +234,7 @@ def test_workers_are_given_options_that_exist_and_reach_the_planner(name: str) -
     settings = parse_config(json.loads(named("ConfigMap", name)["data"]["extra-config.json"]), {}).settings
     assert settings.rfork_scheduler_url == planner_urls()
     assert not settings.missing
-    assert settings.rfork_engine in ENGINES
+    assert engine_order(settings.rfork_engine, "npu" if name == "rfork-vllm-ascend" else "cuda")
     pod = named("Deployment", name)["spec"]["template"]
     # A containerPort of a pod on the host's network is a host port, and a second pod on the node would stay pending.
     assert ports_of(pod).get("seed", 0) == settings.rfork_seed_port_base
