@@ -10,7 +10,7 @@ from vllm_rfork.engines.cuda_ipc.endpoint import Endpoint
 
 ELSEWHERE = (
     "the seed is on another host, and CUDA IPC works within one: use an engine that has a network lane "
-    "(nixl with RDMA, mooncake or collective)"
+    "(nixl with RDMA, or collective)"
 )
 #: The driver's list of this host's GPUs, one folder each; a container may have only part of it, or nothing.
 GPUS = Path("/proc/driver/nvidia/gpus")
