@@ -100,11 +100,13 @@ class SeedError(ForkError):
 
     Attributes:
         other_fingerprint: the seed's, if it differs from the receiver's: then it is nobody's failure.
+        side: ``receiver`` for a seed that is sound, but of no use to this worker.
     """
 
-    def __init__(self, message: str, *, retry_elsewhere: bool = True, other_fingerprint: str = "") -> None:
-        side: Side = "receiver" if other_fingerprint else "seed"
-        super().__init__(message, retry_elsewhere=retry_elsewhere, side=side)
+    def __init__(
+        self, message: str, *, retry_elsewhere: bool = True, other_fingerprint: str = "", side: Side = "seed"
+    ) -> None:
+        super().__init__(message, retry_elsewhere=retry_elsewhere, side="receiver" if other_fingerprint else side)
         self.other_fingerprint = other_fingerprint
 
 

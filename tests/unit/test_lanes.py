@@ -109,10 +109,11 @@ def test_engines_that_only_one_side_has_are_passed_over(pair: Pair) -> None:
     assert "alpha open" not in CALLS
 
 
-def test_a_seed_without_a_common_engine_is_the_seeds_matter_and_another_may_have_one(pair: Pair) -> None:
+def test_a_seed_without_a_common_engine_is_not_to_blame_and_another_may_have_one(pair: Pair) -> None:
+    """The fingerprint says nothing of rfork_engine: receivers with other settings must not exclude a sound seed."""
     with pytest.raises(SeedError, match=r"engine pigeon, memory, this worker with alpha, beta; ") as caught:
         pair.connect(pair.engines("alpha", "beta"), pair.remote("pigeon", "memory"))
-    assert caught.value.retry_elsewhere
+    assert (caught.value.retry_elsewhere, caught.value.side) == (True, "receiver")
     assert CALLS == []
 
 
@@ -183,6 +184,41 @@ def test_the_only_lanes_error_is_the_engines_own(pair: Pair) -> None:
     assert caught.value is error
 
 
+@pytest.mark.parametrize("step", ["open", "register"])
+@pytest.mark.parametrize(("order", "elsewhere"), [(("beta", "alpha"), True), (("alpha",), False)])
+def test_a_seed_with_another_engine_may_do_where_the_only_common_one_fails_here(
+    pair: Pair, step: str, order: tuple[str, ...], elsewhere: bool
+) -> None:
+    Alpha.script[step] = raises(EngineError("alpha", step, "memlock is 64 KiB"))
+    with pytest.raises(EngineError, match="memlock") as caught:
+        pair.connect(pair.engines(*order), pair.remote("alpha"))
+    assert (caught.value.retry_elsewhere, caught.value.side) == (elsewhere, "receiver")
+
+
+def test_no_other_seed_is_tried_for_an_engine_that_did_not_open(pair: Pair) -> None:
+    for engine in (Alpha, Beta):
+        engine.script["open"] = raises(EngineError(engine.name, "open", "no"))
+    engines = pair.engines("beta", "alpha")
+    with pytest.raises(EngineError):
+        engines.await_one()
+    with pytest.raises(EngineError) as caught:
+        pair.connect(engines, pair.remote("alpha"))
+    assert not caught.value.retry_elsewhere
+
+
+def test_an_offer_of_engines_that_did_not_open_is_refused(pair: Pair) -> None:
+    """Before the model is built for it."""
+    Alpha.script["open"] = raises(EngineUnavailable("alpha", "there is no wheel", hint="install it"))
+    engines = pair.engines("gamma", "alpha")
+    engines.await_one()
+    with pytest.raises(EngineError):
+        engines.offered_by(pair.remote("alpha"))[0].handle.opened()
+    with pytest.raises(EngineError, match="no wheel") as caught:
+        lanes.check_offer(engines, pair.remote("alpha"), "s")
+    assert caught.value.retry_elsewhere
+    lanes.check_offer(engines, pair.remote("alpha", "gamma"), "s")
+
+
 @pytest.mark.parametrize(("elsewhere", "side"), [(True, "seed"), (False, "unknown")])
 def test_the_error_of_all_lanes_names_each_and_whether_another_seed_may_do(
     pair: Pair, elsewhere: bool, side: Any
@@ -207,6 +243,23 @@ def test_bytes_that_may_arrive_forbid_another_lane_and_another_seed(
         pair.connect(engines, pair.remote("alpha", "beta"))
     assert (caught.value.in_flight, caught.value.retry_elsewhere) == (True, False)
     assert "beta connect" not in CALLS
+    assert [(engine.name, memory) for engine, memory in kept] == [("alpha", pair.buffer)]
+
+
+def test_a_registration_that_does_not_end_in_time_leaves_the_other_lanes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read before a lane is chosen, so no byte can arrive."""
+    kept: list[Any] = []
+    monkeypatch.setattr(engine_handle, "_quarantine", kept)
+    late = EngineError("alpha", "register", "the call did not return in time", code="timeout", in_flight=True)
+    Alpha.script["register"], Alpha.script["close"] = raises(late), raises(late)
+    engines = pair.engines("alpha", "beta")
+    assert pair.connect(engines, pair.remote("alpha", "beta")).handle.name == "beta"
+    deadline = time.monotonic() + 10
+    while not kept:  # it is closed in the background
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert [(engine.name, memory) for engine, memory in kept] == [("alpha", pair.buffer)]
 
 
@@ -248,6 +301,24 @@ def test_a_peer_that_cannot_be_reached_does_not_cost_more_with_every_engine(
             )
         assert time.monotonic() - started < lanes.CONNECTION_BOUNDS * 1.0 + 0.8
         assert calls("connect") == ["alpha connect", "beta connect", "gamma connect"]
+    finally:
+        ends.set()
+
+
+def test_engines_that_hang_while_they_open_cost_two_bounds_together(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_handle, "GRACE_S", 0.0)
+    monkeypatch.setattr(Gamma, "opens_quickly", False)
+    ends = threading.Event()
+    for engine in (Alpha, Beta, Gamma):
+        engine.script["open"] = lambda: ends.wait(20) and None
+    engines = pair.engines("alpha", "beta", "gamma", "memory", timeout_s=0.6)
+    try:
+        started = time.monotonic()
+        lane = pair.connect(engines, pair.remote("alpha", "beta", "gamma", "memory"))
+        assert lane.handle.name == "memory"
+        assert time.monotonic() - started < 2.5 * 0.6
     finally:
         ends.set()
 

@@ -57,7 +57,7 @@ class EngineHandle:
         try:
             engine = engine_class(self.name)()
             engine.open(self._config)
-        except ForkError:
+        except EngineError:
             raise
         except BaseException as error:
             text = f"unexpected {type(error).__name__}: {error}"
@@ -82,6 +82,15 @@ class EngineHandle:
         except concurrent.futures.TimeoutError as error:
             waited_s = time.monotonic() - self._began_at
             raise EngineError(self.name, "open", f"not open after {waited_s:.1f} s") from error
+
+    def failure(self) -> EngineError | None:
+        """The error with which opening has ended; None if it succeeded, is under way, or has not begun."""
+        error = None if self._opening is None or self.is_opening() else self._opening.exception()
+        return error if isinstance(error, EngineError) else None
+
+    def is_opening(self) -> bool:
+        """Opening has begun and not ended."""
+        return self._opening is not None and not self._opening.done()
 
     def register(self, regions: Sequence[Region], memory: Any, timeout_s: float) -> None:
         """Register ``regions`` if nothing is registered yet, and keep ``memory`` until the engine is closed.

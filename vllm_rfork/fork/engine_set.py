@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
@@ -16,6 +17,9 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 
 logger = worker_logger(__name__)
+
+#: How often a wait for engines asks whether to go on, in seconds.
+_LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,33 +54,56 @@ class EngineSet:
             self._handles[name].start_opening()
 
     def await_one(self) -> None:
-        """Wait until one engine is open, those that open quickly first: without one, a lease would be useless.
+        """Wait until one engine is open: without one, a lease would be useless.
+
+        Waits for the engines that are opened at once, and only if all of these fail, for the rest: up to two of the
+        engines' bounds for opening.
 
         Raises:
             EngineError: none can be opened.
         """
-        self.start_opening()
-        failures = []
-        for name in dict.fromkeys([*opened_first(self.order), *self.order]):
-            try:
-                self._handles[name].opened()
-            except EngineError as error:
-                failures.append(error)
-                self.report_failure(error)
-            else:
+        first = opened_first(self.order)
+        failures: list[EngineError] = []
+        for names in (first, [name for name in self.order if name not in first]):
+            if self._one_opens(names, failures):
                 return
         raise _none_opened(failures)
+
+    def _one_opens(self, names: Sequence[str], failures: list[EngineError]) -> bool:
+        """Open ``names`` at the same time; True as soon as one is open, and False, with ``failures``, if none is."""
+        waiting = {self._handles[name].start_opening(): self._handles[name] for name in names}
+        deadline = time.monotonic() + self.config.timeout_s + GRACE_S
+        while waiting:
+            left_s = max(0.0, deadline - time.monotonic())
+            done = concurrent.futures.wait(waiting, left_s, concurrent.futures.FIRST_COMPLETED).done
+            for opening in done or set(waiting):
+                try:
+                    waiting.pop(opening).opened(0.0)
+                except EngineError as error:
+                    failures.append(error)
+                    self.report_failure(error)
+                else:
+                    return True
+        return False
 
     def offered_by(self, manifest: Manifest) -> list[Candidate]:
         """The engines that the seed of ``manifest`` offers and this worker has, in this worker's order."""
         offered = {each.engine: each.endpoint for each in manifest.endpoints}
         return [Candidate(self._handles[name], offered[name]) for name in self.order if name in offered]
 
-    def hand_over(self) -> list[TransferEngine]:
+    def usable_beside(self, manifest: Manifest) -> list[str]:
+        """The engines that the seed of ``manifest`` lacks and that have not failed to open here."""
+        offered = {each.engine for each in manifest.endpoints}
+        return [name for name in self.order if name not in offered and self._handles[name].failure() is None]
+
+    def hand_over(self, proceed: Callable[[], None] = lambda: None) -> list[TransferEngine]:
         """The open engines for the seed that this worker becomes, in its order, with the fork's registrations.
 
         Opens every engine that is not open, and a new one for each that was closed, discarded or handed over before.
         An engine that fails, or is not open within the engines' bound for opening, is left out.
+
+        Args:
+            proceed: called while engines are being opened; what it raises ends the wait, and nothing is handed over.
 
         Raises:
             EngineError: none can be opened.
@@ -84,10 +111,15 @@ class EngineSet:
         for handle in self._handles.values():
             handle.renew()
         deadline = time.monotonic() + self.config.timeout_s + GRACE_S
+        opening = [handle.start_opening() for handle in self._handles.values()]
+        while (left_s := deadline - time.monotonic()) > 0:
+            if not concurrent.futures.wait(opening, min(left_s, _LOOK_S)).not_done:
+                break
+            proceed()
         engines, failures = [], []
         for handle in self._handles.values():
             try:
-                engines.append(handle.hand_over(max(0.0, deadline - time.monotonic())))
+                engines.append(handle.hand_over(0.0))
             except EngineError as error:
                 failures.append(error)
                 self.report_failure(error)

@@ -68,7 +68,12 @@ def connect(receiver: Receiver, remote: Manifest, seed: str, lease: str, times: 
         EngineError: no engine connects; with several, the text names each lane with its reason. ``in_flight`` if an
             engine reports that bytes may arrive: then no other lane was tried.
     """
-    return _Search(receiver, seed, lease, times).first(_common(receiver.engines, remote, seed))
+    candidates = _common(receiver.engines, remote, seed)
+    search = _Search(receiver, seed, lease, times)
+    lane = search.first(candidates)
+    if lane is None:
+        raise _summary(search.failures, receiver.engines, remote)
+    return lane
 
 
 def check_offer(engines: EngineSet, remote: Manifest, seed: str) -> None:
@@ -76,12 +81,12 @@ def check_offer(engines: EngineSet, remote: Manifest, seed: str) -> None:
 
     Raises:
         SeedError: the seed and this worker have no engine in common.
-        EngineError: each engine in common finds an obstacle.
+        EngineError: each engine in common finds an obstacle, or could not be opened.
     """
     candidates = _common(engines, remote, seed)
     obstacles = [obstacle for each in candidates if (obstacle := _obstacle(engines, each)) is not None]
     if len(obstacles) == len(candidates):
-        raise _summary(obstacles)
+        raise _summary(obstacles, engines, remote)
 
 
 def _common(engines: EngineSet, remote: Manifest, seed: str) -> list[Candidate]:
@@ -90,13 +95,16 @@ def _common(engines: EngineSet, remote: Manifest, seed: str) -> list[Candidate]:
     theirs, ours = ", ".join(each.engine for each in remote.endpoints), ", ".join(engines.order)
     raise SeedError(
         f"seed {seed} transfers with engine {theirs}, this worker with {ours}; "
-        "set rfork_engine so that both have one in common"
+        "set rfork_engine so that both have one in common",
+        side="receiver",  # the settings differ; the seed may serve others
     )
 
 
 def _obstacle(engines: EngineSet, candidate: Candidate) -> EngineError | None:
-    """The obstacle that the engine finds without being opened."""
+    """The failure to open the engine, if there was one, or the obstacle that it finds without being opened."""
     name = candidate.handle.name
+    if (failed := candidate.handle.failure()) is not None:
+        return failed
     try:
         found = engine_class(name).lane_obstacle(candidate.endpoint, engines.config)
     except RForkError:
@@ -112,9 +120,9 @@ class _Search:
     def __init__(self, receiver: Receiver, seed: str, lease: str, times: StageTimes) -> None:
         self._receiver, self._seed, self._lease, self._times = receiver, seed, lease, times
         self._connecting_s = CONNECTION_BOUNDS * receiver.request_timeout_s  # left for connections to this seed
-        self._failures: list[EngineError] = []
+        self.failures: list[EngineError] = []
 
-    def first(self, candidates: Sequence[Candidate]) -> Lane:
+    def first(self, candidates: Sequence[Candidate]) -> Lane | None:
         """The lane of the first candidate that connects; obstacles that are known at once go first."""
         possible = []
         for candidate in candidates:
@@ -122,18 +130,18 @@ class _Search:
             if obstacle is None:
                 possible.append(candidate)
             else:
-                self._failures.append(obstacle)
-        if len(candidates) > 1:
-            for failure in self._failures:
-                self._log(failure)
+                self._note(obstacle, log=len(candidates) > 1)
         for number, candidate in enumerate(possible, start=1):
             try:
                 return self._connected(candidate, last=number == len(possible))
             except EngineError as error:
-                self._failed(candidate, error)
-                if len(candidates) > 1:
-                    self._log(error)
-        raise _summary(self._failures)
+                self._give_up(candidate, error)
+                self._note(error, log=len(candidates) > 1)
+                if candidate.handle.is_opening():
+                    # It hangs. The rest opens at the same time, so that engines that hang cost two bounds together.
+                    for other in possible[number:]:
+                        other.handle.start_opening()
+        return None
 
     def _connected(self, candidate: Candidate, *, last: bool) -> Lane:
         handle, endpoint = candidate.handle, candidate.endpoint
@@ -168,36 +176,40 @@ class _Search:
     def _left_s(self) -> float:
         left_s = self._receiver.deadline - time.monotonic()
         if left_s <= 0:
-            tried = "; ".join(str(error) for error in self._failures)
+            tried = "; ".join(str(error) for error in self.failures)
             raise ForkError(
                 "the fork took longer than rfork_fork_timeout_sec before a lane was found" + (tried and f" ({tried})")
             )
         return left_s
 
-    def _failed(self, candidate: Candidate, error: EngineError) -> None:
-        """Record a failure; no read has begun, so the next engine may use the same memory.
+    def _give_up(self, candidate: Candidate, error: EngineError) -> None:
+        """Give an engine up if its call goes on; no read has begun, so the next engine may use the same memory.
 
         Raises:
             EngineError: ``error``, if the engine reports that bytes may arrive nevertheless.
         """
-        if error.operation == "open":
-            self._receiver.engines.report_failure(error)
-        if isinstance(error, EngineHangs):
+        # A registration that goes on holds the memory, and writes nothing to it.
+        if isinstance(error, EngineHangs) or (error.in_flight and error.operation == "register"):
             candidate.handle.abandon(self._receiver.memory, hangs=True)
         elif error.in_flight:
             candidate.handle.abandon(self._receiver.memory)
             error.retry_elsewhere = False
             raise error
-        self._failures.append(error)
 
-    def _log(self, error: EngineError) -> None:
-        if error.operation != "open":  # reported by the engine set
+    def _note(self, error: EngineError, *, log: bool) -> None:
+        self.failures.append(error)
+        if error.operation == "open":
+            self._receiver.engines.report_failure(error)
+        elif log:
             logger.info("seed %s is not read this way: %s", self._seed, self._receiver.logged.once(error))
 
 
-def _summary(failures: Sequence[EngineError]) -> EngineError:
+def _summary(failures: Sequence[EngineError], engines: EngineSet, remote: Manifest) -> EngineError:
     """The error of a seed to which no engine connects: the only one's own, or one with all texts."""
+    # Another seed may be where one of the engines works, or offer one that this seed lacks.
+    elsewhere = any(error.retry_elsewhere for error in failures) or bool(engines.usable_beside(remote))
     if len(failures) == 1:
+        failures[0].retry_elsewhere = elsewhere
         return failures[0]
     sides: set[Side] = {error.side for error in failures}
     return EngineError(
@@ -205,7 +217,6 @@ def _summary(failures: Sequence[EngineError]) -> EngineError:
         "connect",
         "; ".join(str(error) for error in failures),
         code="lane" if all(error.code == "lane" for error in failures) else "",
-        # Another seed may be where one of the engines works.
-        retry_elsewhere=any(error.retry_elsewhere for error in failures),
+        retry_elsewhere=elsewhere,
         side=sides.pop() if len(sides) == 1 else "unknown",
     )

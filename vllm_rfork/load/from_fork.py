@@ -66,7 +66,8 @@ class FromFork:
         # Without a wait of its own the planner decides, and no wait goes on beyond the bound of a fork.
         wait_s = settings.rfork_seed_wait_sec
         bound_s = settings.rfork_fork_timeout_sec if wait_s is None else wait_s
-        bound_s += settings.rfork_seed_timeout_sec + (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
+        # Engines that all hang while they open cost two bounds: EngineSet.await_one.
+        bound_s += 2 * settings.rfork_seed_timeout_sec + (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
         self._vote.run(SEED, lambda: self._reserve(model, bound_s), bound_s)
 
     def _reserve(self, model: nn.Module, bound_s: float) -> None:

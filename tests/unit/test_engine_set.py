@@ -1,0 +1,58 @@
+"""The engines of one worker: how long it waits for them, and which of them its seed gets."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tests.lane_engines import Alpha, Beta, Gamma, raises, recorded
+from tests.unit.test_lanes import Pair, pair
+from vllm_rfork.errors import EngineError, ForkError
+from vllm_rfork.fork import engine_handle, engine_set
+
+__all__ = ["pair", "recorded"]
+pytestmark = pytest.mark.usefixtures("recorded")
+
+
+@pytest.fixture
+def hangs(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Bounds without a grace, and an event for engines to wait for."""
+    for module in (engine_handle, engine_set):
+        monkeypatch.setattr(module, "GRACE_S", 0.0)
+    return threading.Event()
+
+
+def test_one_open_engine_is_enough_while_another_hangs(pair: Pair, hangs: threading.Event) -> None:
+    Gamma.script["open"] = lambda: hangs.wait(20) and None
+    try:
+        started = time.monotonic()
+        pair.engines("gamma", "alpha", timeout_s=5.0).await_one()
+        assert time.monotonic() - started < 3
+    finally:
+        hangs.set()
+
+
+def test_engines_that_all_hang_cost_two_bounds(
+    pair: Pair, hangs: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``FromFork.reserve`` tells the other ranks of two."""
+    monkeypatch.setattr(Gamma, "opens_quickly", False)
+    for engine in (Alpha, Beta, Gamma):
+        engine.script["open"] = lambda: hangs.wait(20) and None
+    try:
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=r"alpha.*beta.*gamma|alpha.*gamma.*beta"):
+            pair.engines("alpha", "beta", "gamma", timeout_s=0.8).await_one()
+        assert time.monotonic() - started < 2.5 * 0.8
+    finally:
+        hangs.set()
+
+
+def test_no_engine_is_lost_if_one_opens_with_an_error_of_another_kind(pair: Pair) -> None:
+    Beta.script["open"] = raises(ForkError("the adapter's own"))
+    engines = pair.engines("alpha", "beta")
+    opened = engines._handles["alpha"].opened()
+    assert engines.hand_over() == [opened]
+    opened.close()
