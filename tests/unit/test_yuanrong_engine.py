@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import socket
 import sys
 import threading
@@ -385,6 +386,24 @@ def test_a_port_that_cannot_be_one_is_an_error(
     monkeypatch.setattr(Newest, "port", port)
     with pytest.raises(EngineError, match="reports port"):
         newest.open(CONFIG)
+
+
+@pytest.mark.parametrize("member", ["get_rpc_port", "get_route_policy"])
+def test_an_engine_that_listens_is_ended_if_opening_fails_after_that(
+    newest: YuanRongEngine, monkeypatch: pytest.MonkeyPatch, member: str
+) -> None:
+    def fails(self: Newest) -> None:
+        raise RuntimeError("the wheel's own")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Newest, member, fails)
+        with pytest.raises(EngineError, match="the wheel's own"):
+            newest.open(CONFIG)
+    assert len(Native.made[0].called("finalize")) == 1
+    destroyed = only_native()
+    gc.collect()
+    assert destroyed() is None
+    newest.open(CONFIG)
 
 
 @pytest.mark.parametrize(

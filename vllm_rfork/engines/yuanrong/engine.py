@@ -30,7 +30,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -124,8 +124,10 @@ class YuanRongEngine(TransferEngine):
                     NAME, "open", "on a machine with an Ascend runtime this engine copies NPU memory, not host memory"
                 )
             address = local_ipv4(NAME, config.host)
-            self._native, port = _initialized(self._binding, address, device)
-            self._route = route_of(self._native) if self._binding.chooses_port else ""
+            native, port = _initialized(self._binding, address, device)
+            with _ended_on_error(native):
+                self._route = route_of(native) if self._binding.chooses_port else ""
+            self._native = native
             self._device, self._own = device, f"{address}:{port}"
             self._timeout_s = config.timeout_s
             self._receive_wait_s = float(config.options.get("receive_wait_s", _RECEIVE_WAIT_S))
@@ -320,12 +322,25 @@ def _initialized(binding: Binding, address: str, device: int) -> tuple[NativeEng
         native = NativeEngine(binding)
         result = native.call("open", "initialize", f"{address}:{port}", _PROTOCOL, f"npu:{device}")
         if not result.is_error():
-            return native, _bound_port(native) if own_choice else port
+            with _ended_on_error(native):
+                return native, _bound_port(native) if own_choice else port
         last = failure("open", result)
         if "bind" not in last.text and "port" not in last.text:
             break
     assert last is not None  # noqa: S101 - there was at least one attempt
     raise last
+
+
+@contextmanager
+def _ended_on_error(native: NativeEngine) -> Iterator[None]:
+    """End an engine, which listens already, if the block fails."""
+    try:
+        yield
+    except EngineError:
+        with suppress(EngineError):
+            native.call("open", "finalize")
+        native.destroy()
+        raise
 
 
 def _bound_port(native: NativeEngine) -> int:
