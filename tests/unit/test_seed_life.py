@@ -22,6 +22,7 @@ from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.event_loop import background
+from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.manager import SeedManager
 from vllm_rfork.seeding.publication import Publication, SeedConfig
 from vllm_rfork.seeding.slot import Slot, SlotState
@@ -225,6 +226,44 @@ def test_a_change_does_not_wait_for_an_engine_that_is_being_opened(start: Callab
     worker.manager.resume()
     worker.settle(slot)
     assert names(worker.manifest()) == ["alpha", "beta"]
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_withdrawal_ends_the_forks_registrations_while_another_engine_opens(start: Callable[..., Worker]) -> None:
+    """The worker has forked with alpha; beta, which only the seed needs, hangs."""
+    go_on = threading.Event()
+    Beta.script["open"] = lambda: wait_for(go_on)
+    worker = start("alpha", "beta", timeout_s=WITHIN_S)
+    tensors = worker.publication.tensors
+    forked = worker.engines._handles["alpha"]
+    forked.register(tensors.manifest.regions, tensors.keep, 5.0)
+    engine = forked.opened()
+    try:
+        worker.manager.publish(worker.publication)
+        until(lambda: "beta open" in CALLS)
+        worker.manager.withdraw(REASON, last=True)
+        assert engine.registered_nbytes == 0
+    finally:
+        go_on.set()
+
+
+@pytest.mark.usefixtures("recorded")
+def test_endpoints_are_made_while_the_seed_may_still_use_the_device(
+    start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of a device exports handles then, and one that is left out waits for its copies."""
+    worker = start("alpha")
+    off_device: list[bool] = []
+    offer = SeedEngines.offer
+
+    def observed(self: SeedEngines, *arguments: Any) -> Manifest:
+        off_device.append(worker.manager.slots[0].off_device.is_set())
+        return offer(self, *arguments)
+
+    monkeypatch.setattr(SeedEngines, "offer", observed)
+    slot = worker.publish()
+    assert off_device == [False]
+    assert slot.off_device.is_set()
 
 
 @pytest.mark.usefixtures("recorded")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -39,6 +40,7 @@ class _Start:
         generation: the manager's, when they were found; valid until the next withdrawal.
         returning: a seed has been withdrawn before, and this one replaces it.
         before: the thread of the start before this one, which may still use its engines.
+        proceed: raises ForkError once a withdrawal has begun.
     """
 
     tensors: PublishedTensors
@@ -46,6 +48,7 @@ class _Start:
     returning: bool
     before: threading.Thread | None
     off_device: threading.Event
+    proceed: Callable[[], None]
 
 
 class _StillStarting(ForkError):
@@ -165,7 +168,8 @@ class SeedManager:
         publication = slot.publication
         if generation != self._generation or slot.state is not SlotState.SUSPENDED or publication is None:
             return False
-        start = _Start(tensors, generation, returning, slot.thread, threading.Event())
+        proceed = functools.partial(self._check_current, generation)
+        start = _Start(tensors, generation, returning, slot.thread, threading.Event(), proceed)
         thread = native_thread(self._run, f"rfork-seed-{publication.role}", (slot, publication, start))
         thread.start()  # first: it raises at the limit of threads. The new one waits for the lock before it looks.
         slot.move(SlotEvent.RESUMED)
@@ -216,7 +220,11 @@ class SeedManager:
             start.before.join(publication.config.ready_timeout_s + publication.config.request_timeout_s)
             if start.before.is_alive():
                 raise _StillStarting("the start of the seed before it still hangs")
-        if start.generation != self._generation:
+        start.proceed()
+
+    def _check_current(self, generation: int) -> None:
+        """Raise ForkError if a withdrawal has begun since ``generation``."""
+        if generation != self._generation:
             raise ForkError(self._reason)
 
     @staticmethod
@@ -226,7 +234,7 @@ class SeedManager:
         return Seed(
             config=publication.config,
             manifest=manifest,
-            engines=SeedEngines(publication.engines.hand_over()),
+            engines=SeedEngines(publication.engines.hand_over(start.proceed)),
             keep=start.tensors.keep,
             recheck=start.tensors.recheck,
             # An earlier announcement has fulfilled the intent, or it was taken back.

@@ -96,11 +96,12 @@ class Seed:
         self._stop_if_withdrawn()
         if self.recheck is not None:
             self.recheck()
-        self.off_device.set()
         self._stop_if_withdrawn()
         epoch = uuid.uuid4().hex
         manifest = msgspec.structs.replace(self.manifest, epoch=epoch)
         self.manifest = self.engines.offer(manifest, self.keep, bound_s)
+        self.off_device.set()  # not earlier: endpoints export handles, and an engine that is left out is closed
+        self._stop_if_withdrawn()
         address = self._serve()
         self._stop_if_withdrawn()
         self._announce(address)
