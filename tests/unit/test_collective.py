@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import secrets
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -20,12 +21,14 @@ from vllm_rfork.engines.collective import channel, messages, sender
 from vllm_rfork.engines.collective.channel import MAX_FRAME_NBYTES, Channel, Lost
 from vllm_rfork.engines.collective.endpoint import Endpoint, decode, encode
 from vllm_rfork.engines.collective.engine import CollectiveEngine
-from vllm_rfork.engines.collective.gloo import GlooGroup, published_problem
+from vllm_rfork.engines.collective.gloo import GlooBackend, GlooGroup, published_problem
 from vllm_rfork.engines.collective.group import RECEIVER, SEED, STALL_S, Backend, Group, GroupFailed
-from vllm_rfork.engines.collective.messages import Join, Joined, Read, Refusal, Sending, Sent, Share
-from vllm_rfork.engines.collective.plan import DIRECT_NBYTES, STAGED_NBYTES, Message, Piece
-from vllm_rfork.engines.collective.sender import MAX_CONNECTIONS, MAX_GROUPS, MAX_SENDS, Sender
+from vllm_rfork.engines.collective.messages import MAX_SEGMENTS, Join, Joined, Read, Refusal, Sending, Sent, Share
+from vllm_rfork.engines.collective.plan import DIRECT_NBYTES, PART_PIECES, STAGED_NBYTES, Message, Piece
+from vllm_rfork.engines.collective.receiver import Peer
+from vllm_rfork.engines.collective.sender import MAX_GROUPS, MAX_SENDS, MAX_STRANGERS, Sender
 from vllm_rfork.errors import EngineError
+from vllm_rfork.manifest.segments import Segment
 
 SECRET = secrets.token_bytes(32)
 START, NBYTES = 4096, 1000
@@ -177,7 +180,7 @@ def test_nonsense_costs_its_own_connection(seed: Sender, text: bytes) -> None:
 
 def test_strangers_that_send_nothing_are_few_and_are_dropped(seed: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "_MESSAGE_S", 0.2)
-    strangers = [socket.create_connection(("127.0.0.1", seed.port)) for _ in range(MAX_CONNECTIONS + 5)]
+    strangers = [socket.create_connection(("127.0.0.1", seed.port)) for _ in range(MAX_STRANGERS + 5)]
     for stranger in strangers:
         stranger.settimeout(20.0)
         assert len(stranger.recv(100)) in (0, 34)
@@ -212,6 +215,46 @@ def test_receivers_beyond_the_bound_are_refused_as_long_as_the_others_stay(seed:
         each.close()
 
 
+def test_receivers_that_are_killed_while_they_join_leave_their_places(
+    seed: Sender,
+) -> None:
+    """A connection that was reset has no address any more."""
+    for _ in range(60):
+        opened = connected(seed)
+        opened._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        messages.send(opened, Join(messages.VERSION, "recorded", "", 10.0), soon())
+        opened.close()
+        eventually(lambda: not seed._sessions)
+    assert seed.groups._value == MAX_GROUPS
+
+
+def test_a_long_bound_of_the_receivers_does_not_end_the_lane() -> None:
+    serving, receiving = CollectiveEngine(), CollectiveEngine()
+    serving.open(EngineConfig("cpu"))
+    receiving.open(EngineConfig("cpu"))
+    try:
+        receiving.connect(serving.endpoint, 7200.0)
+    finally:
+        receiving.close()
+        serving.close()
+
+
+def test_strangers_do_not_keep_receivers_out() -> None:
+    serving, receiving = CollectiveEngine(), CollectiveEngine()
+    serving.open(EngineConfig("cpu"))
+    receiving.open(EngineConfig("cpu"))
+    assert serving._sender is not None
+    strangers = [socket.create_connection(("127.0.0.1", serving._sender.port)) for _ in range(3 * MAX_STRANGERS)]
+    time.sleep(0.3)
+    try:
+        receiving.connect(serving.endpoint, 10.0)
+    finally:
+        for each in strangers:
+            each.close()
+        receiving.close()
+        serving.close()
+
+
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +282,7 @@ def test_one_foreign_address_refuses_the_whole_request(
         b'{"type":"read","segments":[[4096,99999999999999999999999]],"timeout_s":1}',
         b'{"type":"read","segments":[[4096,5]],"timeout_s":1e99}',
         b'{"type":"sent"}',
-        msgspec.json.encode(Read([(START, 1)] * (messages.MAX_SEGMENTS + 1), 1.0)),
+        msgspec.json.encode(Read([(START, 1)] * (MAX_SEGMENTS + 1), 1.0)),
     ],
 )
 def test_an_unusable_request_ends_its_connection(seed: Sender, backend: Backends, body: bytes) -> None:
@@ -312,6 +355,95 @@ def test_while_graphs_are_captured_nothing_is_sent_and_the_receiver_is_told(seed
     opened.close()
 
 
+def test_a_batch_beyond_the_engines_limits_is_refused(seed: Sender, backend: Backends) -> None:
+    seed.holds = lambda address, nbytes: True
+    opened = joined(seed)
+    messages.send(opened, Read([(START, 1 << 36)] * MAX_SEGMENTS, 3600.0), soon())
+    try:
+        with pytest.raises(Refusal):
+            messages.receive(opened, Sending, soon())
+    finally:
+        opened.close()
+
+
+# --- captures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_stops_while_a_receiver_waits_for_the_end_of_a_capture(seed: Sender, backend: Backends) -> None:
+    opened = connected(seed)
+    with capture_gate.gate.capturing():
+        messages.send(opened, Join(messages.VERSION, "recorded", "", 30.0), soon())
+        time.sleep(0.5)
+        try:
+            seed.stop(3.0)
+        finally:
+            opened.close()
+
+
+class Slow(Backends):
+    """A group that is not created before its deadline: the receiver was stopped after it had joined."""
+
+    def create(self, rank: int, channel: Channel, deadline: float) -> Group:
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise GroupFailed("not created in time", late=True)
+
+
+def test_a_receiver_that_stops_while_it_joins_does_not_hold_up_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sender._CREATE_S < capture_gate.CAPTURE_WAITS_S
+    monkeypatch.setattr(sender, "_CREATE_S", 0.5)
+    serving = Sender(Slow(), "127.0.0.1", SECRET, lambda at, n: True)
+    opened = connected(serving)
+    try:
+        messages.send(opened, Join(messages.VERSION, "recorded", "", 60.0), soon())
+        messages.receive(opened, Joined, soon())
+        with capture_gate.gate.capturing(5.0) as idle:
+            assert idle
+    finally:
+        opened.close()
+        serving.stop(60.0)
+
+
+def test_a_send_that_fails_while_a_capture_waits_lets_the_capture_begin(seed: Sender, backend: Backends) -> None:
+    backend.held.set()
+    opened = joined(seed)
+    read(opened, (START, 10))
+    result: list[bool] = []
+
+    def capture() -> None:
+        with capture_gate.gate.capturing() as idle:
+            result.append(idle)
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    time.sleep(0.3)
+    opened.close()  # the send fails at once
+    thread.join(20.0)
+    assert result == [True]
+
+
+def test_a_capture_goes_first_between_the_parts_of_a_batch(seed: Sender, backend: Backends) -> None:
+    backend.held.set()
+    opened = joined(seed)
+    read(opened, *[(START, 1)] * (PART_PIECES + 1))
+    assert backend.sending.acquire(timeout=20.0)
+    before: list[int] = []
+
+    def capture() -> None:
+        with capture_gate.gate.capturing() as idle:
+            before.append(len(backend.sent) if idle else -1)
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    eventually(lambda: capture_gate.gate._capturing > 0)
+    backend.held.clear()
+    thread.join(20.0)
+    messages.receive(opened, Sent, soon())
+    assert before == [PART_PIECES]
+    assert len(backend.sent) == PART_PIECES + 1
+    opened.close()
+
+
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +485,96 @@ def test_a_group_that_does_not_end_keeps_the_memory(seed: Sender, backend: Backe
     assert caught.value.in_flight
     with seed._lock:
         seed._sessions.clear()
+
+
+class Unstartable(Recorded):
+    """A group whose close cannot start its thread."""
+
+    def close(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+class Exhausted(Backends):
+    def create(self, rank: int, channel: Channel, deadline: float) -> Group:
+        return Unstartable(self)
+
+
+def test_a_close_that_raises_anything_gives_the_place_back_and_keeps_the_memory() -> None:
+    serving = Sender(Exhausted(), "127.0.0.1", SECRET, lambda at, n: True)
+    joined(serving).close()
+    eventually(lambda: serving.groups._value == MAX_GROUPS)
+    with pytest.raises(GroupFailed) as caught:
+        serving.stop(20.0)
+    assert caught.value.in_flight
+
+
+class Stuck(Group):
+    """A group whose receive is in flight, and whose close then fails for another reason."""
+
+    def send(self, pieces: Sequence[Piece], deadline: float) -> None: ...
+
+    def receive(self, pieces: Sequence[Piece], deadline: float) -> None:
+        raise GroupFailed("the library does not end a group", in_flight=True)
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None:
+        raise GroupFailed("cuCtxPushCurrent_v2 failed")
+
+
+def test_in_flight_is_not_taken_back_by_a_close_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = Peer.__new__(Peer)
+
+    class Control:
+        def close(self) -> None: ...
+
+    peer._channel, peer._group = Control(), Stuck()  # type: ignore[assignment]
+    monkeypatch.setattr(messages, "send", lambda *_: None)
+    monkeypatch.setattr(messages, "receive", lambda *_: None)
+    with pytest.raises(EngineError) as caught:
+        peer.read([Segment(1, 1, 1)], soon())
+    assert caught.value.in_flight
+
+
+def test_lack_of_memory_is_an_engine_error_and_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    serving, receiving = CollectiveEngine(), CollectiveEngine()
+    serving.open(EngineConfig("cpu"))
+    receiving.open(EngineConfig("cpu"))
+    made = torch.empty
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made(*args, **kwargs)
+
+    try:
+        monkeypatch.setattr(torch, "empty", refuse)
+        with pytest.raises(EngineError):
+            receiving.connect(serving.endpoint, 5.0)
+    finally:
+        monkeypatch.setattr(torch, "empty", made)
+        receiving.close()
+        serving.close()
+
+
+def test_a_child_that_exits_leaves_the_listener_of_its_parent() -> None:
+    serving, receiving = CollectiveEngine(), CollectiveEngine()
+    serving.open(EngineConfig("cpu"))
+    child = os.fork()
+    if not child:
+        try:
+            serving._end()  # what atexit calls in a child that ends with sys.exit
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    receiving.open(EngineConfig("cpu"))
+    try:
+        receiving.connect(serving.endpoint, 5.0)
+    finally:
+        receiving.close()
+        serving.close()
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------
@@ -473,6 +695,12 @@ def test_a_lane_to_another_kind_of_device_is_known_before_connecting() -> None:
         assert CollectiveEngine.lane_obstacle(endpoint, EngineConfig(device))
 
 
-def test_an_address_of_another_machine_is_refused_with_the_remedy() -> None:
+@pytest.mark.parametrize("host", ["192.0.2.1", "a" * 64 + ".example"])
+def test_an_address_of_another_machine_is_refused_with_the_remedy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Backend] = []
+    monkeypatch.setattr(GlooBackend, "close", lambda backend: closed.append(backend))
+    engine = CollectiveEngine()
     with pytest.raises(EngineError, match="rfork_seed_advertise_host"):
-        CollectiveEngine().open(EngineConfig("cpu", host="192.0.2.1"))
+        engine.open(EngineConfig("cpu", host=host))
+    assert len(closed) == 1
+    assert engine._backend is None

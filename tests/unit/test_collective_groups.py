@@ -18,7 +18,7 @@ from vllm_rfork.engines.collective.device_group import DeviceGroup
 from vllm_rfork.engines.collective.group import RECEIVER, SEED, GroupFailed
 from vllm_rfork.engines.collective.hccl import HcclBackend
 from vllm_rfork.engines.collective.nccl_library import Nccl
-from vllm_rfork.engines.collective.plan import Piece
+from vllm_rfork.engines.collective.plan import PART_NBYTES, Piece
 
 
 class Device:
@@ -28,6 +28,7 @@ class Device:
         self.busy = False
         self.ends_when_aborted = True
         self.error: GroupFailed | None = None
+        self.abort_error: GroupFailed | None = None
         self.calls: list[Any] = []
 
     # -- the device
@@ -66,6 +67,8 @@ class Device:
 
     def abort(self, communicator: Any, stream: Any) -> None:
         self.calls.append("aborted")
+        if self.abort_error is not None:
+            raise self.abort_error
         self.busy = self.busy and not self.ends_when_aborted
 
 
@@ -80,12 +83,12 @@ def soon(seconds: float = 20.0) -> float:
 
 
 def test_both_sides_queue_the_same_batches_in_opposite_directions(device: Device) -> None:
-    pieces = [Piece(1000, device_group._MAX_NBYTES + 5), Piece(9 * 10**9, 7)]
+    pieces = [Piece(1000, PART_NBYTES + 5), Piece(9 * 10**9, 7)]
     for rank, peer in ((SEED, RECEIVER), (RECEIVER, SEED)):
         device.calls.clear()
         group = DeviceGroup(device, device, rank, b"four", soon())
         (group.send if rank == SEED else group.receive)(pieces, soon())
-        first, second = [Piece(1000, device_group._MAX_NBYTES)], [Piece(1000 + device_group._MAX_NBYTES, 5), pieces[1]]
+        first, second = [Piece(1000, PART_NBYTES)], [Piece(1000 + PART_NBYTES, 5), pieces[1]]
         assert device.calls == [(rank == SEED, first, peer), (rank == SEED, second, peer)]
         group.close()
         group.close()
@@ -119,6 +122,30 @@ def test_kernels_that_do_not_end_are_reported_as_in_flight(device: Device) -> No
     device.busy = False
     group.close()
     assert device.calls.count("aborted") == 1
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_an_abort_that_fails_leaves_the_group_in_flight_until_its_stream_is_idle(device: Device, busy: bool) -> None:
+    group = DeviceGroup(device, device, RECEIVER, b"four", soon())
+    device.busy, device.abort_error = busy, GroupFailed("ncclCommAbort failed")
+    group.abort()
+    with pytest.raises(GroupFailed) as caught:
+        group.receive([Piece(1000, 5)], soon())
+    assert caught.value.in_flight is busy
+
+
+def test_a_device_that_cannot_be_asked_leaves_the_group_in_flight(device: Device) -> None:
+    group = DeviceGroup(device, device, RECEIVER, b"four", soon())
+
+    @contextmanager
+    def lost() -> Iterator[None]:
+        raise GroupFailed("cuCtxPushCurrent_v2 failed")
+        yield
+
+    device.current = lost  # type: ignore[method-assign]
+    with pytest.raises(GroupFailed) as caught:
+        group.close()
+    assert caught.value.in_flight
 
 
 def test_hccl_is_called_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 #: How long a capture waits for device work, in seconds. A batch that makes no progress is given up in 5 s.
 CAPTURE_WAITS_S = 10.0
+#: Between two looks at the reasons to give a wait up, in seconds.
+_LOOK_S = 0.1
 
 
 class CaptureGate:
@@ -24,10 +26,17 @@ class CaptureGate:
         self._capturing = 0
 
     @contextmanager
-    def working(self, timeout_s: float) -> Iterator[bool]:
-        """Do device work in the block. False if a capture does not end in time: then leave the device alone."""
+    def working(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Do device work in the block. False if a capture does not end in time: then leave the device alone.
+
+        Args:
+            given_up: ends the wait when it returns True.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._changed:
-            free = self._changed.wait_for(lambda: not self._capturing, max(0.0, timeout_s))
+            while self._capturing and not given_up() and (left_s := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(left_s, _LOOK_S))
+            free = not self._capturing
             self._working += free
         try:
             yield free

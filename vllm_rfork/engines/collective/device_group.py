@@ -15,13 +15,9 @@ from typing import Any, Protocol
 from vllm_rfork.engines.collective.channel import Channel
 from vllm_rfork.engines.collective.group import RECEIVER, SEED, STALL_S, Group, GroupFailed
 from vllm_rfork.engines.collective.messages import Share, receive, send
-from vllm_rfork.engines.collective.plan import Piece
-from vllm_rfork.manifest.segments import Segment, batches
+from vllm_rfork.engines.collective.plan import Piece, parts
 from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline
 
-#: Pieces and bytes that are queued at one time.
-_MAX_PIECES = 256
-_MAX_NBYTES = 64 * 1024 * 1024
 #: Between two looks at the device, in seconds.
 _PAUSE_S = 0.0002
 #: Bound of an abort, and of the kernels' end after it, in seconds.
@@ -118,16 +114,16 @@ class DeviceGroup(Group):
             call_with_deadline(self._destroy, _ABORT_S * 2, "rfork-group-abort")
         except DeadlineExceeded as error:
             raise GroupFailed("the library does not end a group", in_flight=True, late=True) from error
+        except RuntimeError as error:  # no thread
+            raise GroupFailed(f"a group cannot be ended: {error}", in_flight=True) from error
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _transfer(self, pieces: Sequence[Piece], deadline: float, *, sends: bool) -> None:
         with self._device.current(), self._closing_on_failure():
-            segments = (Segment(address, 0, nbytes) for address, nbytes in pieces)
-            for batch in batches(segments, max_nbytes=_MAX_NBYTES, max_items=_MAX_PIECES):
+            for together in parts(pieces):
                 bound = min(deadline, time.monotonic() + STALL_S)
                 self._check()
-                together = [Piece(each.local, each.nbytes) for each in batch]
                 self._library.queue(
                     sends=sends, pieces=together, peer=self._peer, communicator=self._communicator, stream=self._stream
                 )
@@ -158,19 +154,28 @@ class DeviceGroup(Group):
             try:
                 self.close()
             except GroupFailed as stuck:
-                error.in_flight = stuck.in_flight
+                error.in_flight = error.in_flight or stuck.in_flight
             raise
 
     def _destroy(self) -> None:
         """End the kernels, then drop the stream. Runs on a thread of its own."""
-        with self._device.current():
-            communicator, self._communicator = self._communicator, None
-            if communicator is not None:
-                self._library.abort(communicator, self._stream)
-            deadline = time.monotonic() + _ABORT_S
-            while not self._device.is_idle(self._stream):
-                if time.monotonic() >= deadline:
-                    raise GroupFailed("the kernels of a group do not end", in_flight=True, late=True)
-                time.sleep(_PAUSE_S)
-            stream, self._stream = self._stream, None
-            self._device.destroy_stream(stream)
+        idle = False
+        try:
+            with self._device.current():
+                communicator, self._communicator = self._communicator, None
+                try:
+                    if communicator is not None:
+                        self._library.abort(communicator, self._stream)
+                finally:
+                    idle = self._device.is_idle(self._stream)
+                deadline = time.monotonic() + _ABORT_S
+                while not idle:
+                    if time.monotonic() >= deadline:
+                        raise GroupFailed("the kernels of a group do not end", late=True)
+                    time.sleep(_PAUSE_S)
+                    idle = self._device.is_idle(self._stream)
+                stream, self._stream = self._stream, None
+                self._device.destroy_stream(stream)
+        except GroupFailed as error:
+            error.in_flight = not idle  # only an idle stream proves that nothing is
+            raise

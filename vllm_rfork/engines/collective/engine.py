@@ -11,6 +11,7 @@ independent of ``torch.distributed``'s default group and of vLLM's groups.
 from __future__ import annotations
 
 import atexit
+import os
 import secrets
 import threading
 import time
@@ -24,7 +25,7 @@ from vllm_rfork.engines.collective.endpoint import NAME, Endpoint, decode, encod
 from vllm_rfork.engines.collective.group import LANES, Backend, GroupFailed, backend_class
 from vllm_rfork.engines.collective.messages import MAX_SEGMENTS
 from vllm_rfork.engines.collective.receiver import Peer
-from vllm_rfork.engines.collective.sender import Sender
+from vllm_rfork.engines.collective.sender import MAX_BATCH_NBYTES, Sender
 from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.engines.registry import install_hint
@@ -40,7 +41,7 @@ class CollectiveEngine(TransferEngine):
     device_types: ClassVar[frozenset[str]] = frozenset(LANES)
     #: A batch of 128 MiB occupies one of the seed's few sends for some tenths of a second.
     limits: ClassVar[Limits] = Limits(
-        max_batch_nbytes=128 * 1024 * 1024, max_batch_items=MAX_SEGMENTS, largest_batch_nbytes=1024 * 1024 * 1024
+        max_batch_nbytes=128 * 1024 * 1024, max_batch_items=MAX_SEGMENTS, largest_batch_nbytes=MAX_BATCH_NBYTES
     )
     opens_quickly: ClassVar[bool] = True
 
@@ -52,6 +53,7 @@ class CollectiveEngine(TransferEngine):
         self._backend: Backend | None = None
         self._sender: Sender | None = None
         self._endpoint = ""
+        self._pid = 0
         self._table = RegionTable(NAME)
         self._peers: dict[str, Peer] = {}
         self._timeout_s = 30.0
@@ -97,17 +99,19 @@ class CollectiveEngine(TransferEngine):
         with self._exclusively("open", needs_open=False):
             if self._sender is not None:
                 raise EngineError(NAME, "open", "it is open already")
-            self._backend = backend(config.device)
+            library = backend(config.device)
             self._stuck, self._closing, self._timeout_s = "", False, config.timeout_s
             secret = secrets.token_bytes(SECRET_NBYTES)
             try:
-                self._sender = Sender(self._backend, config.host, secret, self._holds)
-            except OSError as error:
+                sender = Sender(library, config.host, secret, self._holds)
+            except (OSError, UnicodeError, RuntimeError) as error:  # no address, no host name, no thread
+                library.close()
                 remedy = "set rfork_seed_advertise_host to an address of this machine"
                 text = f"it cannot listen on {config.host}: {error}; {remedy}"
                 raise EngineError(NAME, "open", text) from error
-            own = Endpoint(backend=self._backend.name, host=config.host, port=self._sender.port, secret=secret)
-            self._endpoint = encode(own)
+            own = Endpoint(backend=library.name, host=config.host, port=sender.port, secret=secret)
+            self._backend, self._sender, self._endpoint = library, sender, encode(own)
+            self._pid = os.getpid()
             atexit.register(self._end)
 
     @property
@@ -231,6 +235,8 @@ class CollectiveEngine(TransferEngine):
 
     def _end(self) -> None:
         """Close when the process exits: threads in native calls must not outlive Python."""
+        if os.getpid() != self._pid:
+            return  # a forked child, which shares the listener
         self._timeout_s = min(self._timeout_s, 2.0)
         with suppress(EngineError):  # nothing is left to do
             self.close()

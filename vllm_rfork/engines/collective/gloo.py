@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import importlib
 import ipaddress
 import secrets
 import socket
@@ -22,13 +23,9 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, ClassVar
 
-import torch
-from torch.distributed import ProcessGroupGloo
-
 from vllm_rfork.engines.collective.channel import Channel
 from vllm_rfork.engines.collective.group import RECEIVER, SEED, STALL_S, Backend, Group, GroupFailed
 from vllm_rfork.engines.collective.plan import STAGED_NBYTES, Message, Piece, gather, messages, scatter
-from vllm_rfork.engines.collective.store import RelayStore
 
 #: Bytes and messages on their way: one message alone leaves the connection idle after it (1.4 GB/s, not 2.3).
 _WINDOW_NBYTES = 64 * 1024 * 1024
@@ -49,7 +46,7 @@ class GlooBackend(Backend):
     captures: ClassVar[bool] = False
 
     def __init__(self, index: int) -> None:
-        """Host memory has one device, whatever ``index``."""
+        from torch.distributed import ProcessGroupGloo  # noqa: F401 - fails here if torch lacks it
 
     def create(self, rank: int, channel: Channel, deadline: float) -> Group:
         """Connect over the addresses of the control connection."""
@@ -66,12 +63,16 @@ class GlooGroup(Group):
         self._peer = SEED if rank == RECEIVER else RECEIVER
         self._stopped = False
         self._lock = threading.Lock()  # of the two attributes below
-        self._staging = torch.empty(_SLOTS * STAGED_NBYTES, dtype=torch.uint8, device="cpu")  # pages come with use
+        from torch.distributed import ProcessGroupGloo
+
+        from vllm_rfork.engines.collective.store import RelayStore
+
         store = RelayStore(channel, deadline, published_problem)
         options = ProcessGroupGloo._Options()
         options._timeout = _until(deadline)
         options._threads = 1
         try:
+            self._staging = _bytes(_SLOTS * STAGED_NBYTES)  # its pages come with use
             options._devices = [ProcessGroupGloo.create_device(hostname=channel.local_host)]
             self._group: Any = ProcessGroupGloo(store, rank, 2, options)
         except Exception as error:
@@ -176,7 +177,7 @@ class GlooGroup(Group):
         """
         tag = 1 + secrets.randbelow(2**30)
         with suppress(RuntimeError):  # raised in either case: for the time, or because they are closed already
-            self._group.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], self._peer, tag).wait(_AT_ONCE)
+            self._group.recv([_bytes(1)], self._peer, tag).wait(_AT_ONCE)
 
 
 def published_problem(value: bytes, host: str) -> str | None:
@@ -202,8 +203,15 @@ def published_problem(value: bytes, host: str) -> str | None:
     return None if address == ipaddress.ip_address(host.partition("%")[0]) else f"the address {address}"
 
 
+def _bytes(nbytes: int) -> Any:
+    """New host memory as a tensor. Raises RuntimeError if there is none."""
+    torch = importlib.import_module("torch")
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+
 def _tensor(address: int, nbytes: int) -> Any:
     """The bytes at ``address`` as a tensor, without a copy."""
+    torch = importlib.import_module("torch")
     return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
 
 

@@ -17,7 +17,8 @@ VERSION = 1
 #: Segments of one request.
 MAX_SEGMENTS = 8192
 _Address = Annotated[int, msgspec.Meta(gt=0, lt=1 << 62)]
-_Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)]
+_MAX_S = 3600.0
+_Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_S)]
 
 
 class Join(msgspec.Struct, tag="join", frozen=True):
@@ -70,6 +71,11 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 Message = Join | Joined | Share | Read | Sending | Sent | Refused
 M = TypeVar("M", bound=Message)
 _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+def bounded_s(seconds: float) -> float:
+    """``seconds`` as a message may contain them; the seed has bounds of its own, which are shorter."""
+    return min(max(0.0, seconds), _MAX_S)
 
 
 def send(channel: Channel, message: Message, deadline: float) -> None:

@@ -10,12 +10,16 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from vllm_rfork.manifest.segments import Segment, batches
+
 #: The largest message of a long segment, in bytes.
 DIRECT_NBYTES = 16 * 1024 * 1024
 #: The largest message of several short segments, in bytes: the size of a staging buffer.
 STAGED_NBYTES = 4 * 1024 * 1024
 #: Segments from this length on are not staged: a message costs some 20 µs, as long as copying 200 KB on both sides.
 _LONG_NBYTES = 128 * 1024
+#: Pieces and bytes that a group over a device library queues at one time.
+PART_PIECES, PART_NBYTES = 256, 64 * 1024 * 1024
 
 
 class Piece(NamedTuple):
@@ -30,6 +34,13 @@ class Message(NamedTuple):
 
     pieces: tuple[Piece, ...]
     nbytes: int
+
+
+def parts(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Divide ``pieces`` into what a device library queues at one time; a part is not divided further."""
+    segments = (Segment(address, 0, nbytes) for address, nbytes in pieces)
+    for batch in batches(segments, max_nbytes=PART_NBYTES, max_items=PART_PIECES):
+        yield [Piece(each.local, each.nbytes) for each in batch]
 
 
 def messages(pieces: Sequence[Piece]) -> Iterator[Message]:

@@ -35,7 +35,8 @@ class Peer:
         with self._failures("connect"):
             self._channel = channel.connect(endpoint.host, endpoint.port, endpoint.secret, deadline)
             left_s = deadline - time.monotonic()
-            messages.send(self._channel, Join(messages.VERSION, backend.name, lease, max(0.0, left_s)), deadline)
+            join = Join(messages.VERSION, backend.name, lease, messages.bounded_s(left_s))
+            messages.send(self._channel, join, deadline)
             messages.receive(self._channel, Joined, deadline)
             self._group = backend.create(RECEIVER, self._channel, deadline)
 
@@ -53,7 +54,7 @@ class Peer:
         with self._failures("read"):
             if self._channel is None or self._group is None:
                 raise Lost("the seed is not connected any more")
-            left_s = max(0.0, deadline - time.monotonic())
+            left_s = messages.bounded_s(deadline - time.monotonic())
             request = Read([(each.remote, each.nbytes) for each in segments], left_s)
             messages.send(self._channel, request, deadline)
             messages.receive(self._channel, Sending, deadline)
@@ -102,18 +103,19 @@ class Peer:
                 retry_elsewhere=True,
                 side=_SIDES.get(error.code, "unknown"),
             ) from error
-        except (Lost, GroupFailed) as error:
+        except Exception as error:  # whatever failed: no byte may arrive later
+            known = isinstance(error, (Lost, GroupFailed))
             in_flight = getattr(error, "in_flight", False)
-            text = str(error)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
             try:
                 self._close()
             except GroupFailed as stuck:
-                in_flight, text = stuck.in_flight, f"{text}; {stuck}"
+                in_flight, text = in_flight or stuck.in_flight, f"{text}; {stuck}"
             raise EngineError(
                 NAME,
                 operation,
                 text,
-                code="timeout" if error.late else "",
+                code="timeout" if getattr(error, "late", False) else "",
                 retry_elsewhere=not in_flight,
                 in_flight=in_flight,
                 side="unknown",

@@ -11,28 +11,34 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from vllm_rfork.engines.capture_gate import gate
 from vllm_rfork.engines.collective import channel, messages
 from vllm_rfork.engines.collective.channel import Channel, Lost
-from vllm_rfork.engines.collective.group import SEED, Backend, Group, GroupFailed
+from vllm_rfork.engines.collective.group import SEED, STALL_S, Backend, Group, GroupFailed
 from vllm_rfork.engines.collective.messages import Join, Joined, Read, Refused, Sending, Sent
-from vllm_rfork.engines.collective.plan import Piece
+from vllm_rfork.engines.collective.plan import Piece, parts
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.threads.native import native_thread
 
 logger = worker_logger(__name__)
 
-#: Connections at one time, with those that have not proved yet that they have the secret.
+#: Connections at one time whose peers have proved that they have the secret.
 MAX_CONNECTIONS = 16
+#: Connections at one time whose peers have not; the oldest is dropped for a new one.
+MAX_STRANGERS = 16
 #: Receivers that have a group at one time.
 MAX_GROUPS = 8
 #: Batches that are sent at one time.
 MAX_SENDS = 4
+#: Bytes of the largest batch: ``rfork_max_batch_bytes`` may not be greater.
+MAX_BATCH_NBYTES = 1024 * 1024 * 1024
 #: Bound of the handshake and of each short message, in seconds.
 _MESSAGE_S = 5.0
+#: Bound of a group's creation, which a capture of graphs waits for, in seconds.
+_CREATE_S = 9.0
 #: A group without a request for so long is closed, in seconds.
 _IDLE_S = 60.0
 #: Bytes per second below which a batch is given up.
@@ -54,7 +60,8 @@ class Sender:
         holds: returns True if one registered region contains a number of bytes at an address. Called on any thread.
 
     Raises:
-        OSError: the address cannot be used.
+        OSError, UnicodeError: the address cannot be used.
+        RuntimeError: there is no thread for it.
     """
 
     def __init__(self, backend: Backend, host: str, secret: bytes, holds: Callable[[int, int], bool]) -> None:
@@ -65,11 +72,15 @@ class Sender:
         self.groups = threading.BoundedSemaphore(MAX_GROUPS)
         self.sends = threading.BoundedSemaphore(MAX_SENDS)
         self._lock = threading.Lock()
-        self._sessions: set[_Session] = set()
+        self._sessions: dict[_Session, None] = {}  # the oldest first
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        self._listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+        self._listening = socket.create_server(address[:2], family=family, backlog=MAX_STRANGERS)
         self._thread = threading.Thread(target=self._listen, name="rfork-collective-listen", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._listening.close()
+            raise
 
     @property
     def port(self) -> int:
@@ -98,11 +109,18 @@ class Sender:
         if stuck:
             raise GroupFailed(f"{len(stuck)} of {len(sessions)} groups cannot be closed", in_flight=True, late=True)
 
+    def trust(self, session: _Session) -> None:
+        """Give a session whose peer has proved the secret a place of its own. Raises Lost if there is none."""
+        with self._lock:
+            if sum(each.proven for each in self._sessions) >= MAX_CONNECTIONS:
+                raise Lost(f"there are {MAX_CONNECTIONS} connections already")
+            session.proven = True
+
     def forget(self, session: _Session) -> None:
         """Drop a session that has ended; one whose group may still read memory is kept, for :meth:`stop`."""
         if not session.in_flight:
             with self._lock:
-                self._sessions.discard(session)
+                self._sessions.pop(session, None)
 
     def _listen(self) -> None:
         while not self.stopped:
@@ -134,10 +152,14 @@ class Sender:
     def _admit(self, sock: socket.socket) -> None:
         session = _Session(self, sock)
         with self._lock:
-            if self.stopped or len(self._sessions) >= MAX_CONNECTIONS:
+            strangers = [each for each in self._sessions if not (each.proven or each.interrupted)]
+            if self.stopped:
                 sock.close()
                 return
-            self._sessions.add(session)
+            self._sessions[session] = None
+        if len(strangers) >= MAX_STRANGERS:
+            strangers[0].interrupt()
+            strangers[0].thread.join(_PAUSE_S)  # so that their threads are as few
         session.start()
 
 
@@ -151,6 +173,8 @@ class _Session:
         #: The group may still read memory, for good.
         self.in_flight = False
         self.interrupted = False
+        #: The peer has proved that it has the secret.
+        self.proven = False
         self.thread = native_thread(self._run, "rfork-collective-send")
 
     def start(self) -> None:
@@ -180,6 +204,7 @@ class _Session:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
             with self._socket:
                 opened = channel.accept(self._socket, self._sender.secret, time.monotonic() + _MESSAGE_S)
+                self._sender.trust(self)
                 self._admit(opened, messages.receive(opened, Join, time.monotonic() + _MESSAGE_S))
         except (Lost, messages.Refusal) as error:
             logger.debug("A receiver's connection ended: %s", error)
@@ -201,22 +226,25 @@ class _Session:
         if refused is not None:
             messages.send(opened, refused, time.monotonic() + _MESSAGE_S)
             return
-        logger.debug("A receiver joined: host=%s, lease=%s", opened.peer_host, join.lease)
         try:
+            logger.debug("A receiver joined: host=%s, lease=%s", opened.peer_host, join.lease)
             self._create(opened, time.monotonic() + min(join.timeout_s, _IDLE_S))
             while self._group is not None:
                 self._answer(opened, messages.receive(opened, Read, time.monotonic() + _IDLE_S))
         finally:
-            self._close()
-            self._sender.groups.release()
+            try:
+                self._close()
+            finally:
+                self._sender.groups.release()
 
     def _create(self, opened: Channel, deadline: float) -> None:
         with self._on_device(deadline) as free:
             if not free:
                 messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
                 return
-            messages.send(opened, Joined(), deadline)
-            self._group = self._sender.backend.create(SEED, opened, deadline)
+            bound = min(deadline, time.monotonic() + _CREATE_S)
+            messages.send(opened, Joined(), bound)
+            self._group = self._sender.backend.create(SEED, opened, bound)
         if self._sender.stopped:  # interrupt() may have come too early
             raise Lost("the seed closes")
 
@@ -228,6 +256,10 @@ class _Session:
                 messages.send(opened, Refused(text, "address"), time.monotonic() + _MESSAGE_S)
                 return
         total = sum(nbytes for _, nbytes in read.segments)
+        if total > MAX_BATCH_NBYTES:
+            text = f"a batch of {total} bytes is larger than {MAX_BATCH_NBYTES}"
+            messages.send(opened, Refused(text), time.monotonic() + _MESSAGE_S)
+            return
         deadline = time.monotonic() + min(read.timeout_s, _MESSAGE_S + total / _MIN_BYTES_PER_S)
         if not self._sender.sends.acquire(timeout=max(0.0, deadline - time.monotonic())):
             refused = Refused(f"the seed sends {MAX_SENDS} other batches", "busy")
@@ -240,35 +272,48 @@ class _Session:
 
     def _send(self, opened: Channel, pieces: list[Piece], deadline: float) -> None:
         with self._on_device(deadline) as free:
+            pass
+        if not free:
+            messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
+            return
+        messages.send(opened, Sending(), deadline)
+        # A capture waits for one part at most. Host memory is not divided: gloo divides it in its own way.
+        for part in parts(pieces) if self._sender.backend.captures else [pieces]:
+            self._send_part(part, deadline)
+        messages.send(opened, Sent(), time.monotonic() + _MESSAGE_S)
+
+    def _send_part(self, pieces: Sequence[Piece], deadline: float) -> None:
+        with self._on_device(min(deadline, time.monotonic() + STALL_S)) as free:  # the receiver waits no longer
             if not free:
-                messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
-                return
-            messages.send(opened, Sending(), deadline)
+                raise GroupFailed("graphs are captured in the middle of a batch", late=True)
             assert self._group is not None  # noqa: S101 - _admit
             try:
                 self._group.send(pieces, deadline)
             except GroupFailed:
-                self._close()  # within the block: it uses the device
+                self._end_group()  # within the block: it uses the device
                 raise
-        messages.send(opened, Sent(), time.monotonic() + _MESSAGE_S)
 
     def _close(self) -> None:
+        if self._group is not None:
+            # A seed that stops closes its groups before a capture begins: vllm_compat/weight_changes.py.
+            with self._on_device(time.monotonic() + _IDLE_S):
+                self._end_group()
+
+    def _end_group(self) -> None:
         group, self._group = self._group, None
         if group is None:
             return
-        # A seed that stops closes its groups before a capture begins: vllm_compat/weight_changes.py.
-        with self._on_device(time.monotonic() + (0.0 if self._sender.stopped else _IDLE_S)):
-            try:
-                group.close()
-            except GroupFailed as error:
-                self.in_flight = error.in_flight
-                logger.warning("A receiver's transfer group cannot be closed: %s", error)
+        try:
+            group.close()
+        except Exception as error:  # noqa: BLE001 - whatever failed: the memory may still be read
+            self.in_flight = getattr(error, "in_flight", True)
+            logger.warning("A receiver's transfer group cannot be closed: %s", error)
 
     def _on_device(self, deadline: float) -> AbstractContextManager[bool]:
         """Keep captures away for the block; False if one does not end before ``deadline``."""
         if not self._sender.backend.captures:
             return nullcontext(True)
-        return gate.working(deadline - time.monotonic())
+        return gate.working(deadline - time.monotonic(), given_up=lambda: self._sender.stopped)
 
 
 _CAPTURING = Refused("the seed captures graphs", "busy")

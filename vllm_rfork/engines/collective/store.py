@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import Store
-
 from vllm_rfork.engines.collective.channel import Channel, Lost
 from vllm_rfork.engines.collective.messages import Share, receive, send
+
+try:
+    from torch.distributed import Store
+except ImportError:  # imported all the same, by what lists modules
+    Store = object
 
 #: Values that a peer may publish.
 _MAX_VALUES = 64
