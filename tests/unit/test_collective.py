@@ -698,7 +698,11 @@ def test_a_lane_to_another_kind_of_device_is_known_before_connecting() -> None:
 @pytest.mark.parametrize("host", ["192.0.2.1", "a" * 64 + ".example"])
 def test_an_address_of_another_machine_is_refused_with_the_remedy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Backend] = []
-    monkeypatch.setattr(GlooBackend, "close", lambda backend: closed.append(backend))
+
+    def close(backend: Backend) -> None:
+        closed.append(backend)
+
+    monkeypatch.setattr(GlooBackend, "close", close)
     engine = CollectiveEngine()
     with pytest.raises(EngineError, match="rfork_seed_advertise_host"):
         engine.open(EngineConfig("cpu", host=host))
