@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_rfork.engines.base import EngineConfig
+from vllm_rfork.engines.cuda_ipc import engine as cuda_ipc_engine
 from vllm_rfork.engines.cuda_ipc import obstacles
-from vllm_rfork.engines.cuda_ipc.driver import HANDLE_NBYTES
+from vllm_rfork.engines.cuda_ipc.driver import HANDLE_NBYTES, NAME
 from vllm_rfork.engines.cuda_ipc.endpoint import Allocation, Endpoint, boot_id, encode
 from vllm_rfork.engines.cuda_ipc.engine import CudaIpcEngine
 from vllm_rfork.engines.cuda_ipc.peer import MappedPeer
+from vllm_rfork.engines.cuda_ipc.streams import CopyStreams
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.segments import Segment
 
@@ -106,3 +111,80 @@ def test_a_gpu_that_the_driver_does_not_list_is_left_to_the_driver(
     """A container's list may be incomplete although its device files are there."""
     monkeypatch.setattr(obstacles, "GPUS", tmp_path)
     assert obstacles.obstacle(endpoint(), "here") is None
+
+
+class Driver:
+    """A driver whose first stream cannot be queried, and whose second one copies until ``busy`` is cleared."""
+
+    def __init__(self, code: str) -> None:
+        self.made = 0
+        self.code: str | None = code
+        self.busy = True
+
+    def new_stream(self) -> int:
+        self.made += 1
+        return self.made
+
+    def allocate_host(self, nbytes: int) -> int:
+        return 0
+
+    def is_idle(self, stream: int) -> bool:
+        if stream == 1 and self.code is not None:
+            raise EngineError(NAME, "read", "a copy failed", code=self.code)
+        return stream > 2 or not self.busy
+
+
+@pytest.mark.parametrize("code", ["CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "CUDA_ERROR_ILLEGAL_ADDRESS"])
+def test_the_failure_of_one_stream_says_nothing_about_the_others(code: str) -> None:
+    driver = Driver(code)
+    streams = CopyStreams(driver, lambda: None)  # type: ignore[arg-type]
+    for wait in (lambda: streams.wait(time.monotonic() + 0.1, "read"), lambda: streams.drain(0.1)):
+        with pytest.raises(EngineError) as caught:
+            wait()
+        assert caught.value.in_flight
+
+
+def test_a_failure_for_good_ends_its_stream_and_another_one_does_not() -> None:
+    driver = Driver("CUDA_ERROR_ILLEGAL_ADDRESS")
+    driver.busy = False
+    streams = CopyStreams(driver, lambda: None)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="a copy failed") as caught:
+        streams.wait(time.monotonic() + 20.0, "read")
+    assert not caught.value.in_flight
+    streams.drain(20.0)
+    driver.code = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+    with pytest.raises(EngineError) as caught:
+        streams.wait(time.monotonic() + 0.1, "read")
+    assert caught.value.in_flight
+    driver.code = None
+    streams.wait(time.monotonic() + 20.0, "read")
+
+
+def test_a_seed_that_is_too_slow_to_connect_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = CudaIpcEngine()
+    unmapped: list[Any] = []
+
+    class Context:
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    engine._driver = SimpleNamespace(current=lambda operation: Context())  # type: ignore[assignment]
+
+    def late(deadline: float, operation: str) -> None:
+        raise EngineError(NAME, operation, "the copies did not end in time", in_flight=True)
+
+    engine._streams = SimpleNamespace(  # type: ignore[assignment]
+        queue=lambda copies: None, queue_identity=lambda page: None, wait=late, saw=lambda identity: True
+    )
+    peer = SimpleNamespace(page=0, identity=b"", unmap=unmapped.append)
+    monkeypatch.setattr(cuda_ipc_engine, "decode", lambda text: None)
+    monkeypatch.setattr(cuda_ipc_engine, "obstacle", lambda *_: None)
+    monkeypatch.setattr(cuda_ipc_engine, "map_peer", lambda *_: peer)
+    with pytest.raises(EngineError) as first:
+        engine.connect("one seed", 0.1)
+    assert not first.value.in_flight
+    with pytest.raises(EngineError) as second:
+        engine.connect("another seed", 0.1)
+    assert not second.value.in_flight
+    assert unmapped == [], "a copy may still read the mapping"
+    assert len(engine._late) == 2

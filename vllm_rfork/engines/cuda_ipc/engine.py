@@ -58,6 +58,7 @@ class CudaIpcEngine(TransferEngine):
         self._table = RegionTable(NAME)
         self._allocations: dict[int, Allocation] = {}
         self._peers: dict[str, MappedPeer] = {}
+        self._late: list[MappedPeer] = []  # their identity may still be read
         self._streams: CopyStreams | None = None
         self._page = 0
         self._identity = b""
@@ -153,8 +154,11 @@ class CudaIpcEngine(TransferEngine):
             try:
                 self._copy(peer, [], "connect", time.monotonic() + timeout_s)
             except EngineError as error:
-                error.in_flight = False
-                peer.unmap(driver)
+                if error.in_flight:  # only the identity, to memory of this engine
+                    error.in_flight = False
+                    self._late.append(peer)
+                else:
+                    peer.unmap(driver)
                 raise
             self._peers[endpoint] = peer
 
@@ -167,8 +171,14 @@ class CudaIpcEngine(TransferEngine):
                 raise not_connected(NAME, "read")
             self._table.check_local(segments)
             copies = peer.copies(segments, self._allocations)
-            if copies:
+            if not copies:
+                return
+            try:
                 self._copy(peer, copies, "read", deadline)
+            except EngineError as error:
+                if error.in_flight:  # only `close` is left
+                    self._stuck = error.text
+                raise
 
     def disconnect(self, endpoint: str) -> None:
         """Unmap the peer's memory; does nothing on an engine that is closed or stuck."""
@@ -228,21 +238,11 @@ class CudaIpcEngine(TransferEngine):
             self._streams.queue(copies)
             self._streams.queue_identity(peer.page)
         except EngineError:
-            self._wait(deadline, operation)  # the copies that were queued must not arrive later
+            self._streams.wait(deadline, operation)  # the copies that were queued must not arrive later
             raise
-        self._wait(deadline, operation)
+        self._streams.wait(deadline, operation)
         if not self._streams.saw(peer.identity):
             raise EngineError(NAME, operation, "the seed has closed", retry_elsewhere=True, side="seed")
-
-    def _wait(self, deadline: float, operation: str) -> None:
-        """Wait for the copies; if they are given up, only ``close`` is left."""
-        assert self._streams is not None  # noqa: S101 - created with the driver
-        try:
-            self._streams.wait(deadline, operation)
-        except EngineError as error:
-            if error.in_flight:
-                self._stuck = error.text
-            raise
 
     def _shut(self) -> None:
         driver = self._driver
@@ -253,9 +253,9 @@ class CudaIpcEngine(TransferEngine):
             if streams is not None:
                 streams.drain(self._timeout_s)
             driver.write(self._page, bytes(IDENTITY_NBYTES), "close")
-            for peer in self._peers.values():
+            for peer in (*self._peers.values(), *self._late):
                 peer.unmap(driver)
-            self._peers = {}
+            self._peers, self._late = {}, []
             driver.free(self._page)
             if streams is not None:
                 streams.destroy()

@@ -13,6 +13,28 @@ from vllm_rfork.errors import EngineError
 #: Copies of one stream follow each other with a gap of some microseconds; those of several fill each other's gaps. On
 #: two H200, 14 GiB in 2000 tensors read at 257 GB/s with one.
 STREAMS = 4
+#: After these the context is lost, with every stream of it: nothing in it copies any more. After others copies may go
+#: on, such as after a query that a capture forbids.
+_LOST = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ASSERT",
+        "CONTAINED",
+        "CONTEXT_IS_DESTROYED",
+        "ECC_UNCORRECTABLE",
+        "EXTERNAL_DEVICE",
+        "HARDWARE_STACK_ERROR",
+        "ILLEGAL_ADDRESS",
+        "ILLEGAL_INSTRUCTION",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "MISALIGNED_ADDRESS",
+        "NVLINK_UNCORRECTABLE",
+        "TENSOR_MEMORY_LEAK",
+    )
+)
 #: Between two looks at the streams, in seconds. A batch of 2 GiB takes 5 ms.
 _PAUSE_S = 0.00005
 
@@ -55,12 +77,17 @@ class CopyStreams:
         """Wait until every queued copy is done.
 
         Raises:
-            EngineError: a copy failed; or they take too long, then with ``in_flight``.
+            EngineError: a copy failed; or some may not have ended, then with ``in_flight``.
         """
-        while not self._are_idle():
+        while True:
+            ended, failure = self._look()
+            if ended and failure is None:
+                return
+            if ended and failure is not None:
+                raise failure
             why = self._stopped()
             if why is None and time.monotonic() >= deadline:
-                why = "the copies did not end in time"
+                why = "the copies did not end in time" + (f": {failure.text}" if failure is not None else "")
             if why is not None:
                 raise EngineError(
                     NAME, operation, why, code="timeout", in_flight=True, retry_elsewhere=True, side="unknown"
@@ -74,12 +101,7 @@ class CopyStreams:
             EngineError: it does not end (``in_flight``).
         """
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                if self._are_idle():
-                    return
-            except EngineError:  # a copy failed: the context is lost, and nothing in it writes any more
-                return
+        while not self._look()[0]:
             if time.monotonic() >= deadline:
                 raise EngineError(NAME, "close", "the copies of a read do not end", code="timeout", in_flight=True)
             time.sleep(_PAUSE_S)
@@ -90,5 +112,13 @@ class CopyStreams:
             self._driver.destroy_stream(stream)
         self._driver.free_host(self._seen)
 
-    def _are_idle(self) -> bool:
-        return all(self._driver.is_idle(stream) for stream in self._streams)
+    def _look(self) -> tuple[bool, EngineError | None]:
+        """True if every stream is idle or failed for good; and the first failure of this look."""
+        ended, failure = True, None
+        for stream in self._streams:
+            try:
+                ended &= self._driver.is_idle(stream)
+            except EngineError as error:
+                ended &= error.code in _LOST
+                failure = failure or error
+        return ended, failure
