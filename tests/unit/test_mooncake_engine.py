@@ -303,6 +303,8 @@ def test_a_call_that_never_returns_keeps_the_memory(monkeypatch: pytest.MonkeyPa
     with pytest.raises(EngineError) as caught:
         engine.close()
     assert (caught.value.operation, caught.value.in_flight) == ("close", True)
+    Native.hang.set()
+    engine.close()
     engine.close()
 
 
@@ -338,3 +340,26 @@ def test_the_distributions_are_those_of_the_extras() -> None:
     extras = dict(re.findall(r'^(mooncake-[\w-]+) = \["([\w-]+)>', text, re.MULTILINE))
     assert sorted(extras.values()) == sorted(ENGINES["mooncake"].packages)
     assert {extra for each in wheels._EXTRAS.values() for extra in each} <= set(extras)
+
+
+def test_a_second_close_does_not_claim_that_the_read_has_ended(
+    pair: tuple[MooncakeEngine, str, int, int],
+) -> None:
+    engine, endpoint, source, target = pair
+    engine._timeout_s = 0.3
+    Native.codes["read"] = ["hang"]
+    with pytest.raises(EngineError) as caught:
+        engine.read(endpoint, [Segment(target, source, NBYTES)], 0.3)
+    assert caught.value.in_flight
+    for _ in range(2):
+        with pytest.raises(EngineError) as caught:
+            engine.close()
+        assert caught.value.in_flight
+
+
+def test_an_engine_that_does_not_open_is_destroyed() -> None:
+    Native.codes["register"] = [-1]
+    with pytest.raises(EngineError) as caught:
+        MooncakeEngine().open(CONFIG)
+    assert caught.value  # its traceback has the frames
+    assert Native.living == 0

@@ -137,8 +137,12 @@ class MooncakeEngine(TransferEngine):
             at = ctypes.addressof(ctypes.c_char.from_buffer(page))
             native = NativeEngine(load_engine_class(kind), config.device, page)
             bound = self._bound(config.timeout_s)
-            port = native.initialize(address, protocol, bound)
-            _register(native, [Region(at, len(page))], bound)
+            try:
+                port = native.initialize(address, protocol, bound)
+                _register(native, [Region(at, len(page))], bound)
+            except EngineError:
+                native.destroy(0.0)  # it listens already; after a call that goes on, it ends with that call
+                raise
             self._native, self._page, self._page_at = native, page, at
             self._own = Endpoint(
                 session=f"{address}:{port}",
@@ -243,7 +247,7 @@ class MooncakeEngine(TransferEngine):
             self._busy.release()
 
     def _destroy(self) -> None:
-        native, self._native = self._native, None
+        native = self._native
         if native is None:  # another thread closed first
             return
         # A peer that still has this engine's endpoint must not read later memory as weights.
@@ -253,6 +257,7 @@ class MooncakeEngine(TransferEngine):
         self._spans.clear()
         if not native.destroy(self._timeout_s):
             raise still_called(NAME)
+        self._native = None
 
     def _opened(self) -> Endpoint:
         assert self._own is not None  # noqa: S101 - set with the native engine

@@ -95,6 +95,7 @@ class NativeEngine:
         self._calls: list[concurrent.futures.Future[Any]] = []
         self._engine: Any = None
         self._engine = _translated("open", engine_class)
+        self._living = weakref.ref(self._engine)
 
     def initialize(self, host: str, protocol: str, bound: Bound) -> int:
         """Start the engine; returns the port of its handshakes."""
@@ -134,16 +135,15 @@ class NativeEngine:
         return future.result()
 
     def destroy(self, timeout_s: float) -> bool:
-        """End the engine and every read in it.
+        """End the engine and every read in it. May be called again.
 
         Returns:
             False if a call still runs after ``timeout_s`` seconds: the engine ends with it, on its thread.
         """
         concurrent.futures.wait(self._calls, timeout_s)
-        self._calls = []
-        gone = weakref.ref(self._engine)
+        self._calls = [each for each in self._calls if not each.done()]
         self._engine = None
-        return gone() is None
+        return self._living() is None
 
 
 def _translated(operation: str, function: Callable[[], Any]) -> Any:
