@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_rfork.selftest import connecting, offer
 from vllm_rfork.selftest.attempts import Attempt, Outcome, in_order
 from vllm_rfork.selftest.report import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, report
 from vllm_rfork.selftest.roles import FRESH, Result, Trial, buffer_sizes
@@ -200,3 +203,19 @@ def test_buffer_sizes_add_up(nbytes: int) -> None:
     sizes = buffer_sizes(nbytes)
     assert sum(sizes) == nbytes
     assert min(sizes) > 0
+
+
+def test_a_serving_host_controls_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = "\x1b]0;owned\x07\nFAKE LINE"
+    made = offer.Offer(offer.VERSION, "c", "cpu" + evil, offer.Host("", None), [offer.Seed("memory", reason=evil)])
+
+    async def fetch(*_: Any) -> offer.Offer:
+        return made
+
+    async def tell(*_: Any) -> None: ...
+
+    monkeypatch.setattr(connecting, "SeedHttp", lambda *_: None)
+    monkeypatch.setattr(connecting, "_fetch", fetch)
+    monkeypatch.setattr(connecting, "_tell", tell)
+    report = connecting.connect("h:1", Trial("memory"), ["memory"], SimpleNamespace(), setting="memory")  # type: ignore[arg-type]
+    assert all(line.isprintable() for line in report.lines), report.lines

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vllm_rfork.clients.seed_http import SeedHttp
 from vllm_rfork.errors import SeedError
-from vllm_rfork.logs.quoting import printable
+from vllm_rfork.logs.quoting import MAX_MESSAGE, printable
 from vllm_rfork.net.client import Answer
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.selftest import offer
@@ -40,13 +40,13 @@ def connect(
         found = asyncio.run(_fetch(http, address, trial.nbytes))
     except (SeedError, offer.UnusableOffer, _Unreachable) as error:
         return Report(FAILED, [f"{title}: {error}"])
-    title = f"selftest {setting}: {found.device} of {address} -> {trial.device} of this host"
+    title = f"selftest {setting}: {printable(found.device)} of {address} -> {trial.device} of this host"
     seeds = {seed.engine: seed for seed in found.seeds}
 
     def attempt(bounded: Trial, deadline: float) -> Attempt:
         seed = seeds.get(bounded.engine, Seed(bounded.engine, reason="it was not started with this engine"))
         if seed.published is None:
-            return Attempt(bounded.engine, "refused", f"on the serving host: {seed.reason}")
+            return Attempt(bounded.engine, "refused", f"on the serving host: {printable(seed.reason, MAX_MESSAGE)}")
         return from_elsewhere(bounded, seed.published, deadline)
 
     trials = [replace(trial, engine=engine) for engine in engines]
