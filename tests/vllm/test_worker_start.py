@@ -72,3 +72,22 @@ def test_the_plugin_observes_every_worker() -> None:
 
     register()
     assert hasattr(WorkerBase.__init__, worker_start._MARK)
+
+
+def test_a_worker_of_a_vllm_that_differs_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its load format is."""
+    from vllm.v1.worker import worker_base
+
+    class Worker:
+        def __init__(self, vllm_config: Any) -> None:
+            self.vllm_config = vllm_config
+
+    def never(*facts: Any) -> None:
+        raise AssertionError(facts)
+
+    monkeypatch.setattr(worker_base, "WorkerBase", Worker)
+    observe_worker_start("rfork", never, never)
+    assert hasattr(Worker.__init__, worker_start._MARK)
+    Worker(None)
+    monkeypatch.delattr(worker_base, "WorkerBase")
+    observe_worker_start("rfork", never, never)

@@ -28,27 +28,37 @@ def observe_worker_start(
 ) -> None:
     """Call back in each worker of ``load_format``. Idempotent.
 
-    An error of a callback is logged at DEBUG and changes nothing for the worker.
+    An error, of a callback or of a vLLM that differs, is logged at DEBUG and changes nothing for the worker.
 
     Args:
         configured: called with the loader's extra config and the type of device, before the device is touched.
         device_ready: called with the device, after the worker's ``init_device``, on the same thread.
     """
+    _quietly(lambda: _observe(load_format, configured, device_ready))
+
+
+def _observe(
+    load_format: str,
+    configured: Callable[[Mapping[str, Any], str], object],
+    device_ready: Callable[[torch.device], object],
+) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     original = WorkerBase.__init__
     if hasattr(original, _MARK):
         return
 
+    def observe(worker: Any) -> None:
+        config = worker.vllm_config
+        if str(config.load_config.load_format).lower() != load_format:
+            return
+        _after_init_device(worker, lambda: _quietly(lambda: device_ready(target_device(config))))
+        configured(config.load_config.model_loader_extra_config, target_device(config).type)
+
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if str(self.vllm_config.load_config.load_format).lower() != load_format:
-            return
-        config = self.vllm_config
-        given = config.load_config.model_loader_extra_config
-        _quietly(lambda: configured(given, target_device(config).type))
-        _after_init_device(self, lambda: _quietly(lambda: device_ready(target_device(config))))
+        _quietly(lambda: observe(self))
 
     setattr(__init__, _MARK, True)
     setattr(WorkerBase, "__init__", __init__)  # noqa: B010 - a plain assignment to a method does not type-check
