@@ -56,3 +56,48 @@ def test_no_engine_is_lost_if_one_opens_with_an_error_of_another_kind(pair: Pair
     opened = engines._handles["alpha"].opened()
     assert engines.hand_over() == [opened]
     opened.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "new"),
+    [
+        (EngineError("alpha", "connect", "it did not answer in time"), True),
+        (EngineError("alpha", "register", "no"), True),
+        (EngineError("alpha", "connect", "the seed is gone", side="seed"), False),
+        (EngineError("alpha", "connect", "the seed is elsewhere", code="lane"), False),
+    ],
+)
+def test_a_seed_gets_a_new_engine_for_one_that_may_refuse_all_calls(pair: Pair, error: EngineError, new: bool) -> None:
+    Alpha.script[error.operation] = raises(error)
+    engines = pair.engines("alpha", "beta")
+    assert pair.connect(engines, pair.remote("alpha", "beta")).handle.name == "beta"
+    failed = engines._handles["alpha"].opened()
+    handed = engines.hand_over()
+    assert [engine.name for engine in handed] == ["alpha", "beta"]
+    assert (handed[0] is not failed) is new
+    for engine in handed:
+        engine.close()
+
+
+def test_an_engine_that_has_connected_since_is_not_replaced(pair: Pair) -> None:
+    Alpha.script["connect"] = raises(EngineError("alpha", "connect", "it did not answer in time"))
+    engines = pair.engines("alpha")
+    with pytest.raises(EngineError):
+        pair.connect(engines, pair.remote("alpha"))
+    Alpha.script.clear()
+    lane = pair.connect(engines, pair.remote("alpha"))
+    assert engines.hand_over() == [lane.engine]
+    lane.engine.close()
+
+
+def test_engines_that_take_long_to_close_cost_the_time_of_one(pair: Pair) -> None:
+    for engine in (Alpha, Beta, Gamma):
+        engine.script["close"] = lambda: time.sleep(0.8)
+    engines = pair.engines("alpha", "beta", "gamma")
+    for name in engines.order:
+        engines._handles[name].opened()
+    started = time.monotonic()
+    engines.close()
+    assert time.monotonic() - started < 1.5
+    for engine in (Alpha, Beta, Gamma):
+        engine.script.clear()

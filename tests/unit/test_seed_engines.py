@@ -176,11 +176,47 @@ def test_closing_goes_on_after_an_engine_that_cannot_be_closed(
 ) -> None:
     engines = [Engine("nixl", fails="close badly"), Engine("cuda_ipc"), Engine("collective", fails="close")]
     made, _ = offer(*engines)
-    made.close(MEMORY)
-    made.close(MEMORY)
+    made.close(MEMORY, BOUND_S)
+    made.close(MEMORY, BOUND_S)
     assert [engine.closed for engine in engines] == [1, 1, 1]
-    assert quarantine == [(engines[0], MEMORY), (engines[2], MEMORY)]
+    assert sorted(quarantine, key=lambda kept: engines.index(kept[0])) == [(engines[0], MEMORY), (engines[2], MEMORY)]
     assert sum("stay allocated" in record.getMessage() for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("bound_s", [BOUND_S, 0.3])
+def test_engines_that_take_long_to_close_cost_the_time_of_one(
+    bound_s: float, quarantine: list[tuple[TransferEngine, Any]]
+) -> None:
+    class Slow(Engine):
+        def close(self) -> None:
+            time.sleep(1.0)
+            raise EngineError(self.name, "close", "a native call does not return", in_flight=True)
+
+    made = SeedEngines([Slow(name) for name in "abcd"])
+    started = time.monotonic()
+    made.close(MEMORY, bound_s)
+    assert time.monotonic() - started < min(bound_s, 1.0) + 0.7
+    deadline = time.monotonic() + 60
+    while len(quarantine) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert {memory for _, memory in quarantine} == {MEMORY}
+
+
+@pytest.mark.parametrize("odd", ["", "x" * 65])
+def test_an_engine_whose_name_receivers_refuse_is_left_out(odd: str) -> None:
+    """Names of entry points have no bound, and receivers refuse the whole manifest."""
+    engines = [Engine("nixl"), Engine(odd), Engine("collective")]
+    _, manifest = offer(*engines)
+    assert [each.engine for each in decode_manifest(encode_manifest(manifest)).endpoints] == ["nixl", "collective"]
+    assert engines[1].closed == 1
+
+
+def test_engines_beyond_those_that_receivers_read_are_left_out() -> None:
+    engines = [Engine(f"e{number}") for number in range(codec.MAX_ENGINES + 1)]
+    _, manifest = offer(*engines)
+    assert len(decode_manifest(encode_manifest(manifest)).endpoints) == codec.MAX_ENGINES
+    assert engines[-1].closed == 1
 
 
 def test_a_registration_that_hangs_is_given_up_and_its_memory_is_kept(
@@ -224,5 +260,5 @@ def test_a_withdrawal_does_not_wait_for_the_engines_that_are_left() -> None:
     with pytest.raises(SeedError, match="withdrawn"):
         made.register(REGIONS, MEMORY, BOUND_S, proceed)
     assert [engine.registrations for engine in engines] == [1, 0]
-    made.close(MEMORY)
+    made.close(MEMORY, BOUND_S)
     assert [engine.closed for engine in engines] == [1, 1]

@@ -34,11 +34,13 @@ class EngineHandle:
 
     Attributes:
         opening_s: seconds that opening took; 0 while it is not open.
+        doubtful: its last call failed, and not for the peer, so it may refuse all others: a seed needs a new one.
     """
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name
         self.opening_s = 0.0
+        self.doubtful = False
         self._config = config
         self._opening: concurrent.futures.Future[TransferEngine] | None = None
         self._began_at = 0.0
@@ -106,9 +108,9 @@ class EngineHandle:
 
     def renew(self) -> None:
         """Begin to open the engine for a seed: a new one after a discard, a close, a hand-over or a failure."""
-        if self._spent:
+        if self._spent or self.doubtful:
             self.close()
-            self._opening, self._spent = None, False
+            self._opening, self._spent, self.doubtful = None, False, False
         self.start_opening()
 
     def hand_over(self, timeout_s: float) -> TransferEngine:
@@ -192,6 +194,21 @@ def close_or_quarantine(engine: TransferEngine, memory: Any) -> None:
 def close_in_background(engine: TransferEngine, memory: Any) -> None:
     """As :func:`close_or_quarantine`, after a call that hangs and may hold the engine's lock."""
     start_on_thread(lambda: close_or_quarantine(engine, memory), "rfork-close")
+
+
+def call_together(calls: Sequence[Callable[[], None]], timeout_s: float) -> None:
+    """Make ``calls``, which close engines, at the same time, and wait for them up to ``timeout_s`` seconds.
+
+    Those that take longer go on in the background, and keep the memory that they refer to.
+    """
+    under_way = []
+    for call in calls:
+        try:
+            under_way.append(start_on_thread(call, "rfork-close"))
+        except RuntimeError:  # no thread can be started: too many, or the interpreter is ending
+            call()
+    if late := concurrent.futures.wait(under_way, timeout_s).not_done:
+        logger.warning("%d engines are not closed after %.1f s; that goes on in the background", len(late), timeout_s)
 
 
 def call_engine(engine: TransferEngine, operation: str, timeout_s: float, call: Callable[[], T]) -> T:

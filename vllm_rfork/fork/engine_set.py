@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from vllm_rfork.engines.base import EngineConfig, TransferEngine
 from vllm_rfork.engines.registry import engine_class
 from vllm_rfork.errors import EngineError, EngineUnavailable, RForkError
-from vllm_rfork.fork.engine_handle import GRACE_S, EngineHandle
+from vllm_rfork.fork.engine_handle import GRACE_S, EngineHandle, call_together
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 
@@ -139,18 +140,19 @@ class EngineSet:
 
     def close_if_registered(self) -> None:
         """Close the engines that have registrations, so that the registered memory may be freed."""
-        for handle in self._handles.values():
-            handle.close_if_registered()
+        self._together(EngineHandle.close_if_registered)
 
     def discard(self) -> None:
         """Record that a seed needs new engines, after a failed fork; close those that have registrations."""
-        for handle in self._handles.values():
-            handle.discard()
+        self._together(EngineHandle.discard)
 
     def close(self) -> None:
         """Close all engines, and with them every registration. Idempotent; waits for no engine that is being opened."""
-        for handle in self._handles.values():
-            handle.close()
+        self._together(EngineHandle.close)
+
+    def _together(self, close: Callable[[EngineHandle], None]) -> None:
+        calls = [functools.partial(close, handle) for handle in self._handles.values()]
+        call_together(calls, self.config.timeout_s + GRACE_S)
 
 
 def opened_first(order: Sequence[str]) -> list[str]:

@@ -133,8 +133,11 @@ class _Search:
                 self._note(obstacle, log=len(candidates) > 1)
         for number, candidate in enumerate(possible, start=1):
             try:
-                return self._connected(candidate, last=number == len(possible))
+                lane = self._connected(candidate, last=number == len(possible))
+                candidate.handle.doubtful = False
+                return lane
             except EngineError as error:
+                candidate.handle.doubtful = error.code != "lane" and error.side != "seed"
                 self._give_up(candidate, error)
                 self._note(error, log=len(candidates) > 1)
                 if candidate.handle.is_opening():

@@ -103,13 +103,20 @@ def _check_texts(manifest: Manifest) -> None:
 
 
 def _check_endpoints(manifest: Manifest) -> None:
+    if (obstacle := engines_obstacle(manifest)) is not None:
+        raise SeedError(f"the seed's manifest {obstacle}")
+
+
+def engines_obstacle(manifest: Manifest) -> str | None:
+    """The reason why receivers refuse the engines of ``manifest``: their number, or their names."""
     names = [each.engine for each in manifest.endpoints]
     if len(names) > MAX_ENGINES:
-        raise SeedError(f"the seed's manifest has endpoints of {len(names)} engines, this receiver reads {MAX_ENGINES}")
+        return f"has endpoints of {len(names)} engines; receivers read {MAX_ENGINES}"
     if not all(0 < len(name) <= MAX_ENGINE_NAME for name in names):
-        raise SeedError(f"an engine of the seed's manifest has a name of no or more than {MAX_ENGINE_NAME} characters")
+        return f"has an engine with a name of no or more than {MAX_ENGINE_NAME} characters"
     if len(set(names)) < len(names):
-        raise SeedError("the seed's manifest has two endpoints of one engine")
+        return "has two endpoints of one engine"
+    return None
 
 
 def _in_64_bits(number: int) -> bool:

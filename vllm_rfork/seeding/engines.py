@@ -10,9 +10,15 @@ import msgspec
 
 from vllm_rfork.engines.base import TransferEngine
 from vllm_rfork.errors import EngineError, ForkError
-from vllm_rfork.fork.engine_handle import EngineHangs, call_engine, close_in_background, close_or_quarantine
+from vllm_rfork.fork.engine_handle import (
+    EngineHangs,
+    call_engine,
+    call_together,
+    close_in_background,
+    close_or_quarantine,
+)
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.manifest.codec import encode_manifest, size_obstacle
+from vllm_rfork.manifest.codec import encode_manifest, engines_obstacle, size_obstacle
 from vllm_rfork.manifest.schema import EngineEndpoint, Manifest, Region
 
 logger = worker_logger(__name__)
@@ -57,7 +63,7 @@ class SeedEngines:
     def offer(self, manifest: Manifest, memory: Any, timeout_s: float) -> Manifest:
         """``manifest`` with the endpoints of all engines. That of ``manifest.engine`` remains first, if it is offered.
 
-        An endpoint that would make the manifest longer than receivers accept is left out.
+        An endpoint with which receivers would refuse the manifest is left out.
 
         Raises:
             ForkError: no engine is left; contains the failures of all.
@@ -68,7 +74,8 @@ class SeedEngines:
             if text is None:
                 continue
             endpoints = [*offered, EngineEndpoint(engine.name, text)]
-            obstacle = size_obstacle(encode_manifest(_with_endpoints(manifest, endpoints)))
+            possible = _with_endpoints(manifest, endpoints)
+            obstacle = engines_obstacle(possible) or size_obstacle(encode_manifest(possible))
             if obstacle is None:
                 offered = endpoints
             else:
@@ -83,11 +90,13 @@ class SeedEngines:
         for failure in failures:
             logger.info("engine %s is not offered to receivers: %s", failure.engine, failure)
 
-    def close(self, memory: Any) -> None:
-        """Close all engines. ``memory`` is kept until the process ends if one of them cannot release it."""
+    def close(self, memory: Any, timeout_s: float) -> None:
+        """Close all engines at the same time, and wait for them up to ``timeout_s`` seconds.
+
+        ``memory`` is kept until each of them has released it, or until the process ends if one cannot.
+        """
         engines, self._engines = self._engines, []
-        for engine in engines:
-            close_or_quarantine(engine, memory)
+        call_together([partial(close_or_quarantine, engine, memory) for engine in engines], timeout_s)
 
     def _attempt(self, engine: TransferEngine, memory: Any, timeout_s: float, call: Callable[[], T]) -> T | None:
         """The result of ``call``, or None after it failed and the engine was left out."""

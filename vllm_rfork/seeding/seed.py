@@ -164,8 +164,8 @@ class Seed:
     def withdraw(self, reason: str) -> None:
         """Stop being a seed, before ``reason`` changes the bytes. Idempotent; failures of single steps are logged.
 
-        Takes at most ``ready_timeout_s`` and a few times ``request_timeout_s``. A start that takes longer, in a native
-        call that hangs, ends by itself later: it serves and announces nothing any more.
+        Takes at most twice ``ready_timeout_s`` and a few times ``request_timeout_s``. A start that takes longer, in a
+        native call that hangs, ends by itself later: it serves and announces nothing any more.
         """
         self._withdrawing.set()
         service = self._parts.service
@@ -196,7 +196,7 @@ class Seed:
             self._attempt("stop the heartbeat", lambda: task.cancel(bound_s))
         if service is not None:
             self._attempt("stop the seed service", lambda: background().call(service.stop(), bound_s))
-        self.engines.close(self.keep)
+        self.engines.close(self.keep, self.config.ready_timeout_s)
         self.keep = None
         self.recheck = None
 
