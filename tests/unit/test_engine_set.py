@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 import pytest
 
-from tests.lane_engines import Alpha, Beta, Gamma, raises, recorded
+from tests.flow.memory_seed import NBYTES
+from tests.lane_engines import CALLS, Alpha, Beta, Gamma, raises, recorded
 from tests.unit.test_lanes import Pair, pair
-from vllm_rfork.errors import EngineError, ForkError
+from vllm_rfork.errors import EngineError, EngineUnavailable, ForkError
 from vllm_rfork.fork import engine_handle, engine_set
 
 __all__ = ["pair", "recorded"]
@@ -101,3 +103,75 @@ def test_engines_that_take_long_to_close_cost_the_time_of_one(pair: Pair) -> Non
     assert time.monotonic() - started < 1.5
     for engine in (Alpha, Beta, Gamma):
         engine.script.clear()
+
+
+def test_what_opens_quickly_and_the_first_other_engine_are_opened_at_once(pair: Pair) -> None:
+    engines = pair.engines("alpha", "beta", "gamma")
+    engines.start_opening()
+    engines.start_opening()
+    for name in ("alpha", "gamma"):
+        engines._handles[name].opened()
+    assert sorted(CALLS) == ["alpha open", "gamma open"]
+
+
+def test_a_worker_waits_for_one_engine_and_opens_another_if_the_first_ones_fail(pair: Pair) -> None:
+    Alpha.script["open"] = Gamma.script["open"] = raises(EngineError("x", "open", "no"))
+    pair.engines("alpha", "beta", "gamma").await_one()
+    assert "beta open" in CALLS
+
+
+def test_with_no_engine_at_all_the_error_is_the_engines(pair: Pair) -> None:
+    one, two = EngineError("alpha", "open", "first"), EngineUnavailable("beta", "second", hint="pip install it")
+    Alpha.script["open"], Beta.script["open"] = raises(one), raises(two)
+    with pytest.raises(EngineError) as caught:
+        pair.engines("alpha").await_one()
+    assert caught.value is one
+    with pytest.raises(EngineError, match=r"first.*second; pip install it"):
+        pair.engines("alpha", "beta").await_one()
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "level"),
+    [
+        (True, EngineUnavailable("alpha", "not here", hint="pip install it"), "WARNING"),
+        (False, EngineUnavailable("alpha", "not here", hint="pip install it"), "DEBUG"),
+        (True, EngineError("alpha", "open", "not here"), "WARNING"),
+        (False, EngineError("alpha", "open", "not here"), "INFO"),
+    ],
+)
+def test_an_engine_that_cannot_be_opened_is_reported_once(
+    pair: Pair, named: bool, error: EngineError, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    Alpha.script["open"] = raises(error)
+    engines = pair.engines("alpha", "beta", named=named)
+    engines.await_one()
+    assert pair.connect(engines, pair.remote("alpha", "beta")).handle.name == "beta"
+    assert [engine.name for engine in engines.hand_over()] == ["beta"]
+    told = [record.levelname for record in caplog.records if "the other engines are used" in record.getMessage()]
+    assert told == [level]
+
+
+def test_a_seed_gets_all_engines_that_open_with_the_forks_registrations(pair: Pair) -> None:
+    engines = pair.engines("gamma", "alpha", "beta")
+    pair.connect(engines, pair.remote("alpha"))
+    handed = engines.hand_over()
+    assert [(each.name, each.registered_nbytes) for each in handed] == [("gamma", 0), ("alpha", NBYTES), ("beta", 0)]
+    again = engines.hand_over()
+    assert not {id(each) for each in handed} & {id(each) for each in again}, "new ones"
+    for each in (*handed, *again):
+        each.close()
+
+
+def test_an_engine_that_is_late_is_left_out_and_closed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_rfork.fork.engine_set.GRACE_S", 0.0)
+    ends = threading.Event()
+    Alpha.script["open"] = lambda: ends.wait(20) and None
+    handed = pair.engines("alpha", "beta", timeout_s=0.5).hand_over()
+    assert [each.name for each in handed] == ["beta"]
+    ends.set()
+    deadline = time.monotonic() + 10
+    while "alpha close" not in CALLS:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    handed[0].close()
