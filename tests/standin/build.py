@@ -11,6 +11,7 @@ DEFAULT_OUT = ROOT / "build" / "standin"
 ACL = "libascendcl.so"
 P2P = "libp2p_standin.so"
 CUDA = "cuda/libcuda.so.1"
+NCCL = "cuda/libnccl.so.2"
 
 
 def build(out: Path = DEFAULT_OUT) -> Path:

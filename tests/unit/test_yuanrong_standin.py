@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.standin import build, wheels
+from vllm_rfork.engines.collective import cuda, nccl_library
 from vllm_rfork.engines.cuda_ipc import driver
 
 EXPORTED = {
@@ -35,8 +36,9 @@ EXPORTED = {
         "P2PRecv",
         "P2PGetCommAsyncError",
     },
-    # Of the CUDA driver: what engines/cuda_ipc calls.
-    build.CUDA: set(driver._SIGNATURES),
+    # Of the CUDA driver: what engines/cuda_ipc and engines/collective call, and the stand-in for NCCL.
+    build.CUDA: {*driver._SIGNATURES, driver._COPY_BATCH, *cuda._SIGNATURES, "cuLaunchHostFunc"},
+    build.NCCL: {*nccl_library._SIGNATURES, "ncclGetErrorString"},
 }
 
 

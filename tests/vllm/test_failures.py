@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import socket
 import sys
@@ -156,7 +157,10 @@ def test_an_engine_that_hangs(
         goes_on.set()
     assert (loaded.before, loaded.after) == (default_a.before, default_a.after)
     (warning,) = [line for line in rfork_log.warnings if "falling back" in line]
-    assert f"{operation} failed: no return within 6.0 s" in warning
+    waited = re.search(rf"{operation} failed: no return within ([0-9.]+) s", warning)
+    # The bound of a request with its grace, and on a busy machine what the fork's own bound leaves of it.
+    assert waited is not None, warning
+    assert 1.0 < float(waited[1]) <= 6.0, warning
     eventually(lambda: planner.leases() == 0, "no lease is left at the planner")
     eventually(lambda: not open_engines(), "the engine is closed once it can be")
 
