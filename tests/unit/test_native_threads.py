@@ -22,7 +22,6 @@ PYTHON_ONLY = {
     "testing/engine_worker.py": "a worker process of the contract suite, which ends by _exit if need be",
     "planner/resolver.py": "a C call of the resolver, on the planner's side",
     "manifest/checkpoint_identity.py": "file system calls and hashlib: C without C++ frames",
-    "engines/collective/sender.py": "accepts connections; what a library does runs on native threads",
     "engines/yuanrong/relay.py": "a process of its own that only copies between sockets",
     "engines/memory.py": "system calls of Python's ctypes",
 }
