@@ -75,7 +75,7 @@ class Sender:
         self._sessions: dict[_Session, None] = {}  # the oldest first
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         self._listening = socket.create_server(address[:2], family=family, backlog=MAX_STRANGERS)
-        self._thread = threading.Thread(target=self._listen, name="rfork-collective-listen", daemon=True)
+        self._thread = native_thread(self._listen, "rfork-collective-listen")  # it aborts groups
         try:
             self._thread.start()
         except RuntimeError:
