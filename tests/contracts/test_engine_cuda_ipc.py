@@ -212,7 +212,7 @@ def test_without_a_driver_the_engine_says_so() -> None:
     text = (
         "from vllm_rfork.engines.base import EngineConfig\n"
         "from vllm_rfork.engines.cuda_ipc import driver, engine\n"
-        "driver.LIBRARY = 'libcuda-that-is-not-there.so.1'\n"
+        "driver.CUDA_DRIVER = 'libcuda-that-is-not-there.so.1'\n"
         "engine.CudaIpcEngine().open(EngineConfig(device='cuda:0'))\n"
     )
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=240, check=False, capture_output=True)

@@ -47,36 +47,16 @@ class AnyGeneration(EngineContract):
     dead_peer_s: ClassVar[float] = 25.0
     close_may_keep_memory: ClassVar[bool] = True
 
-    @pytest.mark.parametrize(
-        ("local", "remote", "nbytes", "ours"),
-        [
-            pytest.param(0, 1, 2 * PAGE, False, id="beyond the remote end"),
-            pytest.param(0, -1, 10, False, id="before the remote start"),
-            pytest.param(0, 4 * PAGE, 10, False, id="nowhere near the remote region"),
-            pytest.param(1, 0, 2 * PAGE, True, id="beyond the local end"),
-            pytest.param(4 * PAGE, 0, 10, True, id="outside every local region"),
-        ],
-    )
-    def test_a_read_outside_a_registration_is_refused(  # type: ignore[override]
-        self, processes: Processes, local: int, remote: int, nbytes: int, ours: bool
+    def check_refused_batch(
+        self, error: EngineError, receiver: WorkerProcess, target: int, *, local_is_bad: bool
     ) -> None:
-        """The seed's engine authorizes item by item: the good items before may be written, and the error says so."""
-        seed, receiver = processes.two()
-        source, target = seed.alloc(8 * PAGE, seed=7), receiver.alloc(8 * PAGE)
-        seed.register([source + PAGE, 2 * PAGE])
-        receiver.register([target + PAGE, 2 * PAGE])
-        endpoint = seed.endpoint()
-        receiver.connect(endpoint)
-        good = [target + PAGE, source + PAGE, 16]
-        bad = [target + PAGE + local, source + PAGE + remote, nbytes]
-        with pytest.raises(EngineError) as caught:
-            receiver.read(endpoint, [good, bad])
-        self.check(caught.value, "read")
-        assert caught.value.in_flight is not ours
+        """The seed's engine authorizes item by item: items before a bad one may be written, and are in flight."""
+        self.check(error, "read")
+        assert error.in_flight is not local_is_bad
         receiver.close()
         got = receiver.peek(target, 0, 8 * PAGE)
         first = got[PAGE : PAGE + 16]
-        assert first == bytes(16) or (not ours and first == pattern(7, 8 * PAGE)[PAGE : PAGE + 16])
+        assert first == bytes(16) or (not local_is_bad and first == pattern(7, 8 * PAGE)[PAGE : PAGE + 16])
         assert got[:PAGE] + got[PAGE + 16 :] == bytes(8 * PAGE - 16)
 
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
-from aiohttp import web
 
+from tests.flow.granting_planner import GrantingPlanner
 from tests.flow.memory_seed import NBYTES, contents, digest_of, manifest_of, session_of
 from tests.unit.interop_planners import serve
 from vllm_rfork.clients import SeedClient
@@ -22,6 +22,7 @@ from vllm_rfork.errors import ForkError, SeedError, VerificationError
 from vllm_rfork.fork.session import Destination, ForkSession
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment
+from vllm_rfork.messages import SeedAddress
 from vllm_rfork.seed_service import SeedService
 from vllm_rfork.selftest.buffers import Buffer
 
@@ -45,10 +46,11 @@ class Taking:
     def close(self) -> None: ...
 
 
-class Fleet:
-    """One seed of this process, and a planner that grants it once and keeps every report."""
+class Fleet(GrantingPlanner):
+    """One seed of this process, and a planner that grants it once."""
 
     def __init__(self, offers: Callable[[Manifest], Manifest]) -> None:
+        super().__init__()
         self.buffer = Buffer("cpu", NBYTES)
         self.buffer.write(0, contents())
         self.engine = MemoryEngine()
@@ -58,39 +60,7 @@ class Fleet:
         served = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
         made = Manifest(**{**served, "epoch": "e1", "endpoint": self.engine.endpoint})
         self.service = SeedService(offers(made), bind_host="127.0.0.1")
-        self.grants = 1
-        self.reports: list[dict[str, str]] = []
-        self.reported = asyncio.Event()
         self.url = ""
-
-    def app(self) -> web.Application:
-        async def get_seed(request: web.Request) -> web.Response:
-            if not self.grants:
-                return web.Response(status=404)
-            self.grants -= 1
-            return web.Response(
-                headers={
-                    "SEED_IP": "127.0.0.1",
-                    "SEED_PORT": str(self.service.port),
-                    "SEED_RANK": "0",
-                    "USER_ID": "u1",
-                    "LEASE_TTL_SEC": "60",
-                }
-            )
-
-        async def put_seed(request: web.Request) -> web.Response:
-            self.reports.append({name: value for name, value in request.headers.items() if name.startswith("RFORK-")})
-            self.reported.set()
-            return web.Response()
-
-        async def other(request: web.Request) -> web.Response:
-            return web.Response()
-
-        app = web.Application()
-        app.router.add_get("/get_seed", get_seed)
-        app.router.add_post("/put_seed", put_seed)
-        app.router.add_route("*", "/{any}", other)
-        return app
 
     def session(self) -> ForkSession:
         return session_of(
@@ -108,7 +78,7 @@ class Fleet:
 async def fleet(offers: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> AsyncIterator[Fleet]:
     """A fleet whose seed publishes what ``offers`` makes of the manifest of its one engine."""
     made = Fleet(offers)
-    await made.service.start()
+    made.granted = [SeedAddress("127.0.0.1", await made.service.start(), 0)]
     async with serve(made.app()) as made.url:
         yield made
     await made.service.stop()

@@ -132,13 +132,13 @@ async def test_a_read_that_fails_is_not_repeated_by_another_engine() -> None:
     """The memory has been written to by then; another seed may be tried, and then storage."""
     Alpha.script["read"] = raises(EngineError("alpha", "read", "cut", in_flight=True, retry_elsewhere=True))
     async with fleet(under_names("alpha", "beta")) as made:
-        made.grants = 2
+        made.granted *= 2
         session = session_at(made, "alpha", "beta")
         with pytest.raises(EngineError, match="cut") as caught:
             await asyncio.to_thread(session.run, target_of(Buffer("cpu", NBYTES)))
         assert "alpha close" in CALLS
         await asyncio.to_thread(session.close)
-        assert made.grants == 1, "bytes may be in flight: no other seed"
+        assert len(made.granted) == 1, "bytes may be in flight: no other seed"
     assert (caught.value.retry_elsewhere, session.has_written) == (False, True)
     assert "beta connect" not in CALLS
 

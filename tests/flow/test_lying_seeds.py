@@ -16,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from aiohttp import web
 
+from tests.flow.granting_planner import GrantingPlanner
 from tests.flow.memory_seed import KEY, NBYTES, contents, manifest_of
 from tests.flow.test_fork_reports import Taking
 from tests.unit.interop_planners import serve
@@ -40,42 +40,13 @@ ORDERS = (["nixl", "memory"], ["memory", "nixl"])
 Altered = Callable[[Manifest], Manifest]
 
 
-class Fleet:
-    """An honest seed, and a planner that grants the seeds of ``granted`` one after another."""
+class Fleet(GrantingPlanner):
+    """An honest seed, and a planner."""
 
     def __init__(self, honest: SeedAddress, manifest: Manifest) -> None:
+        super().__init__()
         self.honest, self.manifest = honest, manifest
-        self.granted: list[SeedAddress] = []
-        self.reports: list[dict[str, str]] = []
         self.url = ""
-
-    def app(self) -> web.Application:
-        async def get_seed(request: web.Request) -> web.Response:
-            if not self.granted:
-                return web.Response(status=404)
-            seed = self.granted.pop(0)
-            return web.Response(
-                headers={
-                    "SEED_IP": seed.host,
-                    "SEED_PORT": str(seed.port),
-                    "SEED_RANK": "0",
-                    "USER_ID": f"u{len(self.granted)}",
-                    "LEASE_TTL_SEC": "60",
-                }
-            )
-
-        async def put_seed(request: web.Request) -> web.Response:
-            self.reports.append({name: value for name, value in request.headers.items() if name.startswith("RFORK-")})
-            return web.Response()
-
-        async def other(request: web.Request) -> web.Response:
-            return web.Response()
-
-        app = web.Application()
-        app.router.add_get("/get_seed", get_seed)
-        app.router.add_post("/put_seed", put_seed)
-        app.router.add_route("*", "/{any}", other)
-        return app
 
     @contextlib.asynccontextmanager
     async def liar(self, altered: Altered) -> AsyncIterator[None]:

@@ -212,14 +212,14 @@ def test_an_npu_is_selected_on_the_thread_of_each_call(monkeypatch: pytest.Monke
         selected.append((device.value, threading.current_thread().name))
         return 0
 
-    monkeypatch.setattr(ascend, "_runtime", lambda: SimpleNamespace(aclrtSetDevice=select))
+    monkeypatch.setattr(ascend, "ascend_runtime", lambda engine: SimpleNamespace(aclrtSetDevice=select))
     engine = MooncakeEngine()
     engine.open(EngineConfig(device="npu:3"))
     assert Native.calls[0][1][2] == "ascend"
     assert {number for number, _ in selected} == {3}
     assert all(name.startswith("rfork-mooncake-") for _, name in selected)
     engine.close()
-    monkeypatch.setattr(ascend, "_runtime", lambda: SimpleNamespace(aclrtSetDevice=lambda _: 507033))
+    monkeypatch.setattr(ascend, "ascend_runtime", lambda engine: SimpleNamespace(aclrtSetDevice=lambda _: 507033))
     with pytest.raises(EngineError, match="aclrtSetDevice"):
         engine.open(EngineConfig(device="npu:3"))
 
@@ -346,7 +346,7 @@ def test_a_second_close_does_not_claim_that_the_read_has_ended(
     pair: tuple[MooncakeEngine, str, int, int],
 ) -> None:
     engine, endpoint, source, target = pair
-    engine._timeout_s = 0.3
+    engine._calls.timeout_s = 0.3
     Native.codes["read"] = ["hang"]
     with pytest.raises(EngineError) as caught:
         engine.read(endpoint, [Segment(target, source, NBYTES)], 0.3)

@@ -48,7 +48,7 @@ class Engine(TransferEngine):
 
     def _fail(self, operation: str) -> None:
         if self.fails == operation:
-            raise EngineError(self.name, operation, "the test says so; try another machine")
+            raise EngineError(self.name, operation, "the test refuses; try another machine")
         if self.fails == f"{operation} badly":
             raise MemoryError("none left")
 

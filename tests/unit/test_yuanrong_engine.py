@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from vllm_rfork.engines import native_library
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.yuanrong import engine as yuanrong
 from vllm_rfork.engines.yuanrong import native as yuanrong_native
@@ -606,6 +607,6 @@ def test_a_runtime_that_gives_no_context_is_an_error(monkeypatch: pytest.MonkeyP
 
 
 def test_a_missing_runtime_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yuanrong_native, "ACL", "libascendcl-that-is-not-there.so")
+    monkeypatch.setattr(native_library, "ASCEND_RUNTIME", "libascendcl-that-is-not-there.so")
     with pytest.raises(EngineUnavailable, match=r"set_env\.sh"):
         AclRuntime()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from vllm_rfork.errors import EngineError
-from vllm_rfork.testing.engine_processes import Processes
+from vllm_rfork.testing.engine_processes import Processes, WorkerProcess
 from vllm_rfork.testing.engine_setup import PAGE, ContractSetup
 
 
@@ -27,7 +27,7 @@ class Refusals(ContractSetup):
     def test_a_read_outside_a_registration_is_refused(
         self, processes: Processes, local: int, remote: int, nbytes: int
     ) -> None:
-        """Nothing of the batch is written, not even of its good segments."""
+        """A bad segment refuses the whole batch; see :meth:`check_refused_batch`."""
         seed, receiver = processes.two()
         source, target = seed.alloc(8 * PAGE, seed=7), receiver.alloc(8 * PAGE)
         seed.register([source + PAGE, 2 * PAGE])
@@ -38,7 +38,18 @@ class Refusals(ContractSetup):
         bad = [target + PAGE + local, source + PAGE + remote, nbytes]
         with pytest.raises(EngineError) as caught:
             receiver.read(endpoint, [good, bad])
-        self.check(caught.value, "read", in_flight=False)
+        self.check_refused_batch(caught.value, receiver, target, local_is_bad=local != 0)
+
+    def check_refused_batch(
+        self, error: EngineError, receiver: WorkerProcess, target: int, *, local_is_bad: bool
+    ) -> None:
+        """Nothing of the batch is written, not even its good segment of 16 bytes at ``target + PAGE``.
+
+        Args:
+            target: 8 pages of zeros before the read.
+            local_is_bad: the bad segment is outside the receiver's registrations, not outside the seed's.
+        """
+        self.check(error, "read", in_flight=False)
         assert receiver.peek(target, 0, 8 * PAGE) == bytes(8 * PAGE)
 
     def test_a_read_across_two_adjacent_registrations_is_refused(self, processes: Processes) -> None:

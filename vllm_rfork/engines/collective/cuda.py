@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_rfork.engines.collective.group import GroupFailed
+from vllm_rfork.engines.native_library import CUDA_DRIVER, typed_library
 
 _NOT_READY = 600
 _NON_BLOCKING_STREAM = 1
@@ -40,15 +41,12 @@ class Cuda:
         index: the device's number within ``CUDA_VISIBLE_DEVICES``.
 
     Raises:
-        OSError: there is no driver.
+        OSError: there is no driver, or it lacks a function.
         GroupFailed: there is no such device.
     """
 
     def __init__(self, index: int) -> None:
-        self._library = ctypes.CDLL("libcuda.so.1")
-        for name, types in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = types, ctypes.c_int
+        self._library = typed_library(CUDA_DRIVER, _SIGNATURES)
         self._device = ctypes.c_int()
         self._context = _POINTER()
         self._call("cuInit", 0)

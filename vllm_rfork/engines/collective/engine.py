@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,8 @@ from vllm_rfork.engines.collective.group import LANES, Backend, GroupFailed, bac
 from vllm_rfork.engines.collective.messages import MAX_SEGMENTS
 from vllm_rfork.engines.collective.receiver import Peer
 from vllm_rfork.engines.collective.sender import MAX_BATCH_NBYTES, Sender
-from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
+from vllm_rfork.engines.one_caller import OneCaller
+from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable
@@ -46,9 +46,7 @@ class CollectiveEngine(TransferEngine):
     opens_quickly: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._busy = threading.Lock()
-        self._closing = False
-        self._stuck = ""  # why a read is in flight for good
+        self._calls = OneCaller(NAME)
         self._lease = ""
         self._backend: Backend | None = None
         self._sender: Sender | None = None
@@ -56,7 +54,6 @@ class CollectiveEngine(TransferEngine):
         self._pid = 0
         self._table = RegionTable(NAME)
         self._peers: dict[str, Peer] = {}
-        self._timeout_s = 30.0
 
     # -- the port ------------------------------------------------------------------------------------------------
 
@@ -96,11 +93,11 @@ class CollectiveEngine(TransferEngine):
         device_type = config.device.partition(":")[0]
         if device_type not in LANES:
             raise EngineError(NAME, "open", f"this engine cannot read the memory of {config.device}")
-        with self._exclusively("open", needs_open=False):
+        with self._calls.turn("open"):
             if self._sender is not None:
                 raise EngineError(NAME, "open", "it is open already")
             library = backend(config.device)
-            self._stuck, self._closing, self._timeout_s = "", False, config.timeout_s
+            self._calls.opened(config.timeout_s)
             secret = secrets.token_bytes(SECRET_NBYTES)
             try:
                 sender = Sender(library, config.host, secret, self._holds)
@@ -163,14 +160,14 @@ class CollectiveEngine(TransferEngine):
                 peer.read(segments, deadline)
             except EngineError as error:
                 if error.in_flight:
-                    self._stuck = error.text
+                    self._calls.stuck = error.text
                 elif not peer.usable:
                     del self._peers[endpoint]
                 raise
 
     def disconnect(self, endpoint: str) -> None:
         """Destroy the group; does nothing on an engine that is closed or stuck."""
-        if self._sender is None or self._stuck or endpoint not in self._peers:
+        if self._sender is None or self._calls.stuck or endpoint not in self._peers:
             return
         with self._exclusively("connect"):
             self._peers.pop(endpoint).close()
@@ -188,41 +185,29 @@ class CollectiveEngine(TransferEngine):
         """
         if self._sender is None:
             return
-        self._closing = True
+        self._calls.closing = True  # before the reads that are given up here
         for peer in list(self._peers.values()):
             peer.abort()
-        if not self._busy.acquire(timeout=self._timeout_s):
-            raise still_called(NAME)
-        try:
+        with self._calls.last_turn():
             self._shut()
-        finally:
-            self._busy.release()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_open: bool = True) -> Iterator[Backend]:
+    def _exclusively(self, operation: str, timeout_s: float = 0.0) -> Iterator[Backend]:
         """The backend, for one caller at a time."""
-        if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise busy(NAME, operation, retry_elsewhere=True)
-        try:
-            if needs_open and (self._sender is None or self._closing):
-                raise not_open(NAME, operation)
-            if needs_open and self._stuck:
-                raise given_up(NAME, operation, self._stuck)
-            yield self._backend  # type: ignore[misc]
-        finally:
-            self._busy.release()
+        with self._calls.turn(operation, timeout_s):
+            yield self._calls.usable(operation, None if self._sender is None else self._backend)
 
     def _holds(self, address: int, nbytes: int) -> bool:
-        return not self._closing and self._table.holds(address, nbytes)
+        return not self._calls.closing and self._table.holds(address, nbytes)
 
     def _shut(self) -> None:
         sender = self._sender
         if sender is None:  # another thread closed first
             return
         try:
-            sender.stop(self._timeout_s)
+            sender.stop(self._calls.timeout_s)
         except GroupFailed as error:
             raise EngineError(NAME, "close", str(error), code="timeout", in_flight=True) from error
         for peer in self._peers.values():
@@ -237,7 +222,7 @@ class CollectiveEngine(TransferEngine):
         """Close when the process exits: threads in native calls must not outlive Python."""
         if os.getpid() != self._pid:
             return  # a forked child, which shares the listener
-        self._timeout_s = min(self._timeout_s, 2.0)
+        self._calls.timeout_s = min(self._calls.timeout_s, 2.0)
         with suppress(EngineError):  # nothing is left to do
             self.close()
 

@@ -18,6 +18,7 @@ from vllm_rfork.engines.collective import device_group
 from vllm_rfork.engines.collective.channel import Channel
 from vllm_rfork.engines.collective.group import Backend, Group, GroupFailed
 from vllm_rfork.engines.collective.plan import Piece
+from vllm_rfork.engines.native_library import ASCEND_RUNTIME, typed_library
 from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline
 
 _ID_NBYTES = 4108
@@ -49,13 +50,7 @@ class _Calls:
     """
 
     def __init__(self, library: str, signatures: dict[str, tuple[Any, ...]]) -> None:
-        self._library = ctypes.CDLL(library)
-        try:
-            for name, types in signatures.items():
-                function = getattr(self._library, name)
-                function.argtypes, function.restype = types, ctypes.c_int
-        except AttributeError as error:
-            raise OSError(f"{library} is too old: {error}") from error
+        self._library = typed_library(library, signatures)
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """Call a function. Raises GroupFailed."""
@@ -67,7 +62,7 @@ class Ascend:
     """One NPU, through the runtime ``libascendcl.so``."""
 
     def __init__(self, index: int) -> None:
-        self._acl = _Calls("libascendcl.so", _ACL)
+        self._acl = _Calls(ASCEND_RUNTIME, _ACL)
         self._index = index
 
     @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_rfork.engines.collective.group import GroupFailed
 from vllm_rfork.engines.collective.plan import Piece
+from vllm_rfork.engines.native_library import typed_library
 
 LIBRARY = "libnccl.so.2"
 ID_NBYTES = 128
@@ -80,14 +81,8 @@ class Nccl:
 
     def __init__(self) -> None:
         importlib.import_module("torch")  # it loads its own NCCL, which must be the process's only one
-        self._library = ctypes.CDLL(LIBRARY)
-        try:
-            for name, types in _SIGNATURES.items():
-                function = getattr(self._library, name)
-                function.argtypes, function.restype = types, ctypes.c_int
-            self._library.ncclGetErrorString.restype = ctypes.c_char_p
-        except AttributeError as error:
-            raise OSError(f"{LIBRARY} is too old: {error}") from error
+        self._library = typed_library(LIBRARY, _SIGNATURES)
+        self._library.ncclGetErrorString.restype = ctypes.c_char_p
         version = ctypes.c_int()
         self._library.ncclGetVersion(ctypes.byref(version))
         self.version = version.value

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_rfork.engines.native_library import CUDA_DRIVER, typed_library
 from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable
 
 NAME = "cuda_ipc"
-LIBRARY = "libcuda.so.1"
 HANDLE_NBYTES = 64
 UUID_NBYTES = 16
 _NOT_READY = 600
@@ -92,13 +92,9 @@ def _library() -> Any:
         EngineUnavailable: it is missing, or lacks a function.
     """
     try:
-        library = ctypes.CDLL(LIBRARY)
-        for name, types in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = types, ctypes.c_int
-    except (OSError, AttributeError) as error:
+        return typed_library(CUDA_DRIVER, _SIGNATURES)
+    except OSError as error:
         raise EngineUnavailable(NAME, f"the CUDA driver cannot be loaded: {error}", hint=install_hint(NAME)) from error
-    return library
 
 
 class Driver:

@@ -10,7 +10,6 @@ The driver exports no memory of expandable segments, memory pools or vLLM's slee
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,8 @@ from vllm_rfork.engines.cuda_ipc.endpoint import (
 from vllm_rfork.engines.cuda_ipc.obstacles import ELSEWHERE, obstacle
 from vllm_rfork.engines.cuda_ipc.peer import MappedPeer, map_peer
 from vllm_rfork.engines.cuda_ipc.streams import CopyStreams
-from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
+from vllm_rfork.engines.one_caller import OneCaller
+from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
@@ -52,9 +52,7 @@ class CudaIpcEngine(TransferEngine):
 
     def __init__(self) -> None:
         self._driver: Driver | None = None
-        self._busy = threading.Lock()
-        self._closing = False
-        self._stuck = ""
+        self._calls = OneCaller(NAME)
         self._table = RegionTable(NAME)
         self._allocations: dict[int, Allocation] = {}
         self._peers: dict[str, MappedPeer] = {}
@@ -63,7 +61,6 @@ class CudaIpcEngine(TransferEngine):
         self._page = 0
         self._identity = b""
         self._boot = ""
-        self._timeout_s = 30.0
 
     # -- the port ------------------------------------------------------------------------------------------------
 
@@ -98,7 +95,7 @@ class CudaIpcEngine(TransferEngine):
         kind, _, index = config.device.partition(":")
         if kind != "cuda":
             raise EngineError(NAME, "open", f"this engine cannot read the memory of {config.device}")
-        with self._exclusively("open", needs_driver=False):
+        with self._calls.turn("open"):
             if self._driver is not None:
                 raise EngineError(NAME, "open", "it is open already")
             boot = boot_id()
@@ -108,8 +105,8 @@ class CudaIpcEngine(TransferEngine):
                 self._streams = CopyStreams(driver, self._stop_reason)
                 self._page = driver.allocate(_PAGE_NBYTES)
                 driver.write(self._page, self._identity)
-            self._boot, self._timeout_s = boot, config.timeout_s
-            self._closing, self._stuck = False, ""
+            self._boot = boot
+            self._calls.opened(config.timeout_s)
             self._driver = driver
 
     @property
@@ -177,12 +174,12 @@ class CudaIpcEngine(TransferEngine):
                 self._copy(peer, copies, "read", deadline)
             except EngineError as error:
                 if error.in_flight:  # only `close` is left
-                    self._stuck = error.text
+                    self._calls.stuck = error.text
                 raise
 
     def disconnect(self, endpoint: str) -> None:
         """Unmap the peer's memory; does nothing on an engine that is closed or stuck."""
-        if self._driver is None or self._stuck or endpoint not in self._peers:
+        if self._driver is None or self._calls.stuck or endpoint not in self._peers:
             return
         with self._exclusively("connect") as driver:
             self._peers.pop(endpoint).unmap(driver)
@@ -200,36 +197,21 @@ class CudaIpcEngine(TransferEngine):
         """
         if self._driver is None:
             return
-        self._closing = True
-        if not self._busy.acquire(timeout=self._timeout_s):
-            raise still_called(NAME)
-        try:
+        with self._calls.last_turn():
             self._shut()
-        finally:
-            self._busy.release()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_driver: bool = True) -> Iterator[Driver]:
+    def _exclusively(self, operation: str, timeout_s: float = 0.0) -> Iterator[Driver]:
         """The driver, for one caller at a time, with its context current on this thread."""
-        if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise busy(NAME, operation, retry_elsewhere=True)
-        try:
-            if not needs_driver:
-                yield self._driver  # type: ignore[misc]
-                return
-            if self._driver is None or self._closing:
-                raise not_open(NAME, operation)
-            if self._stuck:
-                raise given_up(NAME, operation, self._stuck)
-            with self._driver.current(operation):
-                yield self._driver
-        finally:
-            self._busy.release()
+        with self._calls.turn(operation, timeout_s):
+            driver = self._calls.usable(operation, self._driver)
+            with driver.current(operation):
+                yield driver
 
     def _stop_reason(self) -> str | None:
-        return "the engine is closing" if self._closing else None
+        return "the engine is closing" if self._calls.closing else None
 
     def _copy(self, peer: MappedPeer, copies: Sequence[tuple[int, int, int]], operation: str, deadline: float) -> None:
         """Make ``copies``, and compare the seed's identity after the last one: the same engine is still open."""
@@ -251,7 +233,7 @@ class CudaIpcEngine(TransferEngine):
         with driver.current("close"):
             streams = self._streams
             if streams is not None:
-                streams.drain(self._timeout_s)
+                streams.drain(self._calls.timeout_s)
             driver.write(self._page, bytes(IDENTITY_NBYTES), "close")
             for peer in (*self._peers.values(), *self._late):
                 peer.unmap(driver)

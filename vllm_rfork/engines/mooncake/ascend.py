@@ -6,23 +6,10 @@ Not seen on hardware.
 from __future__ import annotations
 
 import ctypes
-import functools
-from typing import Any
 
 from vllm_rfork.engines.mooncake.endpoint import NAME
-from vllm_rfork.errors import EngineError, EngineUnavailable
-
-
-@functools.cache
-def _runtime() -> Any:
-    try:
-        return ctypes.CDLL("libascendcl.so")
-    except OSError as error:
-        raise EngineUnavailable(
-            NAME,
-            f"the Ascend runtime cannot be loaded: {error}",
-            hint="source CANN's set_env.sh before the start, so that libascendcl.so is on the loader's path",
-        ) from error
+from vllm_rfork.engines.native_library import ascend_runtime
+from vllm_rfork.errors import EngineError
 
 
 def use_device(device: str) -> None:
@@ -35,6 +22,6 @@ def use_device(device: str) -> None:
     kind, _, index = device.partition(":")
     if kind != "npu":
         return
-    code = _runtime().aclrtSetDevice(ctypes.c_int32(int(index or 0)))
+    code = ascend_runtime(NAME).aclrtSetDevice(ctypes.c_int32(int(index or 0)))
     if code != 0:
         raise EngineError(NAME, "open", f"aclrtSetDevice({index or 0}) failed", code=f"acl {code}", side="receiver")

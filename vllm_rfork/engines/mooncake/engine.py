@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +45,8 @@ from vllm_rfork.engines.mooncake.native import Bound, NativeEngine, load_engine_
 from vllm_rfork.engines.mooncake.pieces import items
 from vllm_rfork.engines.mooncake.spans import Spans
 from vllm_rfork.engines.mooncake.wheels import device_of_machine
-from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open, still_called
+from vllm_rfork.engines.one_caller import OneCaller
+from vllm_rfork.engines.refusals import not_connected, still_called
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
@@ -80,16 +80,13 @@ class MooncakeEngine(TransferEngine):
         self._native: NativeEngine | None = None
         self._table = RegionTable(NAME)
         self._spans = Spans()
-        self._busy = threading.Lock()
-        self._closing = False
-        self._stuck = ""
+        self._calls = OneCaller(NAME)
         self._peers: dict[str, _Peer] = {}
         self._own: Endpoint | None = None
         # Peers compare the first slot; the others receive what is read from the peers' first slots.
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
         self._page_at = 0
         self._probes = 0
-        self._timeout_s = 30.0
 
     # -- the port ------------------------------------------------------------------------------------------------
 
@@ -126,12 +123,12 @@ class MooncakeEngine(TransferEngine):
         kind = config.device.partition(":")[0]
         if kind not in self.device_types:
             raise EngineError(NAME, "open", f"this engine cannot read the memory of {config.device}")
-        with self._exclusively("open", needs_engine=False):
+        with self._calls.turn("open"):
             if self._native is not None:
                 raise EngineError(NAME, "open", "it is open already")
             address = host.local_ipv4(NAME, config.host)
             protocol, identity = own_protocol(kind), uuid.uuid4().bytes
-            self._closing, self._stuck, self._timeout_s = False, "", config.timeout_s
+            self._calls.opened(config.timeout_s)
             page = mmap.mmap(-1, mmap.PAGESIZE)
             page[:IDENTITY_NBYTES] = identity
             at = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -167,7 +164,7 @@ class MooncakeEngine(TransferEngine):
             self._table.check_new(regions)
             spans = self._spans.new(regions, merge=self._opened().memory == "cpu")
             if spans:
-                self._remembering(lambda: _register(native, spans, self._bound(self._timeout_s)))
+                self._remembering(lambda: _register(native, spans, self._bound(self._calls.timeout_s)))
             self._spans.add(spans)
             self._table.add(regions)
 
@@ -220,31 +217,16 @@ class MooncakeEngine(TransferEngine):
         """
         if self._native is None:
             return
-        self._closing = True
-        if not self._busy.acquire(timeout=self._timeout_s):
-            raise still_called(NAME)
-        try:
+        with self._calls.last_turn():
             self._destroy()
-        finally:
-            self._busy.release()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _exclusively(
-        self, operation: str, timeout_s: float = 0.0, *, needs_engine: bool = True
-    ) -> Iterator[NativeEngine]:
+    def _exclusively(self, operation: str, timeout_s: float = 0.0) -> Iterator[NativeEngine]:
         """The native engine, for one caller at a time."""
-        if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise busy(NAME, operation, retry_elsewhere=True)
-        try:
-            if needs_engine and (self._native is None or self._closing):
-                raise not_open(NAME, operation)
-            if needs_engine and self._stuck:
-                raise given_up(NAME, operation, self._stuck)
-            yield self._native  # type: ignore[misc]
-        finally:
-            self._busy.release()
+        with self._calls.turn(operation, timeout_s):
+            yield self._calls.usable(operation, self._native)
 
     def _destroy(self) -> None:
         native = self._native
@@ -255,7 +237,7 @@ class MooncakeEngine(TransferEngine):
         self._own, self._peers = None, {}
         self._table.clear()
         self._spans.clear()
-        if not native.destroy(self._timeout_s):
+        if not native.destroy(self._calls.timeout_s):
             raise still_called(NAME)
         self._native = None
 
@@ -264,7 +246,7 @@ class MooncakeEngine(TransferEngine):
         return self._own
 
     def _bound(self, timeout_s: float) -> Bound:
-        return Bound(time.monotonic() + timeout_s, lambda: self._closing)
+        return Bound(time.monotonic() + timeout_s, lambda: self._calls.closing)
 
     def _remembering(self, call: Callable[[], None]) -> None:
         """``call``; if it leaves something in flight, only ``close`` is left."""
@@ -272,7 +254,7 @@ class MooncakeEngine(TransferEngine):
             call()
         except EngineError as error:
             if error.in_flight:
-                self._stuck = error.text
+                self._calls.stuck = error.text
             raise
 
     def _read(self, native: NativeEngine, peer: Endpoint, segments: Sequence[Segment], deadline: float) -> None:
@@ -285,7 +267,7 @@ class MooncakeEngine(TransferEngine):
         self, native: NativeEngine, peer: Endpoint, operation: str, columns: Sequence[list[int]], deadline: float
     ) -> None:
         """One native read; ``columns`` are local addresses, remote addresses and lengths."""
-        bound = Bound(deadline, lambda: self._closing)
+        bound = Bound(deadline, lambda: self._calls.closing)
         code = native.call(operation, "batch_transfer_sync_read", peer.session, *columns, bound=bound)
         if code != 0:
             raise EngineError(

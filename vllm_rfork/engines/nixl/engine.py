@@ -21,7 +21,6 @@ Settings: ``RFORK_NIXL_ALLOW_TCP`` (``EngineConfig.options`` or the environment)
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -49,7 +48,8 @@ from vllm_rfork.engines.nixl.peer import (
     this_process,
 )
 from vllm_rfork.engines.nixl.reader import THREADS, Reader
-from vllm_rfork.engines.refusals import busy, given_up, not_open
+from vllm_rfork.engines.one_caller import OneCaller
+from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.errors import EngineError
 from vllm_rfork.manifest.schema import Region
@@ -93,12 +93,9 @@ class NixlEngine(TransferEngine):
     def __init__(self) -> None:
         self._agent: Agent | None = None
         self._table = RegionTable(NAME)
-        self._busy = threading.Lock()
-        self._closing = False
-        self._stuck = ""
+        self._calls = OneCaller(NAME)
         self._peers: dict[str, _Peer] = {}
         self._own: Endpoint | None = None
-        self._timeout_s = 30.0
         # Peers compare the first slot; the others receive what is read from the peers' first slots.
         self._page = ctypes.create_string_buffer(IDENTITY_NBYTES * (_SLOTS + 1))
         self._probes = 0
@@ -132,15 +129,14 @@ class NixlEngine(TransferEngine):
         """Create an agent: about half a second, without the GIL."""
         allow_tcp = tcp_allowed(config.options)
         own = this_process(config.device, allow_tcp=allow_tcp)
-        with self._exclusively("open", needs_agent=False):
+        with self._calls.turn("open"):
             if self._agent is not None:
                 raise EngineError(NAME, "open", "it is open already")
-            self._timeout_s = config.timeout_s
             self._agent = Agent(f"rfork-{uuid.uuid4().hex}", own.memory, emulation=allow_tcp, workers=THREADS)
             self._reader = Reader(self._agent, own.device)
             identity = uuid.uuid4().bytes
             ctypes.memmove(self._page, identity, IDENTITY_NBYTES)
-            self._closing, self._stuck = False, ""
+            self._calls.opened(config.timeout_s)
             try:
                 self._agent.register([(ctypes.addressof(self._page), len(self._page), 0)], "DRAM")
             except EngineError:
@@ -213,18 +209,18 @@ class NixlEngine(TransferEngine):
         with self._exclusively("read", timeout_s) as agent:
             peer = self._peers.get(endpoint)
             if peer is None:
-                raise EngineError(NAME, "read", "the peer is not connected", side="receiver")
+                raise not_connected(NAME, "read")
             self._table.check_local(segments)
             if not segments:
                 return
-            bound = Bound(deadline, self._is_closing)
+            bound = Bound(deadline, lambda: self._calls.closing)
             try:
                 attach = peer.lane is Lane.CMA
                 self._reader.read(peer.name, peer.endpoint.device, segments, bound, peer.pace, attach=attach)
                 self._check_identity(agent, peer, "read", deadline)
             except EngineError as error:
                 if error.in_flight:
-                    self._stuck = error.text
+                    self._calls.stuck = error.text
                 if bound.posted:
                     # NIXL marks the peer as disconnected and would refuse another agent of the same name.
                     self._peers.pop(endpoint, None)
@@ -233,7 +229,7 @@ class NixlEngine(TransferEngine):
 
     def disconnect(self, endpoint: str) -> None:
         """Forget the peer; does nothing on an engine that is closed or stuck."""
-        if self._agent is None or self._stuck or endpoint not in self._peers:
+        if self._agent is None or self._calls.stuck or endpoint not in self._peers:
             return
         with self._exclusively("connect") as agent:
             agent.drop_peer(self._peers.pop(endpoint).name, "connect")
@@ -247,29 +243,16 @@ class NixlEngine(TransferEngine):
         """Destroy the agent. A read in another thread is given up first and raises there."""
         if self._agent is None:
             return
-        self._closing = True
-        if not self._busy.acquire(timeout=self._timeout_s):
-            raise EngineError(NAME, "close", "a native call does not return", code="timeout", in_flight=True)
-        try:
+        with self._calls.last_turn():
             self._destroy()
-        finally:
-            self._busy.release()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _exclusively(self, operation: str, timeout_s: float = 0.0, *, needs_agent: bool = True) -> Iterator[Agent]:
+    def _exclusively(self, operation: str, timeout_s: float = 0.0) -> Iterator[Agent]:
         """The agent, for one caller at a time."""
-        if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise busy(NAME, operation, retry_elsewhere=True)
-        try:
-            if needs_agent and (self._agent is None or self._closing):
-                raise not_open(NAME, operation)
-            if needs_agent and self._stuck:
-                raise given_up(NAME, operation, self._stuck)
-            yield self._agent  # type: ignore[misc]
-        finally:
-            self._busy.release()
+        with self._calls.turn(operation, timeout_s):
+            yield self._calls.usable(operation, self._agent)
 
     def _destroy(self) -> None:
         """End the agent and its registrations."""
@@ -285,9 +268,6 @@ class NixlEngine(TransferEngine):
         if not agent.destroy():
             raise EngineError(NAME, "close", "the agent is still referenced", in_flight=True)
 
-    def _is_closing(self) -> bool:
-        return self._closing
-
     def _check_identity(self, agent: Agent, peer: _Peer, operation: str, deadline: float) -> None:
         """Read the first slot of the peer's page: the same engine is still open."""
         self._probes += 1
@@ -295,7 +275,7 @@ class NixlEngine(TransferEngine):
         ctypes.memset(slot, 0, IDENTITY_NBYTES)
         own, theirs = [(slot, IDENTITY_NBYTES, 0)], [(peer.endpoint.identity_at, IDENTITY_NBYTES, 0)]
         request = agent.prepare(peer.name, own, theirs, operation=operation, memory="DRAM")
-        agent.complete(request, Bound(deadline, self._is_closing), operation=operation, quiet_on_error=True)
+        agent.complete(request, Bound(deadline, lambda: self._calls.closing), operation=operation, quiet_on_error=True)
         if ctypes.string_at(slot, IDENTITY_NBYTES) != peer.endpoint.identity:
             raise EngineError(NAME, operation, "the seed has closed", retry_elsewhere=True, side="seed")
 

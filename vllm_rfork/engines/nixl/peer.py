@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from vllm_rfork.engines import host
+from vllm_rfork.engines.native_library import CUDA_DRIVER
 from vllm_rfork.engines.nixl.metadata import MAX_DEVICES, check_metadata
 from vllm_rfork.engines.process_memory import read_process
 from vllm_rfork.engines.rdma import rdma_obstacle
@@ -179,7 +180,7 @@ def gpu_uuid(device: int) -> str:
     """The UUID of a visible GPU, in hexadecimal digits; empty if the driver does not return it. Creates no context."""
     handle, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL(CUDA_DRIVER)
         if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), device) or cuda.cuDeviceGetUuid(uuid, handle):
             return ""
     except (OSError, AttributeError):

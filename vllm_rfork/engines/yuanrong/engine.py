@@ -27,16 +27,16 @@ changes. The engine's port has neither TLS nor authentication: a caller with an 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, TransferEngine
 from vllm_rfork.engines.host import local_ipv4
-from vllm_rfork.engines.refusals import busy, given_up, not_connected, not_open
+from vllm_rfork.engines.one_caller import OneCaller
+from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
 from vllm_rfork.engines.yuanrong.native import (
     NAME,
@@ -86,14 +86,12 @@ class YuanRongEngine(TransferEngine):
         self._binding: Binding | None = None
         self._acl: AclRuntime | None = None
         self._table = RegionTable(NAME)
-        self._busy = threading.Lock()
+        self._calls = OneCaller(NAME)
         self._peers: dict[str, _Peer] = {}
         self._device = 0
         self._own = ""
         self._route = ""
-        self._timeout_s = 30.0
         self._receive_wait_s = _RECEIVE_WAIT_S
-        self._stuck = ""
         self._overdue = False
 
     # -- the port ------------------------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ class YuanRongEngine(TransferEngine):
             EngineUnavailable: the wheel, a library it needs, or the Ascend runtime is missing.
             EngineError: the engine does not support the device or the host.
         """
-        with self._exclusively("open", needs_engine=False):
+        with self._turn("open"):
             if self._native is not None:
                 raise EngineError(NAME, "open", "it is open already")
             device = device_number(config.device)
@@ -129,9 +127,9 @@ class YuanRongEngine(TransferEngine):
                 self._route = route_of(native) if self._binding.chooses_port else ""
             self._native = native
             self._device, self._own = device, f"{address}:{port}"
-            self._timeout_s = config.timeout_s
             self._receive_wait_s = float(config.options.get("receive_wait_s", _RECEIVE_WAIT_S))
-            self._stuck, self._overdue = "", False
+            self._calls.opened(config.timeout_s)
+            self._overdue = False
 
     @property
     def endpoint(self) -> str:
@@ -205,7 +203,7 @@ class YuanRongEngine(TransferEngine):
 
     def disconnect(self, endpoint: str) -> None:
         """End the relay to the peer; the engine keeps its connection until it is closed."""
-        with self._exclusively("connect", needs_engine=False):
+        with self._turn("connect"):
             self._forget(endpoint)
 
     @property
@@ -215,7 +213,7 @@ class YuanRongEngine(TransferEngine):
 
     def close(self) -> None:
         """Finalize and destroy the native engine; ``open`` creates another."""
-        with self._exclusively("close", needs_engine=False):
+        with self._turn("close"):
             if self._native is None:
                 return
             for endpoint in list(self._peers):
@@ -232,7 +230,7 @@ class YuanRongEngine(TransferEngine):
             if overdue:
                 native.keep_forever()
                 raise EngineError(
-                    NAME, "close", f"bytes of an abandoned read may still arrive ({self._stuck})", in_flight=True
+                    NAME, "close", f"bytes of an abandoned read may still arrive ({self._calls.stuck})", in_flight=True
                 )
             native.destroy()
             if result.is_error():
@@ -241,20 +239,13 @@ class YuanRongEngine(TransferEngine):
     # -- inside --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _exclusively(
-        self, operation: str, timeout_s: float = 0.0, *, needs_engine: bool = True
-    ) -> Iterator[NativeEngine]:
+    def _exclusively(self, operation: str, timeout_s: float = 0.0) -> Iterator[NativeEngine]:
         """The native engine, for one caller at a time."""
-        if not self._busy.acquire(timeout=timeout_s or self._timeout_s):
-            raise busy(NAME, operation, in_flight=operation == "close")
-        try:
-            if needs_engine and self._native is None:
-                raise not_open(NAME, operation)
-            if needs_engine and self._stuck:
-                raise given_up(NAME, operation, self._stuck)
-            yield self._native  # type: ignore[misc]
-        finally:
-            self._busy.release()
+        with self._turn(operation, timeout_s):
+            yield self._calls.usable(operation, self._native)
+
+    def _turn(self, operation: str, timeout_s: float = 0.0) -> AbstractContextManager[None]:
+        return self._calls.turn(operation, timeout_s, in_flight=operation == "close", retry_elsewhere=False)
 
     @property
     def _converses(self) -> bool:
@@ -263,7 +254,7 @@ class YuanRongEngine(TransferEngine):
 
     def _patiently(self, native: NativeEngine, operation: str, method: str, *arguments: Any) -> Any:
         """Repeat ``method`` while it returns kNotReady, as HIXL does during a peer's read, up to the timeout."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._calls.timeout_s
         while True:
             result = native.call(operation, method, *arguments)
             if code_name(result) != "kNotReady" or time.monotonic() > deadline:
@@ -284,7 +275,7 @@ class YuanRongEngine(TransferEngine):
         )
         error = failure("read", result, in_flight=not untouched, note=f"after {elapsed_s:.1f} s")
         if error.in_flight:
-            self._stuck = error.text
+            self._calls.stuck = error.text
             # Nine tenths, because the engine uses another clock.
             self._overdue = elapsed_s >= 0.9 * min(self._receive_wait_s, peer.bound_s)
         return error

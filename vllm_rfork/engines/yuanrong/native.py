@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_rfork.engines.native_library import ascend_runtime
 from vllm_rfork.engines.registry import install_hint
 from vllm_rfork.errors import EngineError, EngineUnavailable, Side
 
 NAME = "yuanrong"
 MODULE = "yr.datasystem"
-ACL = "libascendcl.so"
 
 #: Every code of ``StatusCode`` (transfer-engine) and ``ErrorCode`` (datasystem); the contract tests compare.
 CODES: dict[int, str] = {
@@ -180,14 +180,7 @@ class AclRuntime:
     """
 
     def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL(ACL)
-        except OSError as error:
-            raise EngineUnavailable(
-                NAME,
-                f"the Ascend runtime cannot be loaded: {error}",
-                hint="source CANN's set_env.sh before the start, so that libascendcl.so is on the loader's path",
-            ) from error
+        self._library = ascend_runtime(NAME)
 
     @property
     def has_device_memory(self) -> bool:
