@@ -33,7 +33,7 @@ ENDPOINT = Endpoint(
 def _no_rdma(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(endpoints.FORCE_TCP, raising=False)
     monkeypatch.setattr(endpoints, "rdma_obstacle", lambda: "there is no RDMA device")
-    monkeypatch.setattr(endpoints, "own_boot", lambda: OWN_BOOT)
+    monkeypatch.setattr(endpoints.host, "boot_id_if_known", lambda: OWN_BOOT)
 
 
 def changed(**fields: Any) -> Endpoint:

@@ -18,6 +18,14 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def boot_id_if_known() -> str:
+    """The identifier of the running kernel, shared by the containers of one machine; empty if it cannot be read."""
+    try:
+        return boot_id()
+    except OSError:
+        return ""
+
+
 def local_ipv4(engine: str, host: str) -> str:
     """``host`` as an IPv4 literal, of an address that this machine can bind.
 

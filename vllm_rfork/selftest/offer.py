@@ -37,11 +37,7 @@ class Host(msgspec.Struct, frozen=True):
     @classmethod
     def here(cls) -> Host:
         """The facts of this host."""
-        try:
-            boot = host.boot_id()
-        except OSError:
-            boot = ""
-        return cls(boot, rdma.rdma_obstacle())
+        return cls(host.boot_id_if_known(), rdma.rdma_obstacle())
 
 
 class Seed(msgspec.Struct, frozen=True):

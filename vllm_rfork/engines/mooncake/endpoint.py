@@ -131,14 +131,6 @@ def tcp_reason() -> str | None:
     return f"{FORCE_TCP} is set" if FORCE_TCP in os.environ else rdma_obstacle()
 
 
-def own_boot() -> str:
-    """The identifier of this host's running kernel; empty if it cannot be read."""
-    try:
-        return host.boot_id()
-    except OSError:
-        return ""
-
-
 def obstacle(endpoint: Endpoint, device_type: str) -> str | None:
     """The reason why no lane leads from ``endpoint`` to this process, with the remedy; None if one may."""
     if endpoint.memory != device_type:
@@ -151,7 +143,7 @@ def obstacle(endpoint: Endpoint, device_type: str) -> str | None:
             "for both"
         )
     address = session_address(endpoint.session)
-    if address is not None and address.is_loopback and endpoint.boot != own_boot():
+    if address is not None and address.is_loopback and endpoint.boot != host.boot_id_if_known():
         return (
             f"the seed is on another host and its address {endpoint.session} is a loopback address: set "
             "rfork_seed_advertise_host for the seed"

@@ -37,7 +37,6 @@ from vllm_rfork.engines.mooncake.endpoint import (
     decode,
     encode,
     obstacle,
-    own_boot,
     own_protocol,
     tcp_reason,
 )
@@ -145,7 +144,7 @@ class MooncakeEngine(TransferEngine):
                 session=f"{address}:{port}",
                 protocol=protocol,
                 memory=kind,
-                boot=own_boot(),
+                boot=host.boot_id_if_known(),
                 identity=identity,
                 identity_at=at,
                 regions=[],

@@ -147,7 +147,7 @@ def this_process(device: str, *, allow_tcp: bool) -> Endpoint:
     return Endpoint(
         memory=MEMORY[kind],
         device=int(index or 0),
-        boot=boot_id(),
+        boot=host.boot_id_if_known(),
         pid=os.getpid(),
         uid=os.getuid(),
         pid_namespace=pid_namespace(),
@@ -158,14 +158,6 @@ def this_process(device: str, *, allow_tcp: bool) -> Endpoint:
         metadata=b"",
         gpu=gpu_uuid(int(index or 0)) if kind == "cuda" else "",
     )
-
-
-def boot_id() -> str:
-    """The identifier of the running kernel, shared by containers of one machine; empty if it cannot be read."""
-    try:
-        return host.boot_id()
-    except OSError:
-        return ""
 
 
 def pid_namespace() -> int:
