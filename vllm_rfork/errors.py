@@ -2,6 +2,7 @@
 
     RForkError
     ├── ConfigError            a bad or unknown setting; fails the start and names the field
+    ├── CacheError             a cache cannot be offered, received or installed; vLLM computes it as usual
     └── ForkError              this fork did not happen; the worker loads from storage
         ├── NoSeedAvailable    no worker has the weights yet; normal on a cold start
         ├── PlannerError       the planner is unreachable, refused, or revoked the lease
@@ -54,6 +55,10 @@ class ConfigError(RForkError, ValueError):
         self.problem = problem
         self.accepts = accepts
         super().__init__(f"{field}: {problem}; it accepts {accepts}")
+
+
+class CacheError(RForkError):
+    """A cache of a compiler or profiler cannot be offered, received or installed. It costs nothing but its transfer."""
 
 
 class ForkError(RForkError):
