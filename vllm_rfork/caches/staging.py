@@ -114,6 +114,42 @@ class Staged:
             raise CacheError(f"{self.artifact} broke off in {file.path!r} after {self._nbytes} of {file.nbytes} bytes")
         self.complete = True
 
+    def read(self, path: str, max_nbytes: int) -> bytes:
+        """The content of one file, which has been verified.
+
+        Raises:
+            CacheError: there is no such file, it is larger than ``max_nbytes``, or cannot be read.
+        """
+        number = self._verified(path)
+        if self.artifact.files[number].nbytes > max_nbytes:
+            raise CacheError(f"{self.artifact}: {path!r} is larger than {max_nbytes} bytes")
+        with as_cache_error(f"{self.artifact} cannot be read from {self.root}"):
+            descriptor = os.open(str(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.folder)
+            with os.fdopen(descriptor, "rb") as file:
+                return file.read(max_nbytes)
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Give one file another content, which this worker has written: an index with paths of its own.
+
+        Raises:
+            CacheError: there is no such file, or it cannot be written.
+        """
+        number = str(self._verified(path))
+        with as_cache_error(f"{self.artifact} cannot be written to {self.root}"):
+            os.unlink(number, dir_fd=self.folder)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(number, flags, 0o666, dir_fd=self.folder), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _verified(self, path: str) -> int:
+        """The number of a file of the complete artifact. Raises CacheError."""
+        for number, file in enumerate(self.artifact.files):
+            if file.path == path and self.complete:
+                return number
+        raise CacheError(f"{self.artifact} has no complete file {path!r}")
+
     def _append(self, piece: memoryview) -> None:
         """Write a piece of the present file, and close the file if that was its last one."""
         file = self.artifact.files[self._number]
