@@ -39,7 +39,7 @@ def received(*artifacts: Artifact, **changes: Any) -> Offer:
 
 
 def test_an_offer_survives_the_wire() -> None:
-    offer = Offer((artifact(file("a/b.json"), file("c")), artifact(kind="triton", seconds=None)))
+    offer = Offer((artifact(file("a/b.json"), file("c")), artifact(kind="triton", seconds=None)), {"dtype": "bfloat16"})
     assert decode_offer(encode_offer(offer)) == offer
     assert offer.artifacts[0].nbytes == 2
     assert seconds_in_all(offer.artifacts) == 12.5
@@ -153,6 +153,12 @@ def test_a_list_of_a_million_files_is_refused_before_it_is_parsed() -> None:
 def test_another_version_is_refused() -> None:
     with pytest.raises(CacheError, match="version 2"):
         received(artifact(), version=2)
+
+
+@pytest.mark.parametrize("details", [{str(number): "" for number in range(2_001)}, {"": "x"}, {"x": "y" * 201}])
+def test_details_beyond_the_bounds_are_refused(details: dict[str, str]) -> None:
+    with pytest.raises(CacheError, match=r"facts|too long"):
+        received(artifact(), details=details)
 
 
 def test_unknown_kinds_and_fields_of_newer_seeds_are_skipped() -> None:

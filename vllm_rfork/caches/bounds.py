@@ -22,6 +22,8 @@ MAX_PATH = 800
 
 #: Facts of which an artifact's identity consists, and characters of a fact's name and value.
 MAX_FACTS = 256
+#: Facts that only explain a difference, for all artifacts of a seed.
+MAX_DETAILS = 2_000
 MAX_FACT_NAME = 160
 MAX_FACT_VALUE = 200
 #: Longest time in seconds that a seed may state for producing an artifact.

@@ -79,9 +79,15 @@ class Artifact(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """All artifacts of one seed."""
+    """All artifacts of one seed.
+
+    Attributes:
+        details: facts behind the digests in the artifacts' identities, as path → short text. They explain a miss in the
+            log and decide nothing.
+    """
 
     artifacts: tuple[Artifact, ...]
+    details: dict[str, str] = {}
     version: int = OFFER_VERSION
 
 
@@ -94,6 +100,7 @@ def encode_offer(offer: Offer) -> bytes:
     for artifact in offer.artifacts:
         check_artifact(artifact)
     _check_totals(offer.artifacts)
+    _check_facts("the list of caches", offer.details, bounds.MAX_DETAILS)
     body = msgspec.json.encode(offer)
     _check_length(body)
     return body
@@ -116,10 +123,11 @@ def decode_offer(body: bytes) -> Offer:
     for artifact in known:
         check_artifact(artifact)
     _check_totals(known)
+    _check_facts("the list of caches", offer.details, bounds.MAX_DETAILS)
     names = {(each.kind, each.name) for each in known}
     if len(names) < len(known):
         raise CacheError("the seed's list of caches names an artifact twice")
-    return Offer(known, offer.version)
+    return msgspec.structs.replace(offer, artifacts=known)
 
 
 def check_artifact(artifact: Artifact) -> None:
@@ -140,7 +148,9 @@ def check_artifact(artifact: Artifact) -> None:
     if artifact.nbytes > bounds.MAX_ARTIFACT_NBYTES:
         raise CacheError(f"{artifact} has {artifact.nbytes} bytes, more than {bounds.MAX_ARTIFACT_NBYTES}")
     check_tree(relative_parts(file.path) for file in artifact.files)
-    _check_identity(artifact)
+    if not artifact.identity:
+        raise CacheError(f"{artifact} has no identity")
+    _check_facts(artifact, artifact.identity, bounds.MAX_FACTS)
     if artifact.seconds is not None and not 0 <= artifact.seconds <= bounds.MAX_SECONDS:
         raise CacheError(f"{artifact} took {artifact.seconds} s, which is not possible")
 
@@ -173,13 +183,12 @@ def _check_totals(artifacts: Sequence[Artifact]) -> None:
         )
 
 
-def _check_identity(artifact: Artifact) -> None:
-    identity = artifact.identity
-    if not 1 <= len(identity) <= bounds.MAX_FACTS:
-        raise CacheError(f"{artifact} has {len(identity)} facts, not 1 to {bounds.MAX_FACTS}")
-    for name, value in identity.items():
+def _check_facts(what: object, facts: Mapping[str, str], most: int) -> None:
+    if len(facts) > most:
+        raise CacheError(f"{what} has {len(facts)} facts, more than {most}")
+    for name, value in facts.items():
         if not 1 <= len(name) <= bounds.MAX_FACT_NAME or len(value) > bounds.MAX_FACT_VALUE:
-            raise CacheError(f"{artifact} has a fact with a name or value that is too long: {name!r}")
+            raise CacheError(f"{what} has a fact with a name or value that is too long: {name!r}")
 
 
 def seconds_in_all(artifacts: Sequence[Artifact]) -> float:
