@@ -40,11 +40,16 @@ def record(wheel: releases.Wheel) -> dict[str, Any]:
         return None if text is None else Module(text)
 
     symbols: dict[str, Any] = {}
-    for row in (*table.ROWS, *table.ELSEWHERE):
+    rows = (*table.ROWS, *table.ELSEWHERE)
+    with_calls = {row.key for row in rows if row.calls}
+    for row in rows:
         if row.package == wheel.package:
             found = module(row.module)
             here = {"kind": "module"} if found is not None else None
-            symbols[row.key] = here if found is None or not row.symbol else found.describe(row.symbol)
+            here = here if found is None or not row.symbol else found.describe(row.symbol)
+            if here is not None and row.key not in with_calls:
+                here.pop("calls", None)  # hundreds of names that nothing compares
+            symbols[row.key] = here
     fields: dict[str, Any] = {}
     if wheel.package == table.VLLM:
         for section, (name, cls) in table.CONFIGURATIONS.items():
