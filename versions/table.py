@@ -166,6 +166,11 @@ ROWS: tuple[Row, ...] = (
     *members("vllm.config.speculative", "SpeculativeConfig", "draft_load_config", since="0.23.0"),
     Row("vllm.config", "VllmConfig"),
     Row("vllm.config.vllm", "VllmConfig.__post_init__", takes=()),
+    # --- the key of compiled code -----------------------------------------------------------------------------------
+    Row("vllm.config.utils", "hash_factors", takes=(), positional=1),
+    Row("vllm.config.vllm", "VllmConfig.compute_hash", takes=()),
+    Row("vllm.envs", "compile_factors", takes=()),
+    Row("vllm.compilation.compiler_interface", "get_inductor_factors", takes=()),
     # --- process-wide state and workers -----------------------------------------------------------------------------
     Row("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
     Row("vllm.model_executor.models.utils"),  # its _model_to_pp_missing_layer_names
