@@ -30,6 +30,7 @@ ENVIRONMENT: dict[str, str] = {
     "rfork_scheduler_url": "RFORK_SCHEDULER_URL",
     "rfork_seed_timeout_sec": "RFORK_SEED_TIMEOUT_SEC",
     "rfork_seed_key_separator": "RFORK_SEED_KEY_SEPARATOR",
+    "rfork_caches": "RFORK_CACHES",
     "rfork_token": "RFORK_TOKEN",
     "rfork_token_file": "RFORK_TOKEN_FILE",
     "rfork_labels": "RFORK_LABELS",
@@ -233,6 +234,9 @@ class Settings(BaseModel):
     rfork_fallback_load_format: LoadFormat = "auto"
     #: false: fork, but publish nothing.
     rfork_become_seed: bool = True
+    #: Caches that a start takes from its seed and offers as a seed. safe: JSON, checked against a schema. code: also
+    #: compiled code, over TLS and from seeds that authenticated themselves. off: none.
+    rfork_caches: Literal["off", "safe", "code"] = "safe"
     #: Bytes per native call; None: the engine's own bound.
     rfork_max_batch_bytes: PositiveInt | None = None
     #: Bound of one whole fork in seconds; after it the worker loads from storage.

@@ -20,6 +20,7 @@ from vllm_rfork.seeding.manager import manager
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
+from vllm_rfork.vllm_compat.start_up import install_hooks
 from vllm_rfork.vllm_compat.worker_hooks import withdraw_before_changes
 
 logger = worker_logger(__name__)
@@ -85,6 +86,8 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             if machine is None:
                 model: nn.Module = load_whole()
                 return model
+            if (level := self._config.settings.rfork_caches) != "off":
+                install_hooks(level)
             build = _Build(self.load_config, machine.fill)
             model = machine.run(partial(build.load_model, **arguments), load_whole)
             _become_seed(machine, model)

@@ -26,6 +26,7 @@ DEFAULTS = {
     "rfork_verify": "full",
     "rfork_fallback_load_format": "auto",
     "rfork_become_seed": True,
+    "rfork_caches": "safe",
     "rfork_max_batch_bytes": None,
     "rfork_fork_timeout_sec": 600.0,
     "rfork_seed_wait_sec": None,
@@ -45,6 +46,7 @@ DEFAULTS = {
 VALUES = {
     "rfork_seed_timeout_sec": ("7.5", 9),
     "rfork_scheduler_url": ("http://a:1", "http://b:2"),
+    "rfork_caches": ("code", "off"),
     "rfork_labels": ("host=a", "host=b"),
     "rfork_seed_slots": ("3", 4),
     "rfork_seed_tls": ("require", "prefer"),

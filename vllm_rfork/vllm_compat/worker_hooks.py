@@ -69,7 +69,7 @@ def withdraw_before_changes(listener: WeightChangeListener) -> list[str]:
 
     wrapped: list[str] = []
     changes = WeightChanges(listener)
-    for cls in _subclasses(WorkerBase):
+    for cls in subclasses(WorkerBase):
         for name, change in CHANGES_WEIGHTS.items():
             wrapped += _wrap(cls, name, change, changes)
         for name in CAPTURES_GRAPHS:
@@ -127,7 +127,8 @@ def _spares_weights(tags: Any = None, *args: Any, **kwargs: Any) -> bool:
     return isinstance(tags, (list, tuple, set, frozenset)) and _WEIGHTS_TAG not in tags
 
 
-def _subclasses(root: type) -> list[type]:
+def subclasses(root: type) -> list[type]:
+    """``root`` and all its subclasses in this process."""
     found = [root]
     for cls in found:  # grows during the iteration
         found.extend(set(cls.__subclasses__()) - set(found))
@@ -136,6 +137,6 @@ def _subclasses(root: type) -> list[type]:
 
 def _extensions(root: type) -> list[type]:
     """Classes outside vLLM that were mixed into worker classes, with all their bases."""
-    bases = {base for cls in _subclasses(root) for base in cls.__mro__}
+    bases = {base for cls in subclasses(root) for base in cls.__mro__}
     outside = [base for base in bases if not issubclass(base, root) and not is_vllms(base)]
     return sorted(outside, key=lambda cls: cls.__qualname__)
