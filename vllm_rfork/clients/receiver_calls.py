@@ -21,6 +21,8 @@ MAX_EXCLUDED = 64
 RELEASE_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 #: Seconds between two attempts to reach a planner that is away while a receiver waits.
 RETURN_PAUSE_S = 1.0
+#: Answers to ``find_seed`` of planners without such a seed or without the call.
+_NOT_FOUND = (404, 405, 501, 400)
 
 
 class ReceiverCalls(PlannerCalls):
@@ -99,6 +101,24 @@ class ReceiverCalls(PlannerCalls):
             return await self._lease(seed_key, answer, deadline, quote=in_queue)
         try:
             return messages.parse_waiting(waiting)
+        except BadMessage as error:
+            raise _unusable(answer, error) from error
+
+    async def find_seed(self, seed_key: str) -> SeedAddress | None:
+        """One serving seed of ``seed_key``, without a lease: its caches may be read, its weights may not.
+
+        None: the planner has none, or does not have this call.
+
+        Raises:
+            PlannerError: no usable answer within ``request_timeout_s``.
+        """
+        answer = await self.call("GET", messages.FIND_SEED, key_headers(seed_key, ""))
+        if answer.status in _NOT_FOUND:
+            return None
+        if answer.status != 200:
+            raise refusal(answer)
+        try:
+            return messages.seed_address(answer.headers)
         except BadMessage as error:
             raise _unusable(answer, error) from error
 

@@ -45,12 +45,14 @@ class SeedCalls(PlannerCalls):
         labels: str = "",
         epoch: str = "",
         intent: str = "",
+        caches: str = "",
     ) -> None:
         """Announce ``seed`` under ``seed_key``; the same call is the heartbeat.
 
         Args:
             slots: leases that the seed carries at once; None: the planner decides.
             intent: the id of this worker's intent, which this call fulfils.
+            caches: the text of this worker's :class:`~vllm_rfork.messages.CacheResults`.
 
         Raises:
             PlannerError: refused, or no answer in time.
@@ -59,6 +61,7 @@ class SeedCalls(PlannerCalls):
             **seed_headers(seed_key, seed, fingerprint=fingerprint, labels=labels, epoch=epoch),
             **given(messages.SLOTS, "" if slots is None else str(slots)),
             **given(messages.INTENT, intent),
+            **given(messages.CACHES, caches),
             **given(messages.STATE, self._states.get(seed, "")),
         }
         answer = await self.call(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from vllm_rfork.errors import SeedError
-from vllm_rfork.net.client import Answer, BoundedHttp
+from vllm_rfork.net.client import Answer, BoundedHttp, Sink
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.tls_errors import speaks_no_tls
 
@@ -35,8 +35,9 @@ class SeedHttp:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
+        sink: Sink | None = None,
     ) -> Answer:
-        """The answer of ``authority`` (``host:port``), whatever the status.
+        """The answer of ``authority`` (``host:port``), whatever the status; ``sink`` gets the body of a 200 in pieces.
 
         Raises:
             SeedError: no answer within ``timeout_s`` seconds, or a body larger than ``max_body_nbytes``.
@@ -51,6 +52,7 @@ class SeedHttp:
                 params=params,
                 timeout_s=max(0.0, deadline - time.monotonic()),
                 max_body_nbytes=max_body_nbytes,
+                sink=sink,
                 certified_name=self._certified_name if tls else "",
             )
 

@@ -11,6 +11,8 @@ import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from vllm_rfork.messages.cache_results import CacheResults as CacheResults
+from vllm_rfork.messages.cache_results import parse_cache_results as parse_cache_results
 from vllm_rfork.messages.values import LABEL as LABEL
 from vllm_rfork.messages.values import MAX_HEADER_LENGTH as MAX_HEADER_LENGTH
 from vllm_rfork.messages.values import MAX_LABELS as MAX_LABELS
@@ -73,6 +75,16 @@ MANIFEST_VERSION_PARAM = "version"
 SEED_FACTS = "/rfork_facts"
 #: The seed's current epoch: ``{"status": "ok", "epoch": "..."}``. Requested again right before reading.
 SEED_EPOCH = "/rfork_epoch"
+#: The seed's list of caches (``caches/manifest.py``): empty, with ``Retry-After``, until the seed has collected them.
+SEED_CACHES = "/rfork_caches"
+#: All bytes of one artifact of that list, which the two parameters name.
+SEED_CACHE = "/rfork_cache"
+CACHE_KIND_PARAM = "kind"
+CACHE_NAME_PARAM = "name"
+#: Pause in seconds that a seed asks for before it has collected them.
+CACHES_PAUSE_S = 2
+#: Planner: one serving seed of a key, without a lease, for caches that are needed before a worker exists.
+FIND_SEED = "/rfork_find_seed"
 
 #: In both directions: the digest that must be equal before two workers are paired.
 FINGERPRINT = "RFORK-FINGERPRINT"
@@ -122,6 +134,8 @@ SIDE = "RFORK-SIDE"
 SIDES = ("seed", "receiver", "unknown")
 #: ``put_seed``: engine and lane that the bytes took, such as ``nixl/rdma``.
 LANE = "RFORK-LANE"
+#: ``add_seed``: the results of caches at this worker's own start; see :class:`CacheResults`.
+CACHES = "RFORK-CACHES"
 #: Presence: the client reads an answer that comes in pieces, so the planner may keep the request by sending bytes.
 STREAM = "RFORK-STREAM"
 

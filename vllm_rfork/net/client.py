@@ -37,6 +37,9 @@ _MAX_TEXT_NBYTES = 4096
 #: their answer, of earlier versions, answer within 50 s.
 MAX_SILENCE_S = 75.0
 
+#: Takes a piece of a body; it may raise errors of this package's tree.
+Sink = Callable[[bytes], object]
+
 #: Every error of aiohttp and the socket below it; ValueError for addresses and header values that it cannot send.
 _FOREIGN = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
 #: The SSL setting in aiohttp's messages, which is only the address of an object.
@@ -87,6 +90,7 @@ class BoundedHttp:
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str] | None = None,
         max_body_nbytes: int = 0,
+        sink: Sink | None = None,
         certified_name: str = "",
         connect_timeout_s: float | None = None,
     ) -> Answer:
@@ -96,6 +100,8 @@ class BoundedHttp:
         beginning of the text is read.
 
         Args:
+            sink: gets the body of a 200 piece by piece, never more than ``max_body_nbytes``, instead of the answer. An
+                error that it raises ends the exchange and is raised here.
             certified_name: for ``https``, the name that the other side's certificate must contain instead of its host.
             connect_timeout_s: for a request that the other side holds open. It bounds name resolution and connecting,
                 and :data:`MAX_SILENCE_S` bounds the time between two bytes. The kernel checks that the other host
@@ -118,6 +124,7 @@ class BoundedHttp:
             params,
             what=what,
             max_body_nbytes=max_body_nbytes,
+            sink=sink,
             deadline=deadline,
             certified_name=certified_name,
             connect_timeout_s=connect_timeout_s,
@@ -154,6 +161,7 @@ class BoundedHttp:
         *,
         what: str,
         max_body_nbytes: int,
+        sink: Sink | None,
         deadline: float,
         certified_name: str,
         connect_timeout_s: float | None,
@@ -187,12 +195,9 @@ class BoundedHttp:
                 # A text that stalls or breaks off must not hide the refusal itself.
                 left_s = deadline - time.monotonic()
                 with contextlib.suppress(asyncio.TimeoutError, *_FOREIGN):
-                    await within(_read(response, body, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
-                del body[_MAX_TEXT_NBYTES:]
-            elif max_body_nbytes:
-                await _read(response, body, max_body_nbytes)
-                if len(body) > max_body_nbytes:
-                    raise self.error(f"{what} answered with more than {max_body_nbytes} bytes")
+                    await within(_read(response, body.extend, _MAX_TEXT_NBYTES), min(_TEXT_TIMEOUT_S, left_s / 2))
+            elif max_body_nbytes and not await _read(response, sink or body.extend, max_body_nbytes):
+                raise self.error(f"{what} answered with more than {max_body_nbytes} bytes")
             response.close()  # drops an unread rest together with the connection
             return Answer(response.status, response.headers, bytes(body), without_credentials(url))
 
@@ -209,12 +214,15 @@ class _OneConnection(aiohttp.TCPConnector):
         return await super().connect(*args, **kwargs)
 
 
-async def _read(response: aiohttp.ClientResponse, body: bytearray, max_nbytes: int) -> None:
-    """Append to ``body`` until it is complete or has passed ``max_nbytes``."""
+async def _read(response: aiohttp.ClientResponse, sink: Sink, max_nbytes: int) -> bool:
+    """Pass the body to ``sink``, up to ``max_nbytes``. Returns False if it has more."""
+    left_nbytes = max_nbytes
     async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > max_nbytes:
-            return
+        sink(chunk[:left_nbytes])
+        left_nbytes -= len(chunk)
+        if left_nbytes < 0:
+            return False
+    return True
 
 
 def _limit_of_files(error: BaseException) -> str:

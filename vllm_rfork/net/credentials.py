@@ -102,6 +102,30 @@ class Credentials:
         """Return True if the ``Authorization`` header has one of the tokens, or if there are none."""
         return bearer.admits(self._tokens.current(), authorization)
 
+    def code_obstacle(self) -> str | None:
+        """The setting without which a worker must not run code from a seed; None if it may.
+
+        The seed must have proven to be of the fleet, by a certificate of the fleet's own CA: any site has one of the
+        system's. With ``prefer``, an attacker on the path can turn TLS off.
+        """
+        options = self.options
+        if options.seed_tls != "require":
+            return f"set rfork_seed_tls to require: it is {options.seed_tls}"
+        if not options.ca_file:
+            return "set rfork_tls_ca_file to the fleet's own CA"
+        if not (options.cert_file or self.token):
+            return "set rfork_token_file, or rfork_tls_cert_file with a client certificate"
+        return None
+
+    def code_serving_obstacle(self) -> str | None:
+        """The setting without which a seed must not send compiled code, which quotes source text; None if it may."""
+        options = self.options
+        if options.seed_tls != "require":
+            return f"set rfork_seed_tls to require: it is {options.seed_tls}"
+        if not (options.client_ca_file or self.token):
+            return "set rfork_token_file, or rfork_seed_tls_client_ca_file, so that callers must prove themselves"
+        return None
+
     def client_context(self) -> ssl.SSLContext | None:
         """The context of https calls; None means the system's CAs and no certificate of this worker."""
         return None if self._client is None else self._client.current()
