@@ -17,7 +17,7 @@ import pytest
 
 from vllm_rfork.engines import capture_gate
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.collective import channel, messages, sender
+from vllm_rfork.engines.collective import channel, messages, receiver, sender
 from vllm_rfork.engines.collective.channel import MAX_FRAME_NBYTES, Channel, Lost
 from vllm_rfork.engines.collective.endpoint import Endpoint, decode, encode
 from vllm_rfork.engines.collective.engine import CollectiveEngine
@@ -179,7 +179,7 @@ def test_nonsense_costs_its_own_connection(seed: Sender, text: bytes) -> None:
 
 
 def test_strangers_that_send_nothing_are_few_and_are_dropped(seed: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "_MESSAGE_S", 0.2)
+    monkeypatch.setattr(messages, "MESSAGE_S", 0.2)
     strangers = [socket.create_connection(("127.0.0.1", seed.port)) for _ in range(MAX_STRANGERS + 5)]
     for stranger in strangers:
         stranger.settimeout(20.0)
@@ -450,7 +450,7 @@ def test_a_capture_goes_first_between_the_parts_of_a_batch(seed: Sender, backend
 def test_a_receiver_that_leaves_during_a_send_frees_the_send_before_its_deadline(
     seed: Sender, backend: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender, "_MESSAGE_S", 600.0)
+    monkeypatch.setattr(messages, "MESSAGE_S", 600.0)
     backend.held.set()
     opened = joined(seed)
     read(opened, (START, 10), timeout_s=600.0)
@@ -534,6 +534,42 @@ def test_in_flight_is_not_taken_back_by_a_close_that_fails(monkeypatch: pytest.M
     with pytest.raises(EngineError) as caught:
         peer.read([Segment(1, 1, 1)], soon())
     assert caught.value.in_flight
+
+
+class Silent(Group):
+    """A group whose bytes have arrived."""
+
+    def send(self, pieces: Sequence[Piece], deadline: float) -> None: ...
+
+    def receive(self, pieces: Sequence[Piece], deadline: float) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_seed_that_stops_between_two_batches_is_noticed_before_the_reads_deadline(
+    answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection stays open. Nothing of a group is waited for: only the messages around it have not come."""
+    monkeypatch.setattr(messages, "MESSAGE_S", 0.2)
+    monkeypatch.setattr(receiver, "_ANSWER_S", 0.1)
+    keys = secrets.token_bytes(32), secrets.token_bytes(32)
+    one, other = socket.socketpair()
+    seed = Channel(other, *reversed(keys))
+    for _ in range(answers):
+        messages.send(seed, Sending(), soon())
+    peer = Peer.__new__(Peer)
+    peer._channel, peer._group = Channel(one, *keys), Silent()
+    began = time.monotonic()
+    with pytest.raises(EngineError) as caught:
+        peer.read([Segment(1, 1, 1)], soon(10.0))
+    assert caught.value.code == "timeout"
+    assert time.monotonic() - began < 5.0
+    assert not peer.usable
+    assert messages.receive(seed, Read, soon()).timeout_s < 1.0
+    seed.close()
 
 
 def test_lack_of_memory_is_an_engine_error_and_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:

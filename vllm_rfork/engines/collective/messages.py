@@ -16,6 +16,10 @@ from vllm_rfork.engines.collective.channel import Channel, Lost
 VERSION = 1
 #: Segments of one request.
 MAX_SEGMENTS = 8192
+#: Bound of each short message, in seconds.
+MESSAGE_S = 5.0
+#: Bytes per second below which a batch is given up.
+_MIN_BYTES_PER_S = 20e6
 _Address = Annotated[int, msgspec.Meta(gt=0, lt=1 << 62)]
 _MAX_S = 3600.0
 _Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_S)]
@@ -76,6 +80,11 @@ _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 def bounded_s(seconds: float) -> float:
     """``seconds`` as a message may contain them; the seed has bounds of its own, which are shorter."""
     return min(max(0.0, seconds), _MAX_S)
+
+
+def batch_bound_s(nbytes: int) -> float:
+    """Seconds after which either side gives up a batch of ``nbytes``."""
+    return MESSAGE_S + nbytes / _MIN_BYTES_PER_S
 
 
 def send(channel: Channel, message: Message, deadline: float) -> None:

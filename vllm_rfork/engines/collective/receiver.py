@@ -15,6 +15,8 @@ from vllm_rfork.engines.collective.plan import Piece
 from vllm_rfork.errors import EngineError, Side
 from vllm_rfork.manifest.segments import Segment
 
+#: How much longer than the seed a receiver waits, so that the seed's refusal arrives, in seconds.
+_ANSWER_S = 1.0
 #: The side that failed when a seed refuses, by code.
 _SIDES: dict[str, Side] = {"address": "seed", "lane": "receiver"}
 
@@ -54,12 +56,15 @@ class Peer:
         with self._failures("read"):
             if self._channel is None or self._group is None:
                 raise Lost("the seed is not connected any more")
-            left_s = messages.bounded_s(deadline - time.monotonic())
+            # A seed that is stopped between two batches is noticed by these bounds alone.
+            bound_s = messages.batch_bound_s(sum(each.nbytes for each in segments))
+            deadline = min(deadline, time.monotonic() + bound_s + _ANSWER_S)
+            left_s = messages.bounded_s(min(bound_s, deadline - time.monotonic()))
             request = Read([(each.remote, each.nbytes) for each in segments], left_s)
             messages.send(self._channel, request, deadline)
             messages.receive(self._channel, Sending, deadline)
             self._group.receive([Piece(each.local, each.nbytes) for each in segments], deadline)
-            messages.receive(self._channel, Sent, deadline)
+            messages.receive(self._channel, Sent, min(deadline, time.monotonic() + messages.MESSAGE_S))
 
     def abort(self) -> None:
         """Make a call in another thread fail soon."""

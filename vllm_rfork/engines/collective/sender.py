@@ -35,14 +35,10 @@ MAX_GROUPS = 8
 MAX_SENDS = 4
 #: Bytes of the largest batch: ``rfork_max_batch_bytes`` may not be greater.
 MAX_BATCH_NBYTES = 1024 * 1024 * 1024
-#: Bound of the handshake and of each short message, in seconds.
-_MESSAGE_S = 5.0
 #: Bound of a group's creation, which a capture of graphs waits for, in seconds.
 _CREATE_S = 9.0
 #: A group without a request for so long is closed, in seconds.
 _IDLE_S = 60.0
-#: Bytes per second below which a batch is given up.
-_MIN_BYTES_PER_S = 20e6
 #: Pause after a failed accept, most likely for lack of descriptors, in seconds.
 _PAUSE_S = 1.0
 #: Between two looks at the connections of receivers, in seconds; none if there are no receivers.
@@ -203,9 +199,9 @@ class _Session:
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
             with self._socket:
-                opened = channel.accept(self._socket, self._sender.secret, time.monotonic() + _MESSAGE_S)
+                opened = channel.accept(self._socket, self._sender.secret, time.monotonic() + messages.MESSAGE_S)
                 self._sender.trust(self)
-                self._admit(opened, messages.receive(opened, Join, time.monotonic() + _MESSAGE_S))
+                self._admit(opened, messages.receive(opened, Join, time.monotonic() + messages.MESSAGE_S))
         except (Lost, messages.Refusal) as error:
             logger.debug("A receiver's connection ended: %s", error)
         except GroupFailed as error:
@@ -224,7 +220,7 @@ class _Session:
         elif not self._sender.groups.acquire(blocking=False):
             refused = Refused(f"the seed serves {MAX_GROUPS} receivers already", "busy")
         if refused is not None:
-            messages.send(opened, refused, time.monotonic() + _MESSAGE_S)
+            messages.send(opened, refused, time.monotonic() + messages.MESSAGE_S)
             return
         try:
             logger.debug("A receiver joined: host=%s, lease=%s", opened.peer_host, join.lease)
@@ -240,7 +236,7 @@ class _Session:
     def _create(self, opened: Channel, deadline: float) -> None:
         with self._on_device(deadline) as free:
             if not free:
-                messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
+                messages.send(opened, _CAPTURING, time.monotonic() + messages.MESSAGE_S)
                 return
             bound = min(deadline, time.monotonic() + _CREATE_S)
             messages.send(opened, Joined(), bound)
@@ -253,17 +249,17 @@ class _Session:
         for address, nbytes in read.segments:
             if not self._sender.holds(address, nbytes):
                 text = f"{nbytes} bytes at the seed's address {address:#x} do not lie in one registered region"
-                messages.send(opened, Refused(text, "address"), time.monotonic() + _MESSAGE_S)
+                messages.send(opened, Refused(text, "address"), time.monotonic() + messages.MESSAGE_S)
                 return
         total = sum(nbytes for _, nbytes in read.segments)
         if total > MAX_BATCH_NBYTES:
             text = f"a batch of {total} bytes is larger than {MAX_BATCH_NBYTES}"
-            messages.send(opened, Refused(text), time.monotonic() + _MESSAGE_S)
+            messages.send(opened, Refused(text), time.monotonic() + messages.MESSAGE_S)
             return
-        deadline = time.monotonic() + min(read.timeout_s, _MESSAGE_S + total / _MIN_BYTES_PER_S)
+        deadline = time.monotonic() + min(read.timeout_s, messages.batch_bound_s(total))
         if not self._sender.sends.acquire(timeout=max(0.0, deadline - time.monotonic())):
             refused = Refused(f"the seed sends {MAX_SENDS} other batches", "busy")
-            messages.send(opened, refused, time.monotonic() + _MESSAGE_S)
+            messages.send(opened, refused, time.monotonic() + messages.MESSAGE_S)
             return
         try:
             self._send(opened, [Piece(*segment) for segment in read.segments], deadline)
@@ -274,13 +270,13 @@ class _Session:
         with self._on_device(deadline) as free:
             pass
         if not free:
-            messages.send(opened, _CAPTURING, time.monotonic() + _MESSAGE_S)
+            messages.send(opened, _CAPTURING, time.monotonic() + messages.MESSAGE_S)
             return
         messages.send(opened, Sending(), deadline)
         # A capture waits for one part at most. Host memory is not divided: gloo divides it in its own way.
         for part in parts(pieces) if self._sender.backend.captures else [pieces]:
             self._send_part(part, deadline)
-        messages.send(opened, Sent(), time.monotonic() + _MESSAGE_S)
+        messages.send(opened, Sent(), time.monotonic() + messages.MESSAGE_S)
 
     def _send_part(self, pieces: Sequence[Piece], deadline: float) -> None:
         with self._on_device(min(deadline, time.monotonic() + STALL_S)) as free:  # the receiver waits no longer
