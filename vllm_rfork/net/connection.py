@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from aiohttp import web
+
+from vllm_rfork.net.streams import BrokenStreamError, Stream
 
 #: An answer is written in pieces of this size: that is what an unread one costs, since aiohttp may copy a piece.
 CHUNK_NBYTES = 16 * 1024
@@ -192,33 +195,70 @@ class Connection(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. ``still_true`` is asked before each piece of the body; once it says no, the body breaks off."""
+    """An answer. ``still_true`` is called before each piece of the body; once it returns False, the body breaks off."""
 
     status: int
     body: bytes
     headers: Mapping[str, str]
     still_true: Callable[[], bool] = lambda: True
+    #: Instead of ``body``.
+    stream: Stream | None = None
     #: The connection ends with this answer.
     last: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the body."""
+        return len(self.body) if self.stream is None else self.stream.nbytes
+
 
 async def write_reply(request: web.BaseRequest, reply: Reply, connection: Connection) -> web.StreamResponse:
-    """Write ``reply`` as the peer takes it."""
+    """Write ``reply`` as the peer takes it.
+
+    Raises:
+        BrokenStreamError: its stream ended early, and the answer broke off.
+    """
     response = web.StreamResponse(status=reply.status, headers=reply.headers)
-    response.content_length = len(reply.body)
+    response.content_length = reply.nbytes
     if reply.last:
         response.force_close()
-    await response.prepare(request)
-    view = memoryview(reply.body if request.method != "HEAD" else b"")
-    for offset in range(0, len(view), CHUNK_NBYTES):
-        if not reply.still_true():
-            connection.abort()
-            return response
-        # Returns once the peer has taken what went before: nobody can make this process hold copies.
-        await response.write(view[offset : offset + CHUNK_NBYTES])
-        await connection.taken()
+    try:
+        await response.prepare(request)
+        async with contextlib.aclosing(_pieces(reply, request.method)) as pieces:
+            async for piece in pieces:
+                if not reply.still_true():
+                    connection.abort()
+                    return response
+                # Returns once the peer has taken what went before: nobody can make this process hold copies.
+                await response.write(piece)
+                await connection.taken()
+    except BrokenStreamError:
+        connection.abort()
+        raise
+    finally:
+        if reply.stream is not None:
+            reply.stream.ended()
     await response.write_eof()
     return response
+
+
+async def _pieces(reply: Reply, method: str) -> AsyncGenerator[memoryview, None]:
+    """The body in pieces that cost little if they are not taken. Raises BrokenStreamError."""
+    if method == "HEAD":
+        return
+    if reply.stream is None:
+        for piece in _slices(reply.body):
+            yield piece
+        return
+    async with contextlib.aclosing(reply.stream.read()) as read:
+        async for whole in read:
+            for piece in _slices(whole):
+                yield piece
+
+
+def _slices(data: bytes) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[offset : offset + CHUNK_NBYTES] for offset in range(0, len(view), CHUNK_NBYTES))
 
 
 async def begins_tls(sock: socket.socket) -> bool:

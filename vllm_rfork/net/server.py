@@ -21,6 +21,7 @@ from vllm_rfork.net.connection import Limits, Phase
 from vllm_rfork.net.connections import ConnectionLimiter
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.seldom import Seldom, SeldomFilter
+from vllm_rfork.net.streams import BrokenStreamError, Stream
 
 logger = worker_logger(__name__)
 #: aiohttp writes a traceback for every malformed request; a port scan must not fill a worker's log.
@@ -80,6 +81,8 @@ class Reply:
     content_type: str = "text/plain"
     headers: tuple[tuple[str, str], ...] = ()
     still_true: Callable[[], bool] = lambda: True
+    #: Instead of ``body``; ``content_type`` is then that of bytes. Its ``ended`` is called in any case.
+    stream: Stream | None = None
 
 
 Handler = Callable[[web.BaseRequest], Awaitable[Reply]]
@@ -164,13 +167,18 @@ class BoundedServer:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.connections is None:
             raise ConnectionResetError("the service has stopped")
-        return await self.connections.answer(request, self._encoded)
+        try:
+            return await self.connections.answer(request, self._encoded)
+        except BrokenStreamError as error:
+            failure_logger.warning("an answer to %s broke off: %s", request.path[:200], error)
+            raise ConnectionResetError("the answer broke off") from error
 
     async def _encoded(self, request: web.BaseRequest) -> connection.Reply:
         reply = await self._reply(request)
         body = reply.body.encode() if isinstance(reply.body, str) else reply.body
-        headers = {**dict(reply.headers), "Content-Type": f"{reply.content_type}; charset=utf-8"}
-        return connection.Reply(reply.status, body, headers, reply.still_true, last=True)
+        charset = "; charset=utf-8" if reply.stream is None else ""
+        headers = {**dict(reply.headers), "Content-Type": f"{reply.content_type}{charset}"}
+        return connection.Reply(reply.status, body, headers, reply.still_true, reply.stream, last=True)
 
     async def _reply(self, request: web.BaseRequest) -> Reply:
         if self._tls is not None and (refusal := _refused(self._tls, request)):
