@@ -1,4 +1,4 @@
-"""HTTP service of one seed: its manifest, its epoch and its health.
+"""HTTP service of one seed: its manifest, its epoch, its health, and its caches.
 
 One service per worker process and role, on a port of its own. It returns addresses of weights and never weights.
 Every answer is for one epoch: :meth:`SeedService.suspend` is called before the bytes change, and once it has returned,
@@ -17,6 +17,8 @@ import msgspec
 from aiohttp import web
 
 from vllm_rfork import messages
+from vllm_rfork.caches.manifest import LEVELS, Offer, encode_offer
+from vllm_rfork.caches.offered import Offered
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
 from vllm_rfork.logs.worker import worker_logger
@@ -26,6 +28,7 @@ from vllm_rfork.messages import BadMessage, SeedAddress
 from vllm_rfork.net.bearer import equal
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.server import BoundedServer, Bounds, Reply, tls_for
+from vllm_rfork.net.streams import Stream
 from vllm_rfork.net.tls_errors import ssl_error
 
 logger = worker_logger(__name__)
@@ -40,6 +43,8 @@ _LEGACY_ANSWERS = {
     messages.SEED_INFO: '{"rfork_transfer_engine_info":null}',
     messages.SEED_SHAPE_INFO: '{"rfork_transfer_engine_shape_info":null}',
 }
+#: Artifacts that are sent at once; each costs a thread, a descriptor, and a piece in memory.
+MAX_SENDING = 4
 _PROBE_PAUSE_S = 0.05
 #: Packets to an address that this host cannot reach may be dropped without an answer; do not wait long for one.
 _ADVERTISED_TIMEOUT_S = 2.0
@@ -92,7 +97,12 @@ class _Calls:
     """
 
     def __init__(
-        self, seed_key: str, encoded: _Encoded, credentials: Credentials, facts: Mapping[str, str] | None
+        self,
+        seed_key: str,
+        encoded: _Encoded,
+        credentials: Credentials,
+        facts: Mapping[str, str] | None,
+        caches: Callable[[], Offered | None] | None,
     ) -> None:
         self.state: _Encoded | _Suspended = encoded
         self._seed_key = seed_key
@@ -104,6 +114,9 @@ class _Calls:
             messages.SEED_EPOCH: self._epoch,
             messages.SEED_FACTS: self._worker_facts,
         }
+        if caches is not None:
+            calls = _CacheCalls(caches, credentials)
+            self._paths |= {messages.SEED_CACHES: calls.listed, messages.SEED_CACHE: calls.artifact}
 
     async def answer(self, request: web.BaseRequest) -> Reply:
         """The answer to any request."""
@@ -163,6 +176,57 @@ class _Calls:
         return Reply(200, body, _JSON, state.headers, still_true=lambda: self.state is state)
 
 
+class _CacheCalls:
+    """Answers the calls for caches, in every epoch and also while the seed is suspended: weights do not change them."""
+
+    def __init__(self, offered: Callable[[], Offered | None], credentials: Credentials) -> None:
+        self._offered = offered
+        self._credentials = credentials
+        self._encoded: tuple[Offered, dict[bool, bytes]] | None = None
+        self._sending = 0
+
+    def listed(self, request: web.BaseRequest) -> Reply:
+        """The list of what this caller may have."""
+        offered = self._offered()
+        if offered is None:
+            return Reply(200, encode_offer(Offer(())), _JSON, (("Retry-After", str(messages.CACHES_PAUSE_S)),))
+        if self._encoded is None or self._encoded[0] is not offered:
+            self._encoded = (offered, {})
+        bodies, code = self._encoded[1], self._code_refusal(request) is None
+        if code not in bodies:
+            bodies[code] = encode_offer(offered.offer(code=code))
+        return Reply(200, bodies[code], _JSON)
+
+    def artifact(self, request: web.BaseRequest) -> Reply:
+        """All bytes of one artifact."""
+        kinds = request.query.getall(messages.CACHE_KIND_PARAM, [])
+        names = request.query.getall(messages.CACHE_NAME_PARAM, [])
+        if len(kinds) != 1 or len(names) != 1:
+            return Reply(400, f"exactly one {messages.CACHE_KIND_PARAM} and {messages.CACHE_NAME_PARAM} are needed")
+        if LEVELS.get(kinds[0]) == "code" and (refusal := self._code_refusal(request)) is not None:
+            return refusal
+        offered = self._offered()
+        found = None if offered is None else offered.find(kinds[0], names[0], code=True)
+        if found is None:
+            return Reply(404, "this seed does not offer that cache")
+        if self._sending >= MAX_SENDING:
+            return Reply(503, "too many caches are being sent; try again", headers=(("Retry-After", "1"),))
+        self._sending += 1
+        stream = Stream(found.artifact.nbytes, found.pieces, ended=self._ended)
+        return Reply(200, b"", "application/octet-stream", stream=stream)
+
+    def _ended(self) -> None:
+        self._sending -= 1
+
+    def _code_refusal(self, request: web.BaseRequest) -> Reply | None:
+        """The refusal of code for this caller; None if the caller may have it."""
+        encrypted = request.transport is not None and request.transport.get_extra_info("ssl_object") is not None
+        obstacle = self._credentials.code_serving_obstacle()
+        if encrypted and obstacle is None:
+            return None
+        return Reply(403, f"this seed sends no code: {obstacle or 'this connection is not encrypted'}")
+
+
 class SeedService:
     """The service of one seed. ``start`` and ``stop`` belong to one event loop; ``suspend`` to any thread.
 
@@ -177,6 +241,8 @@ class SeedService:
         ready_timeout_s: ``rfork_seed_timeout_sec``.
         bounds: limits for callers.
         facts: the facts behind the fingerprint, for people, already bounded (``manifest/facts.py``).
+        caches: returns what the seed offers now, the same object until it changes, and None before it has collected
+            its caches. Without it the service does not have these calls.
         encoders: replaced in tests.
 
     Raises:
@@ -195,6 +261,7 @@ class SeedService:
         ready_timeout_s: float = 30.0,
         bounds: Bounds | None = None,
         facts: Mapping[str, str] | None = None,
+        caches: Callable[[], Offered | None] | None = None,
         encoders: Mapping[int, Callable[[Manifest], bytes]] = ENCODERS,
     ) -> None:
         self.seed_key = manifest.seed_key
@@ -204,7 +271,7 @@ class SeedService:
         self._credentials = credentials or Credentials()
         self._advertised_host = advertised_host
         self._ready_timeout_s = ready_timeout_s
-        self._calls = _Calls(self.seed_key, _Encoded.of(manifest, encoders), self._credentials, facts)
+        self._calls = _Calls(self.seed_key, _Encoded.of(manifest, encoders), self._credentials, facts, caches)
         self._server = BoundedServer(self._calls.answer, bounds or Bounds(), tls_for(self._credentials))
 
     async def start(self) -> int:
