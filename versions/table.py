@@ -171,6 +171,21 @@ ROWS: tuple[Row, ...] = (
     Row("vllm.config.vllm", "VllmConfig.compute_hash", takes=()),
     Row("vllm.envs", "compile_factors", takes=()),
     Row("vllm.compilation.compiler_interface", "get_inductor_factors", takes=()),
+    # --- caches of compiled code ------------------------------------------------------------------------------------
+    Row("vllm.compilation.decorators", "_try_load_aot_compiled_fn", takes=(), positional=2, since="0.18.0"),
+    Row("vllm.compilation.backends", "VllmBackend"),
+    Row("vllm.compilation.backends", "VllmBackend.__call__"),
+    *members("vllm.compilation.backends", "VllmBackend", "vllm_config", "compilation_config", "compiler_manager"),
+    Row("vllm.compilation.backends", "CompilerManager"),
+    Row(
+        "vllm.compilation.backends",
+        "CompilerManager.initialize_cache",
+        takes=("cache_dir", "disable_cache", "prefix"),
+        positional=3,
+    ),
+    Row("vllm.compilation.backends", "CompilerManager.save_to_file", takes=()),
+    *members("vllm.compilation.backends", "CompilerManager", "cache", "is_cache_updated"),
+    *members("vllm.config.compilation", "CompilationConfig", "traced_files"),
     # --- process-wide state and workers -----------------------------------------------------------------------------
     Row("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
     Row("vllm.model_executor.models.utils"),  # its _model_to_pp_missing_layer_names

@@ -70,7 +70,8 @@ def key_factors(vllm_config: Any) -> KeyFactors:
                 # A section that hashes in another way is one factor.
                 found[field.name] = next((kept for key, kept in reversed(records) if key == digest), str(digest))
     found["environment"] = _variables(envs.compile_factors())
-    found["inductor"] = _inductor(envs)
+    # vLLM adds these only where an artifact contains everything.
+    found["inductor"] = inductor_factors() if getattr(envs, "VLLM_USE_MEGA_AOT_ARTIFACT", False) else []
     named = {name: value for name, value in found.items() if name != "config"}  # the sections say it in detail
     return KeyFactors({name: _digest(value) for name, value in found.items()}, short_facts(named))
 
@@ -118,10 +119,12 @@ def _variables(factors: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _inductor(envs: Any) -> list[str]:
-    """Factors that vLLM adds if artifacts contain everything: torch, its settings, the device. Empty otherwise."""
-    if not getattr(envs, "VLLM_USE_MEGA_AOT_ARTIFACT", False):
-        return []
+def inductor_factors() -> list[str]:
+    """Digests of what Inductor's own key contains: torch's source, its settings, the device.
+
+    Raises:
+        Exception: whatever torch raises.
+    """
     from vllm.compilation.compiler_interface import get_inductor_factors
 
     return [_digest(str(factor)) for factor in get_inductor_factors()]

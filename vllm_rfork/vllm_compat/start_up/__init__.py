@@ -31,7 +31,11 @@ class Hook:
 
 
 #: In the order of installation.
-HOOKS: tuple[Hook, ...] = (Hook("warm-up", "safe", "vllm_rfork.vllm_compat.start_up.warm_up"),)
+HOOKS: tuple[Hook, ...] = (
+    Hook("warm-up", "safe", "vllm_rfork.vllm_compat.start_up.warm_up"),
+    Hook("torch_aot and inductor", "code", "vllm_rfork.vllm_compat.start_up.compile_hooks"),
+    Hook("split_graph", "code", "vllm_rfork.vllm_compat.start_up.split_graphs"),
+)
 
 
 def install_hooks(level: Level) -> None:

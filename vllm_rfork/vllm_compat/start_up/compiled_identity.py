@@ -1,0 +1,47 @@
+"""The identity of compiled code: vLLM's key without places, Inductor's settings, and facts about this host.
+
+It is taken where vLLM is about to load a compiled forward, because the configuration changes until then. The graphs of
+the same forward are compiled or loaded later, with settings that vLLM changes for that time, so they use it as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from vllm_rfork.vllm_compat.key_factors import inductor_factors, key_factors
+from vllm_rfork.vllm_compat.start_up.device_facts import device_facts, package_facts
+from vllm_rfork.vllm_compat.start_up.listener import listener
+from vllm_rfork.vllm_compat.storage_loader import target_device
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:-]")
+
+
+class _Latest:
+    identity: dict[str, str] | None = None
+
+
+def take_identity(vllm_config: Any) -> dict[str, str]:
+    """The identity at this moment; remembered for :func:`latest_identity`. The listener gets the texts behind it.
+
+    Raises:
+        Exception: whatever vLLM or torch raise; nothing is remembered then.
+    """
+    _Latest.identity = None
+    factors = key_factors(vllm_config)
+    listener().explain(factors.details)
+    inductor = hashlib.sha256("\n".join(inductor_factors()).encode()).hexdigest()[:32]
+    facts = {**device_facts(target_device(vllm_config)), **package_facts()}
+    _Latest.identity = {**factors.identity, **facts, "inductor": inductor}
+    return _Latest.identity
+
+
+def latest_identity() -> dict[str, str] | None:
+    """The identity of the forward that vLLM has looked for last in this process; None before the first one."""
+    return _Latest.identity
+
+
+def artifact_name(*parts: str) -> str:
+    """A name that the list of artifacts accepts, of the rank's folder, the component and its function."""
+    return _NOT_IN_NAMES.sub("_", ":".join(parts))[:160]
