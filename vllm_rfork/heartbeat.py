@@ -38,6 +38,7 @@ class Heartbeat:
         client: of the planner to announce to.
         interval_s: longest time between two heartbeats in seconds.
         fingerprint, epoch, slots, labels, intent: see :meth:`PlannerClient.announce`.
+        caches: returns the text of that name: a start's results are known after the first announcement.
         clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
 
@@ -53,6 +54,7 @@ class Heartbeat:
         slots: int | None = None,
         labels: str = "",
         intent: str = "",
+        caches: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -66,6 +68,7 @@ class Heartbeat:
         self._slots = slots
         self._labels = labels
         self._intent = intent
+        self._caches = caches
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
@@ -175,6 +178,7 @@ class Heartbeat:
                 labels=self._labels,
                 epoch=self._epoch,
                 intent=self._intent,
+                caches=self._caches(),
             )
         except PlannerError as error:
             self._announced = False

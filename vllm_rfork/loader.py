@@ -9,14 +9,17 @@ from typing import Any
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from vllm_rfork.config import parse_config
+from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.load import early
 from vllm_rfork.load.context import describe
 from vllm_rfork.load.machine import LoadMachine
 from vllm_rfork.load.outcome import NotASeed
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seeding.manager import manager
+from vllm_rfork.startup.settings import CacheSettings
+from vllm_rfork.startup.worker_caches import WorkerCaches, worker_caches
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
@@ -86,8 +89,6 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
             if machine is None:
                 model: nn.Module = load_whole()
                 return model
-            if (level := self._config.settings.rfork_caches) != "off":
-                install_hooks(level)
             build = _Build(self.load_config, machine.fill)
             model = machine.run(partial(build.load_model, **arguments), load_whole)
             _become_seed(machine, model)
@@ -113,7 +114,19 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 shared_storages=registries.storages(),
                 shows_progress=self.load_config.use_tqdm_on_load,
             )
-            return LoadMachine(context, context.open_session(), storage, registries)
+            session = context.open_session()
+            caches = _caches_of(settings, session.credentials)
+            if caches is None:
+                return LoadMachine(context, session, storage, registries)
+            machine = LoadMachine(
+                context,
+                session,
+                storage,
+                registries,
+                seed_known=partial(caches.seed_known, seed_key=context.seed_key),
+            )
+            caches.vote = caches.vote or machine.decide
+            return machine
         except ConfigError:
             raise
         except Exception as error:  # noqa: BLE001 - looking at configurations and devices runs third-party code
@@ -124,6 +137,15 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
                 error,
             )
             return None
+
+
+def _caches_of(settings: Settings, credentials: Credentials) -> WorkerCaches | None:
+    """The caches of this start, with their hooks on vLLM; None if there are none."""
+    carried = CacheSettings.of(settings, credentials)
+    if carried is None:
+        return None
+    install_hooks(carried.level)
+    return worker_caches(carried)
 
 
 class _Build(BaseModelLoader):  # type: ignore[misc]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+import types
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -65,8 +66,9 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
     now = 1000.0
     monkeypatch.setattr("vllm_rfork.fork.session.time.monotonic", lambda: now)
     monkeypatch.setattr(session.engines, "await_one", lambda: None)
-    monkeypatch.setattr(session, "_acquire", lambda fingerprint: None)
-    session.reserve("f1")
+    held = types.SimpleNamespace(seed=SeedAddress("10.0.0.7", 4711, 0))
+    monkeypatch.setattr(session, "_acquire", lambda fingerprint: held)
+    assert session.reserve("f1") == held.seed
     assert session.left_s() == 20.0
     now += 19.0
     assert session.left_s() == 1.0

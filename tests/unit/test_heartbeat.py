@@ -96,10 +96,13 @@ async def running(beat: Heartbeat, virtual: VirtualTime) -> AsyncIterator[asynci
 
 async def test_it_announces_at_once_and_then_once_an_interval() -> None:
     planner, virtual = FakePlanner(), VirtualTime()
-    beat = heartbeat(planner, virtual, slots=4, labels="host=a", intent="i1")
+    caches = [""]  # a start's results are known after the first announcement
+    beat = heartbeat(planner, virtual, slots=4, labels="host=a", intent="i1", caches=lambda: caches[-1])
     async with running(beat, virtual):
         assert planner.calls == ["announce"]
+        assert planner.announced_with["caches"] == ""
         assert beat.announced
+        caches.append("triton=hit;saved=2")
         await virtual.advance(10 * INTERVAL_S)
         assert planner.calls == ["announce"] * 11
     assert planner.announced_with == {
@@ -110,6 +113,7 @@ async def test_it_announces_at_once_and_then_once_an_interval() -> None:
         "labels": "host=a",
         "epoch": "e1",
         "intent": "i1",
+        "caches": "triton=hit;saved=2",
     }
 
 

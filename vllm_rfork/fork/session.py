@@ -117,8 +117,8 @@ class ForkSession:
         self._last_error: ForkError | None = None
         self._deadline = 0.0
 
-    def reserve(self, fingerprint: str) -> None:
-        """Take a lease now for a later :meth:`run`; it is renewed meanwhile.
+    def reserve(self, fingerprint: str) -> SeedAddress:
+        """Take a lease now for a later :meth:`run`, and return its seed; it is renewed meanwhile.
 
         Raises:
             NoSeedAvailable: the planner has no seed.
@@ -127,7 +127,8 @@ class ForkSession:
         self.engines.await_one()  # before asking for a lease, which would be useless without an engine
         self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
         self.times.outside["planner"] = "before"
-        self._reserved = self._acquire(fingerprint)
+        self._reserved = held = self._acquire(fingerprint)
+        return held.seed
 
     def peek(self, fingerprint: str) -> Manifest:
         """The manifest of the reserved seed. A seed without a usable one, with another checkpoint, or out

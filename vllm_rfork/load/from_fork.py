@@ -23,6 +23,7 @@ from vllm_rfork.load.ranks import DUMMIES, FORK, KEPT, SEED, RankVote
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.pairing import built_differences
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader
+from vllm_rfork.messages import SeedAddress
 from vllm_rfork.model import digest
 from vllm_rfork.model.restore import restore
 from vllm_rfork.model.snapshot import AsBuilt, Snapshot, digests_of
@@ -38,12 +39,23 @@ logger = worker_logger(__name__)
 class FromFork:
     """One fork by one rank; see the module's docstring.
 
+    Args:
+        seed_known: called with the seed of the lease; returns at once and raises nothing.
+
     Attributes:
         wrote_dummies: dummy weights may have been written to the model.
     """
 
-    def __init__(self, context: LoadContext, session: ForkSession, vote: RankVote, prospect: SeedProspect) -> None:
+    def __init__(
+        self,
+        context: LoadContext,
+        session: ForkSession,
+        vote: RankVote,
+        prospect: SeedProspect,
+        seed_known: Callable[[SeedAddress], object] = lambda seed: None,
+    ) -> None:
         self.wrote_dummies = False
+        self._seed_known = seed_known
         self._context, self._session, self._vote, self._prospect = context, session, vote, prospect
         self._tensors: TensorInventory | None = None
         self._built: AsBuilt | None = None
@@ -81,7 +93,7 @@ class FromFork:
             self._tensors = contents.tensors
             self._built = capture.built_model(context, model, contents.state)
         self._vote.take_turn(bound_s)
-        self._session.reserve(context.fingerprint)
+        self._seed_known(self._session.reserve(context.fingerprint))
         self._vote.end_turn()
         if context.layout == RUNTIME:
             # Now, because post-processing is next: ranks make communicators for experts in it, together, and a rank

@@ -39,6 +39,7 @@ from vllm_rfork.load.outcome import NotASeed, outcome_of
 from vllm_rfork.load.ranks import DUMMIES, FORK, KEPT, SEED, RankVote
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME
+from vllm_rfork.messages import SeedAddress
 from vllm_rfork.seeding.publication import Publication
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.registries import Registries
@@ -86,19 +87,31 @@ class LoadMachine:
         session: this worker's fork session; the machine closes it if the load fails.
         storage: vLLM's loader for the fallback format.
         registries: vLLM's, as they were before this load.
+        seed_known: called with the seed of the lease, before its weights are read.
 
     Attributes:
         phase: changed by :meth:`enter` only.
     """
 
-    def __init__(self, context: LoadContext, session: ForkSession, storage: Any, registries: Registries) -> None:
+    def __init__(
+        self,
+        context: LoadContext,
+        session: ForkSession,
+        storage: Any,
+        registries: Registries,
+        *,
+        seed_known: Callable[[SeedAddress], object] = lambda seed: None,
+    ) -> None:
         self.phase = Phase.DESCRIBED
         self._context, self._session, self._storage, self._registries = context, session, storage, registries
         self._prospect = SeedProspect(session, context.seed_obstacle)
         timeout_s = context.settings.rfork_request_timeout_sec
-        self._vote = RankVote(Consensus(context.rank_group), STAGES[context.layout], timeout_s)
+        consensus = Consensus(context.rank_group)
+        #: Votes of this load's ranks on other stages: see :meth:`Consensus.decide`.
+        self.decide = consensus.decide
+        self._vote = RankVote(consensus, STAGES[context.layout], timeout_s)
         session.leases.no_longer_needed = None if self._vote.alone else self._vote.rejection
-        self._fork: FromFork | None = FromFork(context, session, self._vote, self._prospect)
+        self._fork: FromFork | None = FromFork(context, session, self._vote, self._prospect, seed_known)
         self._loaded: FromStorage | None = None
 
     def enter(self, phase: Phase) -> None:

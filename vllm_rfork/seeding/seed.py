@@ -26,6 +26,7 @@ from vllm_rfork.net.event_loop import BackgroundTask, background
 from vllm_rfork.seed_service import SeedService
 from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.publication import SeedConfig
+from vllm_rfork.startup import offers, report
 
 logger = worker_logger(__name__)
 
@@ -133,6 +134,7 @@ class Seed:
             advertised_host=config.advertise_host,
             ready_timeout_s=config.ready_timeout_s,
             facts=config.facts,
+            caches=offers.source(),
         )
         self._parts.service = service
         # After the line above: either this call finds the withdrawal, or the withdrawal finds the service.
@@ -158,6 +160,7 @@ class Seed:
             slots=config.slots,
             labels=config.labels,
             intent=self.intent,
+            caches=report.announced,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
 

@@ -73,8 +73,15 @@ class CacheListener(Protocol):
     def about_to_read(self, place: Place) -> bool:
         """Install the seed's cache if it is there and fits; True if files were installed just now."""
 
-    def outcome(self, kind: str, name: str, *, used: bool, seconds: float | None) -> None:
-        """Take note of whether vLLM used the cache; ``seconds``: the time that it took to load it, if known."""
+    def outcome(
+        self, kind: str, name: str, *, used: bool, seconds: float | None = None, reason: str | None = None
+    ) -> None:
+        """Take note of whether vLLM used a cache.
+
+        Args:
+            seconds: the time that loading it took, if known.
+            reason: why it was not used, for the log.
+        """
 
     def produced(self, place: Place, seconds: float | None, body: bytes | None = None) -> None:
         """Take note of a cache that this process has written or used, which a seed offers after warm-up.
@@ -103,7 +110,9 @@ class _Nothing:
     def about_to_read(self, place: Place) -> bool:
         return False
 
-    def outcome(self, kind: str, name: str, *, used: bool, seconds: float | None) -> None:
+    def outcome(
+        self, kind: str, name: str, *, used: bool, seconds: float | None = None, reason: str | None = None
+    ) -> None:
         pass
 
     def produced(self, place: Place, seconds: float | None, body: bytes | None = None) -> None:

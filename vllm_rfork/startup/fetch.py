@@ -1,0 +1,188 @@
+"""The transfer of a seed's caches, on a thread of its own while the model is loaded.
+
+Nothing waits for it. An artifact that cannot be fetched costs its transfer and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_rfork.caches.manifest import LEVELS, Artifact, Offer
+from vllm_rfork.caches.staging import Staged, remove_abandoned
+from vllm_rfork.clients.seed_caches import SeedCaches
+from vllm_rfork.errors import CacheError, RForkError, SeedError
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.messages import CACHES_PAUSE_S, SeedAddress
+from vllm_rfork.net.within import within
+from vllm_rfork.startup.arrivals import Arrivals, Body, Received
+from vllm_rfork.startup.settings import FETCH_S, ORDER, CacheSettings
+
+logger = worker_logger(__name__)
+
+#: Artifacts in a row that do not arrive, after which the seed is given up.
+MAX_FAILURES = 3
+#: Pause in seconds after one of them: a seed sends few artifacts at once.
+BUSY_PAUSE_S = 1.0
+
+
+class _WarmUpIsOver(CacheError):
+    """Nothing that arrives now can be used."""
+
+
+class Fetch:
+    """One transfer. Its thread is a daemon and ends by itself: after :data:`FETCH_S`, or when warm-up is over.
+
+    Args:
+        root: returns the directory under which artifacts of a kind are staged.
+
+    Attributes:
+        nbytes, seconds: received so far, and the time of the calls that brought them.
+    """
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        seed: SeedAddress,
+        seed_key: str,
+        arrivals: Arrivals,
+        root: Callable[[str], Path],
+        *,
+        bound_s: float = FETCH_S,
+    ) -> None:
+        self.seed = seed
+        self.nbytes = 0
+        self.seconds = 0.0
+        self._settings, self._seed_key, self._arrivals, self._root = settings, seed_key, arrivals, root
+        self._client = SeedCaches(request_timeout_s=settings.request_timeout_s, credentials=settings.credentials)
+        self._deadline = time.monotonic() + bound_s
+        self._over = threading.Event()
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="rfork-caches", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Raises RuntimeError at the limit of threads."""
+        self._arrivals.asked()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the transfer soon; returns at once."""
+        self._over.set()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended, at most ``timeout_s``."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        """The outermost frame of the thread: a start never depends on it."""
+        try:
+            asyncio.run(self._fetch())
+        except _WarmUpIsOver:
+            pass
+        except Exception as error:  # noqa: BLE001 - a thread of its own; vLLM computes what does not arrive
+            level = logging.INFO if isinstance(error, RForkError) else logging.WARNING
+            text = "the rest of the caches of seed %s was not taken because of %s: %s"
+            logger.log(level, text, self.seed, type(error).__name__, error)
+
+    async def _fetch(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        offer = await self._offer()
+        if offer is None:
+            return
+        self._arrivals.listed(offer)
+        wanted = [each for each in offer.artifacts if self._settings.takes(each.kind)]
+        for root in {self._root(each.kind) for each in wanted if LEVELS[each.kind] == "code"}:
+            remove_abandoned(root)
+        failures = 0
+        for artifact in sorted(wanted, key=lambda each: ORDER.index(each.kind)):
+            try:
+                await self._one(artifact)
+                failures = 0
+            except SeedError as error:
+                failures += 1
+                if failures == MAX_FAILURES or self._left_s() <= 0:
+                    raise
+                logger.info("caches: %s did not arrive: %s", artifact, error)
+                await self._pause(BUSY_PAUSE_S)
+
+    async def _offer(self) -> Offer | None:
+        """The seed's list; None if the seed is not ready before the time is over."""
+        while not self._over.is_set() and self._left_s() > 0:
+            started = time.monotonic()
+            offer = await self._client.offer(self.seed, self._seed_key)
+            self.seconds += time.monotonic() - started
+            if offer is not None:
+                return offer
+            await self._pause(CACHES_PAUSE_S)
+        return None
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, until warm-up is over at most."""
+        if not self._over.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(self._wake.wait(), min(seconds, max(0.0, self._left_s())))
+
+    async def _one(self, artifact: Artifact) -> None:
+        """Receive one artifact.
+
+        Raises:
+            SeedError: it did not come in time, or as a whole.
+            _WarmUpIsOver: nothing more is needed.
+        """
+        key = (artifact.kind, artifact.name)
+        received: Received | None = None
+        started = time.monotonic()
+        try:
+            self._check_needed()
+            received = self._place(artifact)
+            sink = self._sink(received)
+            await self._client.fetch(self.seed, self._seed_key, artifact, sink, timeout_s=max(0.0, self._left_s()))
+            received.finish()
+            self._arrivals.add(received)
+        except _WarmUpIsOver:
+            _discard(received)
+            raise
+        except CacheError as error:
+            _discard(received)
+            self._arrivals.failed(f"refused: {error}", key)
+            logger.info("caches: %s of seed %s was not taken: %s", artifact, self.seed, error)
+        except BaseException:
+            _discard(received)
+            raise
+        finally:
+            self.seconds += time.monotonic() - started
+
+    def _place(self, artifact: Artifact) -> Received:
+        """A place for the bytes: memory for JSON, a private folder beside the caches for code. Raises CacheError."""
+        if LEVELS[artifact.kind] == "safe":
+            return Body(artifact)
+        return Staged(self._root(artifact.kind), artifact)
+
+    def _sink(self, received: Received) -> Callable[[bytes], None]:
+        def sink(piece: bytes) -> None:
+            self._check_needed()
+            received.write(piece)
+            self.nbytes += len(piece)
+
+        return sink
+
+    def _check_needed(self) -> None:
+        if self._over.is_set():
+            raise _WarmUpIsOver("warm-up is over")
+
+    def _left_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+
+def _discard(received: Received | None) -> None:
+    if received is not None:
+        received.discard()

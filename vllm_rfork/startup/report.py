@@ -1,0 +1,147 @@
+"""The report of one start: what became of each kind of cache, as one log line and for the announcement."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllm_rfork.logs.quoting import counted, printable
+from vllm_rfork.messages import CacheResults, SeedAddress
+
+#: Characters of one reason in the log line.
+_MAX_REASON = 400
+#: Reasons that are shown for one kind.
+_REASONS = 2
+_LEAST_SAVED_S = 0.05
+
+
+@dataclass
+class _Kind:
+    """The results of one kind.
+
+    Attributes:
+        used: artifacts of the seed that vLLM has used.
+        seconds: the time that the used ones took the seed, less the time of loading them here.
+    """
+
+    files: int = 0
+    kept: int = 0
+    artifacts: int = 0
+    used: int = 0
+    seconds: float = 0.0
+    missed: dict[str, str] = field(default_factory=dict)
+
+    def text(self, kind: str) -> str:
+        """``torch_aot used (12.5 s saved)``, ``triton 214 files``."""
+        if self.used:
+            return f"{kind} used" + (f" ({self.seconds:.1f} s saved)" if self.seconds >= _LEAST_SAVED_S else "")
+        if self.files:
+            return f"{kind} {counted(self.files, 'file')}"
+        return f"{kind} there already"
+
+    @property
+    def hit(self) -> bool:
+        return bool(self.used or self.files)
+
+
+class Results:
+    """Collects the results of one start; all methods may be called by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kinds: dict[str, _Kind] = {}
+        self._installed: dict[tuple[str, str], float | None] = {}
+        self._counted: set[tuple[str, str]] = set()
+
+    def installed(self, kind: str, name: str, files: int, kept: int, seconds: float | None) -> None:
+        """Take note that the seed's artifact was installed: ``files`` new ones, and ``kept`` that were there already.
+
+        Args:
+            seconds: the time that it took the seed.
+        """
+        with self._lock:
+            each = self._of(kind)
+            each.artifacts += 1
+            each.files += files
+            each.kept += kept
+            if files:
+                self._installed[kind, name] = seconds
+
+    def missed(self, kind: str, name: str, reason: str) -> None:
+        """Take note that an artifact was not installed; the first word of ``reason`` is its class."""
+        with self._lock:
+            self._of(kind).missed.setdefault(name, reason)
+
+    def outcome(self, kind: str, name: str, used: bool, seconds: float | None, reason: str | None) -> None:
+        """Take note of whether vLLM used an artifact; it counts if it was the seed's."""
+        with self._lock:
+            if (kind, name) not in self._installed or (kind, name) in self._counted:
+                return
+            self._counted.add((kind, name))
+            took_s = self._installed[kind, name]
+            each = self._of(kind)
+            if used:
+                each.used += 1
+                each.seconds += max(0.0, (took_s or 0.0) - (seconds or 0.0))
+            else:
+                each.missed[name] = f"refused: {reason or 'vLLM did not use it'}"
+                each.files = 0
+
+    def seconds_of(self, kind: str, name: str) -> float | None:
+        """The time that an installed artifact took the seed; None if it is not known, or was not installed."""
+        with self._lock:
+            return self._installed.get((kind, name))
+
+    def results(self) -> CacheResults:
+        """The same in single words, for the planner."""
+        with self._lock:
+            kinds = {
+                kind: "hit" if each.hit else _word(next(iter(each.missed.values())))
+                for kind, each in self._kinds.items()
+                if each.hit or each.missed
+            }
+            saved_s = sum(each.seconds for each in self._kinds.values())
+        return CacheResults(kinds, saved_s if saved_s >= _LEAST_SAVED_S else None)
+
+    def line(self, seed: SeedAddress, nbytes: int, seconds: float) -> str:
+        """The log line, for caches of which ``nbytes`` were received in ``seconds``."""
+        with self._lock:
+            taken = [each.text(kind) for kind, each in self._kinds.items() if each.artifacts]
+            missed = [f"{kind} ({_reasons(each.missed.values())})" for kind, each in self._kinds.items() if each.missed]
+            saved_s = sum(each.seconds for each in self._kinds.values())
+        parts = [", ".join(taken) or "nothing was used"]
+        if missed:
+            parts.append(f"missed {', '.join(missed)}")
+        parts.append(f"{nbytes / 1e6:.1f} MB in {seconds:.2f} s")
+        if saved_s >= _LEAST_SAVED_S:
+            parts.append(f"saved about {saved_s:.1f} s")
+        return f"caches from seed {seed}: {'; '.join(parts)}"
+
+    def _of(self, kind: str) -> _Kind:
+        return self._kinds.setdefault(kind, _Kind())
+
+
+def _word(reason: str) -> str:
+    return reason.partition(":")[0]
+
+
+def _reasons(reasons: Iterable[str]) -> str:
+    different = list(dict.fromkeys(reasons))
+    more = len(different) - _REASONS
+    shown = ", ".join(printable(each, _MAX_REASON) for each in different[:_REASONS])
+    return shown + (f", and {more} more" if more > 0 else "")
+
+
+class _Slot:
+    results = CacheResults()
+
+
+def announce(results: CacheResults) -> None:
+    """Make ``results`` those that this process announces as a seed."""
+    _Slot.results = results
+
+
+def announced() -> str:
+    """The results of this process's start as text, empty until there are some."""
+    return str(_Slot.results)

@@ -1,0 +1,16 @@
+"""The directory of each kind of cache, as the operator configured it. A seed's files are staged there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_root(kind: str) -> Path:
+    """The root of the caches of ``kind``; see ``caches.manifest.LEVELS``."""
+    if kind == "triton":
+        home = Path(os.environ.get("TRITON_HOME") or Path.home())
+        return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT)
