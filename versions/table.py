@@ -49,6 +49,7 @@ def members(module: str, cls: str, *names: str, since: str = "", until: str = ""
 _LOADER = "vllm.model_executor.model_loader"
 _BASE = f"{_LOADER}.base_loader"
 _STATE = "vllm.distributed.parallel_state"
+_REGISTRY = "vllm.model_executor.models.registry"
 
 ROWS: tuple[Row, ...] = (
     # --- registration -----------------------------------------------------------------------------------------------
@@ -58,6 +59,14 @@ ROWS: tuple[Row, ...] = (
     Row(_LOADER, "get_model_loader", takes=(), positional=1),
     Row("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
     Row("vllm.platforms", "current_platform"),
+    # --- model information ------------------------------------------------------------------------------------------
+    Row(_REGISTRY, "ModelRegistry"),
+    *members(_REGISTRY, "_ModelRegistry", "models"),
+    Row(_REGISTRY, "_ModelInfo"),
+    Row(_REGISTRY, "_LazyRegisteredModel"),
+    Row(_REGISTRY, "_LazyRegisteredModel.class_name"),
+    Row(_REGISTRY, "_LazyRegisteredModel._get_cache_filename", takes=()),
+    Row(_REGISTRY, "_LazyRegisteredModel._load_modelinfo_from_cache", takes=(), positional=1),
     Row("vllm.platforms.interface", "Platform.is_cpu", takes=()),
     # --- the loader's flow ------------------------------------------------------------------------------------------
     Row(_BASE, "BaseModelLoader"),
@@ -135,6 +144,9 @@ ROWS: tuple[Row, ...] = (
         "model",
         "model_weights",
         "revision",
+        "architectures",
+        "architecture",
+        "_model_info",
     ),
     *members("vllm.config.model", "ModelConfig", "enable_cumem_allocator", since="0.23.0"),
     Row("vllm.config.model", "ModelConfig.get_num_experts", takes=()),

@@ -50,6 +50,15 @@ def checked_model_info(body: bytes, source_hash: str, fields: Mapping[str, Field
     return msgspec.json.encode({"hash": source_hash, "modelinfo": {name: info.modelinfo[name] for name in fields}})
 
 
+def stated_hash(body: bytes) -> str:
+    """The hash of the source that the model information in ``body`` is for. vLLM compares it when it reads the file.
+
+    Raises:
+        CacheError: it is not model information.
+    """
+    return parsed(body, _ModelInfo, "the seed's model information", MAX_INFO_NBYTES).hash
+
+
 def _fits(value: Any, kind: FieldKind) -> bool:
     if kind == "flag":
         return isinstance(value, bool)

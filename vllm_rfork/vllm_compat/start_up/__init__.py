@@ -30,8 +30,9 @@ class Hook:
     module: str
 
 
-#: In the order of installation.
+#: In the order of installation: a later wrapper of one method is the outer one, and nothing comes after warm-up.
 HOOKS: tuple[Hook, ...] = (
+    Hook("model_info", "safe", "vllm_rfork.vllm_compat.start_up.model_infos"),
     Hook("warm-up", "safe", "vllm_rfork.vllm_compat.start_up.warm_up"),
     Hook("torch_aot and inductor", "code", "vllm_rfork.vllm_compat.start_up.compile_hooks"),
     Hook("split_graph", "code", "vllm_rfork.vllm_compat.start_up.split_graphs"),
