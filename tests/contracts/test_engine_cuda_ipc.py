@@ -28,6 +28,7 @@ class TestCudaIpcEngine(EngineContract):
     engine: ClassVar[str] = "cuda_ipc"
     device: ClassVar[str] = "cuda:0"
     buffer: ClassVar[str] = "tests.contracts.driver_buffer:DriverBuffer"
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.cuda_ipc.engine",)
     memory_outlives_its_process: ClassVar[bool] = True
     faults: ClassVar[Mapping[str, object]] = {}
 

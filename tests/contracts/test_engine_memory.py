@@ -25,6 +25,7 @@ N = 1000
 
 class TestMemoryEngine(EngineContract):
     engine: ClassVar[str] = "memory"
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.memory",)
 
 
 class InProcess:

@@ -27,6 +27,7 @@ class TestNixlEngine(EngineContract):
     """Host memory on one machine: cross-memory attach."""
 
     engine: ClassVar[str] = "nixl"
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.nixl.engine",)
 
     def test_an_idle_engine_burns_no_core(self, processes: Processes) -> None:
         """A seed that was read from, and its receiver; NIXL's own default takes 0.93 of a core each."""
@@ -105,6 +106,8 @@ class TestNixlOverTcp(EngineContract):
     """What the opt-in gives: everything but the seed's safety from a receiver that dies or gives a read up."""
 
     engine: ClassVar[str] = "nixl"
+    #: No forks: ``fence`` needs the exit status of a seed.
+    preload: ClassVar[tuple[str, ...]] = ()
     large_nbytes: ClassVar[int] = 32 * MIB
 
     #: The reason for the opt-in: over TCP this can crash the seed, so there is nothing to promise.

@@ -43,6 +43,7 @@ class AnyGeneration(EngineContract):
     """What the engine does differently in every generation."""
 
     engine: ClassVar[str] = "yuanrong"
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.yuanrong.engine",)
     #: Two control calls in a row, each of them reset after 10 s, where the peer stops between the probe and the read.
     dead_peer_s: ClassVar[float] = 25.0
     close_may_keep_memory: ClassVar[bool] = True
