@@ -358,3 +358,17 @@ def test_a_directory_of_vllms_is_named_relative_to_its_root(tmp_path: Path) -> N
         parts_below(tmp_path / "root", tmp_path / "other")
     with pytest.raises(CacheError, match="acceptable name"):
         parts_below(tmp_path, tmp_path / "a" / ".." / ".." / "b")
+
+
+def test_indexes_appear_after_the_files_that_they_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"KEY/__grp__a": b"index", "KEY/a": b"1", "KEY/b": b"2", "z": b"3"}
+    order: list[str] = []
+    link = os.link
+
+    def noting(source: str, name: str, **options: Any) -> None:
+        order.append(name)
+        link(source, name, **options)
+
+    monkeypatch.setattr(os, "link", noting)
+    install(staged(tmp_path, contents), TARGET, last="KEY/a", indexes=["__grp__*"])
+    assert order == ["b", "z", "__grp__a", "a"]

@@ -227,6 +227,23 @@ def test_a_cache_that_is_late_costs_nothing(
     assert not (tmp_path / "1").exists() or os.listdir(tmp_path / "1" / staging.STAGING) == []
 
 
+def test_a_cache_that_is_asked_for_again_once_it_has_arrived_is_not_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed, on_its_way = first_seed(tmp_path / "0"), threading.Event()
+    seed.before = lambda artifact: on_its_way.wait(10)
+    caches = receiver(tmp_path / "1", seed, monkeypatch, wait=False)
+    place = code_place(tmp_path / "1", "own")
+    assert not caches.about_to_read(place)
+    on_its_way.set()
+    assert caches._fetch is not None
+    caches._fetch.join(10)
+    assert caches.about_to_read(place)
+    with caplog.at_level(logging.INFO):
+        caches.warm()
+    assert "missed" not in caplog.text
+
+
 def test_a_seed_that_is_not_ready_is_asked_until_warm_up_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

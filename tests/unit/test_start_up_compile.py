@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import re
 import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ import torch
 
 from tests.unit.compiling_vllm import Config, Vllm, config
 from vllm_rfork.caches.collector import Collected, collect
-from vllm_rfork.caches.installer import install
 from vllm_rfork.caches.manifest import check_artifact, identity_differences
 from vllm_rfork.caches.staging import Staged
+from vllm_rfork.startup.worker_caches import _install_files
 from vllm_rfork.vllm_compat.start_up import compile_hooks, device_facts, split_graphs
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, listen
 
@@ -57,13 +56,7 @@ class Carrier:
         for piece in theirs.pieces():
             staged.write(piece)
         staged.finish()
-        names = {file.path for file in theirs.artifact.files}
-        for name in names:
-            for pattern, rewrite in place.rewrite.items():
-                if fnmatch.fnmatchcase(PurePosixPath(name).name, pattern):
-                    directory = place.root.joinpath(*place.directory)
-                    staged.replace(name, rewrite(staged.read(name, 10**6), names - {name}, directory))
-        return install(staged, place.directory, last=place.last).new > 0
+        return _install_files(place, staged)[0] > 0
 
     def outcome(self, kind: str, name: str, *, used: bool, seconds: float | None) -> None:
         self.outcomes[kind] = used

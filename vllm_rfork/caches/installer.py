@@ -7,7 +7,9 @@ cache be read at all appears last. A process that dies in between leaves files t
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +47,19 @@ def is_there(root: Path, directory: Parts, path: str) -> bool:
 
 
 def install(
-    staged: Staged, directory: Parts, *, last: str | None = None, lock_timeout_s: float = LOCK_TIMEOUT_S
+    staged: Staged,
+    directory: Parts,
+    *,
+    last: str | None = None,
+    indexes: Collection[str] = (),
+    lock_timeout_s: float = LOCK_TIMEOUT_S,
 ) -> Installed:
     """Install a complete artifact into ``directory``, and discard the staging folder, whatever happens.
 
     Args:
         directory: below the cache root, as this worker computed it; never a name from the wire.
         last: the path that makes the cache be read; installed after all others. If it exists, nothing is installed.
+        indexes: patterns of names of files that list other files, as a shell's; installed after those.
 
     Raises:
         CacheError: the artifact is not complete, another process holds the lock for too long, a directory is a
@@ -68,13 +76,14 @@ def install(
         ):
             if last is not None and has_file(root, (*directory, *relative_parts(last))):
                 return Installed(0, len(staged.artifact.files))
-            return _install(staged, root, directory, last)
+            return _install(staged, root, directory, last, indexes)
     finally:
         staged.discard()
 
 
-def _install(staged: Staged, root: int, directory: Parts, last: str | None) -> Installed:
+def _install(staged: Staged, root: int, directory: Parts, last: str | None, indexes: Collection[str]) -> Installed:
     files = [(number, relative_parts(file.path)) for number, file in enumerate(staged.artifact.files)]
+    files.sort(key=lambda each: any(fnmatch.fnmatchcase(each[1][-1], pattern) for pattern in indexes))
     if last is not None:
         ready = relative_parts(last)
         if all(parts != ready for _, parts in files):

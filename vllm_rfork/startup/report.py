@@ -65,6 +65,7 @@ class Results:
             each.artifacts += 1
             each.files += files
             each.kept += kept
+            each.missed.pop(name, None)  # it was late once; the hook on Triton asks again
             if files:
                 self._installed[kind, name] = seconds
 

@@ -207,7 +207,7 @@ def _install_files(place: CachePlace, received: Staged | Body) -> tuple[int, int
                 beside = {each.name for each in paths if each.parent == path.parent and each != path}
                 content = received.read(str(path), MAX_INDEX_NBYTES)
                 received.replace(str(path), rewrite(content, beside, directory.joinpath(path.parent)))
-    installed = install(received, place.directory, last=place.last)
+    installed = install(received, place.directory, last=place.last, indexes=place.rewrite)
     return installed.new, installed.kept
 
 

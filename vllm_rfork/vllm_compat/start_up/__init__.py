@@ -35,6 +35,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("model_info", "safe", "vllm_rfork.vllm_compat.start_up.model_infos"),
     Hook("warm-up", "safe", "vllm_rfork.vllm_compat.start_up.warm_up"),
     Hook("torch_aot and inductor", "code", "vllm_rfork.vllm_compat.start_up.compile_hooks"),
+    Hook("triton", "code", "vllm_rfork.vllm_compat.start_up.triton_cache"),
     Hook("split_graph", "code", "vllm_rfork.vllm_compat.start_up.split_graphs"),
 )
 
