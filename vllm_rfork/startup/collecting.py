@@ -95,24 +95,22 @@ class Collection:
     def collected(self) -> Offered:
         """Wait until the directories are quiet, for :data:`QUIET_WITHIN_S` at most, and describe what they contain.
 
-        An artifact that cannot be offered is left out.
-
-        Raises:
-            CacheError: receivers would refuse the list.
+        An artifact that cannot be offered, or that would make the list longer than receivers accept, is left out.
         """
         with self._lock:
             produced = sorted(self._produced.values(), key=lambda each: ORDER.index(each.place.kind))
         produced = [each for each in produced if self._may_offer(each.place.kind)]
         noisy = self._wait_until_quiet([each.place for each in produced if isinstance(each.place, CachePlace)])
         artifacts: list[OfferedArtifact] = []
+        details = self.details
         for each in produced:
             try:
                 made = _json(each, each.place) if isinstance(each.place, JsonPlace) else _files(each, each.place, noisy)
-                encode_offer(Offered((*artifacts, made), {}).offer(code=True))
+                encode_offer(Offered((*artifacts, made), details).offer(code=True))
                 artifacts.append(made)
             except CacheError as error:
                 logger.info("caches: %s %s is not offered: %s", each.place.kind, each.place.name, error)
-        return Offered(tuple(artifacts), self.details)
+        return Offered(tuple(artifacts), details)
 
     def _may_offer(self, kind: str) -> bool:
         return LEVELS[kind] == "safe" or self._settings.offering_obstacle is None

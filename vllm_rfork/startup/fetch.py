@@ -25,10 +25,13 @@ from vllm_rfork.startup.settings import FETCH_S, ORDER, CacheSettings
 
 logger = worker_logger(__name__)
 
-#: Artifacts in a row that do not arrive, after which the seed is given up.
-MAX_FAILURES = 3
-#: Pause in seconds after one of them: a seed sends few artifacts at once.
+#: Attempts at one artifact, with a pause in seconds between them: a seed sends few artifacts at once.
+ATTEMPTS = 3
 BUSY_PAUSE_S = 1.0
+#: Artifacts in a row that do not arrive, after which the seed is given up.
+MAX_MISSING = 2
+#: How long what has arrived is kept for hooks that may never ask, in seconds.
+KEPT_S = 3_600.0
 
 
 class _WarmUpIsOver(CacheError):
@@ -36,7 +39,7 @@ class _WarmUpIsOver(CacheError):
 
 
 class Fetch:
-    """One transfer. Its thread is a daemon and ends by itself: after :data:`FETCH_S`, or when warm-up is over.
+    """One transfer, of at most :data:`FETCH_S`. Its thread is a daemon, and ends when warm-up is over.
 
     Args:
         root: returns the directory under which artifacts of a kind are staged.
@@ -61,6 +64,7 @@ class Fetch:
         self._settings, self._seed_key, self._arrivals, self._root = settings, seed_key, arrivals, root
         self._client = SeedCaches(request_timeout_s=settings.request_timeout_s, credentials=settings.credentials)
         self._deadline = time.monotonic() + bound_s
+        self._fetched = threading.Event()
         self._over = threading.Event()
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -78,9 +82,9 @@ class Fetch:
             with contextlib.suppress(RuntimeError):  # it has ended already
                 self._loop.call_soon_threadsafe(self._wake.set)
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until the thread has ended, at most ``timeout_s``."""
-        self._thread.join(timeout_s)
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until nothing more comes, at most ``timeout_s``; return True if that is so."""
+        return self._fetched.wait(timeout_s)
 
     def _run(self) -> None:
         """The outermost frame of the thread: a start never depends on it."""
@@ -92,6 +96,10 @@ class Fetch:
             level = logging.INFO if isinstance(error, RForkError) else logging.WARNING
             text = "the rest of the caches of seed %s was not taken because of %s: %s"
             logger.log(level, text, self.seed, type(error).__name__, error)
+        finally:
+            self._fetched.set()
+        self._over.wait(KEPT_S)
+        self._arrivals.close()
 
     async def _fetch(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -102,17 +110,28 @@ class Fetch:
         wanted = [each for each in offer.artifacts if self._settings.takes(each.kind)]
         for root in {self._root(each.kind) for each in wanted if LEVELS[each.kind] == "code"}:
             remove_abandoned(root)
-        failures = 0
+        missing = 0
         for artifact in sorted(wanted, key=lambda each: ORDER.index(each.kind)):
             try:
-                await self._one(artifact)
-                failures = 0
-            except SeedError as error:
-                failures += 1
-                if failures == MAX_FAILURES or self._left_s() <= 0:
+                await self._with_attempts(artifact)
+                missing = 0
+            except SeedError:
+                missing += 1
+                if missing == MAX_MISSING or self._left_s() <= 0:
                     raise
+
+    async def _with_attempts(self, artifact: Artifact) -> None:
+        """Receive one artifact. Raises SeedError, see :meth:`_one`, after the last attempt."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                await self._one(artifact)
+            except SeedError as error:
                 logger.info("caches: %s did not arrive: %s", artifact, error)
+                if attempt == ATTEMPTS or self._left_s() <= 0:
+                    raise
                 await self._pause(BUSY_PAUSE_S)
+            else:
+                return
 
     async def _offer(self) -> Offer | None:
         """The seed's list; None if the seed is not ready before the time is over."""
@@ -142,7 +161,6 @@ class Fetch:
         received: Received | None = None
         started = time.monotonic()
         try:
-            self._check_needed()
             received = self._place(artifact)
             sink = self._sink(received)
             await self._client.fetch(self.seed, self._seed_key, artifact, sink, timeout_s=max(0.0, self._left_s()))
@@ -169,15 +187,12 @@ class Fetch:
 
     def _sink(self, received: Received) -> Callable[[bytes], None]:
         def sink(piece: bytes) -> None:
-            self._check_needed()
+            if self._over.is_set():
+                raise _WarmUpIsOver("warm-up is over")
             received.write(piece)
             self.nbytes += len(piece)
 
         return sink
-
-    def _check_needed(self) -> None:
-        if self._over.is_set():
-            raise _WarmUpIsOver("warm-up is over")
 
     def _left_s(self) -> float:
         return self._deadline - time.monotonic()

@@ -76,7 +76,7 @@ class WorkerCaches:
 
     def about_to_read(self, place: Place) -> bool:
         """See :class:`CacheListener`."""
-        if self._warm or self._fetch is None:
+        if self._fetch is None:
             return False
         try:
             return self._install(place)
@@ -94,13 +94,12 @@ class WorkerCaches:
 
     def produced(self, place: Place, seconds: float | None, body: bytes | None = None) -> None:
         """See :class:`CacheListener`."""
-        if self._settings.offers and not self._warm:
-            received_s = self._results.seconds_of(place.kind, place.name)
-            self._collection.add(place, received_s if seconds is None else seconds, body)
+        received_s = self._results.seconds_of(place.kind, place.name)
+        self._collection.add(place, received_s if seconds is None else seconds, body)
 
     def plan(self) -> CarriedPlan | None:
         """See :class:`CacheListener`."""
-        if self._warm or self._fetch is None:
+        if self._fetch is None:
             return None
         key = self._arrivals.first("startup_plan") or ("startup_plan", "any")
         try:
