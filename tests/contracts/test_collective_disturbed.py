@@ -1,6 +1,6 @@
 """Receivers that die or stop in the middle of a read cost the seed their own groups, and nothing else.
 
-Over gloo, and over NCCL on the host stand-in. ``RFORK_TEST_GPU=1`` takes NCCL and two GPUs; ``RFORK_TEST_ROUNDS`` is
+Over TCP, and over NCCL on the host stand-in. ``RFORK_TEST_GPU=1`` takes NCCL and two GPUs; ``RFORK_TEST_ROUNDS`` is
 the number of receivers of each kind.
 """
 
@@ -27,10 +27,10 @@ COPIES = 64 if ON_GPU else 8
 LEAK_NBYTES = 32 * MIB
 
 
-class Gloo(EngineContract):
+class Tcp(EngineContract):
     __test__ = False
     engine: ClassVar[str] = "collective"
-    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.engine", "vllm_rfork.engines.collective.gloo")
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.engine", "vllm_rfork.engines.collective.tcp")
 
 
 class Nccl(EngineContract):
@@ -131,7 +131,7 @@ class Fleet:
 
 
 @pytest.fixture(
-    params=[(Nccl, NcclReceiver)] if ON_GPU else [(Gloo, Gloo), (Nccl, NcclReceiver)], ids=lambda each: each[0].__name__
+    params=[(Nccl, NcclReceiver)] if ON_GPU else [(Tcp, Tcp), (Nccl, NcclReceiver)], ids=lambda each: each[0].__name__
 )
 def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
     seed, receiver = request.param

@@ -1,4 +1,4 @@
-"""The collective engine keeps the port's contract over gloo, and over NCCL on a host stand-in for it."""
+"""The collective engine keeps the port's contract over TCP, and over NCCL on a host stand-in for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tests.standin import build
 from vllm_rfork.testing import EngineContract
 
 
-class TestGloo(EngineContract):
+class TestTcp(EngineContract):
     engine: ClassVar[str] = "collective"
-    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.engine", "vllm_rfork.engines.collective.gloo")
+    preload: ClassVar[tuple[str, ...]] = ("vllm_rfork.engines.collective.engine", "vllm_rfork.engines.collective.tcp")
 
 
 class TestNccl(EngineContract):

@@ -278,12 +278,12 @@ def test_two_network_namespaces_use_the_first_lane_that_leads_from_one_to_the_ot
         container = [*there, "unshare", "--pid", "--fork", "--kill-child"]
         done = connecting(*command, before=container, **environ)
         assert done.returncode == GOOD, done.stdout + done.stderr
-        assert "lane collective/gloo" in done.stdout
+        assert "lane collective/tcp" in done.stdout
         preferred = done.stdout.partition("preferred, but not possible:")[2]
         assert re.search(r"nixl: .*another pid namespace.*RFORK_NIXL_ALLOW_TCP=1", preferred)
         assert re.search(r"memory: .*No such process", preferred)
         assert seed.end() == GOOD
-    assert "10.77.0.2 is done: the bytes are right over collective/gloo" in seed.output
+    assert "10.77.0.2 is done: the bytes are right over collective/tcp" in seed.output
 
 
 # --- offers of a host that lies -------------------------------------------------------------------------------------
@@ -325,12 +325,12 @@ def test_an_offer_that_lies_is_refused_before_memory_is_taken(body: bytes, reaso
         (
             "another",
             "no port is active",
-            "collective/gloo",
+            "collective/tcp",
             "this host: none here; the serving host: no port is active",
         ),
-        ("another", None, "collective/gloo", "this host: none here"),
+        ("another", None, "collective/tcp", "this host: none here"),
         ("another", None, "nixl/rdma", None),
-        ("this", None, "collective/gloo", None),
+        ("this", None, "collective/tcp", None),
     ],
 )
 def test_rdma_is_named_between_hosts_that_read_without_it(

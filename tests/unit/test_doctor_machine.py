@@ -204,14 +204,14 @@ NIXL = [
 
 
 def test_the_lanes_follow_the_order_of_auto_with_the_reasons_against_the_others() -> None:
-    third = [Lane("collective", "cpu", place, "collective/gloo") for place in PLACES]
+    third = [Lane("collective", "cpu", place, "collective/tcp") for place in PLACES]
     found = doctor_engines.lanes(
         {"collective": third, "nixl": NIXL, "mooncake": []}, ["cpu"], attach=True, expandable=True
     )
     assert [(each.state, each.found) for each in found] == [
-        (OK, "nixl/cma, then collective/gloo"),
-        (OK, "collective/gloo"),
-        (OK, "nixl/rdma, then collective/gloo"),
+        (OK, "nixl/cma, then collective/tcp"),
+        (OK, "collective/tcp"),
+        (OK, "nixl/rdma, then collective/tcp"),
         (NOTE, "not possible: another pid namespace"),
     ]
     assert found[-1].check == "lane cpu, peer in another container of this host: nixl"

@@ -79,7 +79,7 @@ ENGINES: dict[str, EngineRow] = {
     "collective": EngineRow(
         "vllm_rfork.engines.collective.engine",
         "CollectiveEngine",
-        "it needs torch, with gloo on the CPU and libnccl.so.2 on CUDA, as torch's own wheels bring them",
+        "on a GPU it needs libnccl.so.2, which torch's wheels bring; on an NPU torch_npu; on a CPU nothing",
         packages=("torch", "torch-npu"),
     ),
     "memory": EngineRow(

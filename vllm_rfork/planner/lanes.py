@@ -9,7 +9,7 @@ LANES: dict[str, frozenset[str]] = {
     "cuda_ipc": frozenset({"cuda_ipc"}),
     "nixl": frozenset({"nixl", "nixl/rdma", "nixl/cma", "nixl/cuda_ipc", "nixl/tcp"}),
     "mooncake": frozenset({"mooncake", "mooncake/rdma", "mooncake/tcp", "mooncake/efa", "mooncake/ascend"}),
-    "collective": frozenset({"collective", "collective/gloo", "collective/nccl", "collective/hccl"}),
+    "collective": frozenset({"collective", "collective/tcp", "collective/nccl", "collective/hccl"}),
     "yuanrong": frozenset({"yuanrong"}),
     "memory": frozenset({"memory"}),
 }

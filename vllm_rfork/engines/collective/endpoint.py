@@ -22,7 +22,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """The description of one open engine for its peers.
 
     Attributes:
-        backend: ``gloo``, ``nccl`` or ``hccl``.
+        backend: ``tcp``, ``nccl`` or ``hccl``.
         host, port: the control connection.
         secret: 32 random bytes of one opening of the engine.
     """

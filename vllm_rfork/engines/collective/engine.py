@@ -1,8 +1,8 @@
-"""torch's point-to-point libraries as a transfer engine: the seed sends what a receiver requests, in a group of two.
+"""A two-sided transfer engine: the seed sends what a receiver requests, in a group of two.
 
-It needs no RDMA, no common host and no package but torch, and works between any two processes that reach each other
-over TCP. Its price is that the seed takes part: a thread and processor time on the CPU, small kernels on a GPU. So it
-comes last in every order of engines.
+It needs no RDMA, no common host and no package but vLLM's own, and works between any two processes that reach each
+other over TCP. Its price is that the seed takes part: a thread and processor time on the CPU, small kernels on a GPU.
+So it comes last in every order of engines.
 
 A group belongs to one receiver. It is created by ``connect``, destroyed by ``disconnect`` and by every failure, and
 independent of ``torch.distributed``'s default group and of vLLM's groups.
@@ -59,14 +59,13 @@ class CollectiveEngine(TransferEngine):
 
     @classmethod
     def self_check(cls) -> str:
-        """Load the library of each kind of device; those that this machine lacks are left out, but for gloo."""
-        backend("cpu")
+        """Load the library of each kind of device; those that this machine lacks are left out."""
         loaded = [LANES["cpu"]]
         for device_type in ("cuda", "npu"):
             with suppress(EngineError):
                 backend(device_type).close()
                 loaded.append(LANES[device_type])
-        return f"{' and '.join(loaded)} can be loaded"
+        return f"{' and '.join(loaded)} can be used"
 
     @classmethod
     def lane_to(cls, place: Place, device_type: str) -> str:
@@ -87,7 +86,7 @@ class CollectiveEngine(TransferEngine):
         """Load the library and listen on ``config.host``: milliseconds if torch is imported already.
 
         Raises:
-            EngineUnavailable: torch is missing, or lacks the library.
+            EngineUnavailable: the device's library is missing, or torch, which brings it.
             EngineError: it cannot listen there.
         """
         device_type = config.device.partition(":")[0]
@@ -143,7 +142,7 @@ class CollectiveEngine(TransferEngine):
             self._peers[endpoint] = Peer(peer, own, self._lease, deadline)
 
     def lane(self, endpoint: str) -> str:
-        """``collective/gloo``, ``collective/nccl`` or ``collective/hccl``."""
+        """``collective/tcp``, ``collective/nccl`` or ``collective/hccl``."""
         return NAME if self._backend is None else f"{NAME}/{self._backend.name}"
 
     def read(self, endpoint: str, segments: Sequence[Segment], timeout_s: float) -> None:

@@ -70,11 +70,11 @@ class Backend(abc.ABC):
     """The library of one open engine, on the device with the number ``index``.
 
     Raises:
-        ImportError, OSError: the library, or torch, is not installed.
+        ImportError, OSError: its library, or torch, is not installed.
         GroupFailed: there is no such device.
     """
 
-    #: ``gloo``, ``nccl`` or ``hccl``: both sides must have the same.
+    #: ``tcp``, ``nccl`` or ``hccl``: both sides must have the same.
     name: ClassVar[str]
     #: Graphs are captured on its devices, and its calls would end in them.
     captures: ClassVar[bool]
@@ -98,14 +98,14 @@ class Backend(abc.ABC):
 
 #: torch device type → module and class of its backend.
 _BACKENDS: dict[str, tuple[str, str]] = {
-    "cpu": ("gloo", "GlooBackend"),
+    "cpu": ("tcp", "TcpBackend"),
     "cuda": ("nccl", "NcclBackend"),
     "npu": ("hccl", "HcclBackend"),
 }
 
 
 def backend_class(device_type: str) -> type[Backend]:
-    """The backend for a torch device type; imports torch.
+    """The backend for a torch device type.
 
     Raises:
         KeyError: there is none.

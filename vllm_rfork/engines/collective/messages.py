@@ -29,7 +29,7 @@ class Join(msgspec.Struct, tag="join", frozen=True):
     """The request for a group.
 
     Attributes:
-        backend: ``gloo``, ``nccl`` or ``hccl``.
+        backend: ``tcp``, ``nccl`` or ``hccl``.
         lease: the planner's lease of the receiver, for the seed's log; empty without a planner.
     """
 

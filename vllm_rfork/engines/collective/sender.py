@@ -43,7 +43,7 @@ _IDLE_S = 60.0
 _PAUSE_S = 1.0
 #: Between two looks at the connections of receivers, in seconds; none if there are no receivers.
 _TICK_S = 0.5
-#: Threads that send yield the processor to inference; gloo's threads inherit it.
+#: Threads that send yield the processor to inference.
 _NICENESS = 10
 
 
@@ -131,7 +131,7 @@ class Sender:
     def _wait_for_receiver(self) -> bool:
         """Wait a while for a connection; end the sessions of receivers that are gone.
 
-        A thread that sends does not look at its control connection, and gloo misses some resets.
+        A thread that sends over a device's library does not look at its control connection.
         """
         with self._lock:
             sessions = {each.descriptor: each for each in self._sessions if not each.interrupted}
@@ -273,7 +273,7 @@ class _Session:
             messages.send(opened, _CAPTURING, time.monotonic() + messages.MESSAGE_S)
             return
         messages.send(opened, Sending(), deadline)
-        # A capture waits for one part at most. Host memory is not divided: gloo divides it in its own way.
+        # A capture waits for one part at most. A group of host memory divides it into larger ones.
         for part in parts(pieces) if self._sender.backend.captures else [pieces]:
             self._send_part(part, deadline)
         messages.send(opened, Sent(), time.monotonic() + messages.MESSAGE_S)
