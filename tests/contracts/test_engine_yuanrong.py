@@ -25,6 +25,7 @@ from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.yuanrong.native import CODES
 from vllm_rfork.errors import EngineError
 from vllm_rfork.testing import MIB, PAGE, EngineContract, Processes, WorkerProcess, pattern
+from vllm_rfork.testing.engine_worker import as_json
 
 NEWEST = ROOT / "tests" / "standin" / "newest"
 #: What the engine's wait of 10 s becomes in the tests that let it run out.
@@ -76,6 +77,20 @@ class YuanRongContract(AnyGeneration):
     @pytest.fixture(autouse=True)
     def _no_faults(self) -> None:
         self.faults: dict[str, object] = {}
+
+    def read_after_refusal(self, receiver: WorkerProcess, endpoint: str, target: int, source: int, nbytes: int) -> None:
+        """The seed may still answer on the connection of the refused read: an error, and the engine is opened again."""
+        try:
+            super().read_after_refusal(receiver, endpoint, target, source, nbytes)
+        except EngineError as error:
+            if error.code != "kRuntimeError" or not error.in_flight:
+                raise
+            with contextlib.suppress(EngineError):  # it may keep the memory for good
+                receiver.close()
+            receiver.call("open", config=as_json(self.config()))
+            receiver.register([target, nbytes])
+            receiver.connect(endpoint)
+            receiver.read(endpoint, [[target, source, nbytes]])
 
     def python(self) -> str:
         return self.installed.python

@@ -51,7 +51,7 @@ class Lies(ContractSetup):
         assert seed.peek(source, 0, PAGE) == pattern(7, PAGE)
         receiver.call("fill", address=target, seed=9)
         receiver.connect(true)
-        receiver.read(true, [[target + PAGE, source, PAGE]])
+        self.read_after_refusal(receiver, true, target + PAGE, source, PAGE)
         assert receiver.peek(target, PAGE, PAGE) == pattern(7, PAGE)
 
     def test_the_endpoint_of_another_process_gives_no_access_and_a_strangers_port_no_wait(

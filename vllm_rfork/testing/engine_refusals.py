@@ -63,7 +63,7 @@ class Refusals(ContractSetup):
             receiver.read(endpoint, [[target, source + PAGE // 2, PAGE]])
         self.check(caught.value, "read", in_flight=False)
         assert receiver.peek(target, 0, PAGE) == bytes(PAGE)
-        receiver.read(endpoint, [[target, source, PAGE]])
+        self.read_after_refusal(receiver, endpoint, target, source, PAGE)
 
     def test_memory_nobody_registered_is_refused(self, processes: Processes) -> None:
         seed, receiver, source, target, endpoint = self.seed_and_receiver(processes, PAGE)
@@ -72,7 +72,7 @@ class Refusals(ContractSetup):
             receiver.read(endpoint, [[target, hidden, PAGE]])
         self.check(caught.value, "read", in_flight=False)
         assert receiver.peek(target, 0, PAGE) == bytes(PAGE)
-        receiver.read(endpoint, [[target, source, PAGE]])
+        self.read_after_refusal(receiver, endpoint, target, source, PAGE)
         assert receiver.digest(target) == seed.digest(source), "a refusal must leave the engine usable"
 
     def test_overlapping_registrations_are_refused_whole(self, processes: Processes) -> None:

@@ -80,6 +80,10 @@ class ContractSetup:
         receiver.connect(endpoint)
         return seed, receiver, source, target, endpoint
 
+    def read_after_refusal(self, receiver: WorkerProcess, endpoint: str, target: int, source: int, nbytes: int) -> None:
+        """Read from a seed that has just refused a read: a refusal leaves the engine usable."""
+        receiver.read(endpoint, [[target, source, nbytes]])
+
     def check_kept(self, error: EngineError) -> None:
         """The engine may keep the memory, and reports it as the port requires."""
         self.check(error, "close")

@@ -19,6 +19,10 @@ thread: ``close`` destroys the engine and so releases the buffers. But if the re
 arrive, that wait may never end, and it would hold the GIL. Then ``close`` keeps the native object and the buffers until
 the process ends, and reports it.
 
+After a refused read the wheels make a new connection, and the seed's engine replaces its own in the background. A read
+that follows at once may be answered on the old one, and fails after the 10 s (seen once in some hundred reads on a busy
+machine). A fork does not read again from a seed that refused.
+
 ``EngineConfig.device`` counts the process's visible devices (``ASCEND_RT_VISIBLE_DEVICES``); ``cpu`` is for the tests'
 host stand-in. ``EngineConfig.options``: ``receive_wait_s``, the engine's own wait for an item, which only the stand-in
 changes. The engine's port has neither TLS nor authentication: a caller with an address can read weights.
