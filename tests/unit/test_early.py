@@ -29,7 +29,7 @@ TIMEOUT_S = parse_config(OPTIONS, {}).settings.rfork_seed_timeout_sec
 CONFIG = EngineConfig(device="cpu", host="127.0.0.1", timeout_s=TIMEOUT_S)
 
 
-THREADS = {"rfork-address", "rfork-early", "rfork-engine", "rfork-preload"}
+THREADS = {"rfork-address", "rfork-early", "rfork-engine", "rfork-preload", "rfork-records"}
 
 
 class Engine(MemoryEngine):
@@ -92,6 +92,35 @@ def test_a_load_takes_the_engines_that_are_already_open(events: list[str]) -> No
     assert events == ["opened for cpu"], "neither opened again nor closed"
     engines.close()
     assert events == ["opened for cpu", "closed"]
+
+
+def test_the_records_of_packages_are_read_before_the_load_and_the_load_waits_for_them(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def read() -> None:
+        begun.set()
+        assert go_on.wait(30.0)
+        events.append("records read")
+
+    monkeypatch.setattr(early.installed, "read_ahead", read)
+    configured("cuda")
+    assert begun.wait(30.0), "at once, on a thread of its own"
+    threading.Timer(0.05, go_on.set).start()
+    early.await_records()
+    assert "records read" in events
+
+
+def test_records_that_cannot_be_read_ahead_are_left_to_the_description(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("no such folder")
+
+    monkeypatch.setattr(early.installed, "read_ahead", fail)
+    configured("cuda")
+    early.await_records()
 
 
 def test_a_second_load_has_engines_of_its_own(events: list[str]) -> None:

@@ -18,7 +18,7 @@ from tests.unit.interop_planners import free_port, serve
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.errors import ConfigError, ForkError, NoSeedAvailable
+from vllm_rfork.errors import ConfigError, EngineError, ForkError, NoSeedAvailable
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.messages import SeedAddress
@@ -57,6 +57,11 @@ async def intents(client: PlannerClient) -> list[Any]:
     return found
 
 
+async def leases(client: PlannerClient) -> list[Any]:
+    found: list[Any] = (await client.snapshot())["leases"]
+    return found
+
+
 # --- the time of a fork ----------------------------------------------------------------------------------------------
 
 
@@ -75,6 +80,30 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
     now += 1.0
     with pytest.raises(ForkError, match=r"took longer than 20 s \(rfork_fork_timeout_sec\)"):
         session.left_s()
+
+
+# --- engines and leases -----------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_is_given_back_unused_when_no_engine_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken while they were opening; the seed is not to blame, and the next receiver may have it."""
+    seed = SeedAddress("127.0.0.1", 7000, 0)
+    async with planner() as client:
+        await client.announce(KEY, seed, fingerprint="f1")
+        session = session_at(client.urls[0])
+        await asyncio.to_thread(session.reserve, "f1")
+        assert len(await leases(client)) == 1, "the planner was asked before any engine was open"
+
+        def none_opens() -> None:
+            raise EngineError("memory", "open", "not today")
+
+        monkeypatch.setattr(session.engines, "await_one", none_opens)
+        with pytest.raises(EngineError, match="not today"):
+            await asyncio.to_thread(session.await_engine)
+        while await leases(client):
+            await asyncio.sleep(0.01)
+        assert (await client.acquire(KEY, fingerprint="f1")).seed == seed
+        await asyncio.to_thread(session.close)
 
 
 # --- intents ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tests.inventory import apply_state, match_state, state_of
 from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.manifest.codec import decode_manifest, encode_manifest
 from vllm_rfork.manifest.schema import Manifest
-from vllm_rfork.model import value_codec
+from vllm_rfork.model import restore, value_codec
 from vllm_rfork.model.python_state import changed_state, check_passed_on, gone_state
 
 
@@ -53,6 +53,18 @@ def test_derived_values_become_the_seeds() -> None:
     seed, receiver = processed(Layer(), 3.0), processed(Layer(), 0.001)
     matched(seed, receiver)
     assert state_of(receiver) == state_of(seed)
+
+
+@pytest.mark.parametrize(("scale", "walks"), [(3.0, 1), (0.001, 2)])
+def test_the_state_is_looked_at_once_and_once_more_where_something_was_set(
+    scale: float, walks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, receiver = processed(Layer(), 3.0), processed(Layer(), scale)
+    state, gone = after(seed)
+    walk, walked = restore.walk, list[int]()
+    monkeypatch.setattr(restore, "walk", lambda *given: walked.append(1) or walk(*given))
+    match_state(receiver, state_of(Layer()), state, gone)
+    assert len(walked) == walks
 
 
 def test_a_value_that_only_the_receiver_changed_goes_back() -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from vllm_rfork.errors import ForkError
+from vllm_rfork.errors import ForkError, NoSeedAvailable
 from vllm_rfork.load import capture
 from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.load.machine import STAGES
@@ -82,15 +82,48 @@ def test_in_the_runtime_layout_post_processing_is_over_before_the_fork() -> None
     assert ranks.asked == [(FORK, None)]
 
 
+def session_of(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
+    """A session whose steps are noted in order, beside the looks at the model."""
+
+    def step(name: str, result: Any = None) -> Any:
+        return lambda *args: ranks.asked.append(("", name)) or result
+
+    monkeypatch.setattr(capture, "contents", step("contents", SimpleNamespace(tensors=None, state={})))
+    monkeypatch.setattr(capture, "built_model", step("built"))
+    steps = {"reserve": step("lease"), "await_engine": step("engine"), "peek": step("manifest")}
+    return SimpleNamespace(**{**steps, **more})
+
+
+@pytest.mark.parametrize("layout", [CHECKPOINT, RUNTIME])
+def test_without_a_seed_a_rank_waits_for_no_engine_and_looks_at_no_model(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks()
+
+    def none_left(fingerprint: str) -> None:
+        raise NoSeedAvailable("none")
+
+    session = session_of(ranks, monkeypatch, reserve=none_left)
+    with pytest.raises(NoSeedAvailable):
+        fork_of(vote_of(ranks, layout), session, layout).reserve(torch.nn.Module())
+    assert [what for _, what in ranks.asked] == ["turn", "NoSeedAvailable: none"]
+
+
+def test_in_the_runtime_layout_engines_go_on_opening_while_dummies_are_post_processed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = Ranks()
+    fork_of(vote_of(ranks, RUNTIME), session_of(ranks, monkeypatch), RUNTIME).reserve(torch.nn.Module())
+    assert [what for _, what in ranks.asked] == ["turn", "lease", "pass on", "manifest", None]
+
+
 def test_a_rank_takes_a_lease_in_its_turn_and_then_lets_the_next_one_have_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ranks = Ranks()
-    session = SimpleNamespace(reserve=lambda fingerprint: ranks.asked.append(("", "lease")))
-    monkeypatch.setattr(capture, "contents", lambda context, model: SimpleNamespace(tensors=None, state={}))
-    monkeypatch.setattr(capture, "built_model", lambda *args: None)
+    session = session_of(ranks, monkeypatch)
     fork_of(vote_of(ranks), session).reserve(torch.nn.Module())
-    assert [what for _, what in ranks.asked] == ["turn", "lease", "pass on", None]
+    assert [what for _, what in ranks.asked] == ["turn", "lease", "pass on", "engine", "contents", "built", None]
     ranks.asked.clear()
     ranks.not_yet = "rank 0: not ready within 5 s"
     with pytest.raises(ForkError, match="rank 0: not ready"):

@@ -120,15 +120,28 @@ class ForkSession:
     def reserve(self, fingerprint: str) -> SeedAddress:
         """Take a lease now for a later :meth:`run`, and return its seed; it is renewed meanwhile.
 
+        The planner is asked while engines are still being opened: without a seed, none is needed.
+
         Raises:
             NoSeedAvailable: the planner has no seed.
-            ForkError: no engine can be opened, or the planner cannot be asked.
+            ForkError: the planner cannot be asked.
         """
-        self.engines.await_one()  # before asking for a lease, which would be useless without an engine
         self._deadline = time.monotonic() + self.settings.rfork_fork_timeout_sec
         self.times.outside["planner"] = "before"
         self._reserved = held = self._acquire(fingerprint)
         return held.seed
+
+    def await_engine(self) -> None:
+        """Wait until an engine is open, for the reserved lease.
+
+        Raises:
+            EngineError: none can be opened; nothing is reserved any more.
+        """
+        try:
+            self.engines.await_one()
+        except BaseException:
+            self.cancel_reservation()
+            raise
 
     def peek(self, fingerprint: str) -> Manifest:
         """The manifest of the reserved seed. A seed without a usable one, with another checkpoint, or out

@@ -124,6 +124,7 @@ def describe(
     layout = layout_for(settings, device)
     engines = engine_order(settings.rfork_engine, device.type)
     identity = worker_identity(vllm_config, model_config)
+    early.await_records()
     facts = _facts(settings, vllm_config, model_config, device=device, identity=identity, layout=layout)
     seed_key, fingerprint = _seed_key(settings, identity), build_fingerprint(facts)
     logger.info("seed key %s, fingerprint %s, engine %s", seed_key, fingerprint, ",".join(engines))

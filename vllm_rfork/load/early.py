@@ -1,4 +1,6 @@
-"""Preparations for a load, from the moment when the worker knows its configuration: its address, and its engines.
+"""Preparations for a load, from the moment when the worker knows its configuration.
+
+They are its address, the records of installed packages, and its engines.
 
 To open an engine takes up to two seconds, most of them for native libraries. An engine for a device may create a
 context there, so it is opened after vLLM has chosen the device and measured its free memory. Before that, only its
@@ -27,6 +29,7 @@ from vllm_rfork.fork.engine_set import EngineSet, opened_first
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.net.advertise import advertise_host
 from vllm_rfork.threads.deadline import start_on_thread
+from vllm_rfork.vllm_compat.fingerprint import installed
 
 logger = worker_logger(__name__)
 
@@ -34,6 +37,8 @@ logger = worker_logger(__name__)
 EXPIRES_S = 600.0
 #: How long a load waits for engines that are being created; opening them is not part of that.
 _CREATION_S = 0.5
+#: How long a load waits for records that are being read ahead; then it reads them itself.
+_RECORDS_S = 5.0
 #: Device types without a context, and without memory that vLLM measures.
 _OPENED_AT_ONCE = frozenset({"cpu"})
 
@@ -48,6 +53,7 @@ class _Preparation:
         self.settings = settings
         self.order = tuple(order)
         self.address = start_on_thread(lambda: _address(settings), "rfork-address")
+        self.records = start_on_thread(installed.read_ahead, "rfork-records")
         self._engines: concurrent.futures.Future[EngineSet] | None = None
         self._timer = threading.Timer(EXPIRES_S, discard)
         self._timer.daemon = True
@@ -120,6 +126,14 @@ def own_address(settings: Settings) -> Address:
     if preparation is not None and preparation.settings == settings:
         return preparation.address.result()  # bounded as below
     return _address(settings)
+
+
+def await_records() -> None:
+    """Wait until the records of installed packages have been read ahead, if that has begun."""
+    preparation = _preparation
+    if preparation is not None:
+        with contextlib.suppress(Exception):  # describing the worker reads them again, and reports why
+            preparation.records.result(_RECORDS_S)
 
 
 def take_engines(settings: Settings, order: Sequence[str], config: EngineConfig) -> EngineSet:

@@ -88,16 +88,19 @@ class FromFork:
             raise context.planner_unreachable
         if context.fork_obstacle is not None:
             raise ForkError(context.fork_obstacle)
-        if context.layout == CHECKPOINT:
-            contents = capture.contents(context, model)
-            self._tensors = contents.tensors
-            self._built = capture.built_model(context, model, contents.state)
         self._vote.take_turn(bound_s)
         self._seed_known(self._session.reserve(context.fingerprint))
         self._vote.end_turn()
-        if context.layout == RUNTIME:
+        if context.layout == CHECKPOINT:
+            # Not before there is a lease: a load from storage needs neither an engine nor this look at the model.
+            self._session.await_engine()
+            contents = capture.contents(context, model)
+            self._tensors = contents.tensors
+            self._built = capture.built_model(context, model, contents.state)
+        else:
             # Now, because post-processing is next: ranks make communicators for experts in it, together, and a rank
-            # that failed before it would leave the others waiting in theirs.
+            # that failed before it would leave the others waiting in theirs. Engines may still be opening: what
+            # follows on the device takes its time, and they are not needed before the read.
             self._promised = self._session.peek(context.fingerprint)
 
     def fill_with_dummies(self, model: nn.Module, model_config: Any) -> None:

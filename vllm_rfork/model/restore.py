@@ -91,6 +91,7 @@ def apply_state(
     built: Mapping[str, Plain] = MappingProxyType({}),
     *,
     rules: ModelRules,
+    found: Mapping[str, Leaf] | None = None,
 ) -> None:
     """Set the values in ``state``, which a seed sent, in ``model``.
 
@@ -101,16 +102,14 @@ def apply_state(
         in_time: raises ForkError when there is no time left.
         built: this model's state as built; its names may be set again where something else has taken their place.
         rules: of the traversal.
+        found: the plain leaves of a traversal of this model as it is, by name; None to make one.
 
     Raises:
         ForkError: a place does not exist here or cannot be written, or a value is not plain or of another family.
     """
     if not state:
         return
-    leaves: dict[str, Leaf] = {}
-    for leaf in plain_leaves(walk(model, rules)):
-        in_time()
-        leaves[leaf.name] = leaf
+    leaves = _leaves(model, rules, in_time) if found is None else found
     modules = dict(model.named_modules())
     places: list[tuple[Leaf, Any]] = []
     for name, value in state.items():
@@ -155,11 +154,12 @@ def match_state(
     wanted = {**built, **state}
     for name in gone:
         wanted.pop(name, None)
-    now = state_in(walk(model, rules))
+    leaves = _leaves(model, rules, in_time)
+    now = {name: leaf.value for name, leaf in leaves.items()}
     # Values that post-processing wrote here and not on the seed are set back to what they were as built.
     other = {name: value for name, value in wanted.items() if name not in now or not is_same(now[name], value)}
     if other:
-        apply_state(model, other, in_time, built, rules=rules)
+        apply_state(model, other, in_time, built, rules=rules, found=leaves)
         now = state_in(walk(model, rules))  # a setter may have done something else
     differences = [f"state {name}: only the receiver has it" for name in sorted(now.keys() - wanted.keys())]
     differences += [f"state {name}: only the seed has it" for name in sorted(wanted.keys() - now.keys())]
@@ -170,6 +170,15 @@ def match_state(
     ]
     if differences:
         raise ManifestMismatch(differences)
+
+
+def _leaves(model: nn.Module, rules: ModelRules, in_time: Callable[[], None]) -> dict[str, Leaf]:
+    """The plain leaves of a traversal, by name."""
+    leaves: dict[str, Leaf] = {}
+    for leaf in plain_leaves(walk(model, rules)):
+        in_time()
+        leaves[leaf.name] = leaf
+    return leaves
 
 
 def _unlisted(

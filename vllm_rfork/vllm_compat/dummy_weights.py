@@ -8,20 +8,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_rfork.vllm_compat import eligibility
 from vllm_rfork.vllm_compat.storage_loader import storage_loader
+
+#: The range of vLLM's own dummies, and the seed of each tensor's.
+_LOW, _HIGH, _SEED = -1e-3, 1e-3, 1234
 
 
 def fill_with_dummies(model: nn.Module, model_config: Any, load_config: Any) -> None:
     """Fill ``model`` as ``--load-format dummy`` does, so that every quantization method can post-process it.
 
     Integers become 0; vLLM's own dummies leave them as they are in memory. Group indices and packed weights are used
-    as indices.
+    as indices. Each tensor is filled once; vLLM 0.26 fills it once for each module that contains it.
     """
     for parameter in model.parameters():  # construction has filled the buffers already
         if not (parameter.is_meta or parameter.is_floating_point() or parameter.is_complex()):
             parameter.data.zero_()
-    loader = storage_loader(load_config, "dummy", {})
-    loader.load_weights(model, model_config)
+    if eligibility.quantizes_online(model):
+        # Then dummies are made and quantized layer by layer.
+        storage_loader(load_config, "dummy", {}).load_weights(model, model_config)
+        return
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and not tensor.is_meta:
+            _fill(tensor)
+
+
+def _fill(tensor: torch.Tensor) -> None:
+    """Fill ``tensor`` with small numbers that depend on its size and type only."""
+    generator = torch.Generator(device=tensor.device)
+    generator.manual_seed(_SEED)
+    if tensor.dtype.itemsize < 2:  # no random numbers are made in 8 bits
+        wide = torch.empty_like(tensor, dtype=torch.float16)
+        tensor.copy_(wide.uniform_(_LOW, _HIGH, generator=generator))
+    else:
+        tensor.uniform_(_LOW, _HIGH, generator=generator)
 
 
 def tie_dummies(model: nn.Module, span_of: Mapping[str, int]) -> None:

@@ -8,6 +8,8 @@ named as exactly as possible; a wide pattern would include names that nobody has
 from __future__ import annotations
 
 import fnmatch
+import functools
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -334,4 +336,9 @@ def _counts(name: str, *, runtime: bool) -> bool:
 
 
 def _in(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return _one_of(patterns).match(name) is not None
+
+
+@functools.cache
+def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, patterns)))

@@ -58,6 +58,16 @@ def _distributions() -> Mapping[str, list[str]]:
     return metadata.packages_distributions()
 
 
+def read_ahead() -> None:
+    """Read the records of what is installed, for a description that follows: a tenth of a second, or a few.
+
+    Which modules exist is not remembered, because that changes until the load: some are made by imports.
+    """
+    _entry_points()
+    for name in (*packages.BOTH_LAYOUTS, *packages.RUNTIME_ONLY):
+        _module.__wrapped__(name)
+
+
 def toolkit_tools(environ: Mapping[str, str]) -> dict[str, bool]:
     """Which of the tools exist that FlashInfer needs to compile kernels.
 
