@@ -10,6 +10,7 @@ name may be spelled SEED_KEY or SEED-KEY (nginx drops names with underscores by 
 
     POST /add_seed           a seed announces itself; repeated every 30 s it is the heartbeat
     GET  /get_seed           a receiver acquires a lease on a seed of its key: 200 with the lease, 404 if none is free
+    GET  /rfork_find_seed    one seed of a key, without a lease: for its caches
     POST /renew_seed_lease   the receiver is still reading
     POST /put_seed           the receiver releases its lease
     POST /remove_seed        a seed withdraws: 200 gone, 409 still being read (draining, gets no new lease)
@@ -50,6 +51,7 @@ class Seed:
     key: str
     seen_at: float
     granted_at: float = 0.0
+    found_at: float = 0.0
     draining: bool = False
     presence: int = 0  # number of the latest presence request
     absent: bool = False  # its connection broke: not granted until the next heartbeat or presence request
@@ -121,6 +123,16 @@ class Planner:
         seed.granted_at = self.clock()
         seed.leases[user_id] = self._expiry()
         return seed, user_id
+
+    def find(self, key: str) -> Seed | None:
+        """The seed of ``key`` that was returned least recently: busy or not, its caches may be read."""
+        self.sweep()
+        seeds = [s for s in self.seeds.values() if s.key == key and not s.draining and not s.absent]
+        if not seeds:
+            return None
+        seed = min(seeds, key=lambda s: s.found_at)
+        seed.found_at = self.clock()
+        return seed
 
     def renew(self, address: Address, user_id: str) -> bool:
         """Renew a lease; False if it is unknown: expired, released, or its seed gone."""
@@ -210,6 +222,7 @@ class Calls:
         return [
             web.post("/add_seed", self.add_seed),
             web.get("/get_seed", self.get_seed, allow_head=False),
+            web.get("/rfork_find_seed", self.find_seed),
             web.post("/renew_seed_lease", self.renew_seed_lease),
             web.post("/put_seed", self.put_seed),
             web.post("/remove_seed", self.remove_seed),
@@ -219,7 +232,10 @@ class Calls:
         ]
 
     async def add_seed(self, request: web.Request) -> web.Response:
-        """A key that is not printable ASCII arrives escaped (RFC 8187); here it is opaque."""
+        """A key that is not printable ASCII arrives escaped (RFC 8187); here it is opaque.
+
+        The call may carry ``RFORK-CACHES``, a report on the seed's own start, which this planner ignores.
+        """
         key, address = header(request, "SEED_KEY"), seed_address(request)
         number(request, "SEED_REFCNT", 0, missing="0")  # deprecated, without meaning
         self.planner.add(address, key)
@@ -236,6 +252,15 @@ class Calls:
         if self.planner.lease_ttl_s:
             answer["LEASE_TTL_SEC"] = f"{self.planner.lease_ttl_s:g}"
         return web.Response(headers=answer)
+
+    async def find_seed(self, request: web.Request) -> web.Response:
+        """The answer is in its headers."""
+        seed = self.planner.find(header(request, "SEED_KEY"))
+        if seed is None:
+            raise web.HTTPNotFound(text="no seed of this key is serving\n")
+        return web.Response(
+            headers={"SEED_IP": seed.ip, "SEED_PORT": str(seed.port), "SEED_RANK": str(seed.rank)}, text="ok\n"
+        )
 
     async def renew_seed_lease(self, request: web.Request) -> web.Response:
         """A receiver that gets 404 stops reading."""

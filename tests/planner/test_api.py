@@ -106,6 +106,7 @@ async def test_an_old_client_sees_what_the_protocol_says() -> None:
 REQUIRED = {
     ("POST", "/add_seed"): ADD,
     ("GET", "/get_seed"): {"SEED_KEY": "k"},
+    ("GET", "/rfork_find_seed"): {"SEED_KEY": "k"},
     ("POST", "/put_seed"): {**SEED, "USER_ID": "u"},
     ("POST", "/renew_seed_lease"): {**SEED, "USER_ID": "u"},
     ("POST", "/remove_seed"): {"SEED_KEY": "k", **SEED},

@@ -59,8 +59,8 @@ class Workers:
         seed = {"SEED_IP": "127.0.0.1", "SEED_PORT": str(port), "SEED_RANK": "0", "SEED_REFCNT": "0"}
         await self.tell("POST", "/add_seed", key, **seed, **{"RFORK-SLOTS": "1", **headers})
 
-    async def lease(self, key: str) -> dict[str, str]:
-        answer = await self.tell("GET", "/get_seed", key)
+    async def lease(self, key: str, **headers: str) -> dict[str, str]:
+        answer = await self.tell("GET", "/get_seed", key, **headers)
         return {name: answer[name] for name in ("SEED_IP", "SEED_PORT", "SEED_RANK", "USER_ID")}
 
     async def end(self, lease: dict[str, str], result: str = "ok", **told: str) -> None:
@@ -214,7 +214,8 @@ async def test_no_number_is_shown_twice_and_one_is_no_plural(chromium: Chromium)
             lease = await fleet.lease(KEY)
             await fleet.end(lease, **{"RFORK-NBYTES": "15000000000"})  # by the lease's time
             own = {"RFORK-NBYTES": "15000000000", "RFORK-SECONDS": "1.25", "RFORK-LANE": "nixl/rdma"}
-            await fleet.end(await fleet.lease(KEY), **own)
+            worker = {"RFORK-INTENT": "worker-7"}
+            await fleet.end(await fleet.lease(KEY, **worker), **own)
             early = {"RFORK-CAUSE": "EngineError", "RFORK-LANE": "cuda_ipc"}  # connected, and no byte arrived
             await fleet.end(await fleet.lease(KEY), "failed", **early)
             await fleet.lease(KEY)
@@ -225,6 +226,9 @@ async def test_no_number_is_shown_twice_and_one_is_no_plural(chromium: Chromium)
             )
             await page.shows("#history", "of the lease", "≥", "1.25 s", "12.0", "nixl/rdma", "cuda_ipc")
             await page.shows("#tile-forks", "12.0 GB/s")
+            caches = "torch_aot=hit,triton=miss:late,startup_plan=hit;saved=38.2"
+            await fleet.announce(KEY, 5001, **worker, **{"RFORK-CACHES": caches})
+            await page.shows("#history", "2 hits, 1 missed", "saved 38 s")
             await page.until("!/\\b1 (seeds|slots|keys|forks|receivers|leases)\\b/.test(document.body.innerText)")
             assert complains_of_nothing(page, process.url)
 

@@ -95,11 +95,13 @@ def headers_in(function: Any) -> set[str]:
             "EPOCH",
             "INTENT",
             "STATE",
+            "CACHES",
         },
         "ask": {"SEED_KEY", "FINGERPRINT", "TICKET", "WAIT_SEC", "EXCLUDE", "LABELS", "INTENT"},
         "user_id": {"USER_ID"},
         "outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE", "SIDE", "LANE"},
         "intent_ttl_s": {"INTENT_TTL_SEC"},
+        "_address_headers": seed,
         "_lease_headers": {*seed, "USER_ID", "LEASE_TTL_SEC"},
         "_sent_to_storage": {"INTENT", "INTENT_TTL_SEC", "MISS", "OTHER_FINGERPRINTS"},
     }

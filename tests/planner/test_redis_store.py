@@ -14,6 +14,7 @@ import redis.asyncio
 
 from tests.planner.conftest import Clock, Fleet, seed, snapshot
 from tests.planner.redis_server import RedisServer
+from vllm_rfork.messages import CacheResults
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.store.base import (
@@ -318,6 +319,19 @@ async def test_history_is_in_order_and_bounded_through_several_leaders(replica: 
             await fleet.release(await fleet.lease(), Outcome(True, nbytes=10 * leader + number))
         fleet = await successor_of(fleet, replica, max_history=4)
     assert [each["nbytes"] for each in (await snapshot(fleet.store))["history"]] == [22, 21, 20, 12]
+
+
+async def test_the_next_leader_counts_no_start_again_and_shows_it(replica: Replica) -> None:
+    leader = await replica()
+    await leader.announce(1)
+    await leader.release(await leader.lease(intent="w"), Outcome(True))
+    report = CacheResults({"torch_aot": "hit"}, 12.0)
+    await leader.announce(2, intent="w", caches=report)
+    new = await successor_of(leader, replica)
+    await new.announce(2, intent="w", caches=report)
+    assert [each.kinds().count("caches_reported") for each in (leader, new)] == [1, 0]
+    (past,) = (await snapshot(new.store))["history"]
+    assert past["caches"] == {"hits": ["torch_aot"], "misses": {}, "saved_s": 12.0}
 
 
 async def test_a_large_fleet_is_read_while_the_new_leader_shows_that_it_lives(

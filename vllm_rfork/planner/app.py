@@ -42,6 +42,7 @@ _LOGGED = {
     "seed_returned": (logging.INFO, "Seed returned"),
     "seed_aside": (logging.WARNING, "Seed quarantined after failed forks of several receivers"),
     "fork_ok": (logging.INFO, "Fork completed"),
+    "caches_reported": (logging.INFO, "Start reported its caches"),
     "fork_failed": (logging.WARNING, "Fork failed"),
     "lease_expired": (logging.WARNING, "Lease expired: not renewed within its TTL"),
     "lease_dropped": (logging.WARNING, "Lease dropped with its seed"),

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vllm_rfork.caches.manifest import LEVELS
+from vllm_rfork.messages.cache_results import HIT
 from vllm_rfork.planner.lanes import OTHER, lane_labels
 from vllm_rfork.planner.store.base import Event, Outcome, Totals
 
@@ -35,6 +37,8 @@ CAUSES = frozenset(
 )
 #: Reasons to refuse a call.
 _REFUSALS = ("token", "address", "limit")
+#: Results of caches that have series of their own.
+_CACHE_RESULTS = frozenset({HIT, "none", "late", "trust", "identity", "refused"})
 _REASONS = frozenset({"stale", "withdrawn", "rekeyed", "new epoch", "new fingerprint"})
 _PREFIX = "rfork_planner_"
 _QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -68,6 +72,8 @@ class Metrics:
         )
         self._lane_bytes = self._counter("lane_bytes", "Bytes of the forks with reported seconds", "engine", "lane")
         self._lane_seconds = self._counter("lane_seconds", "Duration of these forks", "engine", "lane")
+        self._caches = self._counter("caches", "Caches of seeds that starts used or missed", "kind", "result")
+        self._cache_saved = self._counter("cache_saved_seconds", "Seconds that caches of seeds saved")
         self._failures = self._counter("fork_failures", "Failed forks, by class of the error", "cause")
         self._dropped = self._counter("seeds_dropped", "Seeds dropped, by reason", "reason")
         self._events = self._counter("events", "Events of the store, by kind", "kind")
@@ -144,8 +150,15 @@ class Metrics:
         if event.kind in ("fork_ok", "fork_failed"):
             return
         self._events.labels(event.kind).inc()
+        if event.kind == "caches_reported":
+            self._cached(**event.facts)
         if event.kind == "seed_dropped":
             self._dropped.labels(event.detail if event.detail in _REASONS else OTHER).inc()
+
+    def _cached(self, kinds: Mapping[str, str], saved_s: float | None) -> None:
+        for kind, result in kinds.items():
+            self._caches.labels(kind if kind in LEVELS else OTHER, result if result in _CACHE_RESULTS else OTHER).inc()
+        self._cache_saved.inc(saved_s or 0.0)
 
     def page(self, totals: Mapping[str, Totals] | None) -> bytes:
         """Return the metrics in Prometheus's text format, with the fleet's ``totals``.

@@ -62,6 +62,7 @@ class Api:
         self.routes: dict[str, dict[str, Handler]] = {
             messages.ADD_SEED: {"POST": calls.add_seed},
             messages.GET_SEED: {"GET": calls.get_seed},
+            messages.FIND_SEED: {"GET": calls.find_seed},
             messages.PUT_SEED: {"POST": calls.put_seed},
             messages.RENEW_SEED_LEASE: {"POST": calls.renew_seed_lease},
             messages.REMOVE_SEED: {"POST": calls.remove_seed},

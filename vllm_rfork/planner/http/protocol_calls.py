@@ -8,7 +8,7 @@ import time
 from aiohttp import HttpVersion11, web
 
 from vllm_rfork import messages
-from vllm_rfork.messages import BadMessage, header
+from vllm_rfork.messages import BadMessage, SeedAddress, header
 from vllm_rfork.net.connection import Connection
 from vllm_rfork.planner.http import request_headers as read
 from vllm_rfork.planner.http.auth import AddressCheck
@@ -56,6 +56,13 @@ class ProtocolCalls:
         await self._check_address(request, seed.host)
         await self._store.withdraw(key, seed)
         return web.Response(text="ok\n")
+
+    async def find_seed(self, request: web.BaseRequest) -> web.Response:
+        """Name one seed of a key, without a lease."""
+        seed = await self._store.find(read.seed_key(request.headers, self._settings.max_key_length))
+        if seed is None:
+            raise Refused(404, "no seed of this key is serving")
+        return web.Response(text="ok\n", headers=_address_headers(seed))
 
     async def presence(self, request: web.BaseRequest) -> web.Response:
         """Hold the request while the seed's process lives, or until the seed should ask again."""
@@ -146,6 +153,10 @@ class ProtocolCalls:
         ttl_s = read.intent_ttl_s(headers, self._settings.intent_ttl_sec)
         await self._store.intend(key, intent, read.text(headers, messages.FINGERPRINT), ttl_s)
         return web.Response(text="ok\n")
+
+
+def _address_headers(seed: SeedAddress) -> dict[str, str]:
+    return seed.headers()
 
 
 def _lease_headers(granted: Granted) -> dict[str, str]:

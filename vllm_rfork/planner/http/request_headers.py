@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from vllm_rfork import messages
-from vllm_rfork.messages import BadMessage, header
+from vllm_rfork.messages import BadMessage, CacheResults, header
+from vllm_rfork.messages.cache_results import parse_cache_results
 from vllm_rfork.net.addresses import canonical
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Announcement, Ask, Outcome, UnknownLease
@@ -74,7 +75,14 @@ def announcement(headers: Mapping[str, str], settings: Settings) -> Announcement
         epoch=text(headers, messages.EPOCH),
         intent=text(headers, messages.INTENT),
         known_state=text(headers, messages.STATE),
+        caches=_caches(headers),
     )
+
+
+def _caches(headers: Mapping[str, str]) -> CacheResults | None:
+    """Return the results of the seed's own start; None if the header has none that can be read."""
+    results = parse_cache_results(header(headers, messages.CACHES) or "")
+    return results if results.kinds else None
 
 
 def ask(request: web.BaseRequest, settings: Settings) -> Ask:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.errors import RForkError
-from vllm_rfork.messages import TICKET_INTENT_TTL_S, OtherSeeds, SeedAddress, Waiting
+from vllm_rfork.messages import TICKET_INTENT_TTL_S, CacheResults, OtherSeeds, SeedAddress, Waiting
 from vllm_rfork.planner.policy import Policy
 from vllm_rfork.planner.store.lease_ids import LeaseIds
 
@@ -104,6 +104,7 @@ class Announcement:
         slots: None: the fleet's default.
         known_state: the state id that the planner last sent to this seed. If it is not the present one, the planner has
             lost its state, and the seed may have leases that are unknown now.
+        caches: what the seed's own start took from the caches of another seed; None before its warm-up.
     """
 
     key: str
@@ -114,6 +115,7 @@ class Announcement:
     epoch: str = ""
     intent: str = ""
     known_state: str = ""
+    caches: CacheResults | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,8 +227,8 @@ class Event:
 
     ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: the reason), ``seed_absent``, ``seed_returned``,
     ``seed_aside`` (quarantined; ``detail``: seconds), ``lease_expired``, ``lease_dropped`` (with its seed),
-    ``lease_adopted``, ``intent_expired``, ``state_lost``, ``fork_ok`` and ``fork_failed`` (reported by a receiver).
-    ``facts`` are more fields for the log.
+    ``lease_adopted``, ``intent_expired``, ``state_lost``, ``fork_ok`` and ``fork_failed`` (reported by a receiver),
+    ``caches_reported`` (``facts``: the fields of its :class:`CacheResults`). ``facts`` are more fields for the log.
     """
 
     kind: str
@@ -264,10 +266,6 @@ class Totals:
         self.oldest_wait_s = max(self.oldest_wait_s, other.oldest_wait_s)
 
 
-def _ignore(_: Any) -> None:
-    """Do nothing: the default of the store's callbacks."""
-
-
 class Store(abc.ABC):
     """The port. All methods raise :class:`StoreUnavailable` if the state cannot be reached.
 
@@ -283,10 +281,10 @@ class Store(abc.ABC):
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.notify: Callable[[str], None] = _ignore
+        self.notify: Callable[[str], None] = lambda _: None
         self.notify_all: Callable[[], None] = lambda: None
         self.lost: Callable[[], None] = lambda: None
-        self.observe: Callable[[Event], None] = _ignore
+        self.observe: Callable[[Event], None] = lambda _: None
         self.lease_ids = LeaseIds()
 
     @abc.abstractmethod
@@ -308,6 +306,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def withdraw(self, key: str, seed: SeedAddress) -> None:
         """Remove a seed. Raises :class:`UnknownSeed` or :class:`StillLeased`."""
+
+    @abc.abstractmethod
+    async def find(self, key: str) -> SeedAddress | None:
+        """Return one serving seed of ``key``, another one each time; None if there is none."""
 
     @abc.abstractmethod
     async def attend(self, announcement: Announcement, *, held: bool) -> int:

@@ -26,7 +26,7 @@ class Grants:
     def __init__(self, fleet: FleetState, history: History, store: Store) -> None:
         self._fleet = fleet
         self._rules = fleet.rules
-        self._history = history
+        self.history = history
         self._store = store
 
     # --- a receiver asks -----------------------------------------------------------------------------------------
@@ -60,6 +60,7 @@ class Grants:
             ask.labels.get("host", ""),
             ask.ticket if ask.keeps else "",
             not ask.keeps,
+            ask.intent,
         )
         fleet.add_lease(lease)
         seed.turn = fleet.next_number()
@@ -106,7 +107,7 @@ class Grants:
         fleet = self._fleet
         held_s = fleet.now - lease.granted_at
         result = "released" if outcome is None else "ok" if outcome.ok else "failed"
-        self._history.append(PastFork.of(lease, fleet.now, result, outcome))
+        self.history.append(PastFork.of(lease, fleet.now, result, outcome))
         if outcome is not None:
             self._store.observe(_fork_event(lease, outcome))
         if lease.key and (outcome.ok if outcome is not None else not lease.ticket):
@@ -122,7 +123,7 @@ class Grants:
         """End ``lease``, which was not renewed in time."""
         self._store.observe(Event("lease_expired", lease.key, lease.name, facts=_holder(lease, self._fleet.now)))
         if not lease.unfetched_ticket:
-            self._history.append(PastFork.of(lease, self._fleet.now, "expired", None))
+            self.history.append(PastFork.of(lease, self._fleet.now, "expired", None))
         self.drop_lease(lease)
 
     def drop_lease(self, lease: Lease) -> None:

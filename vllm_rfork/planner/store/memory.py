@@ -79,6 +79,11 @@ class MemoryStore(Store):
         with self._decision:
             return self._seeds.announce(announcement)
 
+    async def find(self, key: str) -> SeedAddress | None:
+        """See the port."""
+        with self._decision:
+            return self._seeds.find(key)
+
     async def attend(self, announcement: Announcement, *, held: bool) -> int:
         """See the port."""
         with self._decision:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages import CacheResults, SeedAddress
 from vllm_rfork.planner.store.base import Ask, Granted, Missed
 from vllm_rfork.planner.store.journal import Record
 
@@ -26,6 +26,7 @@ class Seed(Record):
         presence: number of the presence request that is held for the seed; 0 if there is none.
         absent: the connection broke, at ``absent_at``: the seed's process is presumed dead.
         given_up: waiting receivers no longer count on the seed's return.
+        caches: the first report on the caches of its own start.
         standing: serving, draining, quarantined, absent, as the indexes have it; None: in no index.
         counted: the grantable and the withheld slots, as the indexes have them.
     """
@@ -61,6 +62,7 @@ class Seed(Record):
     absent: bool = False
     absent_at: float = 0.0
     given_up: bool = False
+    caches: CacheResults | None = None
     standing: tuple[bool, bool, bool, bool] | None = None
     counted: tuple[int, int] = (0, 0)
 
@@ -86,6 +88,7 @@ class Lease(Record):
         fingerprint, epoch: of the seed at the time of the grant; compared if the seed goes stale and returns.
         host: the receiver's label. Behind a proxy all receivers have one address.
         ticket: the receiver's own, if it has one.
+        worker: the receiver's id as a pending loader, under which it announces itself later; may be empty.
         confirmed: the receiver has renewed the lease, or has no ticket. Until then the lease is short.
     """
 
@@ -104,6 +107,7 @@ class Lease(Record):
     host: str = ""
     ticket: str = ""
     confirmed: bool = True
+    worker: str = ""
 
     @property
     def who(self) -> str:

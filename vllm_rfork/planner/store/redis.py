@@ -121,6 +121,10 @@ class RedisStore(Store):
         term = self.leadership.leading()
         await term.decide(term.memory.withdraw(key, seed))
 
+    async def find(self, key: str) -> SeedAddress | None:
+        """See the port."""
+        return await self.leadership.leading().memory.find(key)
+
     async def attend(self, announcement: Announcement, *, held: bool) -> int:
         """See the port."""
         term = self.leadership.leading()

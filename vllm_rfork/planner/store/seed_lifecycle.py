@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.store.base import Announcement, Event, StillLeased, Store, UnknownSeed
 from vllm_rfork.planner.store.earlier_leases import EarlierLeases
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import Grants
+from vllm_rfork.planner.store.key_state import ANY
+from vllm_rfork.planner.store.misses import EXAMINED
 from vllm_rfork.planner.store.records import Lease, Seed
 
 
@@ -45,6 +49,7 @@ class SeedLifecycle:
         if seed.absent and fleet.now >= seed.absent_at + self._rules.return_s:
             self._returned(seed)
         self._fulfil(seed.key, announcement.intent)
+        self._report_caches(seed, announcement)
         self._grants.serve_waiters(seed)
         return fleet.state_id
 
@@ -64,6 +69,25 @@ class SeedLifecycle:
         if since is not None:
             fleet.times_of(key).add_load(fleet.now - since)
         fleet.drop_intent(key, intent)
+
+    def _report_caches(self, seed: Seed, announcement: Announcement) -> None:
+        """Count the report on a start once: heartbeats repeat it. A seed that returns sends no intent."""
+        report = announcement.caches
+        if report is None or seed.caches is not None or not announcement.intent:
+            return
+        seed.caches = report
+        self._grants.history.add_caches(announcement.intent, report)
+        self._store.observe(Event("caches_reported", seed.key, seed.name, facts=vars(report)))
+
+    def find(self, key: str) -> SeedAddress | None:
+        """Return one serving seed of ``key``, another one each time."""
+        fleet = self._fleet
+        key_state = fleet.keys.get(key)
+        if key_state is None:
+            return None
+        seeds = [key_state.seeds[name] for name in itertools.islice(key_state.serving.get(ANY, ()), EXAMINED)]
+        found = [each.address for each in seeds if not each.absent and each.stale_at > fleet.now]
+        return found[fleet.next_number() % len(found)] if found else None
 
     def _seen(self, seed: Seed) -> None:
         seed.seen_at = self._fleet.now

@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_rfork.messages import CacheResults
+from vllm_rfork.messages.cache_results import HIT
 from vllm_rfork.planner.store.base import Outcome
 from vllm_rfork.planner.store.journal import Book, Journal
 
@@ -28,6 +30,8 @@ class PastFork:
 
     ``duration_s`` is the duration of the fork as its receiver reported it. If it reported none it is that of the lease,
     which may be much longer, and ``of_lease`` is set.
+
+    ``worker`` is the receiver's id as a pending loader, and ``caches`` its report once it is a seed itself.
     """
 
     key: str
@@ -41,6 +45,8 @@ class PastFork:
     of_lease: bool = False
     side: str = ""
     lane: str = ""
+    worker: str = ""
+    caches: CacheResults | None = None
 
     @classmethod
     def of(cls, lease: Lease, now: float, result: str, outcome: Outcome | None) -> PastFork:
@@ -58,6 +64,7 @@ class PastFork:
             of_lease=not report.duration_s,
             side=report.side,
             lane=report.lane,
+            worker=lease.worker,
         )
 
 
@@ -82,12 +89,30 @@ class History(deque[PastFork]):
         while len(self._book) > len(self):
             del self._book[next(iter(self._book))]
 
+    def add_caches(self, worker: str, report: CacheResults) -> None:
+        """Add the report of ``worker`` to its last fork that succeeded, if that is still here."""
+        for place, name in enumerate(reversed(self._book), start=1):
+            past = self[-place]
+            if past.worker == worker and past.result == "ok":
+                self[-place] = self._book[name] = replace(past, caches=report)
+                return
+
 
 def past_fork(entry: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """Return ``entry`` (the fields of :class:`PastFork`) with its age and rate instead of its time."""
+    """Return ``entry`` (the fields of :class:`PastFork`) for people, with its age and rate instead of its time."""
     rate = entry["nbytes"] / entry["duration_s"] / 1e9 if entry["nbytes"] and entry["duration_s"] else None
-    shown = {name: value for name, value in entry.items() if name != "at"}
+    shown = {name: value for name, value in entry.items() if name not in ("at", "worker")}
+    shown["caches"] = caches_entry(entry["caches"])
     return shown | {"ago_s": round(now - entry["at"], 1), "gb_per_s": rate and round(rate, 3)}
+
+
+def caches_entry(report: CacheResults | None) -> dict[str, Any] | None:
+    """Return the report of a start as plain data, for people."""
+    if report is None:
+        return None
+    hits = [kind for kind, result in report.kinds.items() if result == HIT]
+    misses = {kind: reason for kind, reason in report.kinds.items() if reason != HIT}
+    return {"hits": hits, "misses": misses, "saved_s": report.saved_s}
 
 
 def lease_id(user_id: str) -> str:

@@ -63,6 +63,7 @@ const tables = {
     // If the receiver reported no time it is that of the lease, which is longer than the fork.
     ["Time", "num", (each) => ({ text: time(each.duration_s, true), sub: each.of_lease ? "of the lease" : "" })],
     ["GB/s", "num", (each) => (!each.gb_per_s ? { text: "" } : each.of_lease ? { text: `≥ ${rate(each.gb_per_s)}` } : { text: rate(each.gb_per_s), bar: each.gb_per_s / fastest })],
+    ["Caches", "nowrap", (each) => cachesOf(each.caches)],
     ["Key", "key", (each) => keyCell(each.key)],
   ], (each) => `${each.receiver} ${each.seed} ${each.result} ${each.duration_s} ${each.nbytes}`, "No fork has ended yet."),
   causes: new Table("causes", [
@@ -84,6 +85,15 @@ function troubles(each) {
   if (each.absent) words.push(`${count.format(each.absent)} absent`);
   if (each.draining) words.push(`${count.format(each.draining)} draining`);
   return words.join(", ");
+}
+
+// Reported once the receiver is a seed itself.
+function cachesOf(caches) {
+  if (!caches) return { text: "" };
+  const missed = Object.entries(caches.misses).map(([kind, reason]) => (reason ? `${kind} (${reason})` : kind));
+  const text = [caches.hits.length && counted(caches.hits.length, "hit"), missed.length && `${count.format(missed.length)} missed`].filter(Boolean).join(", ");
+  const title = [caches.hits.length && `Used: ${caches.hits.join(", ")}.`, missed.length && `Missed: ${missed.join(", ")}.`].filter(Boolean).join(" ");
+  return { text, sub: caches.saved_s ? `saved ${time(caches.saved_s)}` : "", title };
 }
 
 function labelsOf(seed) {
