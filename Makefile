@@ -30,7 +30,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests bench bench-engines bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -77,6 +77,9 @@ bench: setup standin ## weights phase of the default loader and of forks, compar
 
 bench-engines: setup standin ## every engine that is installed, compared with raw copies: BENCH_ARGS="--device cuda --gib 14"
 	$(BIN)/python -m bench.engines $(BENCH_ARGS)
+
+bench-start-up: setup standin ## process start to first token: BENCH_ARGS="--model FOLDER", on CPU with --device cpu
+	$(BIN)/python -m bench.start_up $(BENCH_ARGS)
 
 bench-planner: setup ## one planner process compared with the mock: cycles, heartbeats, waiting receivers, Redis
 	$(BIN)/python -m bench.bench_planner $(BENCH_ARGS)

@@ -1,0 +1,63 @@
+"""The benchmark of starts: numbers from logs, medians and targets; the starts themselves are in tests/vllm."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.start_up import ROWS, medians, table, targets
+from bench.start_up_process import read_numbers
+
+LOG = """
+MARK imported 17.3
+INFO [default_loader.py:391] Loading weights took 2.73 seconds
+INFO [gpu_model_runner.py:5105] Model loading took 14.19 GiB memory and 5.46 seconds
+INFO [backends.py:1090] Directly load the compiled graph(s) for compile range (1, 8192) from the cache, took 0.9 s
+INFO [monitor.py:53] torch.compile and initial profiling/warmup run together took 12.83 s in total
+INFO [core.py:302] init engine (profile, create kv cache, warmup model) took 12.80 s (compilation: 3.20 s)
+MARK engine 45.1
+MARK first_token 46.5
+MARK tokens [123, 445, 30]
+"""
+FORKED = LOG.replace(
+    "INFO [default_loader.py:391] Loading weights took 2.73 seconds",
+    "INFO RFork[0]: forked 15231233024 bytes (15.23 GB) in 0.24 s (63.46 GB/s) from seed 127.0.0.1:4711:0",
+)
+
+
+@pytest.mark.parametrize(("log", "weights_s"), [(LOG, 2.73), (FORKED, 0.24)])
+def test_numbers_are_read_from_a_log(log: str, weights_s: float) -> None:
+    found = read_numbers(log)
+    assert {name: found[name] for name in ("imported_s", "engine_s", "first_token_s")} == {
+        **{"imported_s": 17.3, "engine_s": 45.1, "first_token_s": 46.5}
+    }
+    assert (found["weights_s"], found["model_loading_s"], found["init_engine_s"]) == (weights_s, 5.46, 12.8)
+    assert (found["graphs_loaded"], found["aot_loaded"], found["tokens"]) == (True, False, "[123, 445, 30]")
+    assert any("forked" in line for line in found["lines"]) == (log is FORKED)
+
+
+def test_a_start_without_an_answer_counts_in_no_median() -> None:
+    runs = [{"row": "first", **read_numbers(LOG.replace("46.5", text))} for text in ("41.0", "43.0", "48.0")]
+    runs += [{"row": "first", **read_numbers("MARK imported 900.0\n")}, {"row": "fork-off", "skipped": "no time"}]
+    assert medians(runs).keys() == {"first"}
+    assert (medians(runs)["first"]["first_token_s"], medians(runs)["first"]["runs"]) == (43.0, 3)
+
+
+def test_targets_are_a_warm_start_without_weights_and_half_a_cold_one() -> None:
+    rows = {
+        "default-cold": {"first_token_s": 104.6, "weights_s": 3.48},
+        "default-warm": {"first_token_s": 46.5, "weights_s": 2.73},
+        "fork-code": {"first_token_s": 45.0},
+        "fork-code-path": {"first_token_s": 46.2},
+    }
+    assert targets(rows) == {
+        "warm_without_weights_s": 45.96,
+        "half_of_cold_s": 52.3,
+        "fork-code": True,
+        "fork-code-path": False,
+    }
+    assert targets({}) == {}
+
+
+def test_every_row_is_in_the_table() -> None:
+    rows = medians([{"row": name, **read_numbers(LOG)} for name in ROWS])
+    assert table(rows).row_count == len(ROWS)
