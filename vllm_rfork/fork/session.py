@@ -21,7 +21,7 @@ from vllm_rfork.fork.intent import Intent
 from vllm_rfork.fork.leases import HeldLease, Leases, Usage
 from vllm_rfork.fork.other_seeds import OtherFingerprints
 from vllm_rfork.fork.stage_times import StageTimes
-from vllm_rfork.fork.transfer import TransferRequest, transfer
+from vllm_rfork.fork.transfer import Landing, TransferRequest, transfer
 from vllm_rfork.logs.worker import LoggedTexts, worker_logger
 from vllm_rfork.manifest.checkpoint_identity import compare
 from vllm_rfork.manifest.schema import Manifest
@@ -59,6 +59,7 @@ class Destination:
         memory: keeps the local spans alive while they are registered.
         progress: called with the number of bytes copied so far.
         untouched: addresses of local spans that are compared and never written.
+        landing: see :class:`~vllm_rfork.fork.transfer.TransferRequest`.
     """
 
     local: Manifest
@@ -66,6 +67,7 @@ class Destination:
     memory: Any
     progress: Callable[[int], None]
     untouched: frozenset[int] = frozenset()
+    landing: Landing | None = None
 
 
 class ForkSession:
@@ -269,6 +271,7 @@ class ForkSession:
                 timeout_s=self._left_s(),
                 max_batch_nbytes=self.settings.rfork_max_batch_bytes,
                 untouched=destination.untouched,
+                landing=destination.landing,
                 checkpoint=self._checkpoint,
                 logged=self.logged,
                 connected=connected,

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vllm_rfork.clients import LeaseKeeper, SeedClient
 from vllm_rfork.engines.base import TransferEngine
@@ -24,7 +24,7 @@ from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.logs.worker import LoggedTexts, worker_logger
 from vllm_rfork.manifest.checkpoint_identity import compare
 from vllm_rfork.manifest.pairing import pair
-from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.manifest.schema import Manifest, Region
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.net.event_loop import background
 
@@ -34,6 +34,28 @@ T = TypeVar("T")
 
 #: Bytes per second below which a read is abandoned: storage is faster.
 MIN_BYTES_PER_S = 50e6
+
+
+class Landing(Protocol):
+    """Registered memory that batches are read into, in place of local spans that cannot be registered."""
+
+    @property
+    def nbytes(self) -> int:
+        """The largest batch."""
+
+    @property
+    def regions(self) -> Sequence[Region]:
+        """The memory to register."""
+
+    @property
+    def memory(self) -> Any:
+        """An object that keeps the regions alive."""
+
+    def redirected(self, batch: Sequence[Segment]) -> list[Segment]:
+        """The reads of ``batch`` with local addresses in the regions."""
+
+    def deliver(self, batch: Sequence[Segment]) -> None:
+        """Copy what has been read for ``batch`` to its place, before another batch is read."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,7 @@ class TransferRequest:
         max_batch_nbytes: ``rfork_max_batch_bytes``; None for the engine's own bound.
         checkpoint: returns the identity of this worker's own checkpoint files; may wait for it.
         untouched: addresses of local spans that are not read, because other models use them already.
+        landing: the memory to read into and register instead of the manifest's regions; None: read into these.
         logged: the texts that this load has logged already.
         connected: called with the engine's name and the lane, such as ``nixl/rdma``, when the peer is reached.
         first_write: called immediately before the first byte may be written.
@@ -64,6 +87,7 @@ class TransferRequest:
     timeout_s: float
     max_batch_nbytes: int | None = None
     untouched: frozenset[int] = frozenset()
+    landing: Landing | None = None
     checkpoint: Callable[[], Mapping[str, str] | None] = lambda: None
     logged: LoggedTexts = field(default_factory=LoggedTexts)
     connected: Callable[[str, str], None] = lambda engine, lane: None
@@ -87,9 +111,9 @@ def transfer(request: TransferRequest, keeper: LeaseKeeper, times: StageTimes) -
         remote = _wait(request, request.seeds.manifest(seed, request.local.seed_key, request.local.fingerprint))
     with times.stage("pairing"):
         segments = _pair(request, remote, str(seed))
-    receiver = lanes.Receiver(
-        request.engines, request.local.regions, request.memory, request.request_timeout_s, deadline, request.logged
-    )
+    target = request.landing
+    regions, memory = (request.local.regions, request.memory) if target is None else (target.regions, target.memory)
+    receiver = lanes.Receiver(request.engines, regions, memory, request.request_timeout_s, deadline, request.logged)
     lane = lanes.connect(receiver, remote, str(seed), keeper.lease.user_id, times)
     request.connected(lane.handle.name, lane.name)
 
@@ -109,7 +133,7 @@ def transfer(request: TransferRequest, keeper: LeaseKeeper, times: StageTimes) -
         if error.in_flight:
             # Bytes may still arrive: no other engine and no other seed may write to this memory.
             error.retry_elsewhere = False
-            lane.handle.abandon(request.memory)
+            lane.handle.abandon(memory)
         raise
     return remote
 
@@ -152,7 +176,9 @@ def _read(request: TransferRequest, lane: Lane, keeper: LeaseKeeper, segments: l
             lane.handle.name,
             max_nbytes,
         )
-    copied = 0
+    landing, copied = request.landing, 0
+    if landing is not None:
+        max_nbytes = min(max_nbytes, landing.nbytes)
     for batch in batches(segments, max_nbytes=max_nbytes, max_items=limits.max_batch_items):
         keeper.check()
         nbytes = sum(segment.nbytes for segment in batch)
@@ -163,7 +189,9 @@ def _read(request: TransferRequest, lane: Lane, keeper: LeaseKeeper, segments: l
                 f"{copied} bytes had been copied"
             )
         timeout_s = min(left_s, request.request_timeout_s + nbytes / MIN_BYTES_PER_S)
-        read_batch(lane.engine, lane.endpoint, batch, timeout_s)
+        read_batch(lane.engine, lane.endpoint, batch if landing is None else landing.redirected(batch), timeout_s)
+        if landing is not None:
+            landing.deliver(batch)
         request.arrived(batch)
         copied += nbytes
         request.progress(copied)
