@@ -15,6 +15,7 @@ from vllm_rfork.load import early
 from vllm_rfork.load.context import describe
 from vllm_rfork.load.machine import LoadMachine
 from vllm_rfork.load.outcome import NotASeed
+from vllm_rfork.load.reload import reloads
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seeding.manager import manager
@@ -169,11 +170,11 @@ def _become_seed(machine: LoadMachine, model: nn.Module) -> None:
     try:
         generation = manager().generation
         outcome = machine.outcome(model)
+        withdraw_before_changes(manager(), reloads())
         if isinstance(outcome, NotASeed):
             logger.log(outcome.level, "this worker is not a seed: %s", outcome.reason)
             machine.close()
             return
-        withdraw_before_changes(manager())
         manager().publish(outcome, generation)
     except Exception as error:  # noqa: BLE001 - looking at a model runs third-party code
         logger.warning("this worker is not a seed: %s: %s", type(error).__name__, error)

@@ -54,6 +54,7 @@ class LoadContext:
         planner_unreachable: the planner's name could not be resolved in time, so no seed can be requested.
         fork_obstacle: why this worker cannot fork; None if it may.
         seed_obstacle: why this worker must not become a seed; None if it may.
+        pool_obstacle: why it becomes none although its model is described, for reloads; see ``reload.py``.
         shared_storages: addresses of storages that models in this process used before this load.
     """
 
@@ -74,6 +75,7 @@ class LoadContext:
     planner_unreachable: PlannerError | None = None
     fork_obstacle: str | None = None
     seed_obstacle: str | None = None
+    pool_obstacle: str | None = None
     shared_storages: frozenset[int] = frozenset()
 
     @property
@@ -130,6 +132,7 @@ def describe(
     logger.info("seed key %s, fingerprint %s, engine %s", seed_key, fingerprint, ",".join(engines))
     logger.debug("the fingerprint covers %s", facts)
     host, unreachable = early.own_address(settings)
+    pool = eligibility.pool_obstacle(vllm_config, device)
     unregistrable = eligibility.registration_obstacle(vllm_config, device)
     find_files = functools.partial(
         checkpoint_files.files_of, model_config, vllm_config.load_config, settings.rfork_fallback_load_format
@@ -150,10 +153,11 @@ def describe(
         rank_group=rank_group(vllm_config, model_config),
         files=CheckpointFiles(find_files),
         planner_unreachable=unreachable,
-        fork_obstacle=_mapping_obstacle(settings, vllm_config, storage) or unregistrable,
+        fork_obstacle=_mapping_obstacle(settings, vllm_config, storage) or pool or unregistrable,
         seed_obstacle=_seed_obstacle(settings, host, unreachable)
         or eligibility.seed_obstacle(vllm_config)
         or unregistrable,
+        pool_obstacle=pool,
         shared_storages=shared_storages,
     )
 

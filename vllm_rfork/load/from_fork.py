@@ -194,7 +194,7 @@ class FromFork:
 
     def _capture(self, tensors: TensorInventory, seed: Manifest) -> Snapshot | LoadedSnapshot:
         """The snapshot that this worker will publish: the seed's digests and state are passed on."""
-        snapshot = Snapshot.forked(tensors, self._header(), seed)
+        snapshot = Snapshot.forked(tensors, self._header(), seed, self._built)
         self._checkpoint = seed.checkpoint
         if self._context.layout == RUNTIME:
             return snapshot  # nothing replaces the tensors any more

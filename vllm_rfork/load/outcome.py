@@ -10,6 +10,7 @@ from torch import nn
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.load.context import LoadContext
+from vllm_rfork.load.reload import reloads
 from vllm_rfork.model.relocation import PublishedSnapshot
 from vllm_rfork.model.snapshot import Snapshot
 from vllm_rfork.net.advertise import listen_host
@@ -29,14 +30,20 @@ def outcome_of(
     context: LoadContext, session: ForkSession, obstacle: str | None, snapshot: Snapshot | None, model: nn.Module
 ) -> Publication | NotASeed:
     """The publication of ``snapshot``, which is ``model``'s, or the reason why there is none."""
-    host = context.advertise_host
-    if obstacle is not None or snapshot is None or host is None:
+    host, obstacle = context.advertise_host, obstacle or context.pool_obstacle
+    tensors = None
+    if snapshot is not None:
+        tensors = PublishedSnapshot.of(snapshot, context.device, model, VLLM_RULES, keeps=context.keeps_loaded)
+    reloads().load_ended(context, tensors, {} if snapshot is None else snapshot.built)
+    if obstacle is not None or tensors is None or host is None:
+        if tensors is not None:
+            tensors.release()
         level = logging.WARNING if context.settings.rfork_become_seed else logging.INFO
         return NotASeed(session.logged.once(obstacle or "no weights were captured"), level)
     return Publication(
         role="draft" if context.identity.is_draft else "target",
         config=_seed_config(context, session, host),
-        tensors=PublishedSnapshot.of(snapshot, context.device, model, VLLM_RULES, keeps=context.keeps_loaded),
+        tensors=tensors,
         engines=session.engines,
         intent=session.intent,
         checkpoint=context.files.published,

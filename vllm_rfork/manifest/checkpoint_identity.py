@@ -114,6 +114,21 @@ def identify(files: Files, *, deadline: float) -> str:
     return f"{kind}:{digest.hexdigest()}"
 
 
+def identities(parts: Mapping[str, Files], *, deadline: float) -> dict[str, str]:
+    """The identity of every one of ``parts``, by name.
+
+    Raises:
+        NoIdentity: one of them has none; see :func:`identify`.
+    """
+    found = {}
+    for part, files in parts.items():
+        try:
+            found[part] = identify(files, deadline=deadline)
+        except NoIdentity as reason:
+            raise NoIdentity(f"{part}: {reason}") from reason
+    return found
+
+
 def _differences(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None) -> tuple[list[str], list[str]]:
     """Compare two sides' identities, part by part.
 
@@ -221,6 +236,10 @@ class CheckpointFiles:
         if sources and not self._secondary:
             named = self._secondary = list(sources)
             self._identities.append(CheckpointIdentity(lambda: self._find(named, main=False)))
+
+    def found(self) -> Mapping[str, Files]:
+        """The parts' files, looked for now."""
+        return self._find(self._secondary)
 
     def identity(self) -> dict[str, str] | None:
         """The identity of this worker's files by part, if it has files. May wait for storage, within a bound."""

@@ -64,6 +64,11 @@ class PublishedSnapshot:
         return None if self._snapshot is None else self._snapshot.tensors
 
     @property
+    def model(self) -> nn.Module | None:
+        """The model, while it is there."""
+        return self._origin.model()
+
+    @property
     def recoverable(self) -> bool:
         """True if :meth:`relocate` may succeed after a failed return."""
         return self._origin.kept is None and self._origin.model() is not None
@@ -102,15 +107,29 @@ class PublishedSnapshot:
         origin = self._origin
         if origin.kept is not None:
             return PublishedSnapshot(origin.kept, origin)
-        model = origin.model()
-        if model is None:
-            raise ForkError("the model is not there any more")
-        tensors = self._find(model)
+        tensors = self.located()
+        published = {entry.name: entry.inline for entry in self.manifest.tensors}
+        if changed := [entry.name for entry in tensors.entries if entry.inline != published[entry.name]]:
+            raise ForkError(f"{len(changed)} small tensors have other bytes: {', '.join(changed[:5])}")
         header = self.manifest.header
-        self._compare(tensors.manifest(header))
         digests = digests_of(tensors, header, self.manifest)
         found = Snapshot(header, tensors, digests, self.manifest.state, self.manifest.state_gone)
         return PublishedSnapshot(found, origin)
+
+    def located(self) -> TensorInventory:
+        """The model's own tensors where they are now, whatever they contain. Reads no weights.
+
+        Call this while nothing changes the model.
+
+        Raises:
+            ForkError: the model or a tensor is gone or different; lists all differences.
+        """
+        model = self.model
+        if model is None:
+            raise ForkError("the model is not there any more")
+        tensors = self._find(model)
+        self._compare(tensors.manifest(self.manifest.header))
+        return tensors
 
     def _find(self, model: nn.Module) -> TensorInventory:
         device_backend(self._origin.device).synchronize()
@@ -132,6 +151,3 @@ class PublishedSnapshot:
                 first = first.replace(theirs, ours)
             text = f"{len(mismatch.differences)} tensors are not what they were when it was a seed: {first}"
             raise ForkError(text) from mismatch
-        published = {entry.name: entry.inline for entry in self.manifest.tensors}
-        if changed := [entry.name for entry in now.tensors if entry.inline != published[entry.name]]:
-            raise ForkError(f"{len(changed)} small tensors have other bytes: {', '.join(changed[:5])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class Snapshot:
         digests: one for each of the tensors' spans, in order.
         state: plain values that loading, and post-processing if there was one, have set.
         state_gone: names that had a plain value in the model as built and have none now.
+        built: plain values of the model as built; for reloads, and never published.
     """
 
     header: ManifestHeader
@@ -100,19 +101,23 @@ class Snapshot:
     digests: tuple[str, ...]
     state: dict[str, Any]
     state_gone: tuple[str, ...]
+    built: dict[str, Plain] = field(default_factory=dict)
 
     @classmethod
     def loaded(cls, contents: Contents, built: AsBuilt, header: ManifestHeader) -> Snapshot:
         """Snapshot of a model that was loaded from storage; not :meth:`digested` yet."""
         state = dict(changed_state(built.state, contents.state))
-        return cls(header, contents.tensors, (), state, gone_state(built.state, contents.state))
+        return cls(header, contents.tensors, (), state, gone_state(built.state, contents.state), built.state)
 
     @classmethod
-    def forked(cls, tensors: TensorInventory, header: ManifestHeader, seed: Manifest) -> Snapshot:
+    def forked(
+        cls, tensors: TensorInventory, header: ManifestHeader, seed: Manifest, built: AsBuilt | None
+    ) -> Snapshot:
         """Snapshot of ``tensors``, which now contain the bytes of ``seed``; its digests and state are passed on."""
         tensors = with_inline(tensors, seed)  # its own inline bytes are those from before the fork
         digests = digests_of(tensors, header, seed)
-        return cls(header, tensors, digests, dict(seed.state), seed.state_gone)
+        state = {} if built is None else built.state
+        return cls(header, tensors, digests, dict(seed.state), seed.state_gone, state)
 
     def digested(self) -> Snapshot:
         """The same with a digest of each span, taken now."""

@@ -67,6 +67,25 @@ def files_of(
     return parts
 
 
+def is_remote(model_config: Any) -> bool:
+    """True if a model's weights are named by a URL, so that nothing on this machine shows which ones they are now."""
+    return "://" in (getattr(model_config, "model_weights", "") or model_config.model)
+
+
+def stamps_of(parts: Mapping[str, Files]) -> frozenset[tuple[str, str, int, int, int]]:
+    """Part, path, size, time of the last change in ns and inode of each file: others mean that files were changed.
+
+    Raises:
+        OSError: a file cannot be looked at.
+    """
+    found = set()
+    for part, files in parts.items():
+        for path in files.paths:
+            status = path.stat()
+            found.add((part, str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+    return frozenset(found)
+
+
 def secondary_sources(model: Any) -> list[Any]:
     """The sources of a built model's towers and heads that have files of their own, as :func:`files_of` takes them."""
     return list(getattr(model, "secondary_weights", None) or ())

@@ -29,12 +29,8 @@ def seed_obstacle(vllm_config: Any) -> str | None:
     return ascend.moving_weights_obstacle(getattr(vllm_config, "additional_config", None))
 
 
-def registration_obstacle(vllm_config: Any, device: torch.device) -> str | None:
-    """The setting because of which engines cannot keep this worker's weights registered; None if there is none.
-
-    :meth:`~vllm_rfork.devices.base.DeviceBackend.registration_obstacle` checks the memory itself,
-    once the weights are in it.
-    """
+def pool_obstacle(vllm_config: Any, device: torch.device) -> str | None:
+    """The setting that puts weights into a pool that no engine can register, but that copies on the device reach."""
     if device.type == "cpu":
         return None
     for option in ("enable_sleep_mode", "enable_cumem_allocator"):
@@ -43,6 +39,17 @@ def registration_obstacle(vllm_config: Any, device: torch.device) -> str | None:
                 f"weights lie in a pool of their own, whose memory is unmapped while the worker sleeps and which other "
                 f"processes cannot open ({option})"
             )
+    return None
+
+
+def registration_obstacle(vllm_config: Any, device: torch.device) -> str | None:
+    """Another setting because of which engines cannot keep this worker's weights registered; None if there is none.
+
+    :meth:`~vllm_rfork.devices.base.DeviceBackend.registration_obstacle` checks the memory itself,
+    once the weights are in it.
+    """
+    if device.type == "cpu":
+        return None
     return _offload_obstacle(vllm_config) or device_backend(device).registration_obstacle()
 
 

@@ -42,13 +42,27 @@ def rank_group(vllm_config: Any, model_config: Any) -> RankGroup:
     return RankGroup(rank, members, f"rfork/agreement/{role}/{members[0]}")
 
 
+def caller_group(vllm_config: Any) -> RankGroup:
+    """The ranks on which vLLM calls a worker method together: those of one data parallel rank. Does no I/O."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return RankGroup()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    together = _pipeline_size(vllm_config.parallel_config)
+    if world_size % together:  # the size is not this group's own
+        together = world_size
+    first = rank // together * together
+    return RankGroup(rank, tuple(range(first, first + together)), f"rfork/reload/{first}")
+
+
 def members_of(parallel: Any, rank: int, world_size: int, *, draft: bool) -> tuple[int, ...]:
     """The ranks of torch's default group, of ``world_size`` processes, that load a model together with ``rank``.
 
     vLLM orders ranks as replica x data x pipeline x context x tensor parallel.
     """
-    stage = _size(parallel, "tensor_parallel_size") * _size(parallel, "prefill_context_parallel_size")
-    pipeline = stage * _size(parallel, "pipeline_parallel_size")
+    stage = _stage_size(parallel)
+    pipeline = _pipeline_size(parallel)
     with_data = pipeline * _size(parallel, "data_parallel_size")
     # A size that does not divide the group is not its own: the group may or may not contain the data parallel ranks.
     instance = next((size for size in (with_data, pipeline) if world_size % size == 0), world_size)
@@ -57,6 +71,14 @@ def members_of(parallel: Any, rank: int, world_size: int, *, draft: bool) -> tup
     if not draft or instance % pipeline:
         return tuple(members)
     return tuple(other for other in members if other % pipeline // stage == rank % pipeline // stage)
+
+
+def _stage_size(parallel: Any) -> int:
+    return _size(parallel, "tensor_parallel_size") * _size(parallel, "prefill_context_parallel_size")
+
+
+def _pipeline_size(parallel: Any) -> int:
+    return _stage_size(parallel) * _size(parallel, "pipeline_parallel_size")
 
 
 def _size(parallel: Any, name: str) -> int:

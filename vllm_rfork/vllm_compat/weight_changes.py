@@ -25,6 +25,8 @@ class Change:
         ends_failing: changes that end when it raises.
         last: after it the weights do not belong to the seed's key any more, or their memory is gone, so that the seed
             cannot resume.
+        writes: it may write weights, and set Python values of the model that depend on them.
+        discards: afterwards the bytes of the weights are gone, and the model's Python values are as before.
     """
 
     reason: str
@@ -32,6 +34,8 @@ class Change:
     ends: tuple[str, ...] = ()
     ends_failing: tuple[str, ...] = ()
     last: bool = False
+    writes: bool = True
+    discards: bool = False
 
 
 class WeightChangeListener(Protocol):
@@ -48,9 +52,15 @@ class WeightChangeListener(Protocol):
 
 
 class WeightChanges:
-    """The changes in progress in this process, and the calls of its listener."""
+    """The changes in progress in this process, and the calls of its listener.
+
+    Attributes:
+        gone: the bytes of the weights have been discarded, and nothing has written weights since.
+        written: something may have written weights since they were loaded.
+    """
 
     def __init__(self, listener: WeightChangeListener) -> None:
+        self.gone = self.written = False
         self._listener = listener
         self._lock = threading.Lock()
         self._running = 0
@@ -60,6 +70,14 @@ class WeightChanges:
     def active(self) -> bool:
         """True if a method or function that may change weights is running now."""
         return self._running > 0
+
+    def lasts(self, name: str) -> bool:
+        """True while the change ``name``, of those that last beyond one method, is in progress."""
+        return name in self._open
+
+    def settled(self, *, written: bool) -> None:
+        """Record that the weights are there: those of a load, or ``written`` by something else."""
+        self.gone, self.written = False, written
 
     def run(self, change: Change, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``method`` with all seeds withdrawn; the end of the outermost change resumes them."""
@@ -78,6 +96,8 @@ class WeightChanges:
             with self._lock:
                 self._running -= 1
                 self._open.difference_update(ended)
+                self.gone = change.discards or (self.gone and not change.writes)
+                self.written = self.written or change.writes
                 over = not self._running and not self._open and not change.last
             if over:
                 self._listener.resume()
@@ -87,4 +107,4 @@ class WeightChanges:
         with capture_gate.gate.capturing() as idle:
             if idle and self._listener.device_is_idle():
                 return method(*args, **kwargs)
-            return self.run(Change("graphs are captured"), method, *args, **kwargs)
+            return self.run(Change("graphs are captured", writes=False), method, *args, **kwargs)

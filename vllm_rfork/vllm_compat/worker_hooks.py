@@ -7,36 +7,39 @@ ends with its last method.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
 from typing import Any
 
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.vllm_compat.reloading import ASLEEP, ReloadListener, hook_reload
 from vllm_rfork.vllm_compat.weight_changes import Change, WeightChangeListener, WeightChanges
 from vllm_rfork.vllm_compat.worker_calls import MARK, hook_calls, is_vllms
 
 logger = worker_logger(__name__)
 
 #: Changes that last beyond their first method.
-ASLEEP, UPDATING, EMPTIED = "asleep", "updating", "emptied"
+UPDATING, EMPTIED = "updating", "emptied"
 
 #: The part of sleep mode that concerns weights; the other parts are the KV cache and scratch.
 _WEIGHTS_TAG = "weights"
 
 
-#: Read in vLLM 0.32's and vLLM-Ascend 0.23's workers; absent ones are skipped.
+#: Read in vLLM 0.32's and vLLM-Ascend 0.23's workers; absent ones are skipped. ``reload_weights`` writes weights, and
+#: ``reloading.py`` records which.
 CHANGES_WEIGHTS: dict[str, Change] = {
-    "sleep": Change("the worker goes to sleep", begins=ASLEEP),
-    "discard": Change("the worker discards memory", begins=ASLEEP),
-    "wake_up": Change("the worker wakes up", ends=(ASLEEP,)),
+    "sleep": Change("the worker goes to sleep", begins=ASLEEP, writes=False),
+    "discard": Change("the worker discards memory", begins=ASLEEP, writes=False, discards=True),
+    "wake_up": Change("the worker wakes up", ends=(ASLEEP,), writes=False),
     # The process may continue elsewhere, with other addresses and under another name.
-    "checkpoint_prepare": Change("the worker's process is being checkpointed", last=True),
-    "reload_weights": Change("weights are reloaded", ends=(EMPTIED,)),
-    "reset_weights": Change("weights are reset", begins=EMPTIED),
-    "update_config": Change("the model or load configuration changes"),
+    "checkpoint_prepare": Change("the worker's process is being checkpointed", last=True, writes=False),
+    "reload_weights": Change("weights are reloaded", ends=(EMPTIED,), writes=False),
+    "reset_weights": Change("weights are reset", begins=EMPTIED, writes=False, discards=True),
+    "update_config": Change("the model or load configuration changes", writes=False),
     # Changes nothing itself, but changes follow.
-    "init_weight_transfer_engine": Change("weight transfer starts"),
+    "init_weight_transfer_engine": Change("weight transfer starts", writes=False),
     "start_weight_update": Change("weights are updated", begins=UPDATING, ends_failing=(UPDATING,)),
     "start_draft_weight_update": Change("weights are updated", begins=UPDATING, ends_failing=(UPDATING,)),
     # Before vLLM had ``finish_weight_update`` this was the whole update: see ``_change_of``.
@@ -58,7 +61,7 @@ CHANGES_WEIGHTS: dict[str, Change] = {
 CAPTURES_GRAPHS = ("determine_available_memory", "compile_or_warm_up_model")
 
 
-def withdraw_before_changes(listener: WeightChangeListener) -> list[str]:
+def withdraw_before_changes(listener: WeightChangeListener, reloads: ReloadListener | None = None) -> list[str]:
     """Wrap every such method of every worker class in this process, and return the names of those that are wrapped.
 
     The methods that ``worker_extension_cls`` adds are wrapped, too: their effect is unknown, and their purpose is to
@@ -70,6 +73,8 @@ def withdraw_before_changes(listener: WeightChangeListener) -> list[str]:
     wrapped: list[str] = []
     changes = WeightChanges(listener)
     for cls in subclasses(WorkerBase):
+        if reloads is not None:
+            hook_reload(cls, changes, reloads)
         for name, change in CHANGES_WEIGHTS.items():
             wrapped += _wrap(cls, name, change, changes)
         for name in CAPTURES_GRAPHS:
@@ -99,7 +104,7 @@ def _withdrawing(name: str, method: Callable[..., Any], change: Change, changes:
     def withdrawing(self: Any, *args: Any, **kwargs: Any) -> Any:
         if name in ("wake_up", "discard") and _spares_weights(*args, **kwargs):
             return method(self, *args, **kwargs)
-        return changes.run(_change_of(name, change, self), method, self, *args, **kwargs)
+        return changes.run(_change_of(name, change, self, *args, **kwargs), method, self, *args, **kwargs)
 
     setattr(withdrawing, MARK, True)
     return withdrawing
@@ -116,10 +121,17 @@ def _capturing(method: Callable[..., Any], changes: WeightChanges) -> Callable[.
     return capturing
 
 
-def _change_of(name: str, change: Change, worker: Any) -> Change:
+def _change_of(name: str, change: Change, worker: Any, *args: Any, **kwargs: Any) -> Change:
+    if name == "sleep":
+        return dataclasses.replace(change, discards=_sleeps_deeply(*args, **kwargs))
     if name == "update_weights" and not hasattr(worker, "finish_weight_update"):
         return Change(change.reason, ends=(EMPTIED,))
     return change
+
+
+def _sleeps_deeply(level: Any = 1, *args: Any, **kwargs: Any) -> bool:
+    """True for a sleep that keeps no copy of the weights."""
+    return isinstance(level, int) and level > 1
 
 
 def _spares_weights(tags: Any = None, *args: Any, **kwargs: Any) -> bool:
