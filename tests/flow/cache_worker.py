@@ -45,7 +45,7 @@ class Worker:
         credentials = Credentials.of(settings)
         carried = CacheSettings.of(settings, credentials)
         assert carried is not None
-        self.caches = WorkerCaches(carried, root=lambda kind: root)
+        self.caches = WorkerCaches(carried, lambda kind: root)
         listen(self.caches)
         service = SeedService(
             manifest(KEY, "epoch-1"),

@@ -46,6 +46,7 @@ class FakeSeed:
     def __init__(self, offered: Offered | None) -> None:
         self.offered = offered
         self.asked: list[str] = []
+        self.listed = threading.Event()
         self.before: Callable[[Artifact], None] = lambda artifact: None
         self.changed: Callable[[bytes], bytes] = lambda piece: piece
 
@@ -53,6 +54,7 @@ class FakeSeed:
         return self
 
     async def offer(self, seed: SeedAddress, seed_key: str) -> Offer | None:
+        self.listed.set()
         return None if self.offered is None else self.offered.offer(code=True)
 
     async def fetch(self, seed: SeedAddress, seed_key: str, artifact: Artifact, sink: Any, *, timeout_s: float) -> None:
@@ -97,7 +99,7 @@ def written(place: CachePlace | JsonPlace) -> CachePlace | JsonPlace:
 
 
 def worker(root: Path, carried: CacheSettings | None = None) -> WorkerCaches:
-    return WorkerCaches(carried or settings(), root=lambda kind: root)
+    return WorkerCaches(carried or settings(), lambda kind: root)
 
 
 @pytest.fixture(autouse=True)
@@ -240,8 +242,7 @@ def test_a_cache_that_is_asked_for_again_once_it_has_arrived_is_not_a_miss(
     place = code_place(tmp_path / "1", "own")
     assert not caches.about_to_read(place)
     on_its_way.set()
-    assert caches._fetch is not None
-    caches._fetch.join(10)
+    settle(caches)
     assert caches.about_to_read(place)
     with caplog.at_level(logging.INFO):
         caches.warm()
@@ -252,7 +253,9 @@ def test_a_seed_that_is_not_ready_is_asked_until_warm_up_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "CACHES_PAUSE_S", 60.0)
-    caches = receiver(tmp_path, FakeSeed(None), monkeypatch, wait=False)
+    seed = FakeSeed(None)
+    caches = receiver(tmp_path, seed, monkeypatch, wait=False)
+    assert seed.listed.wait(10)
     assert not caches.about_to_read(code_place(tmp_path, "own"))
     caches.warm()
     settle(caches)  # it does not wait for the next question

@@ -21,7 +21,7 @@ from vllm_rfork.startup import offers, report
 from vllm_rfork.startup.arrivals import Arrivals, Body, Missed
 from vllm_rfork.startup.collecting import Collection
 from vllm_rfork.startup.fetch import Fetch
-from vllm_rfork.startup.settings import VOTE_S, CacheSettings
+from vllm_rfork.startup.settings import ORDER, VOTE_S, CacheSettings
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace, Place, listen
 from vllm_rfork.vllm_compat.start_up.roots import cache_root
 
@@ -34,14 +34,14 @@ class WorkerCaches:
     """Implements :class:`~vllm_rfork.vllm_compat.start_up.listener.CacheListener` for one start of this worker.
 
     Args:
-        root: replaced in tests.
+        root: returns the directory of a kind of cache, as the operator configured it.
 
     Attributes:
         vote: a vote of all ranks: stage, obstacle, bound in seconds → the common rejection or None. Set by the first
             load; a draft model is loaded by the same ranks.
     """
 
-    def __init__(self, settings: CacheSettings, *, root: Callable[[str], Path] = cache_root) -> None:
+    def __init__(self, settings: CacheSettings, root: Callable[[str], Path]) -> None:
         self.vote: Vote | None = None
         self._settings, self._root = settings, root
         self._arrivals = Arrivals()
@@ -218,7 +218,9 @@ def worker_caches(settings: CacheSettings) -> WorkerCaches:
     """The caches of the present start, which become the hooks' listener: one object for all models of a worker."""
     present = _Slot.present
     if present is None or present.is_warm:
-        present = _Slot.present = WorkerCaches(settings)
+        # Now: Inductor sets Triton's variable later, to a directory of its own.
+        roots = {kind: cache_root(kind) for kind in ORDER}
+        present = _Slot.present = WorkerCaches(settings, root=roots.__getitem__)
         listen(present)
         if settings.offers:
             offers.expect()
