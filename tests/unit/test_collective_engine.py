@@ -177,8 +177,11 @@ def test_an_endpoint_is_read_again_and_its_text_shows_no_secret_in_errors() -> N
 def test_a_lane_to_another_kind_of_device_is_known_before_connecting() -> None:
     text = encode(Endpoint(backend="tcp", host="10.0.0.1", port=1234, secret=SECRET))
     assert CollectiveEngine.lane_obstacle(text, EngineConfig("cpu")) is None
-    for endpoint, device in ((text, "cuda:0"), (text, "npu:0"), ("nonsense", "cpu")):
-        assert CollectiveEngine.lane_obstacle(endpoint, EngineConfig(device))
+    for device in ("cuda:0", "npu:0"):
+        assert CollectiveEngine.lane_obstacle(text, EngineConfig(device))
+    with pytest.raises(EngineError) as caught:
+        CollectiveEngine.lane_obstacle("nonsense", EngineConfig("cpu"))
+    assert (caught.value.side, caught.value.retry_elsewhere) == ("seed", True)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "a" * 64 + ".example"])

@@ -86,8 +86,10 @@ def test_a_seed_on_another_host_is_an_obstacle_with_a_remedy() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[" * 10_000, "\udcff", "x" * (17 << 20)])
-def test_an_unreadable_endpoint_is_an_obstacle(text: str) -> None:
-    assert CudaIpcEngine.lane_obstacle(text, EngineConfig(device="cuda:0"))
+def test_an_unreadable_endpoint_is_the_seeds_failure(text: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        CudaIpcEngine.lane_obstacle(text, EngineConfig(device="cuda:0"))
+    assert (caught.value.side, caught.value.retry_elsewhere) == ("seed", True)
 
 
 def test_a_gpu_without_its_device_file_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,17 @@ def test_a_lane_obstacle_that_raises_is_an_obstacle(pair: Pair) -> None:
         pair.connect(pair.engines("alpha"), pair.remote("alpha"))
 
 
+def test_a_seed_whose_endpoint_is_damaged_is_blamed_before_its_engine_is_opened(pair: Pair) -> None:
+    error = EngineError("alpha", "connect", "not an endpoint", retry_elsewhere=True, side="seed")
+    Alpha.script["obstacle"] = raises(error)
+    assert pair.connect(pair.engines("alpha", "beta"), pair.remote("alpha", "beta")).handle.name == "beta"
+    for refused in (pair.connect, lambda engines, remote: lanes.check_offer(engines, remote, "the seed")):
+        with pytest.raises(EngineError) as caught:
+            refused(pair.engines("alpha"), pair.remote("alpha"))
+        assert caught.value is error
+    assert "alpha open" not in CALLS
+
+
 def test_the_only_lanes_error_is_the_engines_own(pair: Pair) -> None:
     error = EngineError("alpha", "connect", "the process is gone", retry_elsewhere=True, side="seed")
     Alpha.script["connect"] = raises(error)

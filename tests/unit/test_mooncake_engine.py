@@ -332,7 +332,9 @@ def test_an_obstacle_is_found_without_an_engine(engine: MooncakeEngine) -> None:
     endpoint = engine.endpoint
     assert MooncakeEngine.lane_obstacle(endpoint, CONFIG) is None
     assert "cpu memory" in (MooncakeEngine.lane_obstacle(endpoint, EngineConfig(device="cuda:1")) or "")
-    assert "not an endpoint" in (MooncakeEngine.lane_obstacle("nonsense", CONFIG) or "")
+    with pytest.raises(EngineError, match="not an endpoint") as caught:
+        MooncakeEngine.lane_obstacle("nonsense", CONFIG)
+    assert (caught.value.side, caught.value.retry_elsewhere) == ("seed", True)
 
 
 def test_the_distributions_are_those_of_the_extras() -> None:

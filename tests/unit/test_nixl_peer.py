@@ -174,17 +174,21 @@ def test_an_obstacle_is_named_without_opening_an_agent(own: Endpoint, monkeypatc
     for fields, why in (
         ({"boot": "other"}, "another machine"),
         ({"uid": own.uid + 1}, "another user"),
-        ({"identity": bytes(IDENTITY_NBYTES)}, "has closed"),
-        ({"pid": (1 << 22) - 1}, "is gone"),
         ({"memory": "VRAM"}, "holds VRAM"),
     ):
         assert why in str(obstacle(msgspec.structs.replace(own, **fields))), fields
+    for fields, why in (({"identity": bytes(IDENTITY_NBYTES)}, "has closed"), ({"pid": (1 << 22) - 1}, "is gone")):
+        with pytest.raises(EngineError, match=why) as caught:
+            obstacle(msgspec.structs.replace(own, **fields))
+        assert caught.value.side == "seed"
     assert "cannot read the memory of npu:0" in str(obstacle(own, device="npu:0"))
 
 
 @given(st.text(max_size=200))
-def test_any_unreadable_endpoint_is_an_obstacle(text: str) -> None:
-    assert NixlEngine.lane_obstacle(text, EngineConfig(device="cpu"))
+def test_any_unreadable_endpoint_is_the_seeds_failure(text: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        NixlEngine.lane_obstacle(text, EngineConfig(device="cpu"))
+    assert (caught.value.side, caught.value.retry_elsewhere) == ("seed", True)
 
 
 def test_other_memory_is_refused() -> None:

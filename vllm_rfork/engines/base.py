@@ -111,12 +111,14 @@ class TransferEngine(abc.ABC):
     def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
         """The reason, found without opening the engine, why no lane leads to ``endpoint``, and the remedy if any.
 
-        None if only ``connect`` can tell. Returns within milliseconds and never raises: an unreadable endpoint is a
-        reason too.
+        None if only ``connect`` can tell. Returns within milliseconds.
 
         Args:
             endpoint: a seed's, for an engine of this name; untrusted.
             config: what :meth:`open` would get.
+
+        Raises:
+            EngineError: the endpoint is unreadable, or its engine is gone (``side="seed"``).
         """
         return None
 

@@ -101,14 +101,18 @@ def _common(engines: EngineSet, remote: Manifest, seed: str) -> list[Candidate]:
 
 
 def _obstacle(engines: EngineSet, candidate: Candidate) -> EngineError | None:
-    """The failure to open the engine, if there was one, or the obstacle that it finds without being opened."""
+    """The failure to open the engine, if there was one, or what it finds without being opened."""
     name = candidate.handle.name
     if (failed := candidate.handle.failure()) is not None:
         return failed
     try:
-        found = engine_class(name).lane_obstacle(candidate.endpoint, engines.config)
+        engine = engine_class(name)
     except RForkError:
         return None  # the adapter cannot be imported; opening it reports that
+    try:
+        found = engine.lane_obstacle(candidate.endpoint, engines.config)
+    except EngineError as error:
+        return error
     except Exception as error:  # noqa: BLE001 - engines of other distributions may raise anything
         found = f"lane_obstacle raised {type(error).__name__}: {error}"
     if found is None:

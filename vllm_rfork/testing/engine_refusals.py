@@ -96,7 +96,7 @@ class Refusals(ContractSetup):
         assert seed.registered_nbytes == 0
 
     def test_an_obstacle_is_found_without_an_open_engine(self, processes: Processes) -> None:
-        """None for a peer that ``connect`` reaches; and nothing is raised about any other text."""
+        """None for a peer that ``connect`` reaches; an unreadable text is the seed's failure."""
         _, receiver, _, _, endpoint = self.seed_and_receiver(processes, PAGE)
         fresh = processes.start(opened=False)
         assert fresh.lane_obstacle(endpoint) is None
@@ -114,8 +114,16 @@ class Refusals(ContractSetup):
             "9" * 9,
         )
         for lie in lies:
-            found = fresh.lane_obstacle(lie)
-            assert found is None or found.strip(), lie
+            found: EngineError | str | None
+            try:
+                found = fresh.lane_obstacle(lie)
+            except EngineError as error:
+                found = error
+            if isinstance(found, EngineError):
+                self.check(found, "connect")
+                assert (found.side, found.retry_elsewhere) == ("seed", True), lie
+            else:
+                assert found is None or found.strip(), lie
         receiver.call("present_lease", lease="a lease")
         receiver.connect(endpoint)
 

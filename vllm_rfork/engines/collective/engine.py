@@ -75,10 +75,7 @@ class CollectiveEngine(TransferEngine):
     @classmethod
     def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
         """The seed's memory is on another kind of device."""
-        try:
-            theirs = decode(endpoint).backend
-        except EngineError as error:
-            return error.text
+        theirs = decode(endpoint).backend
         ours = LANES[config.device.partition(":")[0]]
         return None if theirs == ours else f"the seed transfers with {theirs}, this worker with {ours}"
 

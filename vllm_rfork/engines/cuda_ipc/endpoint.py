@@ -129,4 +129,4 @@ def boot_id() -> str:
     try:
         return host.boot_id()
     except OSError as error:
-        raise EngineError(NAME, "open", f"the host cannot be identified: {error}") from error
+        raise EngineError(NAME, "open", f"the host cannot be identified: {error}", side="receiver") from error

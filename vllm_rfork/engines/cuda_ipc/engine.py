@@ -80,10 +80,7 @@ class CudaIpcEngine(TransferEngine):
     @classmethod
     def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
         """The seed is on another host, or this container lacks the device file of its GPU."""
-        try:
-            return obstacle(decode(endpoint), boot_id())
-        except EngineError as error:
-            return error.text
+        return obstacle(decode(endpoint), boot_id())
 
     def open(self, config: EngineConfig) -> None:
         """Retain the device's primary context and create streams: milliseconds if torch has the context already.

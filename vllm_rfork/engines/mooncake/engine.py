@@ -107,10 +107,7 @@ class MooncakeEngine(TransferEngine):
     @classmethod
     def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
         """Another kind of memory, another protocol, or another host's loopback address."""
-        try:
-            return obstacle(decode(endpoint), config.device.partition(":")[0])
-        except EngineError as error:
-            return error.text
+        return obstacle(decode(endpoint), config.device.partition(":")[0])
 
     def open(self, config: EngineConfig) -> None:
         """Start an engine that peers reach under ``config.host``: a few milliseconds after the first import.

@@ -186,10 +186,12 @@ class NixlEngine(TransferEngine):
     @classmethod
     def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
         """The reason why ``connect`` would refuse; UCX may still find that a lane does not work."""
+        seed = decode_facts(endpoint)
         try:
-            own = this_process(config.device, allow_tcp=tcp_allowed(config.options))
-            permitted_lane(own, decode_facts(endpoint))
+            permitted_lane(this_process(config.device, allow_tcp=tcp_allowed(config.options)), seed)
         except EngineError as error:
+            if error.side == "seed":
+                raise
             return error.text
         return None
 

@@ -110,12 +110,12 @@ def decode_facts(text: str) -> Endpoint:
         EngineError: as :func:`decode_endpoint`.
     """
     if len(text) > MAX_ENDPOINT_LENGTH:
-        raise EngineError(NAME, "connect", f"an endpoint of {len(text)} characters is too long", side="seed")
+        raise _unreadable(f"an endpoint of {len(text)} characters is too long")
     try:
         endpoint = msgspec.json.decode(text.encode(), type=Endpoint)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         text = f"{text[:80]!r} is not an endpoint of this engine: {error}"
-        raise EngineError(NAME, "connect", text, side="seed") from error
+        raise _unreadable(text) from error
     possible = (
         0 < endpoint.pid < 1 << 31
         and 0 <= endpoint.uid < 1 << 32
@@ -125,11 +125,15 @@ def decode_facts(text: str) -> Endpoint:
         and 0 <= endpoint.device < MAX_DEVICES
     )
     if endpoint.v != _VERSION or not possible:
-        raise EngineError(NAME, "connect", f"{text[:80]!r} is not an endpoint that this version reads", side="seed")
+        raise _unreadable(f"{text[:80]!r} is not an endpoint that this version reads")
     if endpoint.checksum and endpoint.checksum != _checksum(endpoint):
-        text = "the seed's endpoint was damaged: its checksum differs"
-        raise EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed")
+        raise _unreadable("the seed's endpoint was damaged: its checksum differs")
     return endpoint
+
+
+def _unreadable(text: str) -> EngineError:
+    """The failure of a seed whose endpoint cannot be used; another seed's may be sound."""
+    return EngineError(NAME, "connect", text, retry_elsewhere=True, side="seed")
 
 
 def this_process(device: str, *, allow_tcp: bool) -> Endpoint:
