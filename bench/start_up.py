@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tarfile
@@ -37,7 +38,7 @@ class Row:
         what: for the table.
         estimate_s: expected duration on one GPU; a row that does not fit into the budget is skipped.
         caches: ``rfork_caches``; None: vLLM's default loader.
-        warm: the caches of the earlier starts are there: own root and, for a fork, that of its seed.
+        warm: it has the seed's cache root, which the seed has filled; otherwise an empty one of its own.
         other_path: the model has another path than the seed's.
         forks: there is a seed.
     """
@@ -52,7 +53,7 @@ class Row:
 
 ROWS = {
     "default-cold": Row("default loader, empty caches", 110),
-    "default-warm": Row("default loader, own warm caches", 50, warm=True),
+    "default-warm": Row("default loader, warm caches", 50, warm=True),
     "first": Row("first instance with rfork (no seed), warm caches", 50, "code", warm=True),
     "fork-off": Row("fork, empty caches, rfork_caches=off", 108, "off", forks=True),
     "fork-safe": Row("fork, empty caches, rfork_caches=safe", 108, "safe", forks=True),
@@ -60,8 +61,8 @@ ROWS = {
     "fork-code-path": Row("the same, other model path", 60, "code", other_path=True, forks=True),
     "fork-warm": Row("fork, the seed's own cache root", 50, "code", warm=True, forks=True),
 }
-#: The seed is started before the first fork.
-SEED_S = 60.0
+#: Expected duration of the seed's start with empty and with warm caches, in seconds.
+SEED_S = {False: 115.0, True: 55.0}
 #: Bound of one start on a device, in seconds; machines with little memory take minutes on CPU.
 LIMIT_S = {"cuda": 200.0, "cpu": 900.0}
 #: Longest wait for the seed's list of caches, in seconds.
@@ -93,7 +94,10 @@ class StartUp:
         self._deadline: float = time.monotonic() + options.budget
         self._fleet = Fleet(work)
         self._seed: Start | None = None
+        self._seed_is_ready = False
         self.runs: list[dict[str, Any]] = []
+        if options.early_seed:
+            self._seed = self._launch_seed()
 
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
@@ -102,37 +106,55 @@ class StartUp:
     def run(self, name: str) -> None:
         """Run one row, if it fits into the budget, and add its numbers to :attr:`runs`."""
         row = ROWS[name]
-        needed_s = row.estimate_s + (SEED_S if row.forks and self._seed is None else 0.0)
+        needs_seed = row.forks or row.warm
+        needed_s = row.estimate_s + (SEED_S[self._warm.exists()] if needs_seed and self._seed is None else 0.0)
         if self._options.device == "cuda" and self.left_s() < needed_s:
             self._add(name, {"skipped": f"{self.left_s():.0f} s of the budget are left, and it takes {needed_s:.0f} s"})
             return
-        if row.forks and self._seed is None:
-            self._seed = self._start("seed", Row("seed", SEED_S, "code", warm=True), Path(self._options.model), gpu=0)
-            if not self._seed.wait_for_offer(min(OFFER_S, self.left_s())):
-                self._add("seed", {"failed": "it did not list its caches", "log": self._tail(self._seed)})
-        start = self._start(name, row, self._path(row), gpu=0 if self._options.one_gpu else 1)
+        if needs_seed and not self._seed_is_ready:
+            self._await_seed()
+        home = self._warm if row.warm else self._work / f"home-{len(self.runs)}"
+        # A first instance has a key of its own, since there is a seed.
+        key = f"start-up-{len(self.runs)}" if name == "first" else "start-up"
+        gpu = 0 if self._options.one_gpu else 1
+        start = self._launch(name, home, self._path(row), key=key, caches=row.caches, gpu=gpu)
+        self._add(name, self._answered(start))
         start.end(GRACE_S)
+        if not row.warm:
+            shutil.rmtree(home, ignore_errors=True)
 
-    def _start(self, name: str, row: Row, model: Path, *, gpu: int) -> Start:
-        """Start one process, wait for its tokens, and add its numbers."""
-        home = self._warm if row.warm or not self._warm.exists() else self._work / f"home-{len(self.runs)}"
-        env = environment(home, self._options.device, gpu, self._fleet.token)
+    def _launch_seed(self) -> Start:
+        return self._launch(
+            "seed", self._warm, Path(self._options.model).absolute(), key="start-up", caches="code", gpu=0
+        )
+
+    def _await_seed(self) -> None:
+        """Wait until the seed has answered and collected its caches; it is the row ``seed``."""
+        if self._seed is None:
+            self._seed = self._launch_seed()
+        numbers = self._answered(self._seed)
+        if not self._seed.wait_for_offer(min(OFFER_S, self.left_s())):
+            numbers["failed"] = "it did not list its caches"
+        self._seed_is_ready = True
+        self._add("seed", numbers)
+
+    def _launch(self, name: str, home: Path, model: Path, *, key: str, caches: str | None, gpu: int) -> Start:
+        """Start one process; ``caches`` None: with vLLM's default loader."""
         llm = dict(self._llm)
-        if row.caches is not None:
-            # A first instance has a key of its own: there may be a seed already.
-            key = f"start-up-{len(self.runs)}" if name == "first" else "start-up"
-            extra = self._fleet.options(key, row.caches, self._options.engine)
+        if caches is not None:
+            extra = self._fleet.options(key, caches, self._options.engine)
             llm |= {"load_format": "rfork", "model_loader_extra_config": extra}
+        env = environment(home, self._options.device, gpu, self._fleet.token)
         log = self._work / f"{len(self.runs):02d}-{name}.log"
-        start = Start(log, model, llm, env, guard=self._options.device == "cpu")
+        return Start(log, model, llm, env, guard=self._options.device == "cpu")
+
+    def _answered(self, start: Start) -> dict[str, Any]:
+        """Wait for the tokens of ``start``; returns its numbers."""
         done = start.wait(min(LIMIT_S[self._options.device], self.left_s()))
         numbers = start.numbers()
         if not done:
-            numbers |= {"failed": "no tokens in time", "log": self._tail(start)}
-        self._add(name, numbers)
-        if home.parent == self._work and home != self._warm:
-            shutil.rmtree(home, ignore_errors=True)
-        return start
+            numbers |= {"failed": "no tokens in time", "log": start.text()[-3000:]}
+        return numbers
 
     def _path(self, row: Row) -> Path:
         model = Path(self._options.model).absolute()
@@ -148,9 +170,6 @@ class StartUp:
         self.runs.append({"row": name, **numbers})
         print(json.dumps({"row": name, **{key: numbers.get(key) for key in (*NUMBERS, *FLAGS, "skipped", "failed")}}))
         self.write()
-
-    def _tail(self, start: Start) -> str:
-        return start.text()[-3000:]
 
     def summary(self) -> dict[str, Any]:
         """The results as plain data, with the median of each row and the targets."""
@@ -178,7 +197,7 @@ class StartUp:
     def stop(self) -> None:
         """End the seed and the planner."""
         if self._seed is not None:
-            self._seed.end()
+            self._seed.end(GRACE_S)
         self._fleet.stop()
         self.write()
 
@@ -232,9 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; rows that do not fit are skipped")
     parser.add_argument("--device", choices=sorted(LLM), default="cuda")
     parser.add_argument("--one-gpu", action="store_true", help="seed and receivers share one GPU")
+    parser.add_argument("--early-seed", action="store_true", help="start the seed beside the first row, to save time")
     parser.add_argument("--engine", default="auto", help="rfork_engine")
     parser.add_argument("--llm", default="{}", help="more of vLLM's engine arguments, as JSON")
-    parser.add_argument("--warm", help="cache root of the warm rows; kept. Without it the first start fills one")
+    parser.add_argument("--warm", help="cache root of the seed and the warm rows, which is kept; default: a new one")
     options = parser.parse_args(arguments)
     work = Path(tempfile.mkdtemp(prefix="start-up-"))
     run = StartUp(options, work)
@@ -252,4 +272,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the starts have sessions of their own, and must end as well
     sys.exit(main())

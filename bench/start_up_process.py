@@ -102,7 +102,7 @@ class Start:
         """The log so far."""
         return self.log.read_text(errors="replace")
 
-    def end(self, grace_s: float = 20.0) -> None:
+    def end(self, grace_s: float) -> None:
         """End the process and all that it started; it has ``grace_s`` to end by itself."""
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
