@@ -135,6 +135,7 @@ def _decorators(vllm: Vllm, *, tagged: bool) -> Any:
             if vllm.saves:
                 os.makedirs(os.path.dirname(self._aot_compilation_path), exist_ok=True)
                 Path(self._aot_compilation_path).write_text("forward")
+                Path(self._aot_compilation_path).with_name("notes").write_text("not read by vLLM")
 
     module._try_load_aot_compiled_fn, module.Model = _try_load_aot_compiled_fn, Model
     return module

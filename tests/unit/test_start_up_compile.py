@@ -200,8 +200,9 @@ def test_a_forward_that_contains_its_graphs_has_no_artifact_of_them(vllm: Vllm, 
     vllm.envs.VLLM_USE_MEGA_AOT_ARTIFACT = True
     seed = started(vllm, tmp_path / "seed", config("/models/a"))[1].collect()
     assert set(seed.offered) == {"torch_aot", "inductor"}
-    model, _ = started(vllm, tmp_path / "receiver", config("/models/b"), seed)
+    model, carrier = started(vllm, tmp_path / "receiver", config("/models/b"), seed)
     assert not model.compiled_by_itself
+    assert set(carrier.outcomes) == {"torch_aot", "inductor"}
 
 
 def test_whatever_fails_in_a_hook_vllm_compiles_as_usual(
