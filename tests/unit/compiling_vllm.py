@@ -58,10 +58,12 @@ class Vllm:
     Attributes:
         loads: vLLM can load the compiled forward; its 0.32 on CPU cannot.
         saves: it can save it.
+        builds_kernels: a forward that is loaded does not find all of its kernels.
     """
 
     def __init__(self, version: str, patch: pytest.MonkeyPatch) -> None:
         self.loads = self.saves = True
+        self.builds_kernels = False
         self.envs = types.ModuleType("vllm.envs")
         self.envs.__dict__.update(
             VLLM_CACHE_ROOT="", VLLM_USE_AOT_COMPILE=True, VLLM_USE_MEGA_AOT_ARTIFACT=False, VLLM_FORCE_AOT_LOAD=False,
@@ -104,6 +106,8 @@ def _decorators(vllm: Vllm, *, tagged: bool) -> Any:
         if not vllm.loads:
             return None
         model.vllm_config.compilation_config.traced_files |= model.vllm_config.compilation_config.sources
+        if vllm.builds_kernels:
+            Path(aot_compilation_path).parents[1].joinpath("inductor_cache", "other.so").write_text("kernel")
         if not vllm.envs.VLLM_USE_MEGA_AOT_ARTIFACT:
             vllm.backends.VllmBackend(model.vllm_config, "backbone")("graph", [])
         return Path(aot_compilation_path).read_text()

@@ -58,7 +58,9 @@ class Carrier:
         staged.finish()
         return _install_files(place, staged)[0] > 0
 
-    def outcome(self, kind: str, name: str, *, used: bool, seconds: float | None) -> None:
+    def outcome(
+        self, kind: str, name: str, *, used: bool, seconds: float | None = None, reason: str | None = None
+    ) -> None:
         self.outcomes[kind] = used
 
     def produced(self, place: CachePlace, seconds: float | None, body: bytes | None = None) -> None:
@@ -178,6 +180,13 @@ def test_a_forward_that_vllm_cannot_load_is_not_reported_as_used(vllm: Vllm, see
     assert model.compiled_by_itself
     assert carrier.outcomes["torch_aot"] is False
     assert carrier.seconds["torch_aot"] is not None  # it has compiled its own
+
+
+def test_kernels_that_were_compiled_again_are_not_reported_as_used(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:
+    vllm.builds_kernels = True
+    model, carrier = started(vllm, tmp_path / "receiver", config("/models/b"), seed)
+    assert not model.compiled_by_itself
+    assert (carrier.outcomes["torch_aot"], carrier.outcomes["inductor"]) == (True, False)
 
 
 def test_a_forward_that_could_not_be_saved_is_not_offered(vllm: Vllm, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_rfork.caches.paths import parts_below
+from vllm_rfork.caches.collector import listing
+from vllm_rfork.caches.paths import Parts, parts_below
 from vllm_rfork.caches.rewriting import triton_group
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.vllm_compat.start_up import split_graphs
@@ -27,16 +28,23 @@ _WHAT = "the compiled forward"
 _MARK = "_rfork_carries_caches"
 #: The one file of a compiled forward.
 _FILE = "model"
+#: Ends of names of compiled kernels: for processors, CUDA and ROCm.
+_OBJECTS = (".so", ".cubin", ".hsaco")
 
 
 @dataclass
 class _Forward:
-    """One compiled forward of this process, between the attempt to load it and the end of its compilation."""
+    """One compiled forward of this process, between the attempt to load it and the end of its compilation.
+
+    Attributes:
+        kernels: the compiled files of Inductor before that attempt.
+    """
 
     aot: CachePlace
     inductor: CachePlace
     started: float
     split_graphs_s: float
+    kernels: frozenset[Parts] = field(default=frozenset())
 
     @classmethod
     def of(cls, model: Any, path: str) -> _Forward:
@@ -64,13 +72,30 @@ class _Forward:
         )
         return cls(aot, inductor, time.monotonic(), split_graphs.compile_s())
 
+    def install_caches(self) -> None:
+        """Install what the seed has of it."""
+        from vllm import envs
+
+        if envs.VLLM_FORCE_AOT_LOAD:  # vLLM ends if it cannot load the file, so it must be one that the user chose
+            logger.info("caches: no compiled forward is installed, because VLLM_FORCE_AOT_LOAD is set")
+            return
+        listener().about_to_read(self.inductor)
+        listener().about_to_read(self.aot)
+        self.kernels = self._kernels()
+
     def loaded(self, *, used: bool, seconds: float) -> None:
         """Report the result of the attempt to load it."""
-        for place in (self.aot, self.inductor):
-            listener().outcome(place.kind, place.name, used=used, seconds=seconds)
-            seconds = 0.0  # both were loaded in one go
+        listener().outcome(self.aot.kind, self.aot.name, used=used, seconds=seconds)
+        # A forward that does not find its kernels compiles them, and is loaded nevertheless.
+        found = used and self._kernels() == self.kernels
+        reason = "kernels were compiled again" if used and not found else None
+        listener().outcome(self.inductor.kind, self.inductor.name, used=found, reason=reason)
         if used:
             self._produced(None)
+
+    def _kernels(self) -> frozenset[Parts]:
+        files = listing(self.inductor.root.joinpath(*self.inductor.directory))
+        return frozenset(parts for parts in files if parts[-1].endswith(_OBJECTS))
 
     def saved(self) -> None:
         """Report that vLLM has compiled it and saved the file."""
@@ -107,7 +132,7 @@ def _carrying(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         forward = None
         with guarded(_WHAT):
             forward = _Forward.of(model, path)
-            _install_caches(forward)
+            forward.install_caches()
         started = time.monotonic()
         loaded = original(model, path)
         if forward is not None:
@@ -119,16 +144,6 @@ def _carrying(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
 
     setattr(try_load, _MARK, True)
     return try_load
-
-
-def _install_caches(forward: _Forward) -> None:
-    from vllm import envs
-
-    if envs.VLLM_FORCE_AOT_LOAD:  # vLLM ends if it cannot load the file, so it must be one that the user chose
-        logger.info("caches: no compiled forward is installed, because VLLM_FORCE_AOT_LOAD is set")
-        return
-    listener().about_to_read(forward.inductor)
-    listener().about_to_read(forward.aot)
 
 
 def _await_save(cls: Any, path: str, forward: _Forward) -> None:
