@@ -165,6 +165,7 @@ class _Reload:
         self._settings = context.settings.model_copy(update={"rfork_seed_wait_sec": 0.0, "rfork_become_seed": False})
         self._vote = RankVote(Consensus(wanted.ranks), (SEED, FORK), self._settings.rfork_request_timeout_sec)
         self._session: ForkSession | None = None
+        self._failed = False
 
     def forked(self) -> bool:
         """True if all ranks have forked, False if none of them may keep its weights.
@@ -184,7 +185,9 @@ class _Reload:
             expected = isinstance(error, (NoSeedAvailable, StorageDecides))
             level = logging.INFO if expected else logging.WARNING
             logger.log(level, "weights are reloaded from storage: %s: %s", type(error).__name__, error)
-            self._drop(error)
+            self._failed = True
+            if self._session is not None:
+                self._session.drop_tracebacks(error)  # its frames refer to the bounce buffer
             return False
         except BaseException as error:
             self._vote.abandon(error)
@@ -192,9 +195,13 @@ class _Reload:
 
     def close(self) -> None:
         """Release the lease, the engines and the memory that the fork used."""
-        if self._session is not None:
-            self._session.close()
+        if self._session is None:
+            return
+        self._session.close()
+        if self._failed:
             storage_loader.release_memory(self._context.device)
+        else:
+            device_backend(self._context.device).empty_cache()
 
     def _reserved(self) -> _Fork:
         """A fork that has a seed with the wanted weights; nothing is written yet.
@@ -221,10 +228,6 @@ class _Reload:
         fork = _Fork(loaded, self._wanted, checkpoint, tensors, session, seed)
         fork.check(seed)
         return fork
-
-    def _drop(self, error: ForkError) -> None:
-        if self._session is not None:
-            self._session.drop_tracebacks(error)  # its frames refer to the bounce buffer
 
 
 def _inline(manifest: Manifest) -> dict[str, bytes | None]:
