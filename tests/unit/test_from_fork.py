@@ -14,6 +14,7 @@ from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.load.ranks import RankVote
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, ManifestHeader
+from vllm_rfork.messages import SeedAddress
 from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.snapshot import Contents
 
@@ -42,3 +43,24 @@ def test_the_seeds_checkpoint_is_published_once_the_fork_is_the_end_of_the_load(
     assert context.files.published() == OWN
     assert fork.snapshot(model).tensors.entries == tensors.entries
     assert context.files.published() == SEEDS
+
+
+def test_the_seed_of_the_lease_is_known_before_anything_is_read_from_it() -> None:
+    seed, happened = SeedAddress("10.0.0.7", 4711, 0), list[Any]()
+    session: Any = SimpleNamespace(
+        reserve=lambda fingerprint: seed,
+        peek=lambda fingerprint: happened.append("manifest"),
+        intent=SimpleNamespace(withdraw=lambda: None),
+    )
+    context: Any = SimpleNamespace(
+        settings=SimpleNamespace(rfork_verify="off"),
+        device=CPU,
+        layout=RUNTIME,
+        fingerprint="f",
+        fork_obstacle=None,
+        planner_unreachable=None,
+    )
+    vote: Any = SimpleNamespace(take_turn=lambda bound_s: None, end_turn=lambda: None)
+    fork = FromFork(context, session, vote, SeedProspect(session, None), happened.append)
+    fork._reserve(nn.Linear(2, 2), 1.0)
+    assert happened == [seed, "manifest"]

@@ -384,11 +384,15 @@ def test_after_warm_up_nothing_is_installed_or_left(tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path / "1" / staging.STAGING) == []
 
 
-def test_what_vllm_refuses_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_vllm_refuses_is_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caches = receiver(tmp_path / "1", first_seed(tmp_path / "0"), monkeypatch)
     assert caches.about_to_read(code_place(tmp_path / "1", "own"))
     caches.outcome("torch_aot", "rank_0_0", used=False)
-    caches.warm()
+    with caplog.at_level(logging.INFO):
+        caches.warm()
+    assert "nothing was used; missed torch_aot (refused: vLLM did not use it)" in caplog.text
     assert report.announced() == "torch_aot=miss:refused"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.within import within
 from vllm_rfork.seed_key import build_seed_key
+from vllm_rfork.startup.arrivals import Body
 from vllm_rfork.threads.deadline import call_with_deadline
 from vllm_rfork.vllm_compat.early_settings import first_ranks
 from vllm_rfork.vllm_compat.start_up import model_infos
@@ -148,10 +148,9 @@ class EarlyInfos:
 
 async def _body(caches: SeedCaches, seed: SeedAddress, seed_key: str, artifact: Artifact, timeout_s: float) -> bytes:
     """The verified bytes of the one file of ``artifact``. Raises CacheError, SeedError."""
-    if len(artifact.files) != 1 or artifact.nbytes > MAX_INFO_NBYTES:
-        raise CacheError(f"{artifact} has {len(artifact.files)} files and {artifact.nbytes} bytes")
-    body = bytearray()
-    await caches.fetch(seed, seed_key, artifact, body.extend, timeout_s=timeout_s)
-    if hashlib.sha256(body).hexdigest() != artifact.files[0].sha256:
-        raise CacheError(f"the bytes of {artifact} do not have the SHA-256 of the seed's list")
-    return bytes(body)
+    if artifact.nbytes > MAX_INFO_NBYTES:
+        raise CacheError(f"{artifact} has {artifact.nbytes} bytes, more than {MAX_INFO_NBYTES}")
+    received = Body(artifact)
+    await caches.fetch(seed, seed_key, artifact, received.write, timeout_s=timeout_s)
+    received.finish()
+    return bytes(received.content)

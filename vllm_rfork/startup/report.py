@@ -21,13 +21,14 @@ class _Kind:
     """The results of one kind.
 
     Attributes:
+        files: new ones, of artifacts of the seed that vLLM has not refused.
+        there: artifacts whose files were there already.
         used: artifacts of the seed that vLLM has used.
         seconds: the time that the used ones took the seed, less the time of loading them here.
     """
 
     files: int = 0
-    kept: int = 0
-    artifacts: int = 0
+    there: int = 0
     used: int = 0
     seconds: float = 0.0
     missed: dict[str, str] = field(default_factory=dict)
@@ -42,7 +43,13 @@ class _Kind:
 
     @property
     def hit(self) -> bool:
-        return bool(self.used or self.files)
+        return self.files > 0
+
+
+@dataclass(frozen=True)
+class _Installed:
+    files: int
+    seconds: float | None
 
 
 class Results:
@@ -51,23 +58,24 @@ class Results:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kinds: dict[str, _Kind] = {}
-        self._installed: dict[tuple[str, str], float | None] = {}
+        self._installed: dict[tuple[str, str], _Installed] = {}
         self._counted: set[tuple[str, str]] = set()
 
-    def installed(self, kind: str, name: str, files: int, kept: int, seconds: float | None) -> None:
-        """Take note that the seed's artifact was installed: ``files`` new ones, and ``kept`` that were there already.
+    def installed(self, kind: str, name: str, files: int, seconds: float | None) -> None:
+        """Take note that the seed's artifact was installed.
 
         Args:
+            files: new ones; 0 if all of them were there already.
             seconds: the time that it took the seed.
         """
         with self._lock:
             each = self._of(kind)
-            each.artifacts += 1
             each.files += files
-            each.kept += kept
             each.missed.pop(name, None)  # it was late once; the hook on Triton asks again
             if files:
-                self._installed[kind, name] = seconds
+                self._installed[kind, name] = _Installed(files, seconds)
+            else:
+                each.there += 1
 
     def missed(self, kind: str, name: str, reason: str) -> None:
         """Take note that an artifact was not installed; the first word of ``reason`` is its class."""
@@ -80,19 +88,19 @@ class Results:
             if (kind, name) not in self._installed or (kind, name) in self._counted:
                 return
             self._counted.add((kind, name))
-            took_s = self._installed[kind, name]
-            each = self._of(kind)
+            installed, each = self._installed[kind, name], self._of(kind)
             if used:
                 each.used += 1
-                each.seconds += max(0.0, (took_s or 0.0) - (seconds or 0.0))
+                each.seconds += max(0.0, (installed.seconds or 0.0) - (seconds or 0.0))
             else:
                 each.missed[name] = f"refused: {reason or 'vLLM did not use it'}"
-                each.files = 0
+                each.files -= installed.files
 
     def seconds_of(self, kind: str, name: str) -> float | None:
         """The time that an installed artifact took the seed; None if it is not known, or was not installed."""
         with self._lock:
-            return self._installed.get((kind, name))
+            installed = self._installed.get((kind, name))
+        return None if installed is None else installed.seconds
 
     def results(self) -> CacheResults:
         """The same in single words, for the planner."""
@@ -108,7 +116,7 @@ class Results:
     def line(self, seed: SeedAddress, nbytes: int, seconds: float) -> str:
         """The log line, for caches of which ``nbytes`` were received in ``seconds``."""
         with self._lock:
-            taken = [each.text(kind) for kind, each in self._kinds.items() if each.artifacts]
+            taken = [each.text(kind) for kind, each in self._kinds.items() if each.hit or each.there]
             missed = [f"{kind} ({_reasons(each.missed.values())})" for kind, each in self._kinds.items() if each.missed]
             saved_s = sum(each.seconds for each in self._kinds.values())
         parts = [", ".join(taken) or "nothing was used"]

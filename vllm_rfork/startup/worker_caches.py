@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import fnmatch
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path, PurePosixPath
 
 from vllm_rfork.caches.installer import install, install_file, is_there
@@ -113,7 +113,7 @@ class WorkerCaches:
         except CacheError as error:
             self._results.missed(*key, f"refused: {error}")
             return None
-        self._results.installed(*key, 1, 0, received.artifact.seconds)
+        self._results.installed(*key, 1, received.artifact.seconds)
         return plan
 
     def agree(self, stage: str, obstacle: str | None) -> str | None:
@@ -159,12 +159,11 @@ class WorkerCaches:
                 if not isinstance(received, Body):
                     raise CacheError(f"{artifact} is not JSON")
                 new = int(install_file(place.root, place.directory, place.file, place.check(bytes(received.content))))
-                kept = 1 - new
             else:
-                new, kept = _install_files(place, received)
+                new = _install_files(place, received)
         finally:
             received.discard()
-        self._results.installed(place.kind, place.name, new, kept, artifact.seconds)
+        self._results.installed(place.kind, place.name, new, artifact.seconds)
         return new > 0
 
     def _check_identity(self, place: Place, artifact: Artifact) -> None:
@@ -173,11 +172,9 @@ class WorkerCaches:
         if not texts:
             return
         facts = {text.partition(":")[0] for text in texts}
-        own, theirs = self._collection.details, self._arrivals.details
-        # Most facts are digests, and these say what is behind them.
-        behind = [(path, text) for path, text in theirs.items() if path.partition(".")[0] in facts]
-        here = {path: text for path, text in own.items() if path.partition(".")[0] in facts}
-        explained = differences(here, [(dict(behind), 1)]) if behind and here else []
+        # Most facts are digests; these texts say what is behind them.
+        own, theirs = (_of(facts, each) for each in (self._collection.details, self._arrivals.details))
+        explained = differences(own, [(theirs, 1)]) if own and theirs else []
         raise Missed(f"identity: {described(explained or texts)}")
 
     def _offer(self) -> None:
@@ -194,8 +191,13 @@ class WorkerCaches:
             logger.warning("this worker offers no caches because of %s: %s", type(error).__name__, error)
 
 
-def _install_files(place: CachePlace, received: Staged | Body) -> tuple[int, int]:
-    """Rewrite indexes and install; returns the numbers of new files and of files that were there. Raises CacheError."""
+def _of(facts: Container[str], details: Mapping[str, str]) -> dict[str, str]:
+    """The details whose path begins with the name of one of ``facts``."""
+    return {path: text for path, text in details.items() if path.partition(".")[0] in facts}
+
+
+def _install_files(place: CachePlace, received: Staged | Body) -> int:
+    """Rewrite indexes and install; returns the number of new files. Raises CacheError."""
     if not isinstance(received, Staged) or received.root != place.root:
         raise CacheError(f"{received.artifact} was not staged in {place.root}")
     directory = place.root.joinpath(*place.directory)
@@ -206,8 +208,7 @@ def _install_files(place: CachePlace, received: Staged | Body) -> tuple[int, int
                 beside = {each.name for each in paths if each.parent == path.parent and each != path}
                 content = received.read(str(path), MAX_INDEX_NBYTES)
                 received.replace(str(path), rewrite(content, beside, directory.joinpath(path.parent)))
-    installed = install(received, place.directory, last=place.last, indexes=place.rewrite)
-    return installed.new, installed.kept
+    return install(received, place.directory, last=place.last, indexes=place.rewrite).new
 
 
 class _Slot:
