@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.start_up_fleet import Fleet
-from bench.start_up_process import FLAGS, NUMBERS, Start, environment
+from bench.start_up_process import AFTER_IMPORTS, FLAGS, NUMBERS, Start, environment
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ LLM: dict[str, dict[str, Any]] = {
     "cuda": {"skip_tokenizer_init": True, "max_model_len": 2048, "gpu_memory_utilization": 0.5},
     "cpu": {"skip_tokenizer_init": True, "max_model_len": 128, "dtype": "bfloat16"},
 }
-SHOWN = ("first_token_s", "imported_s", "model_loading_s", "weights_s", "init_engine_s", "compile_s")
+SHOWN = ("first_token_s", "imported_s", AFTER_IMPORTS, "model_loading_s", "weights_s", "init_engine_s", "compile_s")
 #: Console width: the table is Markdown, and nothing may be wrapped.
 WIDTH = 320
 
@@ -168,7 +168,14 @@ class StartUp:
 
     def _add(self, name: str, numbers: dict[str, Any]) -> None:
         self.runs.append({"row": name, **numbers})
-        print(json.dumps({"row": name, **{key: numbers.get(key) for key in (*NUMBERS, *FLAGS, "skipped", "failed")}}))
+        print(
+            json.dumps(
+                {
+                    "row": name,
+                    **{key: numbers.get(key) for key in (*NUMBERS, AFTER_IMPORTS, *FLAGS, "skipped", "failed")},
+                }
+            )
+        )
         self.write()
 
     def summary(self) -> dict[str, Any]:
@@ -208,7 +215,7 @@ def medians(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys(run["row"] for run in runs):
         answered = [run for run in runs if run["row"] == name and run.get("tokens")]
         if answered:
-            known = {key: [run[key] for run in answered if run[key] is not None] for key in NUMBERS}
+            known = {key: [run[key] for run in answered if run[key] is not None] for key in (*NUMBERS, AFTER_IMPORTS)}
             rows[name] = {key: round(statistics.median(values), 2) for key, values in known.items() if values}
             rows[name]["used"] = [flag for flag in FLAGS if all(run[flag] for run in answered)]
             rows[name]["runs"] = len(answered)
@@ -256,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--llm", default="{}", help="more of vLLM's engine arguments, as JSON")
     parser.add_argument("--warm", help="cache root of the seed and the warm rows, which is kept; default: a new one")
     options = parser.parse_args(arguments)
+    if options.early_seed and options.one_gpu:
+        parser.error("--early-seed needs a second GPU: vLLM counts what others take while it measures its memory")
     work = Path(tempfile.mkdtemp(prefix="start-up-"))
     run = StartUp(options, work)
     try:

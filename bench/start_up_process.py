@@ -26,6 +26,8 @@ NUMBERS = {
     "init_engine_s": r"init engine .*? took ([\d.]+) s",
     "compile_s": r"torch\.compile (?:and initial profiling/warmup run )?(?:took|takes) ([\d.]+) s",
 }
+#: The first token without the imports, in seconds.
+AFTER_IMPORTS = "after_imports_s"
 #: Lines of the log that tell which caches vLLM has used.
 FLAGS = {
     "aot_loaded": "Directly load AOT compilation",
@@ -124,6 +126,9 @@ def read_numbers(text: str) -> dict[str, Any]:
     for name, pattern in NUMBERS.items():
         matches = [match for match in re.finditer(pattern, text)]
         found[name] = float(next(filter(None, matches[-1].groups()))) if matches else None
+    imported_s, first_token_s = found["imported_s"], found["first_token_s"]
+    # Imports take from 17 to 30 s on one machine, whatever the row.
+    found[AFTER_IMPORTS] = None if first_token_s is None else round(first_token_s - (imported_s or 0.0), 2)
     tokens = re.findall(rf"{_DONE} (.*)", text)
     ours = [line[-_MAX_LINE:] for line in text.splitlines() if _OURS.search(line)]
     return {

@@ -36,6 +36,7 @@ def test_numbers_are_read_from_a_log(log: str, weights_s: float) -> None:
     assert {name: found[name] for name in ("imported_s", "engine_s", "first_token_s")} == {
         **{"imported_s": 17.3, "engine_s": 45.1, "first_token_s": 46.5}
     }
+    assert found["after_imports_s"] == 29.2
     assert (found["weights_s"], found["model_loading_s"], found["init_engine_s"]) == (weights_s, 5.46, 12.8)
     assert (found["graphs_loaded"], found["aot_loaded"], found["tokens"]) == (True, False, "[123, 445, 30]")
     assert any("forked" in line for line in found["lines"]) == (log is FORKED)
@@ -137,8 +138,15 @@ def test_the_seed_has_a_gpu_of_its_own_and_the_root_of_the_warm_rows(run: Any) -
 
 
 def test_an_early_seed_starts_beside_the_first_row(run: Any) -> None:
-    run("--rows", "default-cold,fork-safe", "--early-seed", "--one-gpu")
-    assert [each[::3] for each in FakeStart.started] == [("seed", "0"), ("default-cold", "0"), ("fork-safe", "0")]
+    run("--rows", "default-cold,fork-safe", "--early-seed")
+    assert [each[::3] for each in FakeStart.started] == [("seed", "0"), ("default-cold", "1"), ("fork-safe", "1")]
+
+
+def test_on_one_gpu_all_share_it_and_start_one_after_the_other(run: Any) -> None:
+    run("--rows", "default-cold,fork-safe", "--one-gpu")
+    assert [each[::3] for each in FakeStart.started] == [("default-cold", "0"), ("seed", "0"), ("fork-safe", "0")]
+    with pytest.raises(SystemExit):
+        run("--rows", "default-cold", "--one-gpu", "--early-seed")
 
 
 def test_a_row_that_does_not_fit_into_the_budget_is_skipped(run: Any) -> None:
