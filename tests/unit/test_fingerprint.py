@@ -6,6 +6,7 @@ import enum
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +347,16 @@ def test_a_module_is_found_with_or_without_a_distribution(tmp_path: Path, monkey
         "yaml": [f"PyYAML=={installed.version_of('pyyaml')}"],
         "kernels_of_a_source_tree": [],
     }
+
+
+def test_a_module_that_another_package_entered_under_a_name_of_its_own_costs_no_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM on CUDA does it with ``triton_kernels``; reading every record took most of a description's time there."""
+    monkeypatch.setitem(sys.modules, "triton_kernels", json.decoder)
+    monkeypatch.setattr(installed, "_module", installed._module.__wrapped__)
+    monkeypatch.setattr(installed, "_distributions", lambda: pytest.fail("all records are read"))
+    assert installed.modules(["triton_kernels"]) == {"triton_kernels": []}
 
 
 def test_the_toolkit_s_tools_count_where_flashinfer_would_have_to_compile(

@@ -224,6 +224,7 @@ class _Reload:
             settings, context.seed_key, engines, context.facts, checkpoint=lambda: checkpoint
         )
         session.reserve(context.fingerprint)
+        session.await_engine()
         seed = session.peek(context.fingerprint)
         fork = _Fork(loaded, self._wanted, checkpoint, tensors, session, seed)
         fork.check(seed)

@@ -41,11 +41,14 @@ def modules(names: Iterable[str]) -> dict[str, list[str]]:
 @functools.cache
 def _module(name: str) -> tuple[str, ...] | None:
     try:
-        found = importlib.util.find_spec(name) is not None
+        found = importlib.util.find_spec(name)
     except (ImportError, ValueError):  # ValueError: in sys.modules without a specification
-        found = False
-    if not found:
+        found = None
+    if found is None:
         return None
+    if found.name != name:
+        # Another package's, entered under this name as well: vLLM does so with the triton_kernels that it contains.
+        return ()
     versions = {dist: version_of(dist) for dist in packages.DISTRIBUTIONS.get(name, (name,))}
     if not any(versions.values()):
         versions = {dist: version_of(dist) for dist in _distributions().get(name, ())}
@@ -54,7 +57,7 @@ def _module(name: str) -> tuple[str, ...] | None:
 
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
-    """The distributions of every module. Slow: reads the records of everything that is installed."""
+    """The distributions of every module. Slow: reads all records, and looks for every file in them (Python 3.12)."""
     return metadata.packages_distributions()
 
 
