@@ -18,13 +18,15 @@ from vllm_rfork.caches.collector import QUIET_S
 from vllm_rfork.caches.manifest import LEVELS, Artifact, Offer
 from vllm_rfork.caches.offered import Offered
 from vllm_rfork.caches.safe.startup_plan import CarriedPlan, DeviceMemory, decode_plan, encode_plan
+from vllm_rfork.config import parse_config
 from vllm_rfork.errors import CacheError, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.startup import collecting, fetch, offers, report
+from vllm_rfork.startup import worker_caches as worker_caches_module
 from vllm_rfork.startup.settings import ORDER, CacheSettings
-from vllm_rfork.startup.worker_caches import WorkerCaches
-from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace
+from vllm_rfork.startup.worker_caches import WorkerCaches, worker_caches
+from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace, listen, listener
 
 SEED = SeedAddress("10.0.0.7", 4711, 0)
 CODE = Options(token="t", ca_file="ca.pem", seed_tls="require")
@@ -107,7 +109,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(collecting, "QuietDirectory", Quiet)
     monkeypatch.setattr(fetch, "BUSY_PAUSE_S", 0.0)
     yield
-    offers.replace(None)
+    offers.begin(None, expected=False)
     report.announce(report.CacheResults())
 
 
@@ -125,7 +127,6 @@ class Quiet:
 
 def offered_by(caches: WorkerCaches) -> Offered:
     """The offer of a worker after its warm-up."""
-    offers.replace(None)
     caches.warm()
     deadline = time.monotonic() + 10
     while (present := offers.current()) is None:
@@ -421,6 +422,31 @@ def test_a_worker_that_is_not_a_seed_collects_nothing(tmp_path: Path) -> None:
     caches.produced(written(table_place(tmp_path)), 1.0)
     caches.warm()
     assert offers.current() is None
+
+
+def test_all_models_of_a_start_share_its_caches_and_another_start_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_caches_module, "cache_root", lambda kind: tmp_path)
+    monkeypatch.setattr(worker_caches_module._Slot, "present", None)
+    target = worker_caches(settings())
+    assert worker_caches(settings()) is target
+    assert listener() is target
+    source = offers.source()
+    another_offer = offered_by(target)
+    another = worker_caches(settings(seed=False))
+    assert another is not target
+    assert source is not None
+    assert source() is None
+    offers.replace(target, another_offer)  # which was late
+    assert source() is None
+    assert offers.source() is None  # it is not a seed, so no receiver asks again
+    another.warm()
+    listen(None)
+
+
+def test_without_caches_no_receiver_is_kept_asking() -> None:
+    assert CacheSettings.of(parse_config({"rfork_caches": "off"}, {}).settings, Trusting(CODE)) is None
 
 
 def test_every_kind_has_its_turn() -> None:

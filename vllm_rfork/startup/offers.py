@@ -9,6 +9,7 @@ from vllm_rfork.caches.offered import Offered
 
 class _Slot:
     offered: Offered | None = None
+    start: object = None
     expected = False
 
 
@@ -17,9 +18,9 @@ def current() -> Offered | None:
     return _Slot.offered
 
 
-def expect() -> None:
-    """Take note that this process will have an offer after its warm-up."""
-    _Slot.expected = True
+def begin(start: object, *, expected: bool) -> None:
+    """Take note of a start, and drop the offer of an earlier one; ``expected``: there will be one after warm-up."""
+    _Slot.offered, _Slot.start, _Slot.expected = None, start, expected
 
 
 def source() -> Callable[[], Offered | None] | None:
@@ -27,6 +28,7 @@ def source() -> Callable[[], Offered | None] | None:
     return current if _Slot.expected else None
 
 
-def replace(offered: Offered | None) -> None:
-    """Make ``offered`` the present offer."""
-    _Slot.offered = offered
+def replace(start: object, offered: Offered) -> None:
+    """Make ``offered`` the present offer, unless another start has begun since."""
+    if start is _Slot.start:
+        _Slot.offered = offered

@@ -16,7 +16,7 @@ from vllm_rfork.caches.staging import Staged
 from vllm_rfork.errors import CacheError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.facts import described, differences
-from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages import CacheResults, SeedAddress
 from vllm_rfork.startup import offers, report
 from vllm_rfork.startup.arrivals import Arrivals, Body, Missed
 from vllm_rfork.startup.collecting import Collection
@@ -50,6 +50,8 @@ class WorkerCaches:
         self._fetch: Fetch | None = None
         self._lock = threading.Lock()
         self._warm = False
+        offers.begin(self, expected=settings.offers)
+        report.announce(CacheResults())
         atexit.register(self._arrivals.close)
 
     @property
@@ -183,7 +185,7 @@ class WorkerCaches:
             if self._settings.level == "code" and (obstacle := self._settings.offering_obstacle) is not None:
                 logger.info("caches of code are not offered: %s", obstacle)
             offered = self._collection.collected()
-            offers.replace(offered)
+            offers.replace(self, offered)
             nbytes = sum(each.artifact.nbytes for each in offered.artifacts)
             names = ", ".join(str(each.artifact) for each in offered.artifacts) or "none"
             logger.info("caches that this worker offers: %s; %.1f MB", names, nbytes / 1e6)
@@ -223,6 +225,4 @@ def worker_caches(settings: CacheSettings) -> WorkerCaches:
         roots = {kind: cache_root(kind) for kind in ORDER}
         present = _Slot.present = WorkerCaches(settings, root=roots.__getitem__)
         listen(present)
-        if settings.offers:
-            offers.expect()
     return present
