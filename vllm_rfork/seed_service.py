@@ -185,14 +185,14 @@ class _CacheCalls:
         self._encoded: tuple[Offered, dict[bool, bytes]] | None = None
         self._sending = 0
 
-    def listed(self, request: web.BaseRequest) -> Reply:
-        """The list of what this caller may have."""
+    def listed(self, _: web.BaseRequest) -> Reply:
+        """The list, encoded once for all callers."""
         offered = self._offered()
         if offered is None:
             return Reply(200, encode_offer(Offer(())), _JSON, (("Retry-After", str(messages.CACHES_PAUSE_S)),))
         if self._encoded is None or self._encoded[0] is not offered:
             self._encoded = (offered, {})
-        bodies, code = self._encoded[1], self._code_refusal(request) is None
+        bodies, code = self._encoded[1], self._code_refusal() is None
         if code not in bodies:
             bodies[code] = encode_offer(offered.offer(code=code))
         return Reply(200, bodies[code], _JSON)
@@ -203,7 +203,7 @@ class _CacheCalls:
         names = request.query.getall(messages.CACHE_NAME_PARAM, [])
         if len(kinds) != 1 or len(names) != 1:
             return Reply(400, f"exactly one {messages.CACHE_KIND_PARAM} and {messages.CACHE_NAME_PARAM} are needed")
-        if LEVELS.get(kinds[0]) == "code" and (refusal := self._code_refusal(request)) is not None:
+        if LEVELS.get(kinds[0]) == "code" and (refusal := self._code_refusal()) is not None:
             return refusal
         offered = self._offered()
         found = None if offered is None else offered.find(kinds[0], names[0], code=True)
@@ -218,13 +218,10 @@ class _CacheCalls:
     def _ended(self) -> None:
         self._sending -= 1
 
-    def _code_refusal(self, request: web.BaseRequest) -> Reply | None:
-        """The refusal of code for this caller; None if the caller may have it."""
-        encrypted = request.transport is not None and request.transport.get_extra_info("ssl_object") is not None
+    def _code_refusal(self) -> Reply | None:
+        """The refusal of code; None if all callers that get this far have proven themselves over TLS."""
         obstacle = self._credentials.code_serving_obstacle()
-        if encrypted and obstacle is None:
-            return None
-        return Reply(403, f"this seed sends no code: {obstacle or 'this connection is not encrypted'}")
+        return None if obstacle is None else Reply(403, f"this seed sends no code: {obstacle}")
 
 
 class SeedService:

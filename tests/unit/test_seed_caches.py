@@ -31,7 +31,7 @@ from tests.unit.test_seed_service import (
 )
 from vllm_rfork import messages
 from vllm_rfork.caches.collector import collect
-from vllm_rfork.caches.manifest import Artifact, ArtifactFile, Offer
+from vllm_rfork.caches.manifest import Artifact, ArtifactFile, Offer, encode_offer
 from vllm_rfork.caches.offered import Offered, OfferedArtifact
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.clients.seed_caches import SeedCaches
@@ -79,6 +79,22 @@ async def test_before_the_caches_are_collected_the_receiver_is_asked_to_return()
         offer = await client.offer(address_of(service), KEY)
         assert offer is not None
         assert len(offer.artifacts) == 1
+
+
+async def test_a_list_is_encoded_once_however_many_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[Offer] = []
+
+    def encode(offer: Offer) -> bytes:
+        encoded.append(offer)
+        return encode_offer(offer)
+
+    monkeypatch.setattr("vllm_rfork.seed_service.encode_offer", encode)
+    now = [offered(held())]
+    async with serving(caches=lambda: now[0]) as service:
+        first = [await get(service, messages.SEED_CACHES) for _ in range(5)]
+        assert len(encoded) == 1
+        now[0] = offered()
+        assert await get(service, messages.SEED_CACHES) not in first
 
 
 async def test_a_seed_without_caches_answers_as_an_older_one() -> None:
@@ -188,13 +204,29 @@ async def test_a_file_that_has_changed_breaks_the_answer_off(tmp_path: Path, cap
         assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("sent", [(b"short",), (b"x" * 600_000,), (b"x" * 399_000, b"y" * 399_000), ()])
-async def test_a_source_of_another_length_breaks_the_answer_off(sent: tuple[bytes, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ((b"short",), "fewer than 400006 bytes"),
+        ((b"x" * 600_000,), "more than 400006 bytes"),
+        ((b"x" * 399_000, b"y" * 399_000), "more than 400006 bytes"),
+        ((), "fewer than 400006 bytes"),
+    ],
+)
+async def test_a_source_of_another_length_breaks_the_answer_off(
+    sent: tuple[bytes, ...],
+    says: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vllm_rfork.net.server.failure_logger.filters", [])
     async with caching(held(sent=sent)) as service:
         with pytest.raises((SeedError, CacheError)):
             await installed(tmp_path, address_of(service))
         assert not (tmp_path / "cache").exists()
         await until(lambda: opened(service) == 0)
+    assert f"there are {says}" in caplog.text
 
 
 class Endless:
