@@ -235,15 +235,15 @@ class Endless:
     def __init__(self, nbytes: int, gate: threading.Event | None = None) -> None:
         self.artifact = Artifact("model_info", "big", {"a": "b"}, (ArtifactFile("x", nbytes, "0" * 64),))
         self.gate = gate
+        self.made = 0
         self.closed = 0
-        self.begun = 0
 
     def pieces(self) -> Iterator[bytes]:
-        self.begun += 1
         try:
             for number in range(self.artifact.nbytes // MIB):
                 if number and self.gate is not None:
                     self.gate.wait(60)
+                self.made += 1
                 yield bytes(MIB)
         finally:
             self.closed += 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from tests.authority import Authority
 from tests.unit.cache_seeds import CONTENTS, held, installed, offered
-from tests.unit.test_seed_service import KEY, TOKEN, get, serving
+from tests.unit.test_seed_caches import MIB, Endless, request_for
+from tests.unit.test_seed_service import KEY, TOKEN, get, serving, until
 from vllm_rfork import messages
 from vllm_rfork.clients.seed_caches import SeedCaches
 from vllm_rfork.errors import CacheError, SeedError
@@ -148,6 +150,24 @@ async def test_without_tls_code_is_neither_listed_nor_sent(files: Files) -> None
                 assert status == 403
     async with serving(caches=lambda: present, credentials=whole(files)) as service:
         assert (await get(service, messages.SEED_CACHES, headers=headers))[0] == 426
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+async def test_a_receiver_that_leaves_ends_its_answer(
+    files: Files, encrypted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    credentials = whole(files, token="", client_ca_file=files.ca) if encrypted else Credentials()
+    source = Endless(256 * MIB)
+    present = offered(source)
+    async with serving(caches=lambda: present, credentials=credentials) as service:
+        tls = {"ssl": credentials.client_context(), "server_hostname": NAME} if encrypted else {}
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port, **tls)
+        writer.write(request_for())
+        await reader.readexactly(100_000)
+        writer.transport.abort()
+        await until(lambda: source.closed == 1)
+    assert source.made < 64, "the rest was not read from the disk"
+    assert "socket.send() raised exception" not in caplog.text
 
 
 async def test_a_seed_without_tls_is_not_asked_by_a_receiver_that_requires_it(files: Files) -> None:

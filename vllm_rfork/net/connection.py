@@ -226,12 +226,14 @@ async def write_reply(request: web.BaseRequest, reply: Reply, connection: Connec
         await response.prepare(request)
         async with contextlib.aclosing(_pieces(reply, request.method)) as pieces:
             async for piece in pieces:
-                if not reply.still_true():
+                # asyncio drops what is written to a lost TLS connection, with a warning for each piece.
+                if connection.lost or not reply.still_true():
                     connection.abort()
                     return response
                 # Returns once the peer has taken what went before: nobody can make this process hold copies.
                 await response.write(piece)
                 await connection.taken()
+                await asyncio.sleep(0)  # so that a loss is noticed, and others have their turn
     except BrokenStreamError:
         connection.abort()
         raise
