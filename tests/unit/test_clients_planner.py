@@ -313,6 +313,24 @@ async def test_a_planner_that_was_not_reached_knows_nothing_of_the_seed() -> Non
     assert seen == [None, None]
 
 
+@pytest.mark.parametrize(
+    "planner", [OldPlanner(), ProductionPlanner(), HyphenPlanner()], ids=lambda each: type(each).__name__
+)
+async def test_a_planner_without_a_call_for_caches_has_no_seed_with_caches(planner: Any) -> None:
+    async with serve(planner.app()) as url:
+        client = PlannerClient(url)
+        await client.announce(KEY, SEED, caches="torch_aot=hit;saved=38.2")
+        assert await client.find_seed(KEY) is None
+
+
+@pytest.mark.parametrize("status", [200, 401, 500])
+async def test_an_answer_that_names_no_seed_is_an_error(status: int) -> None:
+    app, _ = scripted("/rfork_find_seed", status, method="GET")
+    async with serve(app) as url:
+        with pytest.raises(PlannerError):
+            await PlannerClient(url).find_seed(KEY)
+
+
 # --- retries ------------------------------------------------------------------------------------------------------
 
 

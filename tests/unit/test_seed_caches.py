@@ -35,7 +35,7 @@ from vllm_rfork.caches.manifest import Artifact, ArtifactFile, Offer, encode_off
 from vllm_rfork.caches.offered import Offered, OfferedArtifact
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.clients.seed_caches import SeedCaches
-from vllm_rfork.errors import CacheError, SeedError
+from vllm_rfork.errors import SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.connection import Phase
 from vllm_rfork.net.server import Bounds
@@ -140,15 +140,17 @@ async def test_a_request_that_names_no_artifact_of_the_list_is_refused() -> None
 
 
 async def test_a_head_request_gets_the_length_and_occupies_nothing() -> None:
-    async with caching(held()) as service:
+    source = Endless(4 * MIB)
+    async with caching(source) as service:
         url = f"http://127.0.0.1:{service.port}{messages.SEED_CACHE}"
-        query = {"seed_key": KEY, "kind": "model_info", "name": "Qwen2ForCausalLM"}
+        query = {"seed_key": KEY, "kind": "model_info", "name": "big"}
         async with aiohttp.ClientSession() as session:
             for _ in range(MAX_SENDING + 1):
                 async with session.head(url, params=query) as response:
                     assert response.status == 200
-                    assert response.content_length == held().artifact.nbytes
+                    assert response.content_length == 4 * MIB
                     assert response.headers["Content-Type"] == "application/octet-stream"
+    assert source.made == 0
 
 
 # --- strangers -------------------------------------------------------------------------------------------------------
@@ -216,15 +218,13 @@ async def test_a_file_that_has_changed_breaks_the_answer_off(tmp_path: Path, cap
 async def test_a_source_of_another_length_breaks_the_answer_off(
     sent: tuple[bytes, ...],
     says: str,
-    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vllm_rfork.net.server.failure_logger.filters", [])
     async with caching(held(sent=sent)) as service:
-        with pytest.raises((SeedError, CacheError)):
-            await installed(tmp_path, address_of(service))
-        assert not (tmp_path / "cache").exists()
+        with pytest.raises(SeedError):
+            await SeedCaches().fetch(address_of(service), KEY, held().artifact, lambda piece: None, timeout_s=20.0)
         await until(lambda: opened(service) == 0)
     assert f"there are {says}" in caplog.text
 
