@@ -15,8 +15,6 @@ class TestTcp(EngineContract):
 
 
 class TestNccl(EngineContract):
-    """``RFORK_TEST_GPU=1`` runs it on a real GPU."""
-
     engine: ClassVar[str] = "collective"
     device: ClassVar[str] = "cuda:0"
     buffer: ClassVar[str] = "tests.contracts.driver_buffer:DriverBuffer"
@@ -27,4 +25,4 @@ class TestNccl(EngineContract):
     )
 
     def environment(self) -> Mapping[str, str]:
-        return build.cuda_environment(build.build())
+        return build.cuda_environment(build.build(), apart=1)  # NCCL refuses two members on one GPU

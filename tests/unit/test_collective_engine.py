@@ -7,15 +7,18 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
+import msgspec
 import pytest
 
 from tests.recorded_groups import (
     SECRET,
+    Backends,
     soon,
 )
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.engines.collective import messages, receiver
+from vllm_rfork.engines.collective import engine, messages, receiver
 from vllm_rfork.engines.collective.channel import Channel
 from vllm_rfork.engines.collective.endpoint import Endpoint, decode, encode
 from vllm_rfork.engines.collective.engine import CollectiveEngine
@@ -184,6 +187,29 @@ def test_a_lane_to_another_kind_of_device_is_known_before_connecting() -> None:
     assert (caught.value.side, caught.value.retry_elsewhere) == ("seed", True)
 
 
+def test_a_seed_on_the_same_gpu_is_refused_before_connecting_and_by_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "gpu_uuid", lambda index: f"gpu {index}")
+    seed = Endpoint(backend="nccl", host="127.0.0.1", port=1, secret=SECRET, gpu="gpu 1")
+    assert CollectiveEngine.lane_obstacle(encode(seed), EngineConfig("cuda:0")) is None
+    assert "same GPU" in (CollectiveEngine.lane_obstacle(encode(seed), EngineConfig("cuda:1")) or "")
+    unknown = msgspec.structs.replace(seed, gpu="")
+    assert CollectiveEngine.lane_obstacle(encode(unknown), EngineConfig("cuda:1")) is None
+
+    class Gpus(Backends):
+        name: ClassVar[str] = "nccl"
+
+    monkeypatch.setattr(engine, "backend_class", lambda device_type: Gpus)
+    receiving = CollectiveEngine()
+    receiving.open(EngineConfig("cuda:1"))
+    try:
+        with pytest.raises(EngineError, match="use engine cuda_ipc") as caught:
+            receiving.connect(encode(seed), 5.0)
+        assert (caught.value.code, caught.value.side) == ("lane", "receiver")
+        assert decode(receiving.endpoint).gpu == "gpu 1"
+    finally:
+        receiving.close()
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "a" * 64 + ".example"])
 def test_an_address_of_another_machine_is_refused_with_the_remedy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Backend] = []
@@ -192,8 +218,8 @@ def test_an_address_of_another_machine_is_refused_with_the_remedy(host: str, mon
         closed.append(backend)
 
     monkeypatch.setattr(TcpBackend, "close", close)
-    engine = CollectiveEngine()
+    opening = CollectiveEngine()
     with pytest.raises(EngineError, match="rfork_seed_advertise_host"):
-        engine.open(EngineConfig("cpu", host=host))
+        opening.open(EngineConfig("cpu", host=host))
     assert len(closed) == 1
-    assert engine._backend is None
+    assert opening._backend is None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
 from pathlib import Path
 
+from vllm_rfork.engines.native_library import CUDA_DRIVER
 from vllm_rfork.errors import EngineError
 
 
@@ -24,6 +26,18 @@ def boot_id_if_known() -> str:
         return boot_id()
     except OSError:
         return ""
+
+
+def gpu_uuid(device: int) -> str:
+    """The UUID of a visible GPU, in hexadecimal digits; empty if the driver does not return it. Creates no context."""
+    handle, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
+    try:
+        cuda = ctypes.CDLL(CUDA_DRIVER)
+        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), device) or cuda.cuDeviceGetUuid(uuid, handle):
+            return ""
+    except (OSError, AttributeError):
+        return ""
+    return uuid.raw.hex()
 
 
 def local_ipv4(engine: str, host: str) -> str:

@@ -6,6 +6,7 @@
 // memory never end, but those of at most a page), RFORK_STANDIN_CUDA_NO_EXPORT=1 (no handle for memory of more than a
 // page, as for expandable segments), RFORK_STANDIN_CUDA_NO_OPEN=1 (no handle can be opened: a GPU that is hidden),
 // RFORK_STANDIN_CUDA_NO_BATCH=1 (no copies in batches: memory that the driver takes one by one only).
+// RFORK_STANDIN_CUDA_APART=1: the devices of two processes differ, whatever their numbers.
 
 #include <algorithm>
 #include <condition_variable>
@@ -120,6 +121,8 @@ int cuDeviceGet(int* device, int ordinal) {
 
 int cuDeviceGetUuid(void* uuid, int device) {
     memset(uuid, 0x40 + device, 16);
+    const pid_t pid = getpid();
+    if (flag("RFORK_STANDIN_CUDA_APART")) memcpy(uuid, &pid, sizeof pid);
     return kSuccess;
 }
 

@@ -25,6 +25,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         backend: ``tcp``, ``nccl`` or ``hccl``.
         host, port: the control connection.
         secret: 32 random bytes of one opening of the engine.
+        gpu: the GPU's UUID in hexadecimal digits; empty on other devices, and if it is unknown.
     """
 
     v: int = _VERSION
@@ -32,10 +33,21 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(gt=0, lt=65536)]
     secret: Annotated[bytes, msgspec.Meta(min_length=SECRET_NBYTES, max_length=SECRET_NBYTES)]
+    gpu: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
     def __repr__(self) -> str:
         """Without the secret."""
         return f"{self.backend}://{self.host}:{self.port}"
+
+
+def obstacle(seed: Endpoint, backend: str, gpu: str) -> str | None:
+    """The reason why no lane leads from ``seed`` to a worker with this ``backend`` and ``gpu``; None if one may."""
+    if seed.backend != backend:
+        return f"the seed transfers with {seed.backend}, this worker with {backend}"
+    if gpu and seed.gpu == gpu:
+        # NCCL fails when the group is created: "invalid usage", for a duplicate GPU.
+        return "the seed is on the same GPU, where NCCL permits one member of a group; use engine cuda_ipc"
+    return None
 
 
 def encode(endpoint: Endpoint) -> str:

@@ -20,11 +20,12 @@ from typing import ClassVar
 
 from vllm_rfork.engines.base import EngineConfig, Limits, Place, TransferEngine
 from vllm_rfork.engines.collective.channel import SECRET_NBYTES
-from vllm_rfork.engines.collective.endpoint import NAME, Endpoint, decode, encode
+from vllm_rfork.engines.collective.endpoint import NAME, Endpoint, decode, encode, obstacle
 from vllm_rfork.engines.collective.group import LANES, Backend, GroupFailed, backend_class
 from vllm_rfork.engines.collective.messages import MAX_SEGMENTS
 from vllm_rfork.engines.collective.receiver import Peer
 from vllm_rfork.engines.collective.sender import MAX_BATCH_NBYTES, Sender
+from vllm_rfork.engines.host import gpu_uuid
 from vllm_rfork.engines.one_caller import OneCaller
 from vllm_rfork.engines.refusals import not_connected
 from vllm_rfork.engines.registrations import RegionTable
@@ -51,6 +52,7 @@ class CollectiveEngine(TransferEngine):
         self._backend: Backend | None = None
         self._sender: Sender | None = None
         self._endpoint = ""
+        self._gpu = ""
         self._pid = 0
         self._table = RegionTable(NAME)
         self._peers: dict[str, Peer] = {}
@@ -74,10 +76,8 @@ class CollectiveEngine(TransferEngine):
 
     @classmethod
     def lane_obstacle(cls, endpoint: str, config: EngineConfig) -> str | None:
-        """The seed's memory is on another kind of device."""
-        theirs = decode(endpoint).backend
-        ours = LANES[config.device.partition(":")[0]]
-        return None if theirs == ours else f"the seed transfers with {theirs}, this worker with {ours}"
+        """The seed's memory is on another kind of device, or on the same GPU."""
+        return obstacle(decode(endpoint), LANES[config.device.partition(":")[0]], _gpu(config.device))
 
     def open(self, config: EngineConfig) -> None:
         """Load the library and listen on ``config.host``: milliseconds if torch is imported already.
@@ -102,8 +102,10 @@ class CollectiveEngine(TransferEngine):
                 remedy = "set rfork_seed_advertise_host to an address of this machine"
                 text = f"it cannot listen on {config.host}: {error}; {remedy}"
                 raise EngineError(NAME, "open", text) from error
-            own = Endpoint(backend=library.name, host=config.host, port=sender.port, secret=secret)
-            self._backend, self._sender, self._endpoint = library, sender, encode(own)
+            own = Endpoint(
+                backend=library.name, host=config.host, port=sender.port, secret=secret, gpu=_gpu(config.device)
+            )
+            self._backend, self._sender, self._endpoint, self._gpu = library, sender, encode(own), own.gpu
             self._pid = os.getpid()
             atexit.register(self._end)
 
@@ -133,8 +135,7 @@ class CollectiveEngine(TransferEngine):
             if known is not None:
                 known.close()
             peer = decode(endpoint)
-            if peer.backend != own.name:
-                text = f"the seed transfers with {peer.backend}, this worker with {own.name}"
+            if (text := obstacle(peer, own.name, self._gpu)) is not None:
                 raise EngineError(NAME, "connect", text, code="lane", retry_elsewhere=True, side="receiver")
             self._peers[endpoint] = Peer(peer, own, self._lease, deadline)
 
@@ -221,6 +222,12 @@ class CollectiveEngine(TransferEngine):
         self._calls.timeout_s = min(self._calls.timeout_s, 2.0)
         with suppress(EngineError):  # nothing is left to do
             self.close()
+
+
+def _gpu(device: str) -> str:
+    """The UUID of a CUDA device, in hexadecimal digits; empty for other devices, and if it is unknown."""
+    device_type, _, index = device.partition(":")
+    return gpu_uuid(int(index or 0)) if device_type == "cuda" else ""
 
 
 def backend(device: str) -> Backend:

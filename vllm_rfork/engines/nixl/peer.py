@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 
 from vllm_rfork.engines import host
-from vllm_rfork.engines.native_library import CUDA_DRIVER
 from vllm_rfork.engines.nixl.metadata import MAX_DEVICES, check_metadata
 from vllm_rfork.engines.process_memory import read_process
 from vllm_rfork.engines.rdma import rdma_obstacle
@@ -160,7 +159,7 @@ def this_process(device: str, *, allow_tcp: bool) -> Endpoint:
         rdma=rdma_obstacle() is None,
         allow_tcp=allow_tcp,
         metadata=b"",
-        gpu=gpu_uuid(int(index or 0)) if kind == "cuda" else "",
+        gpu=host.gpu_uuid(int(index or 0)) if kind == "cuda" else "",
     )
 
 
@@ -170,18 +169,6 @@ def pid_namespace() -> int:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
-
-
-def gpu_uuid(device: int) -> str:
-    """The UUID of a visible GPU, in hexadecimal digits; empty if the driver does not return it. Creates no context."""
-    handle, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
-    try:
-        cuda = ctypes.CDLL(CUDA_DRIVER)
-        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), device) or cuda.cuDeviceGetUuid(uuid, handle):
-            return ""
-    except (OSError, AttributeError):
-        return ""
-    return uuid.raw.hex()
 
 
 def tcp_allowed(options: Mapping[str, str]) -> bool:
