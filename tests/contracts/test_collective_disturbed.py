@@ -25,6 +25,9 @@ NBYTES = 16 * MIB
 #: Copies of the source in one read of a victim: long, so that few are stopped between two reads.
 COPIES = 64 if ON_GPU else 8
 LEAK_NBYTES = 32 * MIB
+#: So that what remains is a leak. NCCL's service for diagnoses keeps sockets to processes that are gone, for a minute;
+#: glibc keeps 40 MB of freed memory for each of many arenas, in which NCCL's threads create groups.
+PLAIN = {"NCCL_RAS_ENABLE": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
 
 
 class Tcp(EngineContract):
@@ -41,7 +44,7 @@ class Nccl(EngineContract):
     preload: ClassVar[tuple[str, ...]] = ("torch", "vllm_rfork.engines.collective.engine")
 
     def environment(self) -> Mapping[str, str]:
-        return {} if ON_GPU else build.cuda_environment(build.build())
+        return PLAIN if ON_GPU else build.cuda_environment(build.build())
 
 
 class NcclReceiver(Nccl):

@@ -124,6 +124,21 @@ def test_kernels_that_do_not_end_are_reported_as_in_flight(device: Device) -> No
     assert device.calls.count("aborted") == 1
 
 
+def test_only_a_group_that_was_never_complete_is_unfinished(device: Device) -> None:
+    """Libraries keep what they had taken for one, so a seed counts them."""
+    device.error = GroupFailed("the peer is gone")
+    with pytest.raises(GroupFailed) as caught:
+        DeviceGroup(device, device, SEED, b"four", soon())
+    assert caught.value.unfinished
+    assert device.calls == ["aborted", "destroyed"]
+    device.error = None
+    group = DeviceGroup(device, device, SEED, b"four", soon())
+    device.error = GroupFailed("the peer is gone")
+    with pytest.raises(GroupFailed) as caught:
+        group.send([Piece(1000, 5)], soon())
+    assert not caught.value.unfinished
+
+
 @pytest.mark.parametrize("busy", [True, False])
 def test_an_abort_that_fails_leaves_the_group_in_flight_until_its_stream_is_idle(device: Device, busy: bool) -> None:
     group = DeviceGroup(device, device, RECEIVER, b"four", soon())

@@ -22,7 +22,7 @@ from tests.recorded_groups import (
     seed,
     soon,
 )
-from vllm_rfork.engines.collective import channel, messages
+from vllm_rfork.engines.collective import channel, messages, sender
 from vllm_rfork.engines.collective.channel import Channel, Lost
 from vllm_rfork.engines.collective.group import Group, GroupFailed
 from vllm_rfork.engines.collective.messages import MAX_SEGMENTS, Join, Read, Refusal, Sending, Sent
@@ -184,6 +184,37 @@ def test_a_group_that_does_not_end_keeps_the_memory(seed: Sender, backend: Backe
     assert caught.value.in_flight
     with seed._lock:
         seed._sessions.clear()
+
+
+class Unfinished(Backends):
+    """Groups that are never complete, at a price or not."""
+
+    price = True
+
+    def create(self, rank: int, channel: Channel, deadline: float) -> Group:
+        error = GroupFailed("the peer is gone")
+        error.unfinished = self.price
+        raise error
+
+
+def test_a_seed_whose_library_keeps_too_much_of_unfinished_groups_refuses_the_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sender, "MAX_UNFINISHED", 2)
+    failing = Unfinished()
+    serving = Sender(failing, "127.0.0.1", SECRET, lambda at, n: True)
+    try:
+        for failing.price in (False, False, True, False, True):
+            opened = joined(serving)
+            with pytest.raises(Lost):
+                opened.receive(soon())
+            opened.close()
+        eventually(lambda: not serving._sessions)
+        with pytest.raises(Refusal, match="2 receivers of this seed") as caught:
+            joined(serving)
+        assert caught.value.code == "lane"
+    finally:
+        serving.stop(20.0)
 
 
 class Unstartable(Recorded):

@@ -89,9 +89,13 @@ class DeviceGroup(Group):
         self._stopped = threading.Event()
         self._stream: Any = device.new_stream()
         self._communicator: Any = None
-        with self._closing_on_failure():
-            self._communicator = library.communicator(unique, rank, deadline)
-            self._wait(lambda: library.is_ready(self._communicator), deadline)
+        try:
+            with self._closing_on_failure():
+                self._communicator = library.communicator(unique, rank, deadline)
+                self._wait(lambda: library.is_ready(self._communicator), deadline)
+        except GroupFailed as error:
+            error.unfinished = True
+            raise
 
     def send(self, pieces: Sequence[Piece], deadline: float) -> None:
         """Send groups of pieces, one after the other."""

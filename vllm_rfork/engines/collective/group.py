@@ -23,12 +23,14 @@ class GroupFailed(Exception):
     Attributes:
         in_flight: bytes of it may still arrive, or be read.
         late: a bound in time has passed.
+        unfinished: the group was given up while its library created it, and the library keeps what it had taken.
     """
 
     def __init__(self, text: str, *, in_flight: bool = False, late: bool = False) -> None:
         super().__init__(text)
         self.in_flight = in_flight
         self.late = late
+        self.unfinished = False
 
 
 class Group(abc.ABC):

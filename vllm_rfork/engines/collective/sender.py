@@ -33,6 +33,9 @@ MAX_STRANGERS = 16
 MAX_GROUPS = 8
 #: Batches that are sent at one time.
 MAX_SENDS = 4
+#: Receivers that may die while their groups are created. NCCL 2.28 then keeps two sockets, 1.7 MB and 0.3 TB of the
+#: process's 128 TB of addresses for each, although they are aborted; those that die later leave nothing.
+MAX_UNFINISHED = 64
 #: Bytes of the largest batch: ``rfork_max_batch_bytes`` may not be greater.
 MAX_BATCH_NBYTES = 1024 * 1024 * 1024
 #: Bound of a group's creation, which a capture of graphs waits for, in seconds.
@@ -65,6 +68,8 @@ class Sender:
         self.holds = holds
         self.secret = secret
         self.stopped = False
+        #: Groups that were given up while they were created.
+        self.unfinished = 0
         self.groups = threading.BoundedSemaphore(MAX_GROUPS)
         self.sends = threading.BoundedSemaphore(MAX_SENDS)
         self._lock = threading.Lock()
@@ -111,6 +116,14 @@ class Sender:
             if sum(each.proven for each in self._sessions) >= MAX_CONNECTIONS:
                 raise Lost(f"there are {MAX_CONNECTIONS} connections already")
             session.proven = True
+
+    def note(self, error: GroupFailed) -> None:
+        """Count a failure to create a group, if it has a price."""
+        with self._lock:
+            self.unfinished += error.unfinished
+            last = error.unfinished and self.unfinished == MAX_UNFINISHED
+        if last:
+            logger.warning("%s; no receiver is served any more, until this worker starts again", _worn_out())
 
     def forget(self, session: _Session) -> None:
         """Drop a session that has ended; one whose group may still read memory is kept, for :meth:`stop`."""
@@ -217,6 +230,8 @@ class _Session:
         if join.v != messages.VERSION or join.backend != self._sender.backend.name:
             text = f"the seed transfers with {self._sender.backend.name}, version {messages.VERSION}"
             refused = Refused(text, "lane")
+        elif self._sender.unfinished >= MAX_UNFINISHED:
+            refused = Refused(_worn_out(), "lane")
         elif not self._sender.groups.acquire(blocking=False):
             refused = Refused(f"the seed serves {MAX_GROUPS} receivers already", "busy")
         if refused is not None:
@@ -240,7 +255,11 @@ class _Session:
                 return
             bound = min(deadline, time.monotonic() + _CREATE_S)
             messages.send(opened, Joined(), bound)
-            self._group = self._sender.backend.create(SEED, opened, bound)
+            try:
+                self._group = self._sender.backend.create(SEED, opened, bound)
+            except GroupFailed as error:
+                self._sender.note(error)
+                raise
         if self._sender.stopped:  # interrupt() may have come too early
             raise Lost("the seed closes")
 
@@ -310,6 +329,10 @@ class _Session:
         if not self._sender.backend.captures:
             return nullcontext(True)
         return gate.working(deadline - time.monotonic(), given_up=lambda: self._sender.stopped)
+
+
+def _worn_out() -> str:
+    return f"{MAX_UNFINISHED} receivers of this seed died or stopped while their transfer groups were created"
 
 
 _CAPTURING = Refused("the seed captures graphs", "busy")
