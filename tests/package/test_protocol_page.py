@@ -13,14 +13,18 @@ import pytest
 import torch
 
 from vllm_rfork import messages
+from vllm_rfork.caches import bounds
+from vllm_rfork.caches.manifest import OFFER_VERSION, Artifact, decode_offer
 from vllm_rfork.config import ENVIRONMENT, Settings
 from vllm_rfork.engines.nixl.peer import Endpoint
 from vllm_rfork.engines.registry import ENGINES
 from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, decode_manifest
 from vllm_rfork.manifest.schema import Manifest, TensorEntry
+from vllm_rfork.messages.cache_results import MAX_LENGTH as MAX_RESULTS_LENGTH
 from vllm_rfork.model import digest
 from vllm_rfork.net.server import Bounds
 from vllm_rfork.planner.http import request_headers
+from vllm_rfork.seed_service import MAX_SENDING
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -55,6 +59,32 @@ def test_bounds_are_the_codes() -> None:
     assert f"At most {request_headers.MAX_EXCLUDED}" in PAGE
     assert f"at most {request_headers.MAX_ID_LENGTH} characters" in PAGE
     assert Bounds().max_line_nbytes > 3 * messages.MAX_KEY_LENGTH
+
+
+def test_the_bounds_of_caches_are_the_codes() -> None:
+    section = re.sub(r"\s+", " ", PAGE.split("### Seed service: caches")[1].split("\n### ")[0])
+    for text in (
+        f"at most {bounds.MAX_MANIFEST_NBYTES >> 20} MiB:",
+        f"more than {bounds.MAX_ARTIFACTS} artifacts, {bounds.MAX_OFFER_FILES:,} files or "
+        f"{bounds.MAX_OFFER_NBYTES >> 30} GiB,",
+        f"more than {bounds.MAX_FILES:,} files, {bounds.MAX_ARTIFACT_NBYTES >> 20} MiB, or "
+        f"{bounds.MAX_FILE_NBYTES >> 20} MiB in one file",
+        f"deeper than {bounds.MAX_DEPTH} directories",
+        f"`Retry-After: {messages.CACHES_PAUSE_S}`",
+        f"At most {('none', 'one', 'two', 'three', 'four')[MAX_SENDING]} are answered at once",
+    ):
+        assert text in section, text
+    assert "up to 400 characters" in PAGE
+    assert MAX_RESULTS_LENGTH == 400
+
+
+def test_the_artifact_on_the_page_is_one_and_every_field_is_explained() -> None:
+    section = PAGE.split("### Seed service: caches")[1].split("\n### ")[0]
+    example = json.loads(section.split("```")[1].replace("…", "0" * 48))
+    offer = decode_offer(msgspec.json.encode({"version": OFFER_VERSION, "artifacts": [example], "details": {}}))
+    assert json.loads(msgspec.json.encode(offer.artifacts[0])) == example
+    for name in (*Artifact.__struct_fields__, "details"):
+        assert f"| `{name}` |" in section, name
 
 
 def test_the_manifest_on_the_page_is_one_and_every_field_is_explained() -> None:
