@@ -56,7 +56,7 @@ class Carrier:
         for piece in theirs.pieces():
             staged.write(piece)
         staged.finish()
-        return _install_files(place, staged)[0] > 0
+        return _install_files(place, staged) > 0
 
     def outcome(
         self, kind: str, name: str, *, used: bool, seconds: float | None = None, reason: str | None = None
@@ -180,6 +180,18 @@ def test_a_forward_that_vllm_cannot_load_is_not_reported_as_used(vllm: Vllm, see
     assert model.compiled_by_itself
     assert carrier.outcomes["torch_aot"] is False
     assert carrier.seconds["torch_aot"] is not None  # it has compiled its own
+
+
+def test_a_graph_that_vllm_cannot_load_does_not_end_the_start(vllm: Vllm, tmp_path: Path) -> None:
+    """vLLM compiles a forward that it cannot load, but ends if it cannot load a graph of it."""
+    _, carrier = started(vllm, tmp_path / "seed", config("/models/a"))
+    (graph,) = (tmp_path / "seed").rglob("artifact_*")
+    graph.write_text("broken")
+    model, receiver = started(vllm, tmp_path / "receiver", config("/models/b"), carrier.collect())
+    assert model.compiled_by_itself
+    assert receiver.outcomes == {"torch_aot": False, "inductor": False, "split_graph": False}
+    again, _ = started(vllm, tmp_path / "receiver", config("/models/b"))
+    assert not again.compiled_by_itself
 
 
 def test_kernels_that_were_compiled_again_are_not_reported_as_used(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:

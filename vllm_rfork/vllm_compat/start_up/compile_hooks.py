@@ -135,6 +135,9 @@ def _carrying(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
             forward.install_caches()
         started = time.monotonic()
         loaded = original(model, path)
+        if loaded is None:
+            with guarded(_WHAT):
+                split_graphs.forward_failed()
         if forward is not None:
             with guarded(_WHAT):
                 forward.loaded(used=loaded is not None, seconds=time.monotonic() - started)

@@ -20,9 +20,12 @@ from typing import Any
 
 from vllm_rfork.caches.paths import Parts, parts_below
 from vllm_rfork.caches.rewriting import split_graph_index
+from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.vllm_compat.start_up.compiled_identity import artifact_name, latest_identity, take_identity
 from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, listener
+
+logger = worker_logger(__name__)
 
 _WHAT = "the cache of split graphs"
 _MARK = "_rfork_carries_caches"
@@ -61,6 +64,19 @@ class _Graphs:
         )
         return cls(place, time.monotonic())
 
+    @property
+    def index(self) -> Path:
+        """The file that makes vLLM load them."""
+        return self.place.root.joinpath(*self.place.directory, INDEX)
+
+    def remove_index(self) -> None:
+        """Remove the index that was installed, and with it the graphs from what vLLM loads. Raises OSError."""
+        _failed.add(self.index)
+        self.index.unlink(missing_ok=True)
+        text = "vLLM could not load the forward with them"
+        logger.info("caches: the graphs of %s were removed again: %s", self.place.name, text)
+        listener().outcome(self.place.kind, self.place.name, used=False, reason=text)
+
     def done(self, manager: Any) -> None:
         """Report what became of them, after vLLM has written the index."""
         seconds = time.monotonic() - self.started
@@ -69,7 +85,7 @@ class _Graphs:
         listener().outcome(self.place.kind, self.place.name, used=used, seconds=seconds)
         if compiled:
             _Spent.seconds += seconds
-        if self.place.root.joinpath(*self.place.directory, INDEX).exists():
+        if self.index.exists():
             listener().produced(self.place, seconds if compiled else None)
 
 
@@ -80,6 +96,9 @@ def _is_graph(parts: Parts) -> bool:
 #: The identity of a manager's graphs, from the entrance of the backend on, and then the graphs.
 _identities: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
 _graphs: weakref.WeakKeyDictionary[Any, _Graphs] = weakref.WeakKeyDictionary()
+#: Those with an installed index that vLLM has not loaded all graphs of, and the indexes of those that failed.
+_unproven: list[_Graphs] = []
+_failed: set[Path] = set()
 
 
 class _Spent:
@@ -89,6 +108,18 @@ class _Spent:
 def compile_s() -> float:
     """Seconds that this process has spent on compiling split graphs."""
     return _Spent.seconds
+
+
+def forward_failed() -> None:
+    """Remove what was installed and has not been loaded, after a compiled forward could not be loaded.
+
+    vLLM compiles then, and ends if the index names a graph that it cannot load.
+
+    Raises:
+        OSError: an index cannot be removed.
+    """
+    while _unproven:
+        _unproven.pop().remove_index()
 
 
 def install() -> None:
@@ -144,7 +175,8 @@ def _carrying(original: Callable[..., None]) -> Callable[..., None]:
             identity = _identities.pop(self, None)
             if identity is not None and not disable_cache:
                 graphs = _graphs[self] = _Graphs.of(Path(cache_dir), identity)
-                listener().about_to_read(graphs.place)
+                if graphs.index not in _failed and listener().about_to_read(graphs.place):
+                    _unproven.append(graphs)
         original(self, cache_dir, disable_cache, prefix)
 
     return initialize_cache
@@ -157,6 +189,7 @@ def _reporting(original: Callable[..., None]) -> Callable[..., None]:
         with guarded(_WHAT):
             graphs = _graphs.pop(self, None)
             if graphs is not None:
+                _unproven.clear()
                 graphs.done(self)
 
     return save_to_file
