@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_rfork.messages import CacheResults, parse_cache_results
@@ -18,6 +18,7 @@ def test_results_look_as_the_page_says() -> None:
     assert str(CacheResults()) == ""
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(WORDS, st.one_of(st.just(""), WORDS), max_size=6), st.one_of(st.none(), st.floats(0, 86400)))
 def test_results_arrive_as_they_were_sent(kinds: dict[str, str], saved_s: float | None) -> None:
     arrived = parse_cache_results(str(CacheResults(kinds, saved_s)))
@@ -26,6 +27,7 @@ def test_results_arrive_as_they_were_sent(kinds: dict[str, str], saved_s: float 
     assert saved_s is None or arrived.saved_s == pytest.approx(saved_s, abs=0.06)
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(max_size=30), st.text(max_size=30), max_size=40), st.one_of(st.none(), st.floats()))
 def test_any_results_make_a_header_that_fits(kinds: dict[str, str], saved_s: float | None) -> None:
     text = str(CacheResults(kinds, saved_s))

@@ -276,6 +276,7 @@ def refused_or(body: bytes) -> Offer | None:
         return None
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=300) | LISTS.map(lambda each: msgspec.json.encode(msgspec.to_builtins(each))))
 def test_no_list_raises_anything_else(body: bytes) -> None:
     offer = refused_or(body)
@@ -283,6 +284,7 @@ def test_no_list_raises_anything_else(body: bytes) -> None:
         assert decode_offer(encode_offer(offer)) == offer
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(PATHS, min_size=1, max_size=6), st.lists(st.integers(-1, 2**70), min_size=6, max_size=6))
 def test_accepted_names_stay_below_their_directory(paths: list[str], sizes: list[int]) -> None:
     files = tuple(ArtifactFile(path, size, "0" * 64) for path, size in zip(paths, sizes, strict=False))
