@@ -397,6 +397,22 @@ def test_what_vllm_refuses_is_a_miss(
     assert report.announced() == "torch_aot=miss:refused"
 
 
+@pytest.mark.parametrize(("text", "seconds"), [(None, 12.5), (b"-1", None), (b"a while", None), (b"nan", None)])
+def test_a_later_start_of_the_same_host_still_states_the_time(
+    text: bytes | None, seconds: float | None, tmp_path: Path
+) -> None:
+    place = written(code_place(tmp_path, "own"))
+    note = tmp_path / "aot" / "own" / ".rfork-seconds-torch_aot"
+    for reported in (12.5, None):
+        caches = worker(tmp_path)
+        caches.produced(place, reported)
+        (offered,) = offered_by(caches).artifacts
+        assert {file.path for file in offered.artifact.files} == set(FILES)
+        if text is not None:
+            note.write_bytes(text)
+    assert offered.artifact.seconds == seconds
+
+
 def test_a_directory_that_stays_noisy_is_not_offered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -60,7 +60,7 @@ class Artifact(msgspec.Struct, frozen=True):
         name: distinguishes the artifacts of one kind: a rank, a compiled module.
         identity: everything that must be equal on the receiver, as fact → short text.
         files: in the order in which their bytes are sent.
-        seconds: the time that the seed's process spent on producing it; None if it received it or found it.
+        seconds: the time that producing it took, on the seed or where it came from; None if that is not known.
     """
 
     kind: str

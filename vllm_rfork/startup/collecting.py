@@ -20,6 +20,7 @@ from vllm_rfork.caches.manifest import LEVELS, Artifact, ArtifactFile, check_art
 from vllm_rfork.caches.offered import Offered, OfferedArtifact
 from vllm_rfork.errors import CacheError
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.startup import times
 from vllm_rfork.startup.settings import MAX_JSON_NBYTES, ORDER, QUIET_WITHIN_S, CacheSettings
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace, Place
 
@@ -144,10 +145,14 @@ def _files(each: _Produced, place: CachePlace, noisy: Mapping[Path, str]) -> Off
     directory = _directory(place)
     if directory in noisy:
         raise CacheError(noisy[directory])
+    seconds = times.noted(place) if each.seconds is None else each.seconds
     only = place.only or (lambda parts: True)
-    return collect(
-        directory, kind=place.kind, name=place.name, identity=dict(place.identity), seconds=each.seconds, only=only
+    made = collect(
+        directory, kind=place.kind, name=place.name, identity=dict(place.identity), seconds=seconds, only=only
     )
+    if seconds is not None:
+        times.note(place, seconds)
+    return made
 
 
 def _json(each: _Produced, place: JsonPlace) -> OfferedBody:
