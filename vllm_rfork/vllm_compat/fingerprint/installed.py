@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -41,24 +42,36 @@ def modules(names: Iterable[str]) -> dict[str, list[str]]:
 @functools.cache
 def _module(name: str) -> tuple[str, ...] | None:
     try:
-        found = importlib.util.find_spec(name)
+        found = importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # ValueError: in sys.modules without a specification
-        found = None
-    if found is None:
+        found = False
+    if not found:
         return None
-    if found.name != name:
-        # Another package's, entered under this name as well: vLLM does so with the triton_kernels that it contains.
-        return ()
     versions = {dist: version_of(dist) for dist in packages.DISTRIBUTIONS.get(name, (name,))}
     if not any(versions.values()):
-        versions = {dist: version_of(dist) for dist in _distributions().get(name, ())}
+        versions = {dist: version_of(dist) for dist in _distributions_with(name)}
     return tuple(sorted(f"{dist}=={version}" for dist, version in versions.items() if version is not None))
 
 
 @functools.cache
-def _distributions() -> Mapping[str, list[str]]:
-    """The distributions of every module. Slow: reads all records, and looks for every file in them (Python 3.12)."""
-    return metadata.packages_distributions()
+def _distributions_with(name: str) -> tuple[str, ...]:
+    """The distributions that contain the top-level module ``name``.
+
+    The same as ``metadata.packages_distributions()[name]``, which also parses every record and, from Python 3.12 on,
+    looks for every file: a second of processor time where many packages are installed. vLLM on CUDA makes modules that
+    are in no distribution, so it is asked in every load there.
+    """
+    found = (dist.metadata["Name"] for dist in metadata.distributions() if _contains(dist, name))
+    return tuple(dict.fromkeys(found))
+
+
+def _contains(distribution: metadata.Distribution, name: str) -> bool:
+    if declared := (distribution.read_text("top_level.txt") or "").split():
+        return name in declared
+    files = "\n" + (distribution.read_text("RECORD") or "")
+    if f"\n{name}/" in files:
+        return True
+    return f"\n{name}." in files and re.search(rf"\n{re.escape(name)}\.[^/,]+,", files) is not None
 
 
 def read_ahead() -> None:
