@@ -103,8 +103,6 @@ def _decorators(vllm: Vllm, *, tagged: bool) -> Any:
             if vllm.envs.VLLM_FORCE_AOT_LOAD:
                 raise FileNotFoundError(aot_compilation_path)
             return None
-        if not vllm.loads:
-            return None
         model.vllm_config.compilation_config.traced_files |= model.vllm_config.compilation_config.sources
         if vllm.builds_kernels:
             Path(aot_compilation_path).parents[1].joinpath("inductor_cache", "other.so").write_text("kernel")
@@ -113,7 +111,7 @@ def _decorators(vllm: Vllm, *, tagged: bool) -> Any:
                 vllm.backends.VllmBackend(model.vllm_config, "backbone")("graph", [])
         except RuntimeError:
             return None
-        return Path(aot_compilation_path).read_text()
+        return Path(aot_compilation_path).read_text() if vllm.loads else None
 
     class Model:
         def __init__(self, vllm_config: Config) -> None:
