@@ -59,6 +59,19 @@ def test_files_of_other_processes_are_left_out(root: Path) -> None:
     assert [file.path for file in found.artifact.files] == ["b/c.json"]
 
 
+def test_directories_of_other_processes_may_contain_anything_and_are_never_quiet(root: Path) -> None:
+    now = [0.0]
+    quiet = QuietDirectory(root, 3.0, only=lambda parts: parts[0] == "b", clock=lambda: now[0])
+    assert not quiet.look()
+    (root / "other").mkdir()
+    (root / "other" / "link").symlink_to("/")
+    (root / "not in the grammar!").touch()
+    now[0] = 3.1
+    assert quiet.look()
+    found = collect(root, kind="triton", name="t", identity={"a": "b"}, only=lambda parts: parts[0] == "b")
+    assert [file.path for file in found.artifact.files] == ["b/c.json"]
+
+
 @pytest.mark.parametrize("special", ["link to a file", "link to a directory", "dangling link", "pipe"])
 def test_what_is_not_a_regular_file_is_not_offered(root: Path, special: str) -> None:
     if special == "pipe":

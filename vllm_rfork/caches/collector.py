@@ -44,10 +44,20 @@ class Stamp:
 
 
 Listing = dict[Parts, Stamp]
+Chosen = Callable[[Parts], bool]
+"""Returns True for the path of a file that counts, and of a directory that contains such files."""
 
 
-def listing(root: Path, *, ignored: tuple[str, ...] = TEMPORARY) -> Listing:
+def everything(parts: Parts) -> bool:
+    """Choose all files."""
+    return True
+
+
+def listing(root: Path, *, ignored: tuple[str, ...] = TEMPORARY, only: Chosen = everything) -> Listing:
     """The regular files below ``root``, in order of their paths, without temporary ones.
+
+    Args:
+        only: names that it does not choose may be anything; they are not looked into.
 
     Raises:
         CacheError: it cannot be read, contains a link or another special file, or more than the bounds allow.
@@ -63,9 +73,10 @@ def listing(root: Path, *, ignored: tuple[str, ...] = TEMPORARY) -> Listing:
                     looked_at += 1
                     if looked_at > bounds.MAX_ENTRIES:
                         raise CacheError(f"{root} contains more than {bounds.MAX_ENTRIES} names")
-                    if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in ignored):
+                    parts = (*above, entry.name)
+                    if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in ignored) or not only(parts):
                         continue
-                    _note(root, (*above, entry.name), entry.stat(follow_symlinks=False), found, pending)
+                    _note(root, parts, entry.stat(follow_symlinks=False), found, pending)
     return dict(sorted(found.items()))
 
 
@@ -84,10 +95,18 @@ class QuietDirectory:
 
     Args:
         quiet_s: how long nothing may have changed, in seconds.
+        only: see :func:`listing`.
     """
 
-    def __init__(self, root: Path, quiet_s: float = QUIET_S, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._root, self._quiet_s, self._clock = root, quiet_s, clock
+    def __init__(
+        self,
+        root: Path,
+        quiet_s: float = QUIET_S,
+        *,
+        only: Chosen = everything,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._root, self._quiet_s, self._only, self._clock = root, quiet_s, only, clock
         self._seen: Listing | None = None
         self._since = 0.0
 
@@ -97,7 +116,7 @@ class QuietDirectory:
         Raises:
             CacheError: see :func:`listing`.
         """
-        present = listing(self._root)
+        present = listing(self._root, only=self._only)
         now = self._clock()
         if present != self._seen:
             self._seen, self._since = present, now
@@ -131,17 +150,17 @@ def collect(
     name: str,
     identity: dict[str, str],
     seconds: float | None = None,
-    only: Callable[[Parts], bool] = lambda parts: True,
+    only: Chosen = everything,
 ) -> Collected:
     """Describe the files below ``root``, which must be quiet.
 
     Args:
-        only: chooses files by their path, so that files of other processes are left out.
+        only: see :func:`listing`; leaves out files of other processes.
 
     Raises:
         CacheError: see :func:`listing`; or there is no file, or a file changes meanwhile.
     """
-    chosen = {parts: stamp for parts, stamp in listing(root).items() if only(parts)}
+    chosen = listing(root, only=only)
     nbytes = sum(stamp.nbytes for stamp in chosen.values())
     if len(chosen) > bounds.MAX_FILES or nbytes > bounds.MAX_ARTIFACT_NBYTES:
         raise CacheError(f"{root} has {len(chosen)} files and {nbytes} bytes, more than an artifact may have")

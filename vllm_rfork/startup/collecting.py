@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rfork.caches import bounds
-from vllm_rfork.caches.collector import QuietDirectory, collect
+from vllm_rfork.caches.collector import QuietDirectory, collect, everything
 from vllm_rfork.caches.directories import as_cache_error, opened_below, opened_root
 from vllm_rfork.caches.manifest import LEVELS, Artifact, ArtifactFile, check_artifact, encode_offer
 from vllm_rfork.caches.offered import Offered, OfferedArtifact
@@ -118,8 +118,8 @@ class Collection:
 
     def _wait_until_quiet(self, places: list[CachePlace]) -> dict[Path, str]:
         """Wait; returns the directories that are not quiet or cannot be read, each with the reason."""
-        directories = {_directory(each) for each in places}
-        watched = {each: QuietDirectory(each, clock=self._clock) for each in directories}
+        directories = {_directory(each): each.only or everything for each in places}
+        watched = {each: QuietDirectory(each, only=only, clock=self._clock) for each, only in directories.items()}
         failed: dict[Path, str] = {}
         deadline = self._clock() + QUIET_WITHIN_S
         while watched:
@@ -146,9 +146,13 @@ def _files(each: _Produced, place: CachePlace, noisy: Mapping[Path, str]) -> Off
     if directory in noisy:
         raise CacheError(noisy[directory])
     seconds = times.noted(place) if each.seconds is None else each.seconds
-    only = place.only or (lambda parts: True)
     made = collect(
-        directory, kind=place.kind, name=place.name, identity=dict(place.identity), seconds=seconds, only=only
+        directory,
+        kind=place.kind,
+        name=place.name,
+        identity=dict(place.identity),
+        seconds=seconds,
+        only=place.only or everything,
     )
     if seconds is not None:
         times.note(place, seconds)

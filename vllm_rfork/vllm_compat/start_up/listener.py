@@ -30,7 +30,8 @@ class CachePlace:
         directory: below ``root``, as this worker's vLLM has computed it.
         last: the file that makes vLLM read the cache; it is installed after all others.
         rewrite: pattern of file names, as a shell's → the function that writes such an index with this worker's paths.
-        only: the files that belong to this process, by path; None for all.
+        only: returns True for the path of a file that belongs to this process, and of a directory with such files;
+            None for all.
     """
 
     kind: str
