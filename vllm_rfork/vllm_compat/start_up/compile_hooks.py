@@ -78,9 +78,9 @@ class _Forward:
 
         if envs.VLLM_FORCE_AOT_LOAD:  # vLLM ends if it cannot load the file, so it must be one that the user chose
             logger.info("caches: no compiled forward is installed, because VLLM_FORCE_AOT_LOAD is set")
-            return
-        listener().about_to_read(self.inductor)
-        listener().about_to_read(self.aot)
+        else:
+            listener().about_to_read(self.inductor)
+            listener().about_to_read(self.aot)
         self.kernels = self._kernels()
 
     def loaded(self, *, used: bool, seconds: float) -> None:
@@ -94,7 +94,8 @@ class _Forward:
             self._produced(None)
 
     def _kernels(self) -> frozenset[Parts]:
-        files = listing(self.inductor.root.joinpath(*self.inductor.directory))
+        directory = self.inductor.root.joinpath(*self.inductor.directory)
+        files = listing(directory) if directory.is_dir() else {}
         return frozenset(parts for parts in files if parts[-1].endswith(_OBJECTS))
 
     def saved(self) -> None:
