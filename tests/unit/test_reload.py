@@ -34,18 +34,17 @@ CPU = torch.device("cpu")
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def fails(error: Exception) -> Any:
-    def run(*args: Any) -> Any:
-        raise error
-
-    return run
-
-
 class Fork:
     """A fork that works, or fails while it reads."""
 
-    def __init__(self, error: Exception | None) -> None:
-        self.run = (lambda: "the seed's manifest") if error is None else fails(error)
+    def __init__(self, error: Exception | None, runs: list[str]) -> None:
+        self.error, self.runs = error, runs
+
+    def run(self) -> str:
+        self.runs.append("read")
+        if self.error is not None:
+            raise self.error
+        return "the seed's manifest"
 
     def log(self, *args: Any) -> None:
         pass
@@ -66,14 +65,15 @@ def test_both_ranks_fork_or_both_read_storage(
 ) -> None:
     store = torch.distributed.HashStore()
     monkeypatch.setattr(reload, "Consensus", lambda group: Consensus(group, connect=lambda: store))
-    settings = parse_config({"rfork_scheduler_url": "http://127.0.0.1:1"}, {}).settings
+    options = {"rfork_scheduler_url": "http://127.0.0.1:1", "rfork_fork_timeout_sec": 30.0}
+    settings, runs = parse_config(options, {}).settings, list[str]()
     context: Any = SimpleNamespace(settings=settings, layout="runtime", identity=SimpleNamespace(is_draft=False))
 
     def reserved(self: Any) -> Any:
         here = self._wanted.ranks.rank == 1
         if here and stage == "reserving":
             raise error  # type: ignore[misc]
-        return Fork(error if here and stage == "reading" else None)
+        return Fork(error if here and stage == "reading" else None, runs)
 
     monkeypatch.setattr(reload._Reload, "_reserved", reserved)
     reloads = Reloads()
@@ -85,6 +85,7 @@ def test_both_ranks_fork_or_both_read_storage(
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         assert list(pool.map(rank, (0, 1), timeout=60)) == [error is None] * 2
+    assert len(runs) == (0 if stage == "reserving" else 2), "nothing is written before both have a seed"
 
 
 def test_a_worker_that_cannot_describe_its_model_rejects_at_once(caplog: pytest.LogCaptureFixture) -> None:
