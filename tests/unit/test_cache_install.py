@@ -53,6 +53,24 @@ def test_what_was_sent_is_installed(tmp_path: Path) -> None:
     assert leftovers(tmp_path / "new root") == []
 
 
+def test_files_are_complete_once_the_disk_has_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        if len(synced) == len(CONTENTS):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    arriving = Staged(tmp_path, artifact(), kept_free_nbytes=0)
+    arriving.write(b"".join(CONTENTS.values()))
+    with pytest.raises(CacheError, match="cannot be written"):
+        arriving.finish()
+    assert not arriving.complete
+    assert len(synced) == len(CONTENTS)
+    arriving.discard()
+
+
 @pytest.mark.parametrize("size", [1, 3, 4096])
 def test_pieces_may_end_anywhere(tmp_path: Path, size: int) -> None:
     body = b"".join(CONTENTS.values())

@@ -13,6 +13,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_rfork.caches.bounds import MAX_FILES, PIECE_NBYTES
@@ -27,6 +28,7 @@ STAGING = f"{OWN}staging-{os.geteuid()}"
 KEPT_FREE_NBYTES = 1024**3
 #: Age in seconds from which a folder was left behind by a process that died.
 ABANDONED_S = 3_600.0
+_SYNCED_AT_ONCE = 8
 #: Folders that one call of :func:`remove_abandoned` looks at.
 _LOOKED_AT = 256
 
@@ -112,6 +114,7 @@ class Staged:
         if self._number < len(self.artifact.files):
             file = self.artifact.files[self._number]
             raise CacheError(f"{self.artifact} broke off in {file.path!r} after {self._nbytes} of {file.nbytes} bytes")
+        self._sync()
         self.complete = True
 
     def read(self, path: str, max_nbytes: int) -> bytes:
@@ -163,7 +166,6 @@ class Staged:
             return
         if self._sha256.hexdigest() != file.sha256:
             raise CacheError(f"{self.artifact}: the bytes of {file.path!r} do not have the SHA-256 of the list")
-        os.fsync(self._file)  # else a machine that loses power could keep an empty file under its final name
         self._close_file()
         self._number, self._nbytes, self._sha256 = self._number + 1, 0, hashlib.sha256()
 
@@ -182,6 +184,28 @@ class Staged:
             opened_below(top, (STAGING,)) as staging,
         ):
             os.rmdir(self._name, dir_fd=staging)
+
+    def _sync(self) -> None:
+        """Wait until the disk has all files: else a machine that loses power could keep an empty one under its name.
+
+        At once, because file systems write many files in one go: 400 files took 0.2 s, and 2.7 s one after the other.
+
+        Raises:
+            CacheError: the disk cannot take them.
+        """
+
+        def sync(number: int) -> None:
+            descriptor = os.open(str(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.folder)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        with (
+            as_cache_error(f"{self.artifact} cannot be written to {self.root}"),
+            ThreadPoolExecutor(_SYNCED_AT_ONCE, "rfork-caches-sync") as threads,
+        ):
+            list(threads.map(sync, range(len(self.artifact.files))))  # raises the first error
 
     def _close_file(self) -> None:
         if self._file is not None:
