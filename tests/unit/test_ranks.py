@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_rfork.errors import ForkError, NoSeedAvailable
-from vllm_rfork.load import capture
+from vllm_rfork.load import capture, from_fork
 from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.load.machine import STAGES
 from vllm_rfork.load.ranks import FORK, KEPT, SEED, RankVote
@@ -45,13 +45,13 @@ def vote_of(ranks: Ranks, layout: str = CHECKPOINT) -> RankVote:
     return RankVote(cast("Any", ranks), STAGES[layout], 1.0)
 
 
-def fork_of(vote: RankVote, session: Any = None, layout: str = CHECKPOINT) -> FromFork:
+def fork_of(vote: RankVote, session: Any = None, layout: str = CHECKPOINT, verify: str = "off") -> FromFork:
     settings = SimpleNamespace(
         rfork_fork_timeout_sec=1.0,
         rfork_request_timeout_sec=1.0,
         rfork_seed_wait_sec=None,
         rfork_seed_timeout_sec=1.0,
-        rfork_verify="off",
+        rfork_verify=verify,
     )
     context = SimpleNamespace(
         settings=settings,
@@ -90,6 +90,7 @@ def session_of(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, **more: Any) -> An
 
     monkeypatch.setattr(capture, "contents", step("contents", SimpleNamespace(tensors=None, state={})))
     monkeypatch.setattr(capture, "built_model", step("built"))
+    monkeypatch.setattr(from_fork, "load_kernels", step("kernels"))
     steps = {"reserve": step("lease"), "await_engine": step("engine"), "peek": step("manifest")}
     return SimpleNamespace(**{**steps, **more})
 
@@ -113,8 +114,9 @@ def test_in_the_runtime_layout_engines_go_on_opening_while_dummies_are_post_proc
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ranks = Ranks()
-    fork_of(vote_of(ranks, RUNTIME), session_of(ranks, monkeypatch), RUNTIME).reserve(torch.nn.Module())
-    assert [what for _, what in ranks.asked] == ["turn", "lease", "pass on", "manifest", None]
+    fork = fork_of(vote_of(ranks, RUNTIME), session_of(ranks, monkeypatch), RUNTIME, verify="full")
+    fork.reserve(torch.nn.Module())
+    assert [what for _, what in ranks.asked] == ["turn", "lease", "pass on", "kernels", "manifest", None]
 
 
 def test_a_rank_takes_a_lease_in_its_turn_and_then_lets_the_next_one_have_its_own(

@@ -221,6 +221,11 @@ def test_getting_ready_runs_every_kind_of_sum_and_never_fails(
     assert "cannot digest yet: RuntimeError: the device is lost" in caplog.text
 
 
+def test_a_processor_has_no_kernels_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "digest", lambda span: pytest.fail("it would compete with the load"))
+    assert load_kernels(CpuBackend(CPU)) is None
+
+
 def test_a_read_that_fails_lets_go_of_the_memory() -> None:
     model = nn.Module()
     model.register_buffer("weight", torch.zeros(100_000, dtype=torch.uint8))

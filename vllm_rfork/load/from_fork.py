@@ -63,9 +63,6 @@ class FromFork:
         self._checks = ascend.PostponedChecks()
         self._forked: Snapshot | LoadedSnapshot | None = None
         self._checkpoint: dict[str, str] | None = None  # the seed's
-        side = device_backend(context.device)
-        if side.has_copy_engine and context.settings.rfork_verify != "off" and context.fork_obstacle is None:
-            load_kernels(side)
 
     def reserve(self, model: nn.Module) -> None:
         """Take a lease before ``model`` is touched; in the runtime layout also get the seed's manifest.
@@ -91,6 +88,8 @@ class FromFork:
         self._vote.take_turn(bound_s)
         self._seed_known(self._session.reserve(context.fingerprint))
         self._vote.end_turn()
+        if context.settings.rfork_verify != "off":
+            load_kernels(device_backend(context.device))
         if context.layout == CHECKPOINT:
             # Not before there is a lease: a load from storage needs neither an engine nor this look at the model.
             self._session.await_engine()

@@ -20,6 +20,7 @@ from vllm_rfork.model.pointers import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import check_passed_on
 from vllm_rfork.model.snapshot import AsBuilt, Snapshot
 from vllm_rfork.model.traversal import walk
+from vllm_rfork.model.verification import load_kernels
 from vllm_rfork.vllm_compat import ascend
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
@@ -44,6 +45,8 @@ class FromStorage:
         built = self._built = self._prospect.requires(
             "the built model cannot be looked at", lambda: capture.built_model(self._context, model)
         )
+        if built is not None:
+            load_kernels(device_backend(self._context.device))
         started = time.perf_counter()
         self._loader.load_weights(model, model_config)
         seconds = time.perf_counter() - started

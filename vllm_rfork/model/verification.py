@@ -37,11 +37,14 @@ def spans_to_check(inventory: TensorInventory, how: str) -> list[int]:
     return list(range(0, len(inventory.spans), every[how])) if how in every else []
 
 
-def load_kernels(side: DeviceBackend) -> threading.Thread:
-    """Load the digests' kernels on the device in the background; returns the thread that does it.
+def load_kernels(side: DeviceBackend) -> threading.Thread | None:
+    """Load the digests' kernels in the background, on a device that has any; returns the thread that does it.
 
-    The first use takes about 25 ms on a GPU: negligible while a model is built, and much during a read.
+    The first use takes 25 to 90 ms on a GPU, much beside a read. While a model is built it delays the construction,
+    which needs the driver, too; while dummies are filled or storage is read it does not.
     """
+    if not side.has_copy_engine:
+        return None
 
     def digest_something() -> None:
         try:
