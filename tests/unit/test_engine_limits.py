@@ -46,6 +46,7 @@ def test_batches_of_a_fork_have_the_size_of_the_lane(caplog: pytest.LogCaptureFi
             timeout_s=5.0,
             arrived=lambda segments: None,
             progress=lambda nbytes: None,
+            landing=None,
         )
         keeper: Any = SimpleNamespace(check=lambda: None)
         lane: Any = SimpleNamespace(handle=engine, engine=engine, endpoint="here")
