@@ -101,6 +101,17 @@ def test_a_worker_that_cannot_describe_its_model_rejects_at_once(caplog: pytest.
     assert not reloads.from_storage(wanted)
 
 
+@pytest.mark.parametrize("error", [StorageDecides("other files"), KeyError("a mistake")])
+def test_a_reload_from_storage_succeeds_whatever_its_files_do_afterwards(error: Exception) -> None:
+    def checkpoint(wanted: StoredWeights) -> Any:
+        raise error
+
+    reloads, model = Reloads(), nn.Linear(1, 1)
+    loaded: Any = SimpleNamespace(tensors=SimpleNamespace(model=model), checkpoint=checkpoint)
+    reloads._loaded.append(loaded)
+    assert not reloads.from_storage(StoredWeights(model, None, None, RankGroup(), gone=True, written=False))
+
+
 # --- the bounce buffer -----------------------------------------------------------------------------------------------
 
 

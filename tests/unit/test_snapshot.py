@@ -105,7 +105,9 @@ def test_a_tensor_of_another_shape_is_refused_and_may_come_back() -> None:
     model = Model()
     one = published(model)
     model.linear = nn.Linear(4, 5)
-    with pytest.raises(ForkError, match=r"not what they were when it was a seed: linear\.weight: shape \[3, 4\] then"):
+    with pytest.raises(
+        ForkError, match=r"not what they were when they were captured: linear\.weight: shape \[3, 4\] then"
+    ):
         one.relocate()
     assert one.recoverable
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_rfork.devices.registry import device_backend
-from vllm_rfork.errors import ForkError, NoSeedAvailable, VerificationError
+from vllm_rfork.errors import ForkError, NoSeedAvailable, VerificationError, as_fork_error
 from vllm_rfork.fork.session import MAX_SEEDS, Destination, ForkSession
 from vllm_rfork.load import early
 from vllm_rfork.load.consensus import Consensus
@@ -132,19 +132,22 @@ class Reloads:
         loaded = self._of(wanted)
         reload = _Reload(self._context if loaded is None else loaded.context, loaded, wanted)
         try:
-            return reload.forked()
+            try:
+                return reload.forked()
+            finally:
+                reload.close()
         except Exception as error:  # the outermost frame: whatever fails here, vLLM reads storage
             logger.warning("weights are reloaded from storage: %s: %s", type(error).__name__, error, exc_info=True)
             return False
-        finally:
-            reload.close()
 
     def from_storage(self, wanted: StoredWeights) -> bool:
         """True if the model has the weights again with which it was loaded, by the identity of their files."""
         loaded = self._of(wanted)
         try:
-            return loaded is not None and bool(loaded.checkpoint(wanted))
-        except ForkError:
+            with as_fork_error("the model's files cannot be looked at"):
+                return loaded is not None and bool(loaded.checkpoint(wanted))
+        except ForkError as error:
+            logger.debug("it is not certain which weights the model has now: %s", error)
             return False
 
     def _of(self, wanted: StoredWeights) -> LoadedModel | None:

@@ -149,5 +149,5 @@ class PublishedSnapshot:
             first = "; ".join(mismatch.differences[:5])
             for theirs, ours in _WORDS:
                 first = first.replace(theirs, ours)
-            text = f"{len(mismatch.differences)} tensors are not what they were when it was a seed: {first}"
+            text = f"{len(mismatch.differences)} tensors are not what they were when they were captured: {first}"
             raise ForkError(text) from mismatch
