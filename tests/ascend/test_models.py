@@ -382,9 +382,9 @@ def test_settings_that_move_weights_make_no_seed(additional: Any, reason: str) -
 def test_weights_in_a_pool_of_their_own_are_refused_on_accelerators(option: str) -> None:
     config = types.SimpleNamespace(model_config=types.SimpleNamespace(**{option: True}))
 
-    assert option in str(eligibility.registration_obstacle(config, torch.device("cuda", 0)))
-    assert option in str(eligibility.registration_obstacle(config, types.SimpleNamespace(type="npu", index=0)))  # type: ignore[arg-type]
-    assert eligibility.registration_obstacle(config, CPU) is None
+    assert option in str(eligibility.pool_obstacle(config, torch.device("cuda", 0)))
+    assert option in str(eligibility.pool_obstacle(config, types.SimpleNamespace(type="npu", index=0)))  # type: ignore[arg-type]
+    assert eligibility.pool_obstacle(config, CPU) is None
 
 
 def test_an_allocator_that_is_set_to_expandable_segments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
