@@ -100,7 +100,9 @@ async def test_a_lease_is_given_back_unused_when_no_engine_opens(monkeypatch: py
         monkeypatch.setattr(session.engines, "await_one", none_opens)
         with pytest.raises(EngineError, match="not today"):
             await asyncio.to_thread(session.await_engine)
+        deadline = time.monotonic() + WITHIN_S
         while await leases(client):
+            assert time.monotonic() < deadline, "the lease is not given back"
             await asyncio.sleep(0.01)
         assert (await client.acquire(KEY, fingerprint="f1")).seed == seed
         await asyncio.to_thread(session.close)
