@@ -50,6 +50,8 @@ _LOADER = "vllm.model_executor.model_loader"
 _BASE = f"{_LOADER}.base_loader"
 _STATE = "vllm.distributed.parallel_state"
 _REGISTRY = "vllm.model_executor.models.registry"
+_PLAN = "vllm.v1.worker.startup_plan"
+_WARM_UP = "vllm.model_executor.warmup.kernel_warmup"
 
 ROWS: tuple[Row, ...] = (
     # --- registration -----------------------------------------------------------------------------------------------
@@ -59,6 +61,24 @@ ROWS: tuple[Row, ...] = (
     Row(_LOADER, "get_model_loader", takes=(), positional=1),
     Row("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
     Row("vllm.platforms", "current_platform"),
+    # --- start-up plans and autotune tables -------------------------------------------------------------------------
+    Row(_PLAN, since="0.26.0"),
+    Row(_PLAN, "compute_plan_fingerprint", takes=(), positional=3, since="0.26.0"),
+    Row("vllm.v1.worker.gpu_worker"),
+    Row("vllm.v1.worker.gpu_worker", "maybe_apply_startup_plan", since="0.26.0"),
+    Row("vllm.v1.worker.gpu_worker", "maybe_save_startup_plan", since="0.26.0"),
+    Row("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", takes=()),
+    Row("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec", takes=()),
+    Row("vllm.v1.kv_cache_interface", "KVCacheSpec.max_memory_usage_bytes", takes=(), positional=1),
+    Row("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.capture_model", takes=()),
+    Row("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.profile_cudagraph_memory", takes=(), since="0.18.0"),
+    *members("vllm.config.cache", "CacheConfig", "kv_cache_memory_bytes", "gpu_memory_utilization"),
+    *members("vllm.config.compilation", "CompilationConfig", "cudagraph_mode"),
+    Row(_WARM_UP),
+    Row(_WARM_UP, "flashinfer_autotune", takes=(), positional=1),
+    Row(_WARM_UP, "resolve_flashinfer_autotune_file", since="0.24.0", until="0.33.0"),
+    Row(_WARM_UP, "resolve_rank_flashinfer_autotune_file", since="0.33.0"),
+    Row(_WARM_UP, "_all_ranks_have_matching_cache", since="0.31.0"),
     # --- model information ------------------------------------------------------------------------------------------
     Row(_REGISTRY, "ModelRegistry"),
     *members(_REGISTRY, "_ModelRegistry", "models"),
@@ -115,6 +135,7 @@ ROWS: tuple[Row, ...] = (
         "vllm.config.vllm",
         "VllmConfig",
         "model_config",
+        "scheduler_config",
         "parallel_config",
         "cache_config",
         "offload_config",
@@ -147,6 +168,7 @@ ROWS: tuple[Row, ...] = (
         "architectures",
         "architecture",
         "_model_info",
+        "enforce_eager",
     ),
     *members("vllm.config.model", "ModelConfig", "enable_cumem_allocator", since="0.23.0"),
     Row("vllm.config.model", "ModelConfig.get_num_experts", takes=()),
@@ -159,6 +181,8 @@ ROWS: tuple[Row, ...] = (
         "node_rank",
         "data_parallel_rank_local",
         "data_parallel_index",
+        "data_parallel_rank",
+        "disable_custom_all_reduce",
         "distributed_executor_backend",
         "world_size",
         "tensor_parallel_size",

@@ -32,6 +32,8 @@ class Hook:
 
 #: In the order of installation: a later wrapper of one method is the outer one, and nothing comes after warm-up.
 HOOKS: tuple[Hook, ...] = (
+    Hook("startup_plan", "safe", "vllm_rfork.vllm_compat.start_up.plan_hooks"),
+    Hook("autotune_table", "safe", "vllm_rfork.vllm_compat.start_up.autotune_hooks"),
     Hook("model_info", "safe", "vllm_rfork.vllm_compat.start_up.model_infos"),
     Hook("warm-up", "safe", "vllm_rfork.vllm_compat.start_up.warm_up"),
     Hook("torch_aot and inductor", "code", "vllm_rfork.vllm_compat.start_up.compile_hooks"),

@@ -1,0 +1,163 @@
+"""vLLM's start-up plan: the bytes for the KV cache, applied only where every rank has a plan that is right for it.
+
+With ``VLLM_ENABLE_STARTUP_PLAN=1``, vLLM stores what it measured in ``$VLLM_CACHE_ROOT/startup_plan`` and skips the
+measurement of graphs in later starts; the profiling run, which compiles, still takes place. Its file does not depend on
+``gpu_memory_utilization`` or multi-modal limits, and each rank decides by itself, although the measurement that is
+skipped has collectives: ranks that decide differently hang. So this module enables plans unless the user has decided,
+and lets vLLM apply one only if
+
+1. it comes from a seed, or an earlier start, with the same settings and the same memory (``plan_memory.py``),
+2. all ranks agree, before the profiling run and again after it, and
+3. after that run, the cache fits beside what this worker takes. Otherwise it becomes smaller, and vLLM measures if it
+   would become much smaller.
+
+Read in vLLM 0.26 and 0.32 (``v1/worker/startup_plan.py``, ``gpu_worker.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm_rfork.caches.safe.startup_plan import SMALLEST_SHARE, capped
+from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.vllm_compat.start_up.guard import guarded
+from vllm_rfork.vllm_compat.start_up.listener import listener
+from vllm_rfork.vllm_compat.start_up.plan_memory import beside_cache_nbytes, needed_nbytes, reset_peak
+from vllm_rfork.vllm_compat.start_up.plans import KIND, StartUpPlan
+
+logger = worker_logger(__name__)
+
+FLAG = "VLLM_ENABLE_STARTUP_PLAN"
+#: Votes of the ranks: on plans before the profiling run, and on caches after it.
+FOUND, FITS = "start-up plan", "start-up plan after profiling"
+_MARK = "_rfork_guards_plan"
+_PLAN = "_rfork_start_up_plan"
+
+
+def install() -> None:
+    """Guard the plans of vLLM's GPU workers in this process, and enable them unless the user decided. Idempotent.
+
+    Raises:
+        ImportError, AttributeError: this vLLM has no start-up plans.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import gpu_worker
+
+    apply, save = gpu_worker.maybe_apply_startup_plan, gpu_worker.maybe_save_startup_plan
+    if hasattr(apply, _MARK) or not current_platform.is_cuda():
+        return
+    gpu_worker.maybe_apply_startup_plan = _applying(apply, user_decided=FLAG in os.environ)
+    gpu_worker.maybe_save_startup_plan = _saving(save)
+    gpu_worker.Worker.determine_available_memory = _fitting(gpu_worker.Worker.determine_available_memory)
+    os.environ.setdefault(FLAG, "1")
+
+
+def _fitting(determine: Callable[[Any], int]) -> Callable[[Any], int]:
+    """``Worker.determine_available_memory`` whose result, if it is a plan's, has been compared with this device."""
+
+    @functools.wraps(determine)
+    def determine_available_memory(self: Any) -> int:
+        setattr(self, _PLAN, None)
+        with guarded(KIND):
+            reset_peak()
+        value = determine(self)
+        plan: StartUpPlan | None = getattr(self, _PLAN)
+        if plan is None or plan.applied is None:
+            return value
+        rejection = listener().agree(FITS, _obstacle_after_profiling(self, plan))
+        if rejection is None:
+            return plan.fitted(self.cache_config, value)
+        logger.info("caches: vLLM measures its memory, because the start-up plan was rejected: %s", rejection)
+        self.cache_config.kv_cache_memory_bytes = plan.applied = None
+        plan.rejected = True
+        return determine(self)
+
+    setattr(determine_available_memory, _MARK, True)
+    return determine_available_memory
+
+
+def _obstacle_after_profiling(worker: Any, plan: StartUpPlan) -> str | None:
+    """The reason why the applied plan does not fit; None, with the size that does fit in ``plan.fitting_nbytes``."""
+    try:
+        beside_nbytes = beside_cache_nbytes(worker, plan.memory)
+        planned = plan.applied
+        if planned is None:
+            return "no plan was applied"
+        plan.fitting_nbytes = capped(planned, plan.memory, beside_nbytes)
+        if plan.fitting_nbytes < SMALLEST_SHARE * planned.cache_nbytes:
+            return f"only {plan.fitting_nbytes} of {planned.cache_nbytes} bytes for the KV cache fit beside the model"
+        if plan.fitting_nbytes < (needed := needed_nbytes(worker)):
+            return f"{plan.fitting_nbytes} bytes for the KV cache are fewer than {needed}, which long requests may take"
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for this one's vote, so it is cast in any case
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _applying(apply: Callable[[Any], None], *, user_decided: bool) -> Callable[[Any], None]:
+    """``maybe_apply_startup_plan``, which applies a plan on all ranks or on none."""
+
+    @functools.wraps(apply)
+    def maybe_apply_startup_plan(worker: Any) -> None:
+        before = getattr(worker, _PLAN, None)
+        if worker.cache_config.kv_cache_memory_bytes is not None or (before is not None and before.rejected):
+            return
+        obstacle = _obstacle(worker, apply, user_decided=user_decided)
+        if not _enabled():
+            return
+        rejection = listener().agree(FOUND, obstacle)
+        if rejection is not None:
+            worker.cache_config.kv_cache_memory_bytes = None
+            if (plan := getattr(worker, _PLAN, None)) is not None:
+                plan.applied = None
+            logger.info("caches: vLLM measures its memory without a start-up plan: %s", rejection)
+
+    setattr(maybe_apply_startup_plan, _MARK, True)
+    return maybe_apply_startup_plan
+
+
+def _obstacle(worker: Any, apply: Callable[[Any], None], *, user_decided: bool) -> str | None:
+    """The reason why ``apply`` has not applied a right plan to ``worker``; None if it has."""
+    plan = None
+    try:
+        plan = StartUpPlan.of(worker)
+        setattr(worker, _PLAN, plan)
+        obstacle = plan.obstacle() if _enabled() else "plans are not enabled"
+    except Exception as error:  # noqa: BLE001 - vLLM computes its keys, and the other ranks wait for this vote
+        obstacle = f"{type(error).__name__}: {error}"
+    # A plan of which this package has no record is the user's choice alone.
+    if obstacle is not None and not (user_decided and (plan is None or not plan.recorded)):
+        return obstacle
+    try:
+        apply(worker)
+    except Exception as error:  # noqa: BLE001 - as above
+        return f"{type(error).__name__}: {error}"
+    applied_nbytes = worker.cache_config.kv_cache_memory_bytes
+    if applied_nbytes is None:
+        return obstacle or "vLLM did not apply it"
+    if plan is not None and plan.applied is not None and applied_nbytes != plan.applied.cache_nbytes:
+        return f"vLLM applied another one, with {applied_nbytes} bytes"
+    return None
+
+
+def _enabled() -> bool:
+    from vllm import envs
+
+    return bool(envs.VLLM_ENABLE_STARTUP_PLAN)
+
+
+def _saving(save: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
+    """``maybe_save_startup_plan``, which vLLM calls after every measurement, with plans or without."""
+
+    @functools.wraps(save)
+    def maybe_save_startup_plan(worker: Any, kv_cache_memory_bytes: int) -> None:
+        with guarded(KIND):
+            save(worker, kv_cache_memory_bytes)
+            plan = getattr(worker, _PLAN, None)
+            if plan is not None:
+                plan.measured(kv_cache_memory_bytes, keep=_enabled())
+
+    setattr(maybe_save_startup_plan, _MARK, True)
+    return maybe_save_startup_plan
