@@ -174,9 +174,8 @@ def test_a_receiver_installs_under_its_own_name_and_passes_it_on_in_a_chain(
             aot, table = code_place(root, f"folder-{number}"), table_place(root)
             assert caches.about_to_read(aot)
             assert caches.about_to_read(table)
-            plan = caches.plan()
-            assert plan == PLAN
-            caches.produced(plan_place(root), None, encode_plan(plan))
+            assert caches.about_to_read(plan_place(root))
+            caches.produced(plan_place(root), None, encode_plan(PLAN))
             for place, seconds in ((aot, 1.5), (table, None)):
                 caches.outcome(place.kind, place.name, used=True, seconds=seconds)
                 caches.produced(place, None)
@@ -224,7 +223,7 @@ def test_a_cache_that_is_late_costs_nothing(
     caches = receiver(tmp_path / "1", seed, monkeypatch, wait=False)
     assert began.wait(10)
     assert not caches.about_to_read(code_place(tmp_path / "1", "own"))
-    assert caches.plan() is None
+    assert not caches.about_to_read(plan_place(tmp_path / "1"))
     with caplog.at_level(logging.INFO):
         caches.warm()  # while the transfer hangs
     on_its_way.set()
@@ -293,7 +292,7 @@ def test_what_arrives_wrong_is_not_used(
     caches = receiver(tmp_path / "1", seed, monkeypatch)
     assert not caches.about_to_read(code_place(tmp_path / "1", "own"))
     assert not caches.about_to_read(table_place(tmp_path / "1"))
-    assert caches.plan() is None
+    assert not caches.about_to_read(plan_place(tmp_path / "1"))
     caches.warm()
     assert set(report.announced().partition(";")[0].split(",")) == {
         f"{kind}=miss:{reason}" for kind in ("torch_aot", "autotune_table", "startup_plan")
@@ -315,7 +314,6 @@ def test_a_directory_that_takes_no_files_costs_the_cache(
     caches = receiver(tmp_path / "1", seed, monkeypatch)
     assert not caches.about_to_read(code_place(tmp_path / "1", "own"))
     assert not caches.about_to_read(table_place(tmp_path / "1"))
-    assert caches.plan() == PLAN  # needs no directory
     with caplog.at_level(logging.INFO):
         caches.warm()
     assert f"refused: no place for torch_aot rank_0_0 in {tmp_path / '1'}: {os.strerror(number)}" in caplog.text
@@ -381,7 +379,7 @@ def test_after_warm_up_nothing_is_installed_or_left(tmp_path: Path, monkeypatch:
     caches = receiver(tmp_path / "1", first_seed(tmp_path / "0"), monkeypatch)
     caches.warm()
     assert not caches.about_to_read(code_place(tmp_path / "1", "own"))
-    assert caches.plan() is None
+    assert not caches.about_to_read(plan_place(tmp_path / "1"))
     assert os.listdir(tmp_path / "1" / staging.STAGING) == []
 
 
@@ -496,7 +494,7 @@ def test_an_artifact_that_never_arrives_does_not_keep_the_others_away(
     seed = first_seed(tmp_path / "0")
     seed.before = lambda artifact: _dead(artifact) if artifact.kind == "startup_plan" else None
     caches = receiver(tmp_path / "1", seed, monkeypatch)
-    assert caches.plan() is None
+    assert not caches.about_to_read(plan_place(tmp_path / "1"))
     assert caches.about_to_read(table_place(tmp_path / "1"))
     caches.warm()
 

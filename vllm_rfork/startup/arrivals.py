@@ -98,11 +98,6 @@ class Arrivals:
                 return
         received.discard()
 
-    def first(self, kind: str) -> Key | None:
-        """The key of the first artifact of ``kind`` in the list."""
-        with self._lock:
-            return next((key for key in self._expected or {} if key[0] == kind), None)
-
     def take(self, key: Key) -> Received:
         """The artifact of ``key``, which belongs to the caller from now on.
 

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from vllm_rfork.caches.installer import install, install_file, is_there
 from vllm_rfork.caches.manifest import Artifact, identity_differences
 from vllm_rfork.caches.rewriting import MAX_INDEX_NBYTES
-from vllm_rfork.caches.safe.startup_plan import CarriedPlan, decode_plan
 from vllm_rfork.caches.staging import Staged
 from vllm_rfork.errors import CacheError
 from vllm_rfork.logs.worker import worker_logger
@@ -98,25 +97,6 @@ class WorkerCaches:
         """See :class:`CacheListener`."""
         received_s = self._results.seconds_of(place.kind, place.name)
         self._collection.add(place, received_s if seconds is None else seconds, body)
-
-    def plan(self) -> CarriedPlan | None:
-        """See :class:`CacheListener`."""
-        if self._fetch is None:
-            return None
-        key = self._arrivals.first("startup_plan") or ("startup_plan", "any")
-        try:
-            received = self._arrivals.take(key)
-            if not isinstance(received, Body):
-                raise CacheError(f"{received.artifact} is not JSON")
-            plan = decode_plan(bytes(received.content))
-        except Missed as missed:
-            self._results.missed(*key, str(missed))
-            return None
-        except CacheError as error:
-            self._results.missed(*key, f"refused: {error}")
-            return None
-        self._results.installed(*key, 1, received.artifact.seconds)
-        return plan
 
     def agree(self, stage: str, obstacle: str | None) -> str | None:
         """See :class:`CacheListener`; takes at most :data:`VOTE_S` and the votes' grace."""

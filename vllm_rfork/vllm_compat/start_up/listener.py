@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_rfork.caches.paths import Parts
-from vllm_rfork.caches.safe.startup_plan import CarriedPlan
 
 Rewrite = Callable[[bytes, Set[str], Path], bytes]
 """A function of ``caches/rewriting.py``: content, names of the other files of its directory, that directory."""
@@ -92,9 +91,6 @@ class CacheListener(Protocol):
             body: the content of a JSON cache that is not what lies at the place.
         """
 
-    def plan(self) -> CarriedPlan | None:
-        """The seed's start-up plan, if it has arrived."""
-
     def agree(self, stage: str, obstacle: str | None) -> str | None:
         """The common decision of all ranks of this instance: None if no rank has an obstacle, else one of them."""
 
@@ -118,9 +114,6 @@ class _Nothing:
 
     def produced(self, place: Place, seconds: float | None, body: bytes | None = None) -> None:
         pass
-
-    def plan(self) -> CarriedPlan | None:
-        return None
 
     def agree(self, stage: str, obstacle: str | None) -> str | None:
         return obstacle or "this process carries no caches"
