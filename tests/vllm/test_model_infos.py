@@ -186,6 +186,17 @@ def test_a_second_start_on_an_empty_cache_root_inspects_nothing(
     assert (inspected, service.asked) == ([], []), "its own file is enough"
 
 
+def test_a_file_of_another_source_is_left_to_vllm(
+    start: Callable[..., Any], offered: Path, inspected: list[str], service: Service, tmp_path: Path
+) -> None:
+    stale = tmp_path / "stale" / "modelinfos" / offered.name
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(other_source(offered.read_bytes()))
+    start(tmp_path / "stale")
+    assert (inspected, service.asked) == (["Qwen2ForCausalLM"], [])
+    assert json.loads(stale.read_bytes()) == json.loads(offered.read_bytes())
+
+
 @pytest.mark.parametrize("extra", [{"rfork_caches": "off"}, {"model_url": ""}])
 def test_a_start_that_takes_no_caches_asks_nobody(
     start: Callable[..., Any],

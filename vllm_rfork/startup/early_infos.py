@@ -8,11 +8,12 @@ answer, or none, vLLM inspects the classes as usual.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,24 @@ def while_configuring(engine_args: Any, extra: Mapping[str, Any]) -> AbstractCon
 def _of_process(settings: Settings, seed_keys: tuple[str, ...]) -> EarlyInfos:
     """The one attempt of this process for these settings: configurations may be made several times."""
     return EarlyInfos(settings, seed_keys)
+
+
+class _Daemons(concurrent.futures.ThreadPoolExecutor):
+    """Runs each call on a daemon thread: the exit of the front end does not wait for a name that does not resolve."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        """Start ``fn`` at once; its future cannot be cancelled."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001 - raised again where the future is awaited
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="rfork-model-infos-io", daemon=True).start()
+        return future
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,7 @@ class EarlyInfos:
     async def _fetch(self) -> _Found:
         """Raises PlannerError, SeedError or CacheError."""
         started = time.monotonic()
+        asyncio.get_running_loop().set_default_executor(_Daemons())
         timeout_s = min(BOUND_S, self._settings.rfork_request_timeout_sec)
         credentials = Credentials.of(self._settings)
         planner = PlannerClient(

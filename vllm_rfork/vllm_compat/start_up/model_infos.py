@@ -199,11 +199,15 @@ def _hook_registry() -> None:
 
 
 def _took(entry: Any, module_hash: str, find: Find) -> bool:
-    """Write the file of ``entry`` with what ``find`` returns; False if there is nothing, or a file of another source.
+    """Write the file of ``entry`` with what ``find`` returns; False if there is nothing.
+
+    A file of another source is vLLM's to replace: ``find`` is not asked then.
 
     Raises:
         CacheError: it does not fit this vLLM or this source, or cannot be written.
     """
     place = _place(entry, lambda body: checked_model_info(body, module_hash, fields()))
+    if is_there(place.root, place.directory, place.file):
+        return False
     body = find(place.name, place.identity)
     return body is not None and install_file(place.root, place.directory, place.file, place.check(body))

@@ -1,0 +1,39 @@
+"""A front end that takes model information from a seed: its own time is bounded, its exit included."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from vllm_rfork.config import parse_config
+from vllm_rfork.startup.early_infos import BOUND_S, EarlyInfos
+
+
+def test_a_name_that_does_not_resolve_delays_neither_the_start_nor_the_exit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolving, hanging = threading.Event(), threading.Event()
+
+    def getaddrinfo(*arguments: object, **options: object) -> object:
+        resolving.set()
+        hanging.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    given = {"model_url": "m", "model_deploy_strategy_name": "s", "rfork_scheduler_url": "http://planner.invalid:1"}
+    before = set(threading.enumerate())
+    started = time.monotonic()
+    with caplog.at_level("INFO"):
+        assert EarlyInfos(parse_config(given, {}).settings, ("key",)).find("name", {}) is None
+    took_s = time.monotonic() - started
+    left = set(threading.enumerate()) - before
+    hanging.set()
+    for thread in left:
+        thread.join(10)
+    assert resolving.is_set()
+    assert took_s < BOUND_S + 0.5
+    assert all(thread.daemon for thread in left), "Python joins the others when it exits"
+    assert "so vLLM inspects model classes" in caplog.text
