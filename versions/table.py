@@ -182,6 +182,7 @@ ROWS: tuple[Row, ...] = (
         "data_parallel_rank_local",
         "data_parallel_index",
         "data_parallel_rank",
+        "enable_elastic_ep",
         "disable_custom_all_reduce",
         "distributed_executor_backend",
         "world_size",

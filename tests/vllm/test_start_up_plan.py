@@ -341,7 +341,7 @@ def test_a_cache_that_does_not_fit_becomes_smaller(
     assert decode_plan(receiver.made[0][1]) == plan, "others get the plan as it was measured"
 
 
-@pytest.mark.parametrize(("neighbour_nbytes", "needed_nbytes"), [(40 * GB, GB), (0, 50 * GB)])
+@pytest.mark.parametrize(("neighbour_nbytes", "needed_nbytes"), [(40 * GB, GB), (10 * GB, 25 * GB)])
 def test_a_cache_that_would_be_too_small_is_measured(
     hooked: Starts, tmp_path: Path, neighbour_nbytes: int, needed_nbytes: int
 ) -> None:
@@ -358,6 +358,31 @@ def test_a_rank_measures_if_another_one_does(hooked: Starts, tmp_path: Path, sta
     receiver = Listener(encode_plan(seeds_plan(hooked, tmp_path / "seed")))
     receiver.refuse[stage] = "rank 1: no plan"
     assert hooked.run(receiver)[0] == calls
+
+
+def test_a_plan_without_room_for_long_requests_costs_no_second_profiling_run(hooked: Starts, tmp_path: Path) -> None:
+    receiver = Listener(encode_plan(seeds_plan(hooked, tmp_path / "seed")))
+    worker = hooked.prepare(receiver)
+    worker.needed_nbytes = 50 * GB
+    assert hooked.run(receiver, worker)[0] == MEASURED
+    assert "long requests" in receiver.refused
+
+
+@pytest.mark.parametrize("flag", ["", "1"])
+def test_a_start_that_died_with_a_seeds_plan_does_not_use_it_again(
+    starts: Starts, request: pytest.FixtureRequest, tmp_path: Path, flag: str
+) -> None:
+    if flag:
+        starts.patch.setenv(plan_hooks.FLAG, flag)
+    hooked = request.getfixturevalue("hooked")
+    body = encode_plan(seeds_plan(hooked, tmp_path / "seed"))
+    worker = hooked.prepare(Listener(body))
+    worker.determine_available_memory()
+    assert worker.model_runner.calls == ["profile"], "it dies while it captures graphs"
+    again = Listener(body)
+    assert hooked.run(again)[0] == MEASURED
+    assert "did not end its warm-up" in str(again.votes[0][1])
+    assert hooked.run(Listener())[0] == PLANNED, "by what it measured itself"
 
 
 def test_a_failure_while_looking_for_a_plan_is_a_vote(hooked: Starts, tmp_path: Path) -> None:

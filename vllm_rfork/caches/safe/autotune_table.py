@@ -82,5 +82,5 @@ def _count(tactic: Any, depth: int) -> int:
     """The number of values in ``tactic``; more than the bound if one of them is not acceptable."""
     if isinstance(tactic, list):
         return 1 + sum(_count(each, depth - 1) for each in tactic) if depth else MAX_TACTIC_VALUES + 1
-    acceptable = tactic is None or (isinstance(tactic, int) and -_MAX_NUMBER <= tactic < _MAX_NUMBER)
+    acceptable = tactic is None or (type(tactic) is int and -1 <= tactic < _MAX_NUMBER)
     return 1 if acceptable else MAX_TACTIC_VALUES + 1

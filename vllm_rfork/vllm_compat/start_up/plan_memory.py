@@ -70,11 +70,19 @@ def needed_nbytes(worker: Any) -> int:
     return REQUESTS * sum(int(spec.max_memory_usage_bytes(worker.vllm_config)) for spec in specs.values())
 
 
-def graphs_obstacle(worker: Any, plan: CarriedPlan) -> str | None:
-    """The reason why the plan's graphs cannot be this worker's: it captures some, and the plan has none."""
+def worker_obstacle(worker: Any, plan: CarriedPlan) -> str | None:
+    """The reason why ``plan`` cannot be this worker's, besides memory and settings."""
+    parallel_config = worker.vllm_config.parallel_config
+    launched = str(getattr(parallel_config, "distributed_executor_backend", None)) == "external_launcher"
+    if getattr(parallel_config, "enable_elastic_ep", False) or (launched and parallel_config.data_parallel_size > 1):
+        return "ranks that measure together with this one do not vote with it"
     mode = worker.vllm_config.compilation_config.cudagraph_mode
     without = worker.vllm_config.model_config.enforce_eager or getattr(mode, "name", None) == "NONE"
-    return None if without or plan.graphs_nbytes else "this worker captures graphs, and the plan has no memory for any"
+    if not without and not plan.graphs_nbytes:
+        return "this worker captures graphs, and the plan has no memory for any"
+    if plan.cache_nbytes < (needed := needed_nbytes(worker)):
+        return f"{plan.cache_nbytes} bytes for the KV cache are fewer than {needed}, which long requests may take"
+    return None
 
 
 def plan_settings(worker: Any) -> dict[str, str]:

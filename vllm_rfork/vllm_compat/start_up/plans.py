@@ -24,14 +24,17 @@ from vllm_rfork.caches.safe.startup_plan import (
 )
 from vllm_rfork.errors import CacheError
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.start_up.listener import JsonPlace, listener
-from vllm_rfork.vllm_compat.start_up.plan_memory import device_memory, graphs_obstacle, plan_settings
+from vllm_rfork.vllm_compat.start_up.plan_memory import device_memory, plan_settings, worker_obstacle
 from vllm_rfork.vllm_compat.startup_plan_file import plan_file
 
 logger = worker_logger(__name__)
 
 KIND = "startup_plan"
 _DIRECTORY = ("startup_plan",)
+#: The record of a seed's plan while a start uses it that has not captured its graphs yet.
+_UNPROVEN = b"{}"
 
 
 class StartUpPlan:
@@ -40,7 +43,7 @@ class StartUpPlan:
     Args:
         fingerprint: vLLM's, for the plan of this worker.
         memory, settings: of this worker.
-        graphs_obstacle: the reason why a plan's graphs cannot be this worker's.
+        worker_obstacle: the reason why a plan cannot be this worker's, besides memory and settings.
 
     Attributes:
         applied: the plan whose file vLLM has been given; None before, and if there is none.
@@ -59,10 +62,10 @@ class StartUpPlan:
         fingerprint: str,
         memory: DeviceMemory,
         settings: dict[str, str],
-        graphs_obstacle: Callable[[CarriedPlan], str | None] = lambda plan: None,
+        worker_obstacle: Callable[[CarriedPlan], str | None] = lambda plan: None,
     ) -> None:
         self._root, self._rank, self._fingerprint = root, rank, fingerprint
-        self._graphs_obstacle = graphs_obstacle
+        self._worker_obstacle = worker_obstacle
         self.memory, self._settings = memory, settings
         self._file, self._record_file = f"startup_plan_{fingerprint}.json", f"rfork_{fingerprint}.json"
         self.applied: CarriedPlan | None = None
@@ -89,7 +92,7 @@ class StartUpPlan:
             fingerprint=fingerprint,
             memory=device_memory(worker),
             settings=plan_settings(worker),
-            graphs_obstacle=functools.partial(graphs_obstacle, worker),
+            worker_obstacle=functools.partial(worker_obstacle, worker),
         )
         _observe(worker.model_runner, "profile_cudagraph_memory", plan._graphs_measured)
         _observe(worker.model_runner, "capture_model", plan._graphs_captured)
@@ -101,9 +104,12 @@ class StartUpPlan:
         Raises:
             CacheError: a file cannot be read or written.
         """
-        record = self._record()
-        self.recorded = record is not None
-        if record is not None:
+        content = self._recorded()
+        self.recorded = content is not None
+        if content == _UNPROVEN:
+            return "the last start with a seed's plan did not end its warm-up"
+        if content is not None:
+            record = decode_plan(content)
             if self._obstacle(record) is None:
                 self._replace(self._file, self._vllms(record))
                 self.applied = record
@@ -118,7 +124,7 @@ class StartUpPlan:
         return None
 
     def _obstacle(self, plan: CarriedPlan) -> str | None:
-        return fit_obstacle(plan, self.memory, self._settings) or self._graphs_obstacle(plan)
+        return fit_obstacle(plan, self.memory, self._settings) or self._worker_obstacle(plan)
 
     def fitted(self, cache_config: Any, value: int) -> int:
         """Let the KV cache have :attr:`fitting_nbytes`, and offer the plan to others as it is.
@@ -140,6 +146,8 @@ class StartUpPlan:
                 self.fitting_nbytes,
             )
         cache_config.kv_cache_memory_bytes = self.fitting_nbytes
+        if not plan.graphs_nbytes:  # no graphs follow, for which memory could be missing
+            self._prove()
         place = self._place(_checked)
         listener().outcome(KIND, place.name, used=True, seconds=None)
         listener().produced(place, None, encode_plan(plan))
@@ -168,9 +176,10 @@ class StartUpPlan:
         plan = decode_plan(body)
         if (obstacle := self._obstacle(plan)) is not None:
             raise CacheError(f"the seed's start-up plan does not fit: {obstacle}")
-        self._replace(self._record_file, encode_plan(plan))
+        content = self._vllms(plan)
+        self._replace(self._record_file, _UNPROVEN)
         self.applied = plan
-        return self._vllms(plan)
+        return content
 
     def _vllms(self, plan: CarriedPlan) -> bytes:
         return plan_file(plan, self._fingerprint, self.memory, self._settings)
@@ -178,17 +187,15 @@ class StartUpPlan:
     def _place(self, check: Callable[[bytes], bytes]) -> JsonPlace:
         return JsonPlace(KIND, f"rank{self._rank}", self._settings, self._root, _DIRECTORY, self._file, check)
 
-    def _record(self) -> CarriedPlan | None:
-        """The record of this fingerprint; None if there is none, or none that can be read."""
+    def _recorded(self) -> bytes | None:
+        """The content of the record; None if there is none. Raises CacheError if it cannot be read."""
         path = self._root.joinpath(*_DIRECTORY, self._record_file)
-        try:
-            with path.open("rb") as file:
-                return decode_plan(file.read(MAX_PLAN_NBYTES + 1))
-        except FileNotFoundError:
-            return None
-        except (CacheError, OSError) as error:
-            logger.info("caches: the record %s is not used: %s", path, error)
-            return None
+        with as_cache_error(f"{path} cannot be read"):
+            try:
+                with path.open("rb") as file:
+                    return file.read(MAX_PLAN_NBYTES + 1)
+            except FileNotFoundError:
+                return None
 
     def _replace(self, name: str, content: bytes) -> None:
         self._remove(name)
@@ -203,6 +210,12 @@ class StartUpPlan:
 
     def _graphs_captured(self, result: Any, seconds: float) -> None:
         self.graphs_nbytes = max(0, int(result or 0))
+        self._prove()
+
+    def _prove(self) -> None:
+        """Let later starts on this host use the applied plan: this one had the memory for it."""
+        if self.applied is not None:
+            self._replace(self._record_file, encode_plan(self.applied))
 
 
 def _checked(body: bytes) -> bytes:
@@ -217,10 +230,11 @@ def _observe(runner: Any, name: str, then: Callable[[Any, float], None]) -> None
 
     @functools.wraps(original)
     def once(*args: Any, **kwargs: Any) -> Any:
-        delattr(runner, name)
+        vars(runner).pop(name, None)
         started = time.monotonic()
         result = original(*args, **kwargs)
-        then(result, time.monotonic() - started)
+        with guarded(KIND):
+            then(result, time.monotonic() - started)
         return result
 
     setattr(runner, name, once)
