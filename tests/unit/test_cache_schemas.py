@@ -200,6 +200,8 @@ def test_a_worker_that_does_not_know_its_environment_takes_no_table(own: dict[st
         ["", 1],
         ["MoERunner", 2**31],
         ["MoERunner", -(2**40)],
+        ["MoERunner", -2],
+        ["MoERunner", True],
         ["MoERunner", 1.5],
         ["MoERunner", "text"],
         ["MoERunner", {"a": 1}],

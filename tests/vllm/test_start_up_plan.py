@@ -28,6 +28,7 @@ from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.vllm_compat.rank_groups import RankGroup
 from vllm_rfork.vllm_compat.start_up import plan_hooks
 from vllm_rfork.vllm_compat.start_up.listener import JsonPlace, listen
+from vllm_rfork.vllm_compat.start_up.plan_memory import worker_obstacle
 
 pytestmark = pytest.mark.vllm
 
@@ -383,6 +384,22 @@ def test_a_start_that_died_with_a_seeds_plan_does_not_use_it_again(
     assert hooked.run(again)[0] == MEASURED
     assert "did not end its warm-up" in str(again.votes[0][1])
     assert hooked.run(Listener())[0] == PLANNED, "by what it measured itself"
+
+
+def test_ranks_that_measure_together_but_vote_apart_use_no_plan(hooked: Starts, tmp_path: Path) -> None:
+    plan = seeds_plan(hooked, tmp_path / "seed")
+    worker = hooked.prepare(Listener())
+    assert worker_obstacle(worker, plan) is None
+    worker.parallel_config.enable_elastic_ep = True
+    assert "do not vote" in str(worker_obstacle(worker, plan))
+
+
+def test_a_number_of_another_type_never_fails_a_start(hooked: Starts, caplog: pytest.LogCaptureFixture) -> None:
+    hooked.patch.setattr(Runner, "capture_model", lambda self: "2 GB")
+    worker = hooked.prepare(Listener())
+    worker.determine_available_memory()
+    assert worker.model_runner.capture_model() == "2 GB"
+    assert "startup_plan was left to vLLM because of ValueError" in caplog.text
 
 
 def test_a_failure_while_looking_for_a_plan_is_a_vote(hooked: Starts, tmp_path: Path) -> None:
