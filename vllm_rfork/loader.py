@@ -25,6 +25,7 @@ from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
 from vllm_rfork.vllm_compat.start_up import install_hooks
+from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.worker_hooks import withdraw_before_changes
 
 logger = worker_logger(__name__)
@@ -141,12 +142,13 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
 
 
 def _caches_of(settings: Settings, credentials: Credentials) -> WorkerCaches | None:
-    """The caches of this start, with their hooks on vLLM; None if there are none."""
-    carried = CacheSettings.of(settings, credentials)
-    if carried is None:
-        return None
-    install_hooks(carried.level)
-    return worker_caches(carried)
+    """The caches of this start, with their hooks on vLLM; None if there are none, or they failed: the fork goes on."""
+    with guarded("every cache"):
+        carried = CacheSettings.of(settings, credentials)
+        if carried is not None:
+            install_hooks(carried.level)
+            return worker_caches(carried)
+    return None
 
 
 class _Build(BaseModelLoader):  # type: ignore[misc]

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.unit.cache_seeds import held, offered
+from tests.unit.compiling_vllm import Vllm
 from vllm_rfork.caches import staging
 from vllm_rfork.caches.collector import QUIET_S
 from vllm_rfork.caches.manifest import LEVELS, Artifact, Offer
@@ -27,6 +29,7 @@ from vllm_rfork.startup import worker_caches as worker_caches_module
 from vllm_rfork.startup.settings import ORDER, CacheSettings
 from vllm_rfork.startup.worker_caches import WorkerCaches, worker_caches
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace, listen, listener
+from vllm_rfork.vllm_compat.start_up.roots import cache_root
 
 SEED = SeedAddress("10.0.0.7", 4711, 0)
 CODE = Options(token="t", ca_file="ca.pem", seed_tls="require")
@@ -249,6 +252,33 @@ def test_a_cache_that_is_asked_for_again_once_it_has_arrived_is_not_a_miss(
     assert "missed" not in caplog.text
 
 
+def test_a_kernel_that_was_late_and_then_differs_is_reported_with_the_fact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, on_its_way = FakeSeed(offered(held("triton", "kernels", {"KEY/a.cubin": b"x"}))), threading.Event()
+    seed.before = lambda artifact: on_its_way.wait(10)
+    caches = receiver(tmp_path, seed, monkeypatch, wait=False)
+    place = CachePlace("triton", "kernels", {"vllm": "0.32.0"}, tmp_path, ())
+    assert not caches.about_to_read(place)  # Triton asks with each kernel
+    on_its_way.set()
+    settle(caches)
+    assert not caches.about_to_read(place)
+    assert not caches.about_to_read(place)  # it has been taken by now, which says nothing new
+    caches.warm()
+    assert report.announced() == "triton=miss:identity"
+
+
+def test_a_list_that_is_malformed_is_refused_and_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Liar(FakeSeed):
+        async def offer(self, seed: SeedAddress, seed_key: str) -> Offer | None:
+            raise CacheError("the seed's list of caches cannot be read")
+
+    caches = receiver(tmp_path, Liar(None), monkeypatch)
+    assert not caches.about_to_read(code_place(tmp_path, "own"))
+    caches.warm()
+    assert report.announced() == "torch_aot=miss:refused"
+
+
 def test_a_seed_that_is_not_ready_is_asked_until_warm_up_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +413,17 @@ def test_after_warm_up_nothing_is_installed_or_left(tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path / "1" / staging.STAGING) == []
 
 
+def test_a_forked_child_that_exits_leaves_its_parents_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = receiver(tmp_path, FakeSeed(offered(held("torch_aot", "rank_0_0", {"model": b"x"}))), monkeypatch)
+    child = os.fork()
+    if child == 0:
+        caches._arrivals.close()  # as atexit does in a child that ends by sys.exit()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert [path.name for path in (tmp_path / staging.STAGING).rglob("*") if path.is_file()] == ["0"]
+    caches.warm()
+
+
 def test_what_vllm_refuses_is_a_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -457,6 +498,20 @@ def test_all_models_of_a_start_share_its_caches_and_another_start_has_its_own(
     assert offers.source() is None  # it is not a seed, so no receiver asks again
     another.warm()
     listen(None)
+
+
+def test_a_user_without_a_home_still_has_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    Vllm("0.26.0", monkeypatch).envs.__dict__["VLLM_CACHE_ROOT"] = str(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(worker_caches_module._Slot, "present", None)
+    worker_caches(settings("safe"))
+    listen(None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert cache_root("triton") == tmp_path
 
 
 def test_without_caches_no_receiver_is_kept_asking() -> None:

@@ -15,7 +15,9 @@ from tests.vllm import fakes
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import digests_of, distributed, free_port, load, load_digested, vllm_config
 from vllm_rfork import plugin
+from vllm_rfork.config import parse_config
 from vllm_rfork.engines.memory import MemoryEngine
+from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.seeding.publication import seed_ports
 
@@ -91,6 +93,17 @@ def test_an_in_tree_module_that_cannot_be_imported_does_not_fail_the_start(
     plugin.register()
     assert registered().__module__ == "vllm_rfork.loader"
     del rfork_log
+
+
+def test_caches_that_fail_cost_no_fork(monkeypatch: pytest.MonkeyPatch, rfork_log: LogRecords) -> None:
+    from vllm_rfork import loader
+
+    def fail(level: str) -> None:
+        raise ArithmeticError("not here")
+
+    monkeypatch.setattr(loader, "install_hooks", fail)
+    assert loader._caches_of(parse_config({}).settings, Credentials()) is None
+    assert rfork_log.warnings == ["RFork: caches: every cache was left to vLLM because of ArithmeticError: not here"]
 
 
 # --- delegation ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Mapping
 
@@ -71,18 +72,23 @@ class Arrivals:
         self._expected: Mapping[Key, Artifact] | None = None
         self._arrived: dict[Key, Received] = {}
         self._reasons: dict[Key, str] = {}
+        self._reason_for_all: str | None = None
         self._asked = False
         self._closed = False
+        self._process = os.getpid()
         self.details: Mapping[str, str] = {}
 
     def asked(self) -> None:
         """Take note that a seed has been asked for its list."""
         self._asked = True
 
-    def failed(self, reason: str, key: Key) -> None:
-        """Take note that the artifact of ``key`` does not come, because of ``reason``."""
+    def failed(self, reason: str, key: Key | None = None) -> None:
+        """Take note that the artifact of ``key``, or all of them without a key, do not come because of ``reason``."""
         with self._lock:
-            self._reasons[key] = reason
+            if key is None:
+                self._reason_for_all = reason
+            else:
+                self._reasons[key] = reason
 
     def listed(self, offer: Offer) -> None:
         """Take note of the seed's list."""
@@ -107,13 +113,15 @@ class Arrivals:
         with self._lock:
             if key in self._arrived:
                 return self._arrived.pop(key)
-            if key in self._reasons:
-                raise Missed(self._reasons[key])
+            if (reason := self._reasons.get(key, self._reason_for_all)) is not None:
+                raise Missed(reason)
             may_come = self._asked if self._expected is None else key in self._expected
             raise Missed("late" if may_come else "none")
 
     def close(self) -> None:
-        """Discard what has arrived and was not taken. Idempotent."""
+        """Discard what has arrived and was not taken. Idempotent, and without effect in a forked child."""
+        if os.getpid() != self._process:  # the files are the parent's, and a thread of it may hold the lock
+            return
         with self._lock:
             self._closed = True
             left, self._arrived = list(self._arrived.values()), {}

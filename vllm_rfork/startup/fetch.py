@@ -103,7 +103,11 @@ class Fetch:
 
     async def _fetch(self) -> None:
         self._loop = asyncio.get_running_loop()
-        offer = await self._offer()
+        try:
+            offer = await self._offer()
+        except CacheError as error:
+            self._arrivals.failed(f"refused: {error}")
+            raise
         if offer is None:
             return
         self._arrivals.listed(offer)

@@ -78,9 +78,14 @@ class Results:
                 each.there += 1
 
     def missed(self, kind: str, name: str, reason: str) -> None:
-        """Take note that an artifact was not installed; the first word of ``reason`` is its class."""
+        """Take note that an artifact was not installed; the first word of ``reason`` is its class.
+
+        The first reason stays, but for ``late``: a hook that asks again finds out more.
+        """
         with self._lock:
-            self._of(kind).missed.setdefault(name, reason)
+            missed = self._of(kind).missed
+            if missed.get(name, "late") == "late":
+                missed[name] = reason
 
     def outcome(self, kind: str, name: str, used: bool, seconds: float | None, reason: str | None) -> None:
         """Take note of whether vLLM used an artifact; it counts if it was the seed's."""

@@ -7,10 +7,13 @@ from pathlib import Path
 
 
 def cache_root(kind: str) -> Path:
-    """The root of the caches of ``kind``; see ``caches.manifest.LEVELS``."""
+    """The root of the caches of ``kind``; see ``caches.manifest.LEVELS``.
+
+    A user without a home directory has the one that Triton and vLLM use then: ``~``, in the working directory.
+    """
     if kind == "triton":
-        home = Path(os.environ.get("TRITON_HOME") or Path.home())
-        return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+        home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+        return Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache"))
     from vllm import envs
 
     return Path(envs.VLLM_CACHE_ROOT)
