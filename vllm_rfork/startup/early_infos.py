@@ -30,7 +30,7 @@ from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.within import within
 from vllm_rfork.seed_key import build_seed_key
 from vllm_rfork.startup.arrivals import Body
-from vllm_rfork.threads.deadline import call_with_deadline
+from vllm_rfork.threads.deadline import call_with_deadline, start_on_thread
 from vllm_rfork.vllm_compat.early_settings import first_ranks
 from vllm_rfork.vllm_compat.start_up import model_infos
 from vllm_rfork.vllm_compat.start_up.guard import guarded
@@ -71,18 +71,8 @@ class _Daemons(concurrent.futures.ThreadPoolExecutor):
     """Runs each call on a daemon thread: the exit of the front end does not wait for a name that does not resolve."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        """Start ``fn`` at once; its future cannot be cancelled."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except Exception as error:  # noqa: BLE001 - raised again where the future is awaited
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="rfork-model-infos-io", daemon=True).start()
-        return future
+        """Start ``fn`` at once."""
+        return start_on_thread(lambda: fn(*args, **kwargs), "rfork-model-infos-io", delays_exit=False)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ class DeadlineExceeded(TimeoutError):
 def start_on_thread(fn: Callable[[], T], name: str, *, delays_exit: bool = True) -> concurrent.futures.Future[T]:
     """Call ``fn`` on a new daemon thread called ``name``; the future gets its result or whatever it raises.
 
+    It cannot be cancelled: who gives up waiting leaves the call to itself.
+
     Args:
         delays_exit: wait for the thread when the process exits, as native code requires (:mod:`.native`).
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
     arguments = (fn, future)
     if delays_exit:
         thread = native_thread(_run, name, arguments)
