@@ -53,6 +53,7 @@ def test_any_results_make_a_header_that_fits(kinds: dict[str, str], saved_s: flo
         ";saved=nan",
         ";saved=1e9",
         "a=miss:?",
+        "a=miss:hit",
     ],
 )
 def test_what_is_not_understood_is_ignored(text: str) -> None:

@@ -56,8 +56,12 @@ def parse_cache_results(text: str) -> CacheResults:
     for each in listed.split(","):
         kind, _, result = each.strip().partition("=")
         word, _, reason = result.partition(":")
-        if _WORD.match(kind) and (result == HIT or (word == _MISS and (not reason or _WORD.match(reason)))):
-            kinds[kind] = HIT if result == HIT else reason
+        if not _WORD.match(kind):
+            continue
+        if result == HIT:
+            kinds[kind] = HIT
+        elif word == _MISS and reason != HIT and (not reason or _WORD.match(reason)):
+            kinds[kind] = reason
     saved_s = None
     for each in fields:
         name, _, value = each.strip().partition("=")
