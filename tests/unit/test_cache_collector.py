@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,23 @@ def test_a_directory_with_very_many_names_is_left_early(root: Path, monkeypatch:
     monkeypatch.setattr(bounds, "MAX_ENTRIES", 3)
     with pytest.raises(CacheError, match="more than 3 names"):
         listing(root)
+
+
+@pytest.mark.parametrize("vanishing", ["a", "b"])
+def test_what_vanishes_while_a_compiler_works_is_a_change_and_not_the_end(root: Path, vanishing: str) -> None:
+    """A file between its name and its status, and a directory between its name and its entries."""
+    quiet = QuietDirectory(root, 0.0)
+    assert not quiet.look()
+
+    def only(parts: tuple[str, ...]) -> bool:
+        if parts == (vanishing,):
+            path = root / vanishing
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return True
+
+    assert ("large",) in listing(root, only=only)
+    assert not quiet.look()
+    assert quiet.look()
 
 
 def test_more_than_an_artifact_may_have_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,6 +213,32 @@ def test_a_disk_without_room_is_noticed_before_the_first_byte(tmp_path: Path) ->
     assert not (tmp_path / STAGING).exists()
 
 
+def test_of_two_receivers_with_room_for_one_one_gives_up_and_the_other_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found room before the first byte."""
+
+    def fstatvfs(descriptor: int) -> SimpleNamespace:
+        taken = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        return SimpleNamespace(f_frsize=1, f_bavail=100_000 - taken)
+
+    monkeypatch.setattr(os, "fstatvfs", fstatvfs)
+    monkeypatch.setattr(staging, "_LOOKED_AFTER_NBYTES", 100)
+    contents = {"large": b"x" * 10_000}
+    first, second = (Staged(tmp_path, artifact(contents), kept_free_nbytes=85_000) for _ in range(2))
+    for _ in range(50):
+        first.write(b"x" * 100)
+        second.write(b"x" * 100)
+    first.write(b"x" * 100)
+    with pytest.raises(CacheError, match="left to others"):
+        second.write(b"x" * 100)
+    second.discard()
+    first.write(b"x" * 4_900)
+    first.finish()
+    assert install(first, TARGET) == Installed(1, 0)
+    assert leftovers(tmp_path) == []
+
+
 def test_a_disk_that_fills_meanwhile_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arriving = Staged(tmp_path, artifact(), kept_free_nbytes=0)
 
@@ -330,10 +359,29 @@ def test_a_lock_file_that_is_a_link_is_refused(tmp_path: Path, monkeypatch: pyte
     root = tmp_path / "root"
     arrived = staged(root)
     monkeypatch.setattr(host_lock.socket, "gethostname", lambda: "host/../x")
-    (root / ".rfork-lock-host_.._x").symlink_to(tmp_path / "outside")
+    (root / f".rfork-lock-{os.geteuid()}-host_.._x").symlink_to(tmp_path / "outside")
     with pytest.raises(CacheError, match="cannot be installed"):
         install(arrived, TARGET)
     assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_two_users_of_one_root_do_not_keep_each_other_out() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # below tmp_path another user may not go
+        Path(name).chmod(0o1777)
+        root = os.open(name, os.O_RDONLY)
+        with host_lock.host_lock(root, 0.0):
+            pass
+        child = os.fork()
+        if child == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                os.setuid(65534)
+                with host_lock.host_lock(root, 0.0):
+                    status = 0
+            os._exit(status)
+        os.close(root)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_folders_of_dead_processes_go_and_others_stay(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ that has changed since is refused, and a receiver would notice as well.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
@@ -60,7 +61,8 @@ def listing(root: Path, *, ignored: tuple[str, ...] = TEMPORARY, only: Chosen = 
         only: names that it does not choose may be anything; they are not looked into.
 
     Raises:
-        CacheError: it cannot be read, contains a link or another special file, or more than the bounds allow.
+        CacheError: it cannot be read, contains a link or another special file, or more than the bounds allow. What
+            vanishes meanwhile is left out.
     """
     found: Listing = {}
     looked_at = 0
@@ -68,7 +70,11 @@ def listing(root: Path, *, ignored: tuple[str, ...] = TEMPORARY, only: Chosen = 
         pending: list[Parts] = [()]
         while pending:
             above = pending.pop()
-            with opened_below(top, above) as directory, os.scandir(directory) as entries:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                opened_below(top, above) as directory,
+                os.scandir(directory) as entries,
+            ):
                 for entry in entries:
                     looked_at += 1
                     if looked_at > bounds.MAX_ENTRIES:
@@ -76,7 +82,8 @@ def listing(root: Path, *, ignored: tuple[str, ...] = TEMPORARY, only: Chosen = 
                     parts = (*above, entry.name)
                     if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in ignored) or not only(parts):
                         continue
-                    _note(root, parts, entry.stat(follow_symlinks=False), found, pending)
+                    with contextlib.suppress(FileNotFoundError):
+                        _note(root, parts, entry.stat(follow_symlinks=False), found, pending)
     return dict(sorted(found.items()))
 
 

@@ -1,4 +1,4 @@
-"""A lock among the processes of one host that install into one cache root."""
+"""A lock among the processes of one user and host that install into one cache root."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def host_lock(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Iterator[None]:
-    """Hold the lock of this host in the open directory ``root``. The kernel releases it if the process dies.
+    """Hold the lock of this user and host in the open directory ``root``. The kernel releases it if the process dies.
 
-    A root that several hosts share has one lock for each of them: not every file system has locks between hosts, and
-    the installer never overwrites in any case.
+    A root that several hosts or users share has one lock for each of them: not every file system has locks between
+    hosts, one user may not open another's file, and the installer never overwrites in any case.
 
     Raises:
         CacheError: another process holds it for longer than ``timeout_s``.
         OSError: the lock's file cannot be opened.
     """
-    name = f"{OWN}lock-{re.sub('[^A-Za-z0-9_.-]', '_', socket.gethostname())[:100]}"
+    name = f"{OWN}lock-{os.geteuid()}-{re.sub('[^A-Za-z0-9_.-]', '_', socket.gethostname())[:100]}"
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     descriptor = os.open(name, flags, 0o666, dir_fd=root)
     deadline = clock() + timeout_s

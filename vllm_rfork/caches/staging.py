@@ -28,6 +28,8 @@ STAGING = f"{OWN}staging-{os.geteuid()}"
 KEPT_FREE_NBYTES = 1024**3
 #: Age in seconds from which a folder was left behind by a process that died.
 ABANDONED_S = 3_600.0
+#: Received bytes after which the free space is looked at again: others write to the same disk, receivers among them.
+_LOOKED_AFTER_NBYTES = 16 * 1024 * 1024
 _SYNCED_AT_ONCE = 8
 #: Folders that one call of :func:`remove_abandoned` looks at.
 _LOOKED_AT = 256
@@ -39,7 +41,8 @@ class Staged:
     Args:
         root: the cache root; it is created if it does not exist.
         artifact: checked here again.
-        kept_free_nbytes: the file system must have that many bytes more than the artifact.
+        kept_free_nbytes: the file system must have that many bytes more than the artifact, and while it arrives, than
+            the rest of it.
 
     Attributes:
         complete: all bytes have arrived and are those of the artifact.
@@ -53,19 +56,15 @@ class Staged:
         self.root, self.artifact = root, artifact
         self.complete = False
         self._name = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._kept_free_nbytes = kept_free_nbytes
+        self._missing_nbytes = self._looked_at_nbytes = artifact.nbytes
         self._number = 0
         self._nbytes = 0
         self._sha256 = hashlib.sha256()
         self._file: int | None = None
         self._gone = False
         with as_cache_error(f"no place for {artifact} in {root}"), opened_root(root, create=True) as top:
-            space = os.fstatvfs(top)
-            free_nbytes = space.f_bavail * space.f_frsize
-            if free_nbytes < artifact.nbytes + kept_free_nbytes:
-                raise CacheError(
-                    f"{artifact} has {artifact.nbytes} bytes, and {root} only {free_nbytes} free, of which "
-                    f"{kept_free_nbytes} are left to others"
-                )
+            self._check_space(top)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(STAGING, 0o700, dir_fd=top)
             with opened_below(top, (STAGING,)) as staging:
@@ -90,7 +89,8 @@ class Staged:
         """Append the next bytes of the artifact. After an error, discard it.
 
         Raises:
-            CacheError: more bytes than the artifact has, a file whose SHA-256 is wrong, or the disk cannot take them.
+            CacheError: more bytes than the artifact has, a file whose SHA-256 is wrong, the disk cannot take them, or
+                has too little space for the rest by now.
         """
         left = memoryview(data)
         with as_cache_error(f"{self.artifact} cannot be written to {self.root}"):
@@ -159,7 +159,11 @@ class Staged:
         if self._file is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = os.open(str(self._number), flags, 0o666, dir_fd=self.folder)
+        if self._looked_at_nbytes - self._missing_nbytes >= _LOOKED_AFTER_NBYTES:
+            self._looked_at_nbytes = self._missing_nbytes
+            self._check_space(self.folder)
         write_all(self._file, piece)
+        self._missing_nbytes -= len(piece)
         self._sha256.update(piece)
         self._nbytes += len(piece)
         if self._nbytes < file.nbytes:
@@ -168,6 +172,16 @@ class Staged:
             raise CacheError(f"{self.artifact}: the bytes of {file.path!r} do not have the SHA-256 of the list")
         self._close_file()
         self._number, self._nbytes, self._sha256 = self._number + 1, 0, hashlib.sha256()
+
+    def _check_space(self, directory: int) -> None:
+        """Check that the rest of the artifact leaves enough of the disk to others. Raises CacheError, OSError."""
+        space = os.fstatvfs(directory)
+        free_nbytes = space.f_bavail * space.f_frsize
+        if free_nbytes < self._missing_nbytes + self._kept_free_nbytes:
+            raise CacheError(
+                f"{self.artifact} takes {self._missing_nbytes} more bytes, and {self.root} has {free_nbytes} free, of "
+                f"which {self._kept_free_nbytes} are left to others"
+            )
 
     def discard(self) -> None:
         """Remove the folder. Idempotent; what cannot be removed now is removed by a later process."""
