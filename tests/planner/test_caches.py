@@ -11,12 +11,12 @@ from contextlib import AbstractAsyncContextManager
 import aiohttp
 import pytest
 
-from tests.planner.conftest import Fleet, seed
+from tests.planner.conftest import Fleet, MakeFleet, seed
 from tests.planner.test_api import SEED, Client, planner
 from tests.unit.interop_planners import load_mock_planner, serve
 from vllm_rfork.caches.manifest import LEVELS
 from vllm_rfork.clients import Outcome, PlannerClient
-from vllm_rfork.messages import CacheResults, SeedAddress
+from vllm_rfork.messages import CacheResults, SeedAddress, parse_cache_results
 from vllm_rfork.planner.store.base import Announcement, StillLeased
 
 REPORT = "torch_aot=hit,triton=miss:identity,model_info=hit;saved=38.2"
@@ -56,6 +56,21 @@ async def test_a_seed_that_returns_is_not_counted_again() -> None:
         assert await client.status("POST", "/remove_seed", SEED_KEY="k", **SEED) == 200
         await client.add(5000, **{"RFORK-CACHES": REPORT})  # it states no intent after a sleep
         assert (await metrics(client))["cache_saved_seconds_total"] == "38.2"
+
+
+async def test_a_seed_that_was_silent_for_a_while_is_not_counted_again(make_fleet: MakeFleet) -> None:
+    """Its heartbeat goes on, and repeats the intent."""
+    fleet = await make_fleet(max_intents=2)
+    announced = {"intent": "worker-0", "caches": parse_cache_results(REPORT)}
+    await fleet.announce(0, **announced)
+    fleet.clock.pass_(fleet.store.rules.stale_s + 1)
+    await fleet.store.sweep()
+    assert "seed_dropped" in fleet.kinds()
+    await fleet.announce(0, **announced)
+    assert fleet.kinds().count("caches_reported") == 1
+    for number in (1, 2, 3):
+        await fleet.announce(number, intent=f"worker-{number}", caches=announced["caches"])
+    assert fleet.kinds().count("caches_reported") == 4, "there is a bound for those that are remembered"
 
 
 @pytest.mark.parametrize(

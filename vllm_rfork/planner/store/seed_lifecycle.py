@@ -28,6 +28,8 @@ class SeedLifecycle:
         self._grants = grants
         self._earlier = earlier
         self._store = store
+        #: the last seeds whose caches were counted, each with its load's intent; the oldest first
+        self._reported: dict[tuple[str, str], None] = {}
 
     def announce(self, announcement: Announcement) -> str:
         """Add a seed or apply its heartbeat; returns the state id. Raises :class:`LimitReached`."""
@@ -71,12 +73,20 @@ class SeedLifecycle:
         fleet.drop_intent(key, intent)
 
     def _report_caches(self, seed: Seed, announcement: Announcement) -> None:
-        """Count the report on a start once: heartbeats repeat it. A seed that returns sends no intent."""
-        report = announcement.caches
-        if report is None or seed.caches is not None or not announcement.intent:
+        """Count the report on a start once: heartbeats repeat it, also those of a seed that was dropped meanwhile.
+
+        A seed that returns after a sleep sends no intent.
+        """
+        report, intent = announcement.caches, announcement.intent
+        if report is None or seed.caches is not None or not intent:
             return
         seed.caches = report
-        self._grants.history.add_caches(announcement.intent, report)
+        if (seed.name, intent) in self._reported:
+            return
+        self._reported[seed.name, intent] = None
+        if len(self._reported) > self._rules.max_intents:
+            del self._reported[next(iter(self._reported))]
+        self._grants.history.add_caches(intent, report)
         self._store.observe(Event("caches_reported", seed.key, seed.name, facts=vars(report)))
 
     def find(self, key: str) -> SeedAddress | None:
