@@ -6,11 +6,15 @@ import concurrent.futures.thread
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
 from vllm_rfork.config import parse_config
 from vllm_rfork.startup.early_infos import BOUND_S, EarlyInfos
+from vllm_rfork.vllm_compat.start_up import model_infos
+from vllm_rfork.vllm_compat.start_up.listener import JsonPlace
 
 
 def test_a_name_that_does_not_resolve_delays_neither_the_start_nor_the_exit(
@@ -40,3 +44,25 @@ def test_a_name_that_does_not_resolve_delays_neither_the_start_nor_the_exit(
     assert left
     assert not joined, "Python waits for them when it exits"
     assert "so vLLM inspects model classes" in caplog.text
+
+
+def test_a_seed_is_not_asked_where_vllm_has_a_file_that_it_will_replace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After an update of vLLM, the earlier one's file has the same name and the hash of another source."""
+    asked: list[str] = []
+
+    def find(name: str, identity: Mapping[str, str]) -> bytes:
+        asked.append(name)
+        return b"of this source"
+
+    place = JsonPlace(model_infos.KIND, "name", {"a": "b"}, tmp_path, ("modelinfos",), "name.json", bytes)
+    monkeypatch.setattr(model_infos, "_place", lambda entry, check: place)
+    file = tmp_path / "modelinfos" / "name.json"
+    file.parent.mkdir()
+    file.write_bytes(b"of the earlier source")
+    assert not model_infos._took(object(), "0" * 32, find)
+    assert asked == []
+    file.unlink()
+    assert model_infos._took(object(), "0" * 32, find)
+    assert (asked, file.read_bytes()) == (["name"], b"of this source")
