@@ -7,6 +7,7 @@
         ├── NoSeedAvailable    no worker has the weights yet; normal on a cold start
         ├── PlannerError       the planner is unreachable, refused, or revoked the lease
         ├── SeedError          the seed's failure: gone, another epoch, an unusable manifest
+        │   └── SeedBusy       it sends as much as it may; a later attempt succeeds
         ├── ManifestMismatch   nobody's failure: the keys are equal, the tensors are not
         ├── EngineError        native code failed: engine, operation, code and text
         │   └── EngineUnavailable   the engine's package, or a library that it needs, is missing
@@ -113,6 +114,10 @@ class SeedError(ForkError):
     ) -> None:
         super().__init__(message, retry_elsewhere=retry_elsewhere, side="receiver" if other_fingerprint else side)
         self.other_fingerprint = other_fingerprint
+
+
+class SeedBusy(SeedError):
+    """The seed sends as much at once as it may; ask again."""
 
 
 class ManifestMismatch(ForkError):

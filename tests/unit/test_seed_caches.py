@@ -35,7 +35,7 @@ from vllm_rfork.caches.manifest import Artifact, ArtifactFile, Offer, encode_off
 from vllm_rfork.caches.offered import Offered, OfferedArtifact
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.clients.seed_caches import SeedCaches
-from vllm_rfork.errors import SeedError
+from vllm_rfork.errors import SeedBusy, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.connection import Phase
 from vllm_rfork.net.server import Bounds
@@ -261,7 +261,7 @@ async def test_four_are_sent_at_once_and_more_are_sent_away(tmp_path: Path) -> N
             await begun(sock)
         status, _ = await get(service, messages.SEED_CACHE, kind="model_info", name="Qwen2ForCausalLM")
         assert status == 503
-        with pytest.raises(SeedError, match="503"):
+        with pytest.raises(SeedBusy, match="503"):
             await SeedCaches().fetch(address_of(service), KEY, source.artifact, lambda piece: None, timeout_s=5.0)
         assert (await get(service, messages.SEED_CACHES))[0] == 200, "the list needs no place"
         assert (await get(service, messages.SEED_HEALTH))[0] == 200

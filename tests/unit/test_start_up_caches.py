@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures.thread
 import errno
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
@@ -17,15 +20,16 @@ from tests.unit.cache_seeds import held, offered
 from tests.unit.compiling_vllm import Vllm
 from vllm_rfork.caches import staging
 from vllm_rfork.caches.collector import QUIET_S
-from vllm_rfork.caches.manifest import LEVELS, Artifact, Offer
+from vllm_rfork.caches.manifest import LEVELS, Artifact, ArtifactFile, Offer
 from vllm_rfork.caches.offered import Offered
 from vllm_rfork.caches.safe.startup_plan import CarriedPlan, DeviceMemory, decode_plan, encode_plan
 from vllm_rfork.config import parse_config
-from vllm_rfork.errors import CacheError, SeedError
+from vllm_rfork.errors import CacheError, SeedBusy, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.startup import collecting, fetch, offers, report
 from vllm_rfork.startup import worker_caches as worker_caches_module
+from vllm_rfork.startup.arrivals import Arrivals, Body, Missed
 from vllm_rfork.startup.settings import ORDER, CacheSettings
 from vllm_rfork.startup.worker_caches import WorkerCaches, worker_caches
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace, listen, listener
@@ -529,17 +533,106 @@ def test_votes_are_those_of_the_load(tmp_path: Path) -> None:
     assert caches.agree("plan", "no plan") == "plan no plan 10"
 
 
-def test_a_seed_that_is_busy_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed, refusals = first_seed(tmp_path / "0"), [1, 1]
+@pytest.mark.parametrize(("error", "refusals"), [(SeedError, 2), (SeedBusy, 20)])
+def test_a_seed_that_is_busy_is_asked_again(
+    error: type[SeedError],
+    refusals: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seed, left = first_seed(tmp_path / "0"), [1] * refusals
 
     def busy(artifact: Artifact) -> None:
-        if artifact.kind == "torch_aot" and refusals:
-            raise SeedError(f"seed 10.0.0.7:4711:0 refused it: HTTP 503 {refusals.pop()}")
+        if artifact.kind == "torch_aot" and left:
+            left.pop()
+            raise error("seed 10.0.0.7:4711:0 refused it: HTTP 503")
 
     seed.before = busy
-    caches = receiver(tmp_path / "1", seed, monkeypatch)
+    with caplog.at_level(logging.INFO):
+        caches = receiver(tmp_path / "1", seed, monkeypatch)
     assert caches.about_to_read(code_place(tmp_path / "1", "own"))
-    assert seed.asked.count("torch_aot") == 3
+    assert seed.asked.count("torch_aot") == refusals + 1
+    assert caplog.text.count("did not arrive") <= 2
+    caches.warm()
+
+
+def test_a_seed_that_stays_busy_is_given_up_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = first_seed(tmp_path / "0")
+
+    def busy(artifact: Artifact) -> None:
+        raise SeedBusy("seed 10.0.0.7:4711:0 refused it: HTTP 503")
+
+    seed.before = busy
+    monkeypatch.setattr(fetch, "SeedCaches", seed)
+    transfer = fetch.Fetch(settings(), SEED, "key", Arrivals(), lambda kind: tmp_path / "1", bound_s=0.2)
+    transfer.start()
+    assert transfer.wait(5)
+    transfer.stop()
+    assert set(seed.asked) == {"startup_plan"}
+
+
+def test_a_transfer_that_hangs_ends_with_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = threading.Event()
+
+    class Hanging(FakeSeed):
+        async def fetch(self, *arguments: Any, **options: Any) -> None:
+            began.set()
+            await asyncio.Event().wait()
+
+    seed = Hanging(offered(held("torch_aot", "rank_0_0", {"model": b"x"})))
+    caches = receiver(tmp_path, seed, monkeypatch, wait=False)
+    assert began.wait(10)
+    caches.warm()
+    settle(caches)
+    assert os.listdir(tmp_path / staging.STAGING) == []
+
+
+def test_a_name_that_does_not_resolve_delays_neither_the_end_of_a_transfer_nor_the_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolving, hanging = threading.Event(), threading.Event()
+
+    def getaddrinfo(*arguments: object, **options: object) -> object:
+        resolving.set()
+        hanging.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    before = set(threading.enumerate())
+    caches = worker(tmp_path, settings("safe", Options()))
+    caches.seed_known(SeedAddress("seed.invalid", 4711, 0), "key")
+    assert resolving.wait(10)
+    caches.warm()
+    settle(caches)
+    left = set(threading.enumerate()) - before
+    joined = {thread for thread in left if not thread.daemon or thread in concurrent.futures.thread._threads_queues}
+    hanging.set()
+    for thread in left:
+        thread.join(10)
+    assert not joined, "Python waits for them when it exits"
+
+
+@pytest.mark.parametrize(
+    ("kind", "nbytes"), [("startup_plan", 65536), ("model_info", 65536), ("autotune_table", 2**24), ("triton", 0)]
+)
+def test_json_is_bounded_by_its_kind(kind: str, nbytes: int) -> None:
+    def artifact(size: int) -> Artifact:
+        return Artifact(kind, "x", {"a": "b"}, (ArtifactFile("x.json", size, "0" * 64),))
+
+    Body(artifact(nbytes))
+    with pytest.raises(CacheError, match=f"at most {nbytes} bytes"):
+        Body(artifact(nbytes + 1))
+
+
+def test_json_is_bounded_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [held("autotune_table", f"rank{number}", {"t.json": b"{}" * 10}) for number in range(3)]
+    seed = FakeSeed(offered(*tables, held("torch_aot", "rank_0_0", {"model": b"x" * 50})))
+    monkeypatch.setattr(fetch, "MAX_JSON_NBYTES", 40)
+    caches = receiver(tmp_path, seed, monkeypatch)
+    assert seed.asked == ["autotune_table", "autotune_table", "torch_aot"]
+    with pytest.raises(Missed, match="refused: the seed has more than 40 bytes of JSON"):
+        caches._arrivals.take(("autotune_table", "rank2"))
     caches.warm()
 
 

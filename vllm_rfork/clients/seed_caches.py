@@ -8,7 +8,7 @@ from vllm_rfork import messages
 from vllm_rfork.caches import bounds
 from vllm_rfork.caches.manifest import LEVELS, Artifact, Offer, decode_offer
 from vllm_rfork.clients.seed_http import SeedHttp
-from vllm_rfork.errors import CacheError, SeedError
+from vllm_rfork.errors import CacheError, SeedBusy, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.client import Answer, Sink
 from vllm_rfork.net.credentials import Credentials
@@ -64,8 +64,9 @@ class SeedCaches:
         The loop must be one on which a disk may be waited for. What arrives is compared with the artifact by the sink.
 
         Raises:
-            SeedError: the seed is gone, too slow or too busy, no longer has the artifact, sends another number of
-                bytes, or breaks off.
+            SeedBusy: the seed sends other artifacts; ask again.
+            SeedError: the seed is gone or too slow, no longer has the artifact, sends another number of bytes, or
+                breaks off.
             CacheError: bytes of this kind must not be taken with these credentials; or raised by ``sink``.
         """
         if LEVELS.get(artifact.kind) != "safe" and (obstacle := self._credentials.code_obstacle()) is not None:
@@ -87,7 +88,8 @@ class SeedCaches:
             sink=counted,
         )
         if answer.status != 200:
-            raise SeedError(f"seed {address} refused {artifact}: {answer}")
+            refusal = SeedBusy if answer.status == 503 else SeedError
+            raise refusal(f"seed {address} refused {artifact}: {answer}")
         if received_nbytes != artifact.nbytes:
             raise SeedError(f"seed {address} sent {received_nbytes} of the {artifact.nbytes} bytes of {artifact}")
 

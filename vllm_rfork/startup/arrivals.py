@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from vllm_rfork.caches.manifest import Artifact, Offer
 from vllm_rfork.caches.staging import Staged
 from vllm_rfork.errors import CacheError
-from vllm_rfork.startup.settings import MAX_JSON_NBYTES
+from vllm_rfork.startup.settings import JSON_NBYTES
 
 Key = tuple[str, str]
 """Kind and name."""
@@ -28,8 +28,9 @@ class Body:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        if len(artifact.files) != 1 or artifact.nbytes > MAX_JSON_NBYTES:
-            raise CacheError(f"{artifact} is not one file of at most {MAX_JSON_NBYTES} bytes")
+        max_nbytes = JSON_NBYTES.get(artifact.kind, 0)
+        if len(artifact.files) != 1 or artifact.nbytes > max_nbytes:
+            raise CacheError(f"{artifact} is not one file of at most {max_nbytes} bytes")
         self.artifact = artifact
         self.content = bytearray()
 

@@ -21,7 +21,7 @@ from vllm_rfork.caches.offered import Offered, OfferedArtifact
 from vllm_rfork.errors import CacheError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.startup import times
-from vllm_rfork.startup.settings import MAX_JSON_NBYTES, ORDER, QUIET_WITHIN_S, CacheSettings
+from vllm_rfork.startup.settings import JSON_NBYTES, ORDER, QUIET_WITHIN_S, CacheSettings
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, JsonPlace, Place
 
 logger = worker_logger(__name__)
@@ -175,7 +175,7 @@ def _content(place: JsonPlace) -> bytes:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(place.file, flags, dir_fd=directory)
         with os.fdopen(descriptor, "rb") as file:
-            content = file.read(MAX_JSON_NBYTES + 1)
-    if len(content) > MAX_JSON_NBYTES:
-        raise CacheError(f"{path} has more than {MAX_JSON_NBYTES} bytes")
+            content = file.read(JSON_NBYTES[place.kind] + 1)
+    if len(content) > JSON_NBYTES[place.kind]:
+        raise CacheError(f"{path} has more than {JSON_NBYTES[place.kind]} bytes")
     return content

@@ -8,29 +8,28 @@ answer, or none, vLLM inspects the classes as usual.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_rfork.caches.manifest import Artifact, identity_differences
-from vllm_rfork.caches.safe.model_info import MAX_INFO_NBYTES
 from vllm_rfork.clients.planner import PlannerClient
 from vllm_rfork.clients.seed_caches import SeedCaches
 from vllm_rfork.config import Settings, parse_config
-from vllm_rfork.errors import CacheError, PlannerError, RForkError, SeedError
+from vllm_rfork.errors import PlannerError, RForkError, SeedError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.within import within
 from vllm_rfork.seed_key import build_seed_key
 from vllm_rfork.startup.arrivals import Body
-from vllm_rfork.threads.deadline import call_with_deadline, start_on_thread
+from vllm_rfork.threads.daemons import DaemonThreads
+from vllm_rfork.threads.deadline import call_with_deadline
 from vllm_rfork.vllm_compat.early_settings import first_ranks
 from vllm_rfork.vllm_compat.start_up import model_infos
 from vllm_rfork.vllm_compat.start_up.guard import guarded
@@ -65,14 +64,6 @@ def while_configuring(engine_args: Any, extra: Mapping[str, Any]) -> AbstractCon
 def _of_process(settings: Settings, seed_keys: tuple[str, ...]) -> EarlyInfos:
     """The one attempt of this process for these settings: configurations may be made several times."""
     return EarlyInfos(settings, seed_keys)
-
-
-class _Daemons(concurrent.futures.ThreadPoolExecutor):
-    """Runs each call on a daemon thread: the exit of the front end does not wait for a name that does not resolve."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        """Start ``fn`` at once."""
-        return start_on_thread(lambda: fn(*args, **kwargs), "rfork-model-infos-io", delays_exit=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +128,7 @@ class EarlyInfos:
     async def _fetch(self) -> _Found:
         """Raises PlannerError, SeedError or CacheError."""
         started = time.monotonic()
-        asyncio.get_running_loop().set_default_executor(_Daemons())
+        asyncio.get_running_loop().set_default_executor(DaemonThreads("rfork-model-infos-io"))
         timeout_s = min(BOUND_S, self._settings.rfork_request_timeout_sec)
         credentials = Credentials.of(self._settings)
         planner = PlannerClient(
@@ -158,8 +149,6 @@ class EarlyInfos:
 
 async def _body(caches: SeedCaches, seed: SeedAddress, seed_key: str, artifact: Artifact, timeout_s: float) -> bytes:
     """The verified bytes of the one file of ``artifact``. Raises CacheError, SeedError."""
-    if artifact.nbytes > MAX_INFO_NBYTES:
-        raise CacheError(f"{artifact} has {artifact.nbytes} bytes, more than {MAX_INFO_NBYTES}")
     received = Body(artifact)
     await caches.fetch(seed, seed_key, artifact, received.write, timeout_s=timeout_s)
     received.finish()

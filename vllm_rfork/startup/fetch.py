@@ -16,26 +16,22 @@ from pathlib import Path
 from vllm_rfork.caches.manifest import LEVELS, Artifact, Offer
 from vllm_rfork.caches.staging import Staged, remove_abandoned
 from vllm_rfork.clients.seed_caches import SeedCaches
-from vllm_rfork.errors import CacheError, RForkError, SeedError
+from vllm_rfork.errors import CacheError, RForkError, SeedBusy, SeedError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import CACHES_PAUSE_S, SeedAddress
-from vllm_rfork.net.within import within
 from vllm_rfork.startup.arrivals import Arrivals, Body, Received
-from vllm_rfork.startup.settings import FETCH_S, ORDER, CacheSettings
+from vllm_rfork.startup.settings import FETCH_S, MAX_JSON_NBYTES, ORDER, CacheSettings
+from vllm_rfork.threads.daemons import DaemonThreads
 
 logger = worker_logger(__name__)
 
-#: Attempts at one artifact, with a pause in seconds between them: a seed sends few artifacts at once.
+#: Attempts at one artifact, but for those at which the seed was busy; and the pause between two in seconds.
 ATTEMPTS = 3
 BUSY_PAUSE_S = 1.0
 #: Artifacts in a row that do not arrive, after which the seed is given up.
 MAX_MISSING = 2
 #: How long what has arrived is kept for hooks that may never ask, in seconds.
 KEPT_S = 3_600.0
-
-
-class _WarmUpIsOver(CacheError):
-    """Nothing that arrives now can be used."""
 
 
 class Fetch:
@@ -66,8 +62,8 @@ class Fetch:
         self._deadline = time.monotonic() + bound_s
         self._fetched = threading.Event()
         self._over = threading.Event()
-        self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="rfork-caches", daemon=True)
 
     def start(self) -> None:
@@ -78,9 +74,9 @@ class Fetch:
     def stop(self) -> None:
         """End the transfer soon; returns at once."""
         self._over.set()
-        if self._loop is not None:
+        if self._task is not None and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended already
-                self._loop.call_soon_threadsafe(self._wake.set)
+                self._loop.call_soon_threadsafe(self._task.cancel)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until nothing more comes, at most ``timeout_s``; return True if that is so."""
@@ -90,8 +86,8 @@ class Fetch:
         """The outermost frame of the thread: a start never depends on it."""
         try:
             asyncio.run(self._fetch())
-        except _WarmUpIsOver:
-            pass
+        except asyncio.CancelledError:
+            pass  # by stop()
         except Exception as error:  # noqa: BLE001 - a thread of its own; vLLM computes what does not arrive
             level = logging.INFO if isinstance(error, RForkError) else logging.WARNING
             text = "the rest of the caches of seed %s was not taken because of %s: %s"
@@ -103,6 +99,8 @@ class Fetch:
 
     async def _fetch(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(DaemonThreads("rfork-caches-io"))
+        self._task = asyncio.current_task()
         try:
             offer = await self._offer()
         except CacheError as error:
@@ -111,11 +109,13 @@ class Fetch:
         if offer is None:
             return
         self._arrivals.listed(offer)
-        wanted = [each for each in offer.artifacts if self._settings.takes(each.kind)]
+        wanted = self._wanted(offer)
         for root in {self._root(each.kind) for each in wanted if LEVELS[each.kind] == "code"}:
             remove_abandoned(root)
         missing = 0
-        for artifact in sorted(wanted, key=lambda each: ORDER.index(each.kind)):
+        for artifact in wanted:
+            if self._over.is_set():
+                return
             try:
                 await self._with_attempts(artifact)
                 missing = 0
@@ -124,18 +124,40 @@ class Fetch:
                 if missing == MAX_MISSING or self._left_s() <= 0:
                     raise
 
+    def _wanted(self, offer: Offer) -> list[Artifact]:
+        """The artifacts that this worker takes, in their order; JSON is left out where it would be too much memory."""
+        taken = [each for each in offer.artifacts if self._settings.takes(each.kind)]
+        wanted: list[Artifact] = []
+        json_nbytes = 0
+        for artifact in sorted(taken, key=lambda each: ORDER.index(each.kind)):
+            json_nbytes += artifact.nbytes if LEVELS[artifact.kind] == "safe" else 0
+            if LEVELS[artifact.kind] == "safe" and json_nbytes > MAX_JSON_NBYTES:
+                reason = f"refused: the seed has more than {MAX_JSON_NBYTES} bytes of JSON"
+                self._arrivals.failed(reason, (artifact.kind, artifact.name))
+            else:
+                wanted.append(artifact)
+        return wanted
+
     async def _with_attempts(self, artifact: Artifact) -> None:
-        """Receive one artifact. Raises SeedError, see :meth:`_one`, after the last attempt."""
-        for attempt in range(1, ATTEMPTS + 1):
+        """Receive one artifact; a seed that is busy is asked until the time is over.
+
+        Raises:
+            SeedError: see :meth:`_one`; of the last attempt.
+        """
+        failures, busy = 0, False
+        while True:
             try:
                 await self._one(artifact)
             except SeedError as error:
-                logger.info("caches: %s did not arrive: %s", artifact, error)
-                if attempt == ATTEMPTS or self._left_s() <= 0:
+                if not busy or not isinstance(error, SeedBusy):
+                    logger.info("caches: %s did not arrive: %s", artifact, error)
+                busy = isinstance(error, SeedBusy)
+                failures += not busy
+                if failures == ATTEMPTS or self._left_s() <= 0:
                     raise
-                await self._pause(BUSY_PAUSE_S)
             else:
                 return
+            await self._pause(BUSY_PAUSE_S)
 
     async def _offer(self) -> Offer | None:
         """The seed's list; None if the seed is not ready before the time is over."""
@@ -149,17 +171,13 @@ class Fetch:
         return None
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, until warm-up is over at most."""
-        if not self._over.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await within(self._wake.wait(), min(seconds, max(0.0, self._left_s())))
+        await asyncio.sleep(min(seconds, max(0.0, self._left_s())))
 
     async def _one(self, artifact: Artifact) -> None:
         """Receive one artifact.
 
         Raises:
             SeedError: it did not come in time, or as a whole.
-            _WarmUpIsOver: nothing more is needed.
         """
         key = (artifact.kind, artifact.name)
         received: Received | None = None
@@ -170,9 +188,6 @@ class Fetch:
             await self._client.fetch(self.seed, self._seed_key, artifact, sink, timeout_s=max(0.0, self._left_s()))
             received.finish()
             self._arrivals.add(received)
-        except _WarmUpIsOver:
-            _discard(received)
-            raise
         except CacheError as error:
             _discard(received)
             self._arrivals.failed(f"refused: {error}", key)
@@ -191,8 +206,6 @@ class Fetch:
 
     def _sink(self, received: Received) -> Callable[[bytes], None]:
         def sink(piece: bytes) -> None:
-            if self._over.is_set():
-                raise _WarmUpIsOver("warm-up is over")
             received.write(piece)
             self.nbytes += len(piece)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_rfork.caches.manifest import LEVELS, Level
+from vllm_rfork.caches.safe.autotune_table import MAX_TABLE_NBYTES
+from vllm_rfork.caches.safe.model_info import MAX_INFO_NBYTES
+from vllm_rfork.caches.safe.startup_plan import MAX_PLAN_NBYTES
 from vllm_rfork.config import Settings
 from vllm_rfork.net.credentials import Credentials
 
@@ -14,8 +17,9 @@ FETCH_S = 60.0
 VOTE_S = 10.0
 #: How long a seed waits for its directories to become quiet, in seconds.
 QUIET_WITHIN_S = 120.0
-#: Bytes of one JSON cache, which is kept in memory.
-MAX_JSON_NBYTES = 16 * 1024 * 1024
+#: Bytes of one JSON cache of each kind, which is kept in memory, and of all that are received from a seed.
+JSON_NBYTES = {"startup_plan": MAX_PLAN_NBYTES, "autotune_table": MAX_TABLE_NBYTES, "model_info": MAX_INFO_NBYTES}
+MAX_JSON_NBYTES = 32 * 1024 * 1024
 
 #: The order in which kinds are fetched: by when a start reads them, and by what they save.
 ORDER = (
