@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from vllm_rfork.vllm_compat.start_up import compile_hooks
+from vllm_rfork.vllm_compat.start_up.listener import CachePlace
+
 MODULES = ("vllm", "vllm.compilation", "vllm.config")
 
 
@@ -198,3 +201,17 @@ def _backends(vllm: Vllm) -> Any:
 
     module.CompilerManager, module.VllmBackend = CompilerManager, VllmBackend
     return module
+
+
+def compiled_forwards(vllm: Vllm, root: Path) -> list[CachePlace]:
+    """The forwards of ``llama.LlamaModel`` and ``llama_eagle3.LlamaModel``, whose names and configuration are equal."""
+    vllm.envs.__dict__["VLLM_CACHE_ROOT"] = str(root)
+    places = []
+    for line, folder in ((350, "a" * 64), (180, "b" * 64)):
+        names: dict[str, Any] = {}
+        exec(compile("\n" * line + "class LlamaModel:\n    def forward(self): ...\n", "llama.py", "exec"), names)
+        model = names["LlamaModel"]()
+        model.vllm_config = config("/models/llama")
+        path = root / "torch_compile_cache" / "torch_aot_compile" / folder / "rank_0_0" / "model"
+        places.append(compile_hooks._Forward.of(model, str(path)).aot)
+    return places

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cache_seeds import held, offered
-from tests.unit.compiling_vllm import Vllm
+from tests.unit.compiling_vllm import Vllm, compiled_forwards
 from vllm_rfork.caches import staging
 from vllm_rfork.caches.collector import QUIET_S
 from vllm_rfork.caches.manifest import LEVELS, Artifact, ArtifactFile, Offer
@@ -645,6 +645,23 @@ def test_an_artifact_that_never_arrives_does_not_keep_the_others_away(
     assert not caches.about_to_read(plan_place(tmp_path / "1"))
     assert caches.about_to_read(table_place(tmp_path / "1"))
     caches.warm()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_receiver_gets_the_code_of_its_target_or_its_draft_and_never_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    vllm = Vllm("0.26.0", monkeypatch)
+    seed = worker(tmp_path / "seed")
+    for number, place in enumerate(compiled_forwards(vllm, tmp_path / "seed")):
+        directory = place.root.joinpath(*place.directory)
+        directory.mkdir(parents=True)
+        (directory / "model").write_bytes(b"forward %d" % number)
+        seed.produced(place, 1.0)
+    caches = receiver(tmp_path / "receiver", FakeSeed(offered_by(seed)), monkeypatch)
+    place = compiled_forwards(vllm, tmp_path / "receiver")[asked]
+    assert caches.about_to_read(place)
+    assert place.root.joinpath(*place.directory, "model").read_bytes() == b"forward %d" % asked
 
 
 def test_what_is_never_asked_for_is_removed_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.compiling_vllm import Config, Vllm, config
+from tests.unit.compiling_vllm import Config, Vllm, compiled_forwards, config
 from vllm_rfork.caches.collector import Collected, collect
 from vllm_rfork.caches.manifest import check_artifact, identity_differences
 from vllm_rfork.caches.staging import Staged
@@ -288,6 +288,46 @@ def test_the_name_of_a_gpu_and_its_toolkit_are_facts(monkeypatch: pytest.MonkeyP
     device_facts.device_facts.cache_clear()
     expected = {"device": "cuda", "capability": "9.0", "device_name": "NVIDIA H200", "toolkit": "cuda 13.0"}
     assert {name: found[name] for name in expected} == expected
+
+
+def test_code_for_another_device_index_differs(vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor writes ``device='cuda:1'`` into code, and vLLM's folders are named by the rank in all nodes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    device_facts.device_facts.cache_clear()
+    at: list[Config] = []
+    for _ in range(2):
+        at.append(config("/models/a"))
+        at[-1].device_config = types.SimpleNamespace(device="cuda")
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    seed = started(vllm, tmp_path / "first", at[0])[1].collect()
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    model, carrier = started(vllm, tmp_path / "second", at[1], seed)
+    device_facts.device_facts.cache_clear()
+    assert model.compiled_by_itself
+    assert [text.partition(":")[0] for text in carrier.differences["torch_aot"]] == ["device_index"]
+    assert device_facts.execution_facts(torch.device("cuda:3")) == {"device_index": "3"}
+
+
+def test_code_for_another_number_of_threads_differs(
+    vllm: Vllm, seed: Carrier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor writes ``num_threads(N)`` into kernels for processors, and splits reductions by that number."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1_000)
+    model, carrier = started(vllm, tmp_path / "receiver", config("/models/a"), seed)
+    assert model.compiled_by_itself
+    assert [text.partition(":")[0] for text in carrier.differences["inductor"]] == ["threads"]
+
+
+def test_a_target_and_its_draft_of_one_class_name_have_caches_of_their_own(vllm: Vllm, tmp_path: Path) -> None:
+    target, draft = compiled_forwards(vllm, tmp_path / "seed")
+    assert target.directory != draft.directory  # to vLLM they are two
+    assert target.name != draft.name  # a seed offers both
+    assert set(target.identity.items()) ^ set(draft.identity.items()) == {
+        ("code.forward", f"None:LlamaModel.forward:{line}") for line in (352, 182)
+    }
+    elsewhere = compiled_forwards(vllm, tmp_path / "receiver")[0]
+    assert (elsewhere.name, elsewhere.identity) == (target.name, target.identity)
 
 
 def test_flags_of_a_processor_that_are_no_instructions_do_not_count(

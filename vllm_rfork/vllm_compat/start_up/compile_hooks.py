@@ -7,6 +7,7 @@ for each call. ``save_aot_compiled_function`` of the model's class follows a com
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from vllm_rfork.caches.paths import Parts, parts_below
 from vllm_rfork.caches.rewriting import triton_group
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.vllm_compat.start_up import split_graphs
-from vllm_rfork.vllm_compat.start_up.compiled_identity import artifact_name, take_identity
+from vllm_rfork.vllm_compat.start_up.compiled_identity import artifact_name, function_text, take_identity
 from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, listener
 
@@ -57,9 +58,11 @@ class _Forward:
         from vllm import envs
 
         root, folder = Path(envs.VLLM_CACHE_ROOT), Path(path).parent
-        identity = take_identity(model.vllm_config)
+        function = function_text(model.forward)
+        identity = take_identity(model.vllm_config, function)
         tag = getattr(model, "_compile_tag", "") or type(model).__name__
-        name = artifact_name(folder.name, tag, model.forward.__qualname__)
+        digest = hashlib.sha256(function.encode()).hexdigest()[:12]
+        name = artifact_name(folder.name, digest, tag, model.forward.__qualname__)
         directory = parts_below(root, folder)
         aot = CachePlace("torch_aot", name, identity, root, directory, last=_FILE, only=lambda parts: parts == (_FILE,))
         inductor = CachePlace(

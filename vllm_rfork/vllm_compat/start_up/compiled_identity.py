@@ -10,8 +10,9 @@ import hashlib
 import re
 from typing import Any
 
+from vllm_rfork.caches.bounds import MAX_FACT_VALUE
 from vllm_rfork.vllm_compat.key_factors import inductor_factors, key_factors
-from vllm_rfork.vllm_compat.start_up.device_facts import device_facts, package_facts
+from vllm_rfork.vllm_compat.start_up.device_facts import device_facts, execution_facts, package_facts
 from vllm_rfork.vllm_compat.start_up.listener import listener
 from vllm_rfork.vllm_compat.storage_loader import target_device
 
@@ -22,8 +23,11 @@ class _Latest:
     identity: dict[str, str] | None = None
 
 
-def take_identity(vllm_config: Any) -> dict[str, str]:
+def take_identity(vllm_config: Any, function: str | None = None) -> dict[str, str]:
     """The identity at this moment; remembered for :func:`latest_identity`. The listener gets the texts behind it.
+
+    Args:
+        function: the forward's :func:`function_text`; None where no forward is looked for.
 
     Raises:
         Exception: whatever vLLM or torch raise; nothing is remembered then.
@@ -32,14 +36,26 @@ def take_identity(vllm_config: Any) -> dict[str, str]:
     factors = key_factors(vllm_config)
     listener().explain(factors.details)
     inductor = hashlib.sha256("\n".join(inductor_factors()).encode()).hexdigest()[:32]
-    facts = {**device_facts(target_device(vllm_config)), **package_facts()}
-    _Latest.identity = {**factors.identity, **facts, "inductor": inductor}
+    device = target_device(vllm_config)
+    facts = {**device_facts(device), **execution_facts(device), **package_facts(), "inductor": inductor}
+    if function is not None:
+        facts["code.forward"] = function[-MAX_FACT_VALUE:]
+    _Latest.identity = {**factors.identity, **facts}
     return _Latest.identity
 
 
 def latest_identity() -> dict[str, str] | None:
     """The identity of the forward that vLLM has looked for last in this process; None before the first one."""
     return _Latest.identity
+
+
+def function_text(forward: Any) -> str:
+    """The module, name and first line of a method: what tells a model's forward from its draft's.
+
+    Both may be called ``LlamaModel.forward`` and have one configuration. vLLM tells them apart by the line as well
+    (``_model_hash_key``, read in vLLM 0.26 and 0.32).
+    """
+    return f"{forward.__module__}:{forward.__qualname__}:{forward.__code__.co_firstlineno}"
 
 
 def artifact_name(*parts: str) -> str:

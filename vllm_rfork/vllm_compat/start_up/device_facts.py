@@ -59,6 +59,20 @@ def device_facts(device: torch.device) -> dict[str, str]:
     return facts
 
 
+def execution_facts(device: torch.device) -> dict[str, str]:
+    """The facts of this process that Inductor writes into code for ``device``: the index, or the number of threads.
+
+    Generated code contains ``cuda:1`` or ``num_threads(8)``, by which reductions are split; vLLM's key has neither. Not
+    cached: vLLM sets both while it starts.
+
+    Raises:
+        RuntimeError: the device cannot be described.
+    """
+    if device.type == "cpu":
+        return {"threads": str(torch.get_num_threads())}
+    return {"device_index": str(torch.accelerator.current_device_index() if device.index is None else device.index)}
+
+
 def package_facts(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     """The versions of installed packages that contain or generate kernels, as fact → short text."""
     return {f"package.{name}": " ".join(versions)[:200] for name, versions in installed.modules(names).items()}
