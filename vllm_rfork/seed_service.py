@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,9 @@ _LEGACY_ANSWERS = {
 }
 #: Artifacts that are sent at once; each costs a thread, a descriptor, and a piece in memory.
 MAX_SENDING = 4
+#: Small artifacts that are sent beside them, such as model information: a front end asks for it only once.
+MAX_SENDING_SMALL = 32
+SMALL_NBYTES = 64 * 1024
 _PROBE_PAUSE_S = 0.05
 #: Packets to an address that this host cannot reach may be dropped without an answer; do not wait long for one.
 _ADVERTISED_TIMEOUT_S = 2.0
@@ -183,7 +187,7 @@ class _CacheCalls:
         self._offered = offered
         self._credentials = credentials
         self._encoded: tuple[Offered, dict[bool, bytes]] | None = None
-        self._sending = 0
+        self._sending: Counter[str] = Counter()
 
     def listed(self, _: web.BaseRequest) -> Reply:
         """The list, encoded once for all callers."""
@@ -209,14 +213,12 @@ class _CacheCalls:
         found = None if offered is None else offered.find(kinds[0], names[0], code=True)
         if found is None:
             return Reply(404, "this seed does not offer that cache")
-        if self._sending >= MAX_SENDING:
+        size, places = ("small", MAX_SENDING_SMALL) if found.artifact.nbytes <= SMALL_NBYTES else ("large", MAX_SENDING)
+        if self._sending[size] >= places:
             return Reply(503, "too many caches are being sent; try again", headers=(("Retry-After", "1"),))
-        self._sending += 1
-        stream = Stream(found.artifact.nbytes, found.pieces, ended=self._ended)
+        self._sending[size] += 1
+        stream = Stream(found.artifact.nbytes, found.pieces, ended=lambda: self._sending.subtract((size,)))
         return Reply(200, b"", "application/octet-stream", stream=stream)
-
-    def _ended(self) -> None:
-        self._sending -= 1
 
     def _code_refusal(self) -> Reply | None:
         """The refusal of code; None if all callers that get this far have proven themselves over TLS."""

@@ -24,7 +24,7 @@ from vllm_rfork.messages.cache_results import MAX_LENGTH as MAX_RESULTS_LENGTH
 from vllm_rfork.model import digest
 from vllm_rfork.net.server import Bounds
 from vllm_rfork.planner.http import request_headers
-from vllm_rfork.seed_service import MAX_SENDING
+from vllm_rfork.seed_service import MAX_SENDING, MAX_SENDING_SMALL, SMALL_NBYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -71,7 +71,8 @@ def test_the_bounds_of_caches_are_the_codes() -> None:
         f"{bounds.MAX_FILE_NBYTES >> 20} MiB in one file",
         f"deeper than {bounds.MAX_DEPTH} directories",
         f"`Retry-After: {messages.CACHES_PAUSE_S}`",
-        f"At most {('none', 'one', 'two', 'three', 'four')[MAX_SENDING]} are answered at once",
+        f"At most {('none', 'one', 'two', 'three', 'four')[MAX_SENDING]} are answered at once, "
+        f"and beside them {MAX_SENDING_SMALL} of at most {SMALL_NBYTES >> 10} KiB;",
     ):
         assert text in section, text
     assert "up to 400 characters" in PAGE

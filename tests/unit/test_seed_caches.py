@@ -39,7 +39,7 @@ from vllm_rfork.errors import SeedBusy, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.connection import Phase
 from vllm_rfork.net.server import Bounds
-from vllm_rfork.seed_service import MAX_SENDING, SeedService
+from vllm_rfork.seed_service import MAX_SENDING, MAX_SENDING_SMALL, SMALL_NBYTES, SeedService
 
 MIB = 1024 * 1024
 
@@ -249,6 +249,19 @@ class Endless:
             self.closed += 1
 
 
+class Stuck:
+    """An artifact whose first piece waits for ``gate``."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact, self.gate = artifact, threading.Event()
+        self.began: list[int] = []
+
+    def pieces(self) -> Iterator[bytes]:
+        self.began.append(1)
+        self.gate.wait(60)
+        yield b"{}"
+
+
 def request_for(name: str = "big") -> bytes:
     return f"GET {messages.SEED_CACHE}?seed_key={KEY}&kind=model_info&name={name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
@@ -269,6 +282,25 @@ async def test_four_are_sent_at_once_and_more_are_sent_away(tmp_path: Path) -> N
         await until(lambda: opened(service) < MAX_SENDING)
         await until(lambda: source.closed == 1)
         assert (await get(service, messages.SEED_CACHE, kind="model_info", name="big"))[0] == 200
+
+
+async def test_small_json_is_sent_while_large_code_is_being_sent() -> None:
+    """A front end asks once, and within a second."""
+    small = held(name="small", contents={"m.json": b"{}" * (SMALL_NBYTES // 2)})
+    waiting = Stuck(held(name="stuck", contents={"m.json": b"{}"}).artifact)
+    async with caching(Endless(64 * MIB), small, waiting) as service, contextlib.AsyncExitStack() as stack:
+        for _ in range(MAX_SENDING):
+            await begun(await stack.enter_async_context(slow_reader(service, request_for())))
+        assert (await get(service, messages.SEED_CACHE, kind="model_info", name="small"))[0] == 200
+        try:
+            for number in range(1, MAX_SENDING_SMALL + 1):
+                await stack.enter_async_context(slow_reader(service, request_for("stuck")))
+                await until(lambda count=number: len(waiting.began) == count)
+            assert (await get(service, messages.SEED_CACHE, kind="model_info", name="small"))[0] == 503
+        finally:
+            waiting.gate.set()
+        await until(lambda: opened(service, Phase.WRITE) == MAX_SENDING)
+        assert (await get(service, messages.SEED_CACHE, kind="model_info", name="small"))[0] == 200
 
 
 async def test_a_receiver_that_does_not_read_is_cut_off_and_costs_little_meanwhile() -> None:
