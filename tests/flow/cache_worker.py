@@ -91,7 +91,7 @@ class Worker:
         listener().warm()
         while (offered := offers.current()) is None:
             time.sleep(0.01)
-        return {"announced": report.announced(), "offers": [str(each.artifact) for each in offered.artifacts]}
+        return {"announced": report.announced(KEY), "offers": [str(each.artifact) for each in offered.artifacts]}
 
 
 def main() -> None:

@@ -192,7 +192,7 @@ def test_a_receiver_installs_under_its_own_name_and_passes_it_on_in_a_chain(
         assert (root / "tables" / "t.json").read_bytes() == b"{}"
         assert "torch_aot used (11.0 s saved)" in caplog.text
         assert "saved about 16.0 s" in caplog.text
-        assert report.announced() == "torch_aot=hit,autotune_table=hit,startup_plan=hit;saved=16"
+        assert report.announced("key") == "torch_aot=hit,autotune_table=hit,startup_plan=hit;saved=16"
         caplog.clear()
     assert seed.offered is not None
     assert {each.artifact.kind: each.artifact.seconds for each in seed.offered.artifacts} == {
@@ -213,7 +213,7 @@ def test_a_miss_names_the_fact_that_differs(
     with caplog.at_level(logging.INFO):
         caches.warm()
     assert "missed torch_aot (identity: max_model_len: 4096 here, 8192 on 1 seed)" in caplog.text
-    assert report.announced() == "torch_aot=miss:identity"
+    assert report.announced("key") == "torch_aot=miss:identity"
 
 
 def test_a_cache_that_is_late_costs_nothing(
@@ -269,7 +269,7 @@ def test_a_kernel_that_was_late_and_then_differs_is_reported_with_the_fact(
     assert not caches.about_to_read(place)
     assert not caches.about_to_read(place)  # it has been taken by now, which says nothing new
     caches.warm()
-    assert report.announced() == "triton=miss:identity"
+    assert report.announced("key") == "triton=miss:identity"
 
 
 def test_a_list_that_is_malformed_is_refused_and_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_a_list_that_is_malformed_is_refused_and_not_late(tmp_path: Path, monkey
     caches = receiver(tmp_path, Liar(None), monkeypatch)
     assert not caches.about_to_read(code_place(tmp_path, "own"))
     caches.warm()
-    assert report.announced() == "torch_aot=miss:refused"
+    assert report.announced("key") == "torch_aot=miss:refused"
 
 
 def test_a_seed_that_is_not_ready_is_asked_until_warm_up_is_over(
@@ -293,7 +293,19 @@ def test_a_seed_that_is_not_ready_is_asked_until_warm_up_is_over(
     assert not caches.about_to_read(code_place(tmp_path, "own"))
     caches.warm()
     settle(caches)  # it does not wait for the next question
-    assert report.announced() == "torch_aot=miss:late"
+    assert report.announced("key") == "torch_aot=miss:late"
+
+
+def test_a_start_is_reported_by_the_seed_of_the_load_that_took_the_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft model is a second seed of the same process, and the planner would count the report twice."""
+    caches = receiver(tmp_path / "1", first_seed(tmp_path / "0"), monkeypatch)
+    caches.seed_known(SEED, "key$draft")
+    assert caches.about_to_read(code_place(tmp_path / "1", "own"))
+    caches.warm()
+    assert report.announced("key") == "torch_aot=hit"
+    assert report.announced("key$draft") == ""
 
 
 def _dead(artifact: Artifact) -> None:
@@ -328,7 +340,7 @@ def test_what_arrives_wrong_is_not_used(
     assert not caches.about_to_read(table_place(tmp_path / "1"))
     assert not caches.about_to_read(plan_place(tmp_path / "1"))
     caches.warm()
-    assert set(report.announced().partition(";")[0].split(",")) == {
+    assert set(report.announced("key").partition(";")[0].split(",")) == {
         f"{kind}=miss:{reason}" for kind in ("torch_aot", "autotune_table", "startup_plan")
     }
     assert not list((tmp_path / "1").rglob("*.json"))
@@ -364,7 +376,7 @@ def test_code_is_taken_only_from_a_seed_that_proves_itself(
     assert caches.about_to_read(table_place(tmp_path / "1"))
     assert seed.asked == ["startup_plan", "autotune_table"]
     caches.warm()
-    assert "torch_aot=miss:trust" in report.announced()
+    assert "torch_aot=miss:trust" in report.announced("key")
 
 
 def test_code_is_offered_only_by_a_seed_that_demands_proof(tmp_path: Path) -> None:
@@ -392,7 +404,7 @@ def test_a_cache_of_this_host_stays_and_is_not_a_miss(tmp_path: Path, monkeypatc
     caches.outcome("torch_aot", "rank_0_0", used=True)
     caches.warm()
     assert (tmp_path / "1" / "aot" / "own" / "rank_0_0" / "model").read_bytes() == b"mine"
-    assert report.announced() == ""
+    assert report.announced("key") == ""
 
 
 def test_indexes_are_rewritten_with_the_receivers_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +449,7 @@ def test_what_vllm_refuses_is_a_miss(
     with caplog.at_level(logging.INFO):
         caches.warm()
     assert "nothing was used; missed torch_aot (refused: vLLM did not use it)" in caplog.text
-    assert report.announced() == "torch_aot=miss:refused"
+    assert report.announced("key") == "torch_aot=miss:refused"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [(None, 12.5), (b"-1", None), (b"a while", None), (b"nan", None)])

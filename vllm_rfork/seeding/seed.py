@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -160,7 +161,7 @@ class Seed:
             slots=config.slots,
             labels=config.labels,
             intent=self.intent,
-            caches=report.announced,
+            caches=partial(report.announced, self.manifest.seed_key),
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
 

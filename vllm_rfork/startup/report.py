@@ -149,13 +149,17 @@ def _reasons(reasons: Iterable[str]) -> str:
 
 class _Slot:
     results = CacheResults()
+    seed_key = ""
 
 
-def announce(results: CacheResults) -> None:
-    """Make ``results`` those that this process announces as a seed."""
-    _Slot.results = results
+def announce(results: CacheResults, seed_key: str = "") -> None:
+    """Make ``results`` those that this process announces as a seed of ``seed_key``, and of no other key."""
+    _Slot.results, _Slot.seed_key = results, seed_key
 
 
-def announced() -> str:
-    """The results of this process's start as text, empty until there are some."""
-    return str(_Slot.results)
+def announced(seed_key: str) -> str:
+    """The results of this process's start as text, for the announcement of its seed of ``seed_key``.
+
+    Empty until there are some, and for its other seeds: a start with a draft model would be counted twice.
+    """
+    return str(_Slot.results) if seed_key == _Slot.seed_key else ""

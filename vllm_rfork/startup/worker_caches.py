@@ -47,6 +47,7 @@ class WorkerCaches:
         self._collection = Collection(settings)
         self._results = report.Results()
         self._fetch: Fetch | None = None
+        self._seed_key = ""
         self._lock = threading.Lock()
         self._warm = False
         offers.begin(self, expected=settings.offers)
@@ -64,6 +65,7 @@ class WorkerCaches:
             if self._fetch is not None or self._warm:
                 return
             self._fetch = Fetch(self._settings, seed, seed_key, self._arrivals, self._root)
+            self._seed_key = seed_key
         if self._settings.level == "code" and (obstacle := self._settings.taking_obstacle) is not None:
             logger.info("caches of code are not taken: %s", obstacle)
         try:
@@ -117,7 +119,7 @@ class WorkerCaches:
         atexit.unregister(self._arrivals.close)
         if fetch is not None:
             logger.info("%s", self._results.line(fetch.seed, fetch.nbytes, fetch.seconds))
-            report.announce(self._results.results())
+            report.announce(self._results.results(), self._seed_key)
         if self._settings.offers:
             threading.Thread(target=self._offer, name="rfork-caches-offer", daemon=True).start()
 
