@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,8 +128,40 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     mine = tmp_path.joinpath(*TARGET, "z")
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    assert install(staged(tmp_path), TARGET, last="rank_0_0/model") == Installed(3, 1)
+    assert install(staged(tmp_path), TARGET) == Installed(3, 1)
     assert mine.read_bytes() == b"mine"
+
+
+def _other(path: Path) -> None:
+    path.write_bytes(b"mine")
+
+
+def _longer(path: Path) -> None:
+    path.write_bytes(CONTENTS["z"] + b"mine")
+
+
+@pytest.mark.parametrize("make", [_other, _longer, os.mkfifo, os.mkdir])
+def test_an_existing_file_with_other_bytes_keeps_the_cache_from_being_read(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    """A start that ended too early may have left it, and names of vLLM's graphs say nothing about their content."""
+    mine = tmp_path.joinpath(*TARGET, "z")
+    mine.parent.mkdir(parents=True)
+    make(mine)
+    before = os.lstat(mine)
+    with pytest.raises(CacheError, match="'z' is there already, with other bytes"):
+        install(staged(tmp_path), TARGET, last="rank_0_0/model")
+    assert [path for path in mine.parent.rglob("*") if not path.is_dir() or path == mine] == [mine]
+    after = os.lstat(mine)
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+def test_an_existing_file_with_the_same_bytes_is_part_of_the_cache(tmp_path: Path) -> None:
+    mine = tmp_path.joinpath(*TARGET, "z")
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(CONTENTS["z"])
+    assert install(staged(tmp_path), TARGET, last="rank_0_0/model") == Installed(3, 1)
+    assert present(tmp_path) == CONTENTS
 
 
 def test_nothing_is_installed_beside_a_cache_that_is_read_already(tmp_path: Path) -> None:

@@ -195,6 +195,21 @@ def test_a_graph_that_vllm_cannot_load_does_not_end_the_start(vllm: Vllm, tmp_pa
     assert not again.compiled_by_itself
 
 
+def test_an_index_never_names_a_graph_that_is_not_the_seeds(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:
+    """A start that ended before it wrote the index has left a graph of the same name in the same folder."""
+    root = tmp_path / "receiver"
+    started(vllm, root, config("/models/b"))
+    (index,) = root.rglob("vllm_compile_cache.py")
+    index.unlink()
+    index.with_name("artifact_compile_range_1_2048_subgraph_0").write_bytes(b"")
+    for model in root.rglob("rank_0_0/model"):
+        model.unlink()
+    seed.offered.pop("torch_aot")  # late
+    model, carrier = started(vllm, root, config("/models/b"), seed)
+    assert model.compiled_by_itself
+    assert carrier.outcomes["split_graph"] is False
+
+
 def test_kernels_that_were_compiled_again_are_not_reported_as_used(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:
     vllm.builds_kernels = True
     model, carrier = started(vllm, tmp_path / "receiver", config("/models/b"), seed)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_rfork.caches.bounds import PIECE_NBYTES
 from vllm_rfork.caches.directories import as_cache_error, has_file, opened_below, opened_root
 from vllm_rfork.caches.host_lock import host_lock
 from vllm_rfork.caches.paths import OWN, Parts, relative_parts
@@ -59,12 +61,13 @@ def install(
     Args:
         directory: below the cache root, as this worker computed it; never a name from the wire.
         last: the path that makes the cache be read; installed after all others. If it exists, nothing is installed.
+            Other files that exist must have the artifact's bytes: names of vLLM's graphs say nothing about the content.
         indexes: patterns of names of files that list other files, as a shell's; installed after those.
 
     Raises:
         CacheError: the artifact is not complete, another process holds the lock for too long, a directory is a
-            symbolic link or not writable, or the file system has no hard links. Files that were installed by this
-            call are removed again.
+            symbolic link or not writable, a file exists with other bytes, or the file system has no hard links. Files
+            that were installed by this call are removed again.
     """
     try:
         if not staged.complete:
@@ -95,6 +98,8 @@ def _install(staged: Staged, root: int, directory: Parts, last: str | None, inde
             for number, parts in files:
                 if _link(staged.folder, number, target, parts):
                     new.append(parts)
+                elif last is not None and not _is_equal(staged.folder, number, target, parts):
+                    raise CacheError(f"{staged.artifact}: {'/'.join(parts)!r} is there already, with other bytes")
     except BaseException:
         _remove(root, directory, new)
         raise
@@ -108,6 +113,24 @@ def _link(folder: int, number: int, target: int, parts: Parts) -> bool:
             os.link(str(number), parts[-1], src_dir_fd=folder, dst_dir_fd=directory, follow_symlinks=False)
         except FileExistsError:
             return False
+    return True
+
+
+def _is_equal(folder: int, number: int, target: int, parts: Parts) -> bool:
+    """Return True if the file that exists is a regular one with the bytes of the staged one. Raises OSError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    name = parts[-1]
+    with opened_below(target, parts[:-1]) as directory:
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != os.stat(str(number), dir_fd=folder).st_size:
+            return False
+        with (
+            os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as existing,
+            os.fdopen(os.open(str(number), flags, dir_fd=folder), "rb") as arrived,
+        ):
+            while piece := arrived.read(PIECE_NBYTES):
+                if existing.read(len(piece)) != piece:
+                    return False
     return True
 
 
