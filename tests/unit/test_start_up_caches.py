@@ -421,6 +421,17 @@ def test_indexes_are_rewritten_with_the_receivers_directory(tmp_path: Path, monk
     assert (base / "kernels" / "a.so").read_bytes() == b"rewritten"
 
 
+def test_a_file_that_does_not_belong_in_such_a_cache_refuses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = receiver(tmp_path / "receiver", first_seed(tmp_path / "seed"), monkeypatch)
+    place = code_place(tmp_path / "receiver", "own", only=lambda parts: parts == ("rank_0_0", "model"))
+    assert not caches.about_to_read(place)
+    assert not (tmp_path / "receiver" / "aot").exists()
+    caches.warm()
+    assert report.announced().startswith("torch_aot=miss:refused")
+
+
 def test_after_warm_up_nothing_is_installed_or_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = receiver(tmp_path / "1", first_seed(tmp_path / "0"), monkeypatch)
     caches.warm()

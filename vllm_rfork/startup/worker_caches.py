@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from vllm_rfork.caches.installer import install, install_file, is_there
 from vllm_rfork.caches.manifest import Artifact, identity_differences
+from vllm_rfork.caches.paths import relative_parts
 from vllm_rfork.caches.rewriting import MAX_INDEX_NBYTES
 from vllm_rfork.caches.staging import Staged
 from vllm_rfork.errors import CacheError
@@ -181,7 +182,11 @@ def _of(facts: Container[str], details: Mapping[str, str]) -> dict[str, str]:
 
 
 def _install_files(place: CachePlace, received: Staged | Body) -> int:
-    """Rewrite indexes and install; returns the number of new files. Raises CacheError."""
+    """Check the paths, rewrite indexes and install; returns the number of new files. Raises CacheError."""
+    accepts = place.accepts or place.only
+    for file in received.artifact.files:
+        if accepts is not None and not accepts(relative_parts(file.path)):
+            raise CacheError(f"{received.artifact} contains {file.path!r}, which does not belong in such a cache")
     if not isinstance(received, Staged) or received.root != place.root:
         raise CacheError(f"{received.artifact} was not staged in {place.root}")
     directory = place.root.joinpath(*place.directory)

@@ -31,6 +31,7 @@ class CachePlace:
         rewrite: pattern of file names, as a shell's → the function that writes such an index with this worker's paths.
         only: returns True for the path of a file that belongs to this process, and of a directory with such files;
             None for all.
+        accepts: returns True for the path of a file that a seed's cache may contain; None for the same as ``only``.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class CachePlace:
     last: str | None = None
     rewrite: Mapping[str, Rewrite] = field(default_factory=dict)
     only: Callable[[Parts], bool] | None = None
+    accepts: Callable[[Parts], bool] | None = None
 
 
 @dataclass(frozen=True)
