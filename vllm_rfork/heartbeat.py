@@ -92,6 +92,10 @@ class Heartbeat:
         """True if the planner accepted the latest heartbeat."""
         return self._announced
 
+    def soon(self) -> None:
+        """Announce again as soon as possible; called in the loop."""
+        self._beat_now.set()
+
     async def run(self) -> None:
         """Announce at once, then repeat it until cancelled or withdrawn; withdraw at the end."""
         self._attending = asyncio.create_task(self._presence.run())

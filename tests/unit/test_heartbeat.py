@@ -239,6 +239,18 @@ async def test_a_cancellation_that_is_lost_holds_no_withdrawal_up() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_what_is_known_later_is_announced_at_once_if_asked() -> None:
+    planner, virtual = FakePlanner(), VirtualTime()
+    caches = [""]
+    beat = heartbeat(planner, virtual, caches=lambda: caches[-1])
+    async with running(beat, virtual):
+        caches.append("triton=hit")
+        beat.soon()
+        await virtual.settle()
+        assert planner.calls == ["announce", "announce"], "without any time passing"
+        assert planner.announced_with["caches"] == "triton=hit"
+
+
 async def test_a_planner_that_does_not_know_the_seed_is_told_at_once() -> None:
     planner, virtual = FakePlanner(), VirtualTime()
     planner.answers = [Attended(Attendance.NOT_KNOWN)]

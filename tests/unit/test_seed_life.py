@@ -13,13 +13,14 @@ import pytest
 
 from tests.flow.memory_seed import NBYTES, contents, digest_of, manifest_of
 from tests.lane_engines import CALLS, Alpha, Beta, raises, recorded
-from vllm_rfork.clients import SeedClient
+from vllm_rfork.clients import PlannerClient, SeedClient
 from vllm_rfork.engines.base import EngineConfig
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.errors import EngineError, EngineUnavailable
 from vllm_rfork.fork import engine_handle, engine_set
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.manifest.schema import Manifest
+from vllm_rfork.messages import CacheResults
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.net.event_loop import background
 from vllm_rfork.seeding.engines import SeedEngines
@@ -27,6 +28,7 @@ from vllm_rfork.seeding.manager import SeedManager
 from vllm_rfork.seeding.publication import Publication, SeedConfig
 from vllm_rfork.seeding.slot import Slot, SlotState
 from vllm_rfork.selftest.buffers import Buffer
+from vllm_rfork.startup import report
 
 __all__ = ["recorded"]
 
@@ -278,3 +280,23 @@ def test_without_an_engine_there_is_no_seed_and_the_log_has_all_reasons(
     (line,) = [text for record in caplog.records if "is not a seed" in (text := record.getMessage())]
     assert "install it" in line
     assert "no port is free" in line
+
+
+def test_results_of_caches_are_announced_at_once(start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[str] = []
+
+    async def announce(self: PlannerClient, *arguments: Any, caches: str, **options: Any) -> None:
+        announced.append(caches)
+
+    monkeypatch.setattr(PlannerClient, "announce", announce)
+    worker = start("memory")
+    worker.publish()
+    until(lambda: announced == [""])
+    (seed,) = worker.manager.seeds(WITHIN_S)
+    for _ in range(2):  # the same again says nothing new
+        report.announce(CacheResults({"triton": "hit"}), seed.manifest.seed_key)
+    until(lambda: len(announced) == 2)
+    worker.manager.withdraw(REASON, last=True)
+    report.announce(CacheResults())
+    assert announced == ["", "triton=hit"]
+    assert report._Slot.announcing == ()

@@ -7,6 +7,7 @@ import concurrent.futures.thread
 import errno
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -27,6 +28,7 @@ from vllm_rfork.config import parse_config
 from vllm_rfork.errors import CacheError, SeedBusy, SeedError
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.credentials import Credentials, Options
+from vllm_rfork.seeding.manager import SeedManager
 from vllm_rfork.startup import collecting, fetch, offers, report
 from vllm_rfork.startup import worker_caches as worker_caches_module
 from vllm_rfork.startup.arrivals import Arrivals, Body, Missed
@@ -494,9 +496,33 @@ def test_a_directory_that_stays_noisy_is_not_offered(
     collection.add(written(CachePlace("triton", "rank0", {"triton": "3"}, tmp_path, ("triton",))), None, None)
     with caplog.at_level(logging.INFO):
         offered = collection.collected()
+    assert offered is not None
     assert [each.artifact.kind for each in offered.artifacts] == ["triton"]
     assert "was still changing after 120 s" in caplog.text
     assert now[0] >= QUIET_S
+
+
+def test_a_worker_that_shuts_down_collects_nothing_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    waiting = threading.Event()
+
+    class Noisy(Quiet):
+        def look(self) -> bool:
+            waiting.set()
+            return False
+
+    collecting.QuietDirectory = Noisy  # type: ignore[assignment,misc]  # undone by the fixture
+    caches = worker(tmp_path)
+    caches.produced(written(code_place(tmp_path, "own")), 1.0)
+    with caplog.at_level(logging.INFO):
+        caches.warm()
+        assert waiting.wait(10)
+        (thread,) = (each for each in threading.enumerate() if each.name == "rfork-caches-offer")
+        SeedManager().withdraw("the worker shuts down", last=True)
+        shutil.rmtree(tmp_path / "aot")
+        thread.join(10)
+    assert not thread.is_alive()
+    assert offers.current() is None
+    assert caplog.text == ""
 
 
 def test_a_worker_that_is_not_a_seed_collects_nothing(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.publication import Publication, PublishedTensors
 from vllm_rfork.seeding.seed import Seed
 from vllm_rfork.seeding.slot import Slot, SlotEvent, SlotState
+from vllm_rfork.startup import offers
 from vllm_rfork.threads.native import native_thread
 
 logger = worker_logger(__name__)
@@ -112,6 +113,8 @@ class SeedManager:
         are kept beside the model stay. Otherwise they are dropped.
         """
         with self._withdrawing:
+            if last:
+                offers.end()
             with self._lock:
                 self._generation += 1
                 self._may_return, self._reason = not last, reason

@@ -7,6 +7,7 @@ only then is the memory released.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -164,6 +165,14 @@ class Seed:
             caches=partial(report.announced, self.manifest.seed_key),
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
+        report.begin_announcing(self._announce_again)
+
+    def _announce_again(self) -> None:
+        """Announce results of this start that were not known before."""
+        beat = self._parts.beat
+        if beat is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+                background().in_loop(beat.soon)
 
     def withdraw(self, reason: str) -> None:
         """Stop being a seed, before ``reason`` changes the bytes. Idempotent; failures of single steps are logged.
@@ -191,6 +200,7 @@ class Seed:
 
     def _end(self) -> None:
         self._ended = True
+        report.end_announcing(self._announce_again)
         parts, self._parts = self._parts, _Parts()
         bound_s = self.config.request_timeout_s + 1.0
         service, beat, task = parts.service, parts.beat, parts.beat_task

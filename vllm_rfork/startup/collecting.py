@@ -61,9 +61,10 @@ class Collection:
         settings: CacheSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self._settings, self._clock, self._sleep = settings, clock, sleep
+        self._stopped = threading.Event()
+        self._settings, self._clock, self._sleep = settings, clock, sleep or self._stopped.wait
         self._lock = threading.Lock()
         self._produced: dict[tuple[str, str], _Produced] = {}
         self._details: dict[str, str] = {}
@@ -93,10 +94,15 @@ class Collection:
         with self._lock:
             return dict(self._details)
 
-    def collected(self) -> Offered:
+    def stop(self) -> None:
+        """End :meth:`collected` soon: the process ends, and others may remove its files. Returns at once."""
+        self._stopped.set()
+
+    def collected(self) -> Offered | None:
         """Wait until the directories are quiet, for :data:`QUIET_WITHIN_S` at most, and describe what they contain.
 
         An artifact that cannot be offered, or that would make the list longer than receivers accept, is left out.
+        None after :meth:`stop`.
         """
         with self._lock:
             produced = sorted(self._produced.values(), key=lambda each: ORDER.index(each.place.kind))
@@ -105,13 +111,17 @@ class Collection:
         artifacts: list[OfferedArtifact] = []
         details = self.details
         for each in produced:
+            if self._stopped.is_set():
+                return None
             try:
                 made = _json(each, each.place) if isinstance(each.place, JsonPlace) else _files(each, each.place, noisy)
                 encode_offer(Offered((*artifacts, made), details).offer(code=True))
                 artifacts.append(made)
             except CacheError as error:
+                if self._stopped.is_set():
+                    return None
                 logger.info("caches: %s %s is not offered: %s", each.place.kind, each.place.name, error)
-        return Offered(tuple(artifacts), details)
+        return None if self._stopped.is_set() else Offered(tuple(artifacts), details)
 
     def _may_offer(self, kind: str) -> bool:
         return LEVELS[kind] == "safe" or self._settings.offering_obstacle is None
@@ -122,7 +132,7 @@ class Collection:
         watched = {each: QuietDirectory(each, only=only, clock=self._clock) for each, only in directories.items()}
         failed: dict[Path, str] = {}
         deadline = self._clock() + QUIET_WITHIN_S
-        while watched:
+        while watched and not self._stopped.is_set():
             for each, directory in list(watched.items()):
                 try:
                     if directory.look():

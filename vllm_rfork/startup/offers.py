@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 
 from vllm_rfork.caches.offered import Offered
@@ -11,6 +12,7 @@ class _Slot:
     offered: Offered | None = None
     start: object = None
     expected = False
+    stop: Callable[[], object] | None = None
 
 
 def current() -> Offered | None:
@@ -23,6 +25,17 @@ def begin(start: object, *, expected: bool) -> None:
     _Slot.offered, _Slot.start, _Slot.expected = None, start, expected
 
 
+def collecting(stop: Callable[[], object]) -> None:
+    """Take note that caches are being collected until ``stop`` is called."""
+    _Slot.stop = stop
+
+
+def end() -> None:
+    """Stop collecting: nobody can ask this process any more."""
+    if _Slot.stop is not None:
+        _Slot.stop()
+
+
 def source() -> Callable[[], Offered | None] | None:
     """:func:`current` for a seed service; None if this process carries no caches, so that no receiver asks again."""
     return current if _Slot.expected else None
@@ -32,3 +45,6 @@ def replace(start: object, offered: Offered) -> None:
     """Make ``offered`` the present offer, unless another start has begun since."""
     if start is _Slot.start:
         _Slot.offered = offered
+
+
+atexit.register(end)

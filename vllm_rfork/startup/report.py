@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vllm_rfork.logs.quoting import counted, printable
@@ -148,13 +148,32 @@ def _reasons(reasons: Iterable[str]) -> str:
 
 
 class _Slot:
+    lock = threading.Lock()
     results = CacheResults()
     seed_key = ""
+    announcing: tuple[Callable[[], None], ...] = ()
 
 
 def announce(results: CacheResults, seed_key: str = "") -> None:
-    """Make ``results`` those that this process announces as a seed of ``seed_key``, and of no other key."""
-    _Slot.results, _Slot.seed_key = results, seed_key
+    """Make ``results`` those that this process announces, at once, as a seed of ``seed_key``, and of no other key."""
+    with _Slot.lock:
+        changed = results != _Slot.results
+        _Slot.results, _Slot.seed_key = results, seed_key
+        announcing = _Slot.announcing if changed else ()
+    for again in announcing:
+        again()
+
+
+def begin_announcing(again: Callable[[], None]) -> None:
+    """Call ``again``, which must return at once, whenever there are other results."""
+    with _Slot.lock:
+        _Slot.announcing += (again,)
+
+
+def end_announcing(again: Callable[[], None]) -> None:
+    """Undo :func:`begin_announcing`, if there was one."""
+    with _Slot.lock:
+        _Slot.announcing = tuple(each for each in _Slot.announcing if each != again)
 
 
 def announced(seed_key: str) -> str:
@@ -162,4 +181,5 @@ def announced(seed_key: str) -> str:
 
     Empty until there are some, and for its other seeds: a start with a draft model would be counted twice.
     """
-    return str(_Slot.results) if seed_key == _Slot.seed_key else ""
+    with _Slot.lock:
+        return str(_Slot.results) if seed_key == _Slot.seed_key else ""

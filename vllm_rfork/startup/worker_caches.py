@@ -122,6 +122,7 @@ class WorkerCaches:
             logger.info("%s", self._results.line(fetch.seed, fetch.nbytes, fetch.seconds))
             report.announce(self._results.results(), self._seed_key)
         if self._settings.offers:
+            offers.collecting(self._collection.stop)
             threading.Thread(target=self._offer, name="rfork-caches-offer", daemon=True).start()
 
     def _install(self, place: Place) -> bool:
@@ -168,6 +169,8 @@ class WorkerCaches:
             if self._settings.level == "code" and (obstacle := self._settings.offering_obstacle) is not None:
                 logger.info("caches of code are not offered: %s", obstacle)
             offered = self._collection.collected()
+            if offered is None:
+                return
             offers.replace(self, offered)
             nbytes = sum(each.artifact.nbytes for each in offered.artifacts)
             names = ", ".join(str(each.artifact) for each in offered.artifacts) or "none"
