@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -208,6 +210,63 @@ def test_an_index_never_names_a_graph_that_is_not_the_seeds(vllm: Vllm, seed: Ca
     model, carrier = started(vllm, root, config("/models/b"), seed)
     assert model.compiled_by_itself
     assert carrier.outcomes["split_graph"] is False
+
+
+@pytest.fixture
+def unloadable(vllm: Vllm, tmp_path: Path) -> Carrier:
+    """A seed of graphs only, which vLLM cannot load."""
+    vllm.envs.VLLM_USE_AOT_COMPILE = False
+    _, carrier = started(vllm, tmp_path / "seed", config("/models/a"))
+    (graph,) = (tmp_path / "seed").rglob("artifact_*")
+    graph.write_text("broken")
+    offered = carrier.collect().offered
+    carrier.offered = {"split_graph": offered["split_graph"]}
+    return carrier
+
+
+def test_a_restart_after_graphs_that_cannot_be_loaded_compiles(
+    vllm: Vllm, unloadable: Carrier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
+        started(vllm, tmp_path / "receiver", config("/models/b"), unloadable)
+    for name, empty in (("_unproven", []), ("_failed", set())):  # those of another process
+        monkeypatch.setattr(split_graphs, name, empty)
+    with caplog.at_level(logging.INFO):
+        model, _ = started(vllm, tmp_path / "receiver", config("/models/b"), unloadable)
+    assert model.compiled_by_itself
+    assert "the process that had installed them ended before vLLM had loaded them" in caplog.text
+    assert not list((tmp_path / "receiver").rglob(".rfork-unproven"))
+    for model_file in (tmp_path / "receiver").rglob("rank_0_0/model"):
+        model_file.unlink()
+    _, carrier = started(vllm, tmp_path / "receiver", config("/models/b"))
+    assert carrier.outcomes["split_graph"] is True
+
+
+def test_graphs_that_vllm_has_loaded_stay(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:
+    for carrier in (seed, None):
+        model, _ = started(vllm, tmp_path / "receiver", config("/models/b"), carrier)
+        assert not model.compiled_by_itself
+        assert not list(tmp_path.rglob(".rfork-unproven"))
+
+
+def test_graphs_that_another_process_is_loading_stay(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:
+    for each in (seed, None):
+        started(vllm, tmp_path / "receiver", config("/models/b"), each)
+    (index,) = (tmp_path / "receiver").rglob(split_graphs.INDEX)
+    code = (
+        "import sys; from pathlib import Path; from vllm_rfork.caches.unproven import Unproven\n"
+        "Unproven(Path(sys.argv[1])).begin(); print('begun', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, index], **pipes) as other:  # type: ignore[call-overload]
+        assert other.stdout is not None
+        assert other.stdout.readline()
+        _, beside = started(vllm, tmp_path / "receiver", config("/models/b"))
+        assert beside.outcomes["split_graph"] is True
+        other.kill()
+    _, after = started(vllm, tmp_path / "receiver", config("/models/b"))
+    assert after.outcomes["split_graph"] is False
+    assert not index.with_name(".rfork-unproven").exists()
 
 
 def test_kernels_that_were_compiled_again_are_not_reported_as_used(vllm: Vllm, seed: Carrier, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from vllm_rfork.caches.paths import Parts, parts_below
 from vllm_rfork.caches.rewriting import split_graph_index
+from vllm_rfork.caches.unproven import Unproven
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.vllm_compat.start_up.compiled_identity import artifact_name, latest_identity, take_identity
 from vllm_rfork.vllm_compat.start_up.guard import guarded
@@ -40,6 +41,7 @@ class _Graphs:
     """The split graphs of one compiler manager, between reading its index and writing it."""
 
     place: CachePlace
+    mark: Unproven
     started: float
 
     @classmethod
@@ -62,17 +64,32 @@ class _Graphs:
             rewrite={INDEX: split_graph_index},
             only=_is_graph,
         )
-        return cls(place, time.monotonic())
+        return cls(place, Unproven(folder / INDEX), time.monotonic())
 
     @property
     def index(self) -> Path:
         """The file that makes vLLM load them."""
         return self.place.root.joinpath(*self.place.directory, INDEX)
 
+    def install(self) -> None:
+        """Install what the seed has of them, unless they have failed before. Raises OSError."""
+        if self.mark.remove_left():
+            _failed.add(self.index)
+            text = "the process that had installed them ended before vLLM had loaded them"
+            logger.info("caches: the graphs of %s were removed: %s", self.place.name, text)
+        if self.index in _failed or self.index.exists():
+            return
+        self.mark.begin()
+        if listener().about_to_read(self.place):
+            _unproven.append(self)
+        else:
+            self.mark.end()
+
     def remove_index(self) -> None:
         """Remove the index that was installed, and with it the graphs from what vLLM loads. Raises OSError."""
         _failed.add(self.index)
         self.index.unlink(missing_ok=True)
+        self.mark.end()
         text = "vLLM could not load the forward with them"
         logger.info("caches: the graphs of %s were removed again: %s", self.place.name, text)
         listener().outcome(self.place.kind, self.place.name, used=False, reason=text)
@@ -175,8 +192,7 @@ def _carrying(original: Callable[..., None]) -> Callable[..., None]:
             identity = _identities.pop(self, None)
             if identity is not None and not disable_cache:
                 graphs = _graphs[self] = _Graphs.of(Path(cache_dir), identity)
-                if graphs.index not in _failed and listener().about_to_read(graphs.place):
-                    _unproven.append(graphs)
+                graphs.install()
         original(self, cache_dir, disable_cache, prefix)
 
     return initialize_cache
@@ -189,7 +205,8 @@ def _reporting(original: Callable[..., None]) -> Callable[..., None]:
         with guarded(_WHAT):
             graphs = _graphs.pop(self, None)
             if graphs is not None:
-                _unproven.clear()
+                while _unproven:
+                    _unproven.pop().mark.end()
                 graphs.done(self)
 
     return save_to_file
