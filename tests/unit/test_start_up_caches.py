@@ -431,7 +431,7 @@ def test_a_file_that_does_not_belong_in_such_a_cache_refuses_it(
     assert not caches.about_to_read(place)
     assert not (tmp_path / "receiver" / "aot").exists()
     caches.warm()
-    assert report.announced().startswith("torch_aot=miss:refused")
+    assert report.announced("key").startswith("torch_aot=miss:refused")
 
 
 def test_after_warm_up_nothing_is_installed_or_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
