@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -77,7 +80,8 @@ class Worker:
         forked_from: Worker | None = more.pop("forked_from", None)
         self.folder, self.seeds, self.reloads, self.model = folder, SeedManager(), reloads(), Model()
         self.changes = WeightChanges(self.seeds)
-        self.model_config: Any = SimpleNamespace(model=str(folder), model_weights="", revision=None)
+        named = {"model": str(folder), "model_weights": "", "revision": None, **more.pop("configured", {})}
+        self.model_config: Any = SimpleNamespace(**named)
         self.load_config: Any = SimpleNamespace(load_format="rfork", download_dir=None)
         self.context = _context(self, planner, name, pool, fingerprint, more)
         built = AsBuilt.of(self.model, VLLM_RULES, kernels=True)
@@ -144,6 +148,7 @@ def _context(worker: Worker, planner: Planner, name: str, pool: Any, fingerprint
         engine_config=EngineConfig("cpu"),
         advertise_host="127.0.0.1",
         load_config=worker.load_config,
+        source=checkpoint_files.source_of(worker.model_config, worker.load_config),
         shows_progress=False,
         rank_group=RankGroup(),
         files=CheckpointFiles(find),
@@ -257,6 +262,36 @@ def test_without_files_here_only_weights_that_are_gone_are_forked(start: Start, 
         worker.reload()  # storage's own error
 
 
+def test_another_model_that_is_not_on_this_machine_is_not_the_old_one(
+    start: Start, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``update_config``: storage would download it, or fail."""
+    source = start(model)
+    worker = start(tmp_path / "nothing", forked_from=source)
+    worker.model_config.model = str(tmp_path / "another")
+    worker.change(DEEP_SLEEP, discarded)
+    with caplog.at_level("INFO", "vllm_rfork"), pytest.raises(FileNotFoundError):
+        worker.reload()
+    assert f"and is at {tmp_path / 'another'} now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("revision", "offline", "forked"), [(None, False, False), ("f" * 40, False, True), (None, True, True)]
+)
+def test_a_hub_may_have_a_newer_commit(
+    revision: str | None, offline: bool, forked: bool, start: Start, model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """vLLM asks the hub in every reload; the copy on this machine stays as it is."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(checkpoint_files, "local_folder", lambda *source: model)
+    start(model)
+    worker = start(model, configured={"model": "org/name", "revision": revision})
+    worker.change(DEEP_SLEEP, discarded)
+    worker.folder = model if forked else checkpoint(tmp_path / "newer", B)
+    assert worker.reload() is forked
+
+
 def renamed(worker: Worker, other: Path) -> None:
     """The usual way to replace a file."""
     (other / "model.safetensors").replace(worker.folder / "model.safetensors")
@@ -281,13 +316,24 @@ def elsewhere(worker: Worker, other: Path) -> None:
     worker.folder = other
 
 
+def outside_the_samples(worker: Worker, other: Path) -> None:
+    """In place, with the old file's times, in bytes that are in no sample of the checkpoint's identity."""
+    file = worker.folder / "model.safetensors"
+    status, content = file.stat(), bytearray(file.read_bytes())
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    end = header_end + json.loads(content[8:header_end])["first.weight"]["data_offsets"][1]
+    content[end - 4 : end] = struct.pack("<f", 123.0)
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def by_another_loader(worker: Worker, other: Path) -> None:
     """``update_config`` of the load format."""
     elsewhere(worker, other)
     worker.load_config.load_format = "auto"
 
 
-@pytest.mark.parametrize("replace", [renamed, written, touched, elsewhere, by_another_loader])
+@pytest.mark.parametrize("replace", [renamed, written, outside_the_samples, touched, elsewhere, by_another_loader])
 def test_other_files_are_read_although_a_seed_has_the_old_weights(
     replace: Callable[[Worker, Path], None], start: Start, model: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from vllm_rfork.config import parse_config
@@ -23,11 +24,12 @@ from vllm_rfork.model import bounce
 from vllm_rfork.model.bounce import BounceBuffer
 from vllm_rfork.model.rules import ModelRules
 from vllm_rfork.model.snapshot import Contents
-from vllm_rfork.vllm_compat.checkpoint_files import is_remote, stamps_of
+from vllm_rfork.vllm_compat.checkpoint_files import Source, elsewhere, stamps_of
 from vllm_rfork.vllm_compat.rank_groups import RankGroup
 from vllm_rfork.vllm_compat.reloading import OtherSource, StoredWeights, wants_own_files
 from vllm_rfork.vllm_compat.weight_changes import Change, WeightChanges
 from vllm_rfork.vllm_compat.worker_hooks import CHANGES_WEIGHTS
+from zoo.planner import eventually
 
 CPU = torch.device("cpu")
 
@@ -158,6 +160,14 @@ def test_a_device_with_little_memory_has_a_smaller_buffer_and_one_without_has_no
 # --- which weights storage has ---------------------------------------------------------------------------------------
 
 
+def written_with_its_times(file: Path) -> bool:
+    status = file.stat()
+    with file.open("r+b") as opened:
+        opened.write(b"w")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return file.stat().st_mtime_ns == status.st_mtime_ns
+
+
 def test_a_file_that_was_replaced_or_written_has_another_stamp(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
@@ -171,24 +181,67 @@ def test_a_file_that_was_replaced_or_written_has_another_stamp(tmp_path: Path) -
     other.replace(file)
     replaced = stamps_of(parts)
     assert replaced != first
+    eventually(
+        lambda: written_with_its_times(file) and stamps_of(parts) != replaced, "the clock of the file system has ticked"
+    )
+    written = stamps_of(parts)
     os.utime(file, ns=(0, 0))
-    assert stamps_of(parts) not in (first, replaced)
+    assert stamps_of(parts) not in (first, replaced, written)
     file.unlink()
     with pytest.raises(OSError, match="No such file"):
         stamps_of(parts)
 
 
 @pytest.mark.parametrize(
-    ("model", "load_format", "reason"),
-    [("s3://bucket/model", "rfork", "named by a URL"), ("/model", "auto", "load format is auto")],
+    ("loaded_from", "model", "load_format", "reason"),
+    [
+        (Source("s3://bucket/model", None, None), "s3://bucket/model", "rfork", "named by a URL"),
+        (Source("/model", None, None), "/model", "auto", "load format is auto"),
+        (Source("/model", None, None), "/another", "rfork", "loaded from /model, and is at /another now"),
+        (Source("o/m", "1", None), "o/m", "rfork", "loaded from o/m revision=1, and is at o/m now"),
+        (Source("/model", None, "/d"), "/model", "rfork", "loaded from /model download_dir=/d, and"),
+    ],
 )
-def test_weights_from_elsewhere_are_not_compared(model: str, load_format: str, reason: str) -> None:
+def test_weights_from_elsewhere_are_not_compared(
+    loaded_from: Source, model: str, load_format: str, reason: str
+) -> None:
     config = SimpleNamespace(model=model, model_weights="", revision=None)
     load = SimpleNamespace(load_format=load_format, download_dir=None)
     wanted = StoredWeights(nn.Linear(1, 1), config, load, RankGroup(), gone=True, written=False)
     with pytest.raises(OtherSource, match=reason):
-        wanted.files("auto")
-    assert is_remote(config) is ("://" in model)
+        wanted.files("auto", loaded_from)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "offline", "place"),
+    [
+        ("s3://bucket/model", None, True, "a URL"),
+        ("/no/such/folder", None, False, None),
+        ("tests", None, False, None),  # a folder here
+        ("org/name", None, False, "a hub's repository without a commit"),
+        ("org/name", "main", False, "a hub's repository without a commit"),
+        ("org/name", "0a" * 19, False, "a hub's repository without a commit"),
+        ("org/name", "0a" * 20, False, None),
+        ("org/name", None, True, None),
+    ],
+)
+def test_places_whose_weights_may_be_newer(
+    name: str, revision: str | None, offline: bool, place: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert elsewhere(Source(name, revision, None)) == place
+
+
+def test_a_tower_from_a_hub_may_be_newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    model: Any = nn.Linear(1, 1)
+    model.secondary_weights = [SimpleNamespace(model_or_path="org/tower", revision=None)]
+    config = SimpleNamespace(model="/model", model_weights="", revision=None)
+    load = SimpleNamespace(load_format="rfork", download_dir=None)
+    wanted = StoredWeights(model, config, load, RankGroup(), gone=True, written=False)
+    with pytest.raises(OtherSource, match="the weights of org/tower"):
+        wanted.files("auto", Source("/model", None, None))
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def arrival_of(layout: str, model: Model, left_s: Callable[[], float] = lambda: 
         engine_config=cast("Any", None),
         advertise_host="",
         load_config=None,
+        source=cast("Any", None),
         shows_progress=False,
         rank_group=RankGroup(),
         files=cast("Any", None),

@@ -386,6 +386,7 @@ def context_of(layout: str, device: torch.device = ELSEWHERE) -> LoadContext:
         engine_config=cast("Any", None),
         advertise_host="",
         load_config=None,
+        source=cast("Any", None),
         shows_progress=False,
         rank_group=RankGroup(),
         files=cast("Any", SimpleNamespace(look_also_at=lambda sources: None, forked_from=lambda remote: None)),

@@ -48,6 +48,7 @@ class LoadContext:
         engine_order: names of this worker's transfer engines, the preferred one first.
         advertise_host: the host under which others reach this worker; None if it is unknown.
         load_config: vLLM's.
+        source: the place of the weights.
         shows_progress: this rank shows the progress bar.
         rank_group: the ranks that load this model together.
         files: the checkpoint's files on this machine.
@@ -69,6 +70,7 @@ class LoadContext:
     engine_config: EngineConfig
     advertise_host: str | None
     load_config: Any
+    source: checkpoint_files.Source
     shows_progress: bool
     rank_group: RankGroup
     files: CheckpointFiles
@@ -149,6 +151,7 @@ def describe(
         engine_config=early.engine_config(settings, device_backend(device).name, host),
         advertise_host=host,
         load_config=vllm_config.load_config,
+        source=checkpoint_files.source_of(model_config, vllm_config.load_config),
         shows_progress=shows_progress and is_first_rank(),
         rank_group=rank_group(vllm_config, model_config),
         files=CheckpointFiles(find_files),

@@ -97,7 +97,7 @@ class LoadedModel:
             StorageDecides: they are not the files of the load.
             NoIdentity: they cannot be identified.
         """
-        parts = wanted.files(self.context.settings.rfork_fallback_load_format)
+        parts = wanted.files(self.context.settings.rfork_fallback_load_format, self.context.source)
         if checkpoint_files.stamps_of(parts) != self._stamps.result(BOUND_S):
             raise StorageDecides("the model's files have changed since it was loaded")
         if not any(files.paths for files in parts.values()):

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_rfork.manifest.checkpoint_identity import Files
 from vllm_rfork.vllm_compat.worker_identity import is_draft
@@ -33,6 +33,26 @@ _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler
 _SHARD = re.compile(r"-[0-9]+-of-(?P<all>[0-9]+)(?=\.)")
 #: A folder in a hub's cache, with the repository's name in its path.
 _SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+/?$")
+#: A revision of a hub's repository that never changes.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Source(NamedTuple):
+    """The place that a configuration names for a model's weights.
+
+    Attributes:
+        name: a path, a repository of a hub, or a URL.
+        revision: of the repository; None for the newest.
+        download_dir: of downloads; None for the hub's own.
+    """
+
+    name: str
+    revision: str | None
+    download_dir: str | None
+
+    def __str__(self) -> str:
+        more = {"revision": self.revision, "download_dir": self.download_dir}
+        return " ".join([self.name, *(f"{name}={value}" for name, value in more.items() if value is not None)])
 
 
 def files_of(
@@ -47,8 +67,7 @@ def files_of(
     """
     if load_format in NOT_FILES:
         return {}
-    name = getattr(model_config, "model_weights", "") or model_config.model
-    folder = local_folder(name, model_config.revision, load_config.download_dir) if main else None
+    folder = local_folder(*source_of(model_config, load_config)) if main else None
     parts: dict[str, Files] = {}
     if folder is not None:
         parts[WEIGHTS] = weight_files(folder, load_format)
@@ -67,13 +86,30 @@ def files_of(
     return parts
 
 
-def is_remote(model_config: Any) -> bool:
-    """True if a model's weights are named by a URL, so that nothing on this machine shows which ones they are now."""
-    return "://" in (getattr(model_config, "model_weights", "") or model_config.model)
+def source_of(model_config: Any, load_config: Any) -> Source:
+    """The place of a model's main part."""
+    name = getattr(model_config, "model_weights", "") or model_config.model
+    return Source(name, model_config.revision, load_config.download_dir)
 
 
-def stamps_of(parts: Mapping[str, Files]) -> frozenset[tuple[str, str, int, int, int]]:
-    """Part, path, size, time of the last change in ns and inode of each file: others mean that files were changed.
+def elsewhere(source: Source) -> str | None:
+    """The place outside this machine that may have other weights of ``source`` by now; None if there is none.
+
+    vLLM looks for a newer commit in every load from a hub, unless it is offline; ModelScope's as well.
+    """
+    if "://" in source.name:
+        return "a URL"
+    if os.path.exists(source.name) or os.path.isabs(source.name) or _COMMIT.fullmatch(source.revision or ""):
+        return None
+    from huggingface_hub import constants
+
+    return None if constants.HF_HUB_OFFLINE else "a hub's repository without a commit"
+
+
+def stamps_of(parts: Mapping[str, Files]) -> frozenset[tuple[str, str, int, int, int, int]]:
+    """Part, path, size, two times in ns and inode of each file: others mean that files were changed.
+
+    The times are those of the last change of the content, which a writer can set, and of the inode, which it cannot.
 
     Raises:
         OSError: a file cannot be looked at.
@@ -82,7 +118,7 @@ def stamps_of(parts: Mapping[str, Files]) -> frozenset[tuple[str, str, int, int,
     for part, files in parts.items():
         for path in files.paths:
             status = path.stat()
-            found.add((part, str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+            found.add((part, str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     return frozenset(found)
 
 

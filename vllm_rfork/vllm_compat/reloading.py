@@ -50,18 +50,26 @@ class StoredWeights:
     gone: bool
     written: bool
 
-    def files(self, fallback_format: str) -> dict[str, Files]:
+    def files(self, fallback_format: str, loaded_from: checkpoint_files.Source) -> dict[str, Files]:
         """The parts' files on this machine now; none if there are none.
 
+        Args:
+            loaded_from: the source of the load.
+
         Raises:
-            OtherSource: they are not the only place of the weights, or not the format that was loaded.
+            OtherSource: they are not the only place of the weights, or not the place or format that was loaded.
         """
         if str(self.load_config.load_format).lower() != "rfork":
             raise OtherSource(f"the load format is {self.load_config.load_format} now")
-        if checkpoint_files.is_remote(self.model_config):
-            raise OtherSource("the weights are named by a URL, and may be others now")
-        sources = checkpoint_files.secondary_sources(self.model)
-        return checkpoint_files.files_of(self.model_config, self.load_config, fallback_format, sources)
+        now = checkpoint_files.source_of(self.model_config, self.load_config)
+        if now != loaded_from:
+            raise OtherSource(f"the model was loaded from {loaded_from}, and is at {now} now")
+        secondary = checkpoint_files.secondary_sources(self.model)
+        of_parts = [checkpoint_files.Source(each.model_or_path, each.revision, now.download_dir) for each in secondary]
+        for source in (now, *of_parts):
+            if (place := checkpoint_files.elsewhere(source)) is not None:
+                raise OtherSource(f"the weights of {source.name} are named by {place}, and may be others now")
+        return checkpoint_files.files_of(self.model_config, self.load_config, fallback_format, secondary)
 
 
 class ReloadListener(Protocol):
