@@ -20,11 +20,11 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.startup.settings import CacheSettings
-from vllm_rfork.startup.worker_caches import WorkerCaches, worker_caches
+from vllm_rfork.startup.worker_caches import WorkerCaches, no_caches, worker_caches
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
-from vllm_rfork.vllm_compat.start_up import install_hooks
+from vllm_rfork.vllm_compat.start_up import install_hooks, plan_hooks
 from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.worker_hooks import withdraw_before_changes
 
@@ -148,6 +148,8 @@ def _caches_of(settings: Settings, credentials: Credentials) -> WorkerCaches | N
         if carried is not None:
             install_hooks(carried.level)
             return worker_caches(carried)
+        plan_hooks.disable()
+        no_caches()
     return None
 
 

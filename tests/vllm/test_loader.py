@@ -20,6 +20,9 @@ from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.seeding.publication import seed_ports
+from vllm_rfork.startup import offers
+from vllm_rfork.startup.worker_caches import no_caches
+from vllm_rfork.vllm_compat.start_up.listener import listener, listens
 
 pytestmark = pytest.mark.vllm
 
@@ -104,6 +107,24 @@ def test_caches_that_fail_cost_no_fork(monkeypatch: pytest.MonkeyPatch, rfork_lo
     monkeypatch.setattr(loader, "install_hooks", fail)
     assert loader._caches_of(parse_config({}).settings, Credentials()) is None
     assert rfork_log.warnings == ["RFork: caches: every cache was left to vLLM because of ArithmeticError: not here"]
+
+
+def test_off_is_off_after_another_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_rfork import loader
+
+    monkeypatch.setattr(loader, "install_hooks", lambda level: None)
+    settings = parse_config({}).settings
+    earlier = loader._caches_of(settings, Credentials())
+    assert earlier is listener()
+    assert offers.source() is not None
+    try:
+        assert loader._caches_of(parse_config({"rfork_caches": "off"}).settings, Credentials()) is None
+        assert not listens()
+        assert offers.source() is None
+        assert earlier.is_warm
+        assert loader._caches_of(settings, Credentials()) not in (None, earlier)
+    finally:
+        no_caches()
 
 
 # --- delegation ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +235,7 @@ def starts(
 
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "root"))
     monkeypatch.delenv(plan_hooks.FLAG, raising=False)
+    monkeypatch.setattr(plan_hooks._Flag, "set_here", False)
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     worker: type[StandIn] = type("Worker", (request.param,), {**vars(request.param)})
     monkeypatch.setattr(gpu_worker, "Worker", worker)
@@ -465,6 +467,21 @@ def test_two_ranks_of_which_one_has_a_plan_both_measure(hooked: Starts, tmp_path
         for thread in threads:
             thread.join(60)
         assert results == [calls, calls]
+
+
+@pytest.mark.parametrize("flag", ["", "1"])
+def test_a_later_start_without_caches_has_plans_only_if_the_user_enabled_them(
+    starts: Starts, request: pytest.FixtureRequest, flag: str
+) -> None:
+    if flag:
+        starts.patch.setenv(plan_hooks.FLAG, flag)
+    hooked = request.getfixturevalue("hooked")
+    assert hooked.run(Listener())[0] == MEASURED
+    plan_hooks.disable()
+    assert os.environ.get(plan_hooks.FLAG, "") == flag
+    assert hooked.run(None)[0] == (PLANNED if flag else MEASURED)
+    plan_hooks.install()
+    assert hooked.run(Listener())[0] == PLANNED
 
 
 def test_the_users_decision_stays(starts: Starts, tmp_path: Path) -> None:

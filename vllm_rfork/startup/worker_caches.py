@@ -109,21 +109,27 @@ class WorkerCaches:
 
     def warm(self) -> None:
         """See :class:`CacheListener`. Idempotent."""
-        with self._lock:
-            if self._warm:
-                return
-            self._warm = True
+        if not self.end():
+            return
         fetch = self._fetch
-        if fetch is not None:
-            fetch.stop()
-        self._arrivals.close()
-        atexit.unregister(self._arrivals.close)
         if fetch is not None:
             logger.info("%s", self._results.line(fetch.seed, fetch.nbytes, fetch.seconds))
             report.announce(self._results.results(), self._seed_key)
         if self._settings.offers:
             offers.collecting(self._collection.stop)
             threading.Thread(target=self._offer, name="rfork-caches-offer", daemon=True).start()
+
+    def end(self) -> bool:
+        """Take and install nothing more; False if that was so before."""
+        with self._lock:
+            if self._warm:
+                return False
+            self._warm = True
+        if self._fetch is not None:
+            self._fetch.stop()
+        self._arrivals.close()
+        atexit.unregister(self._arrivals.close)
+        return True
 
     def _install(self, place: Place) -> bool:
         """Install the seed's artifact for ``place``; False if there is one of this host already.
@@ -216,3 +222,13 @@ def worker_caches(settings: CacheSettings) -> WorkerCaches:
         present = _Slot.present = WorkerCaches(settings, root=roots.__getitem__)
         listen(present)
     return present
+
+
+def no_caches() -> None:
+    """End the caches of an earlier start of this process, for one that carries none."""
+    earlier, _Slot.present = _Slot.present, None
+    if earlier is not None:
+        earlier.end()
+    listen(None)
+    offers.begin(None, expected=False)
+    report.announce(CacheResults())

@@ -133,6 +133,11 @@ def listener() -> CacheListener:
     return _Slot.present
 
 
+def listens() -> bool:
+    """Return True if this process carries caches."""
+    return not isinstance(_Slot.present, _Nothing)
+
+
 def listen(new: CacheListener | None) -> None:
     """Make ``new`` the listener of this process; None for the one that does nothing."""
     _Slot.present = _Nothing() if new is None else new

@@ -24,7 +24,7 @@ from typing import Any
 from vllm_rfork.caches.safe.startup_plan import SMALLEST_SHARE, capped
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.vllm_compat.start_up.guard import guarded
-from vllm_rfork.vllm_compat.start_up.listener import listener
+from vllm_rfork.vllm_compat.start_up.listener import listener, listens
 from vllm_rfork.vllm_compat.start_up.plan_memory import beside_cache_nbytes, needed_nbytes, reset_peak
 from vllm_rfork.vllm_compat.start_up.plans import KIND, StartUpPlan
 
@@ -47,12 +47,26 @@ def install() -> None:
     from vllm.v1.worker import gpu_worker
 
     apply, save = gpu_worker.maybe_apply_startup_plan, gpu_worker.maybe_save_startup_plan
-    if hasattr(apply, _MARK) or not current_platform.is_cuda():
+    if not current_platform.is_cuda():
         return
-    gpu_worker.maybe_apply_startup_plan = _applying(apply, user_decided=FLAG in os.environ)
-    gpu_worker.maybe_save_startup_plan = _saving(save)
-    gpu_worker.Worker.determine_available_memory = _fitting(gpu_worker.Worker.determine_available_memory)
-    os.environ.setdefault(FLAG, "1")
+    if not hasattr(apply, _MARK):
+        gpu_worker.maybe_apply_startup_plan = _applying(apply, user_decided=FLAG in os.environ)
+        gpu_worker.maybe_save_startup_plan = _saving(save)
+        gpu_worker.Worker.determine_available_memory = _fitting(gpu_worker.Worker.determine_available_memory)
+    if FLAG not in os.environ:
+        os.environ[FLAG] = "1"
+        _Flag.set_here = True
+
+
+def disable() -> None:
+    """Disable the plans that :func:`install` has enabled, for a start of this process that carries no caches."""
+    if _Flag.set_here:
+        os.environ.pop(FLAG, None)
+        _Flag.set_here = False
+
+
+class _Flag:
+    set_here = False
 
 
 def _fitting(determine: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -101,6 +115,10 @@ def _applying(apply: Callable[[Any], None], *, user_decided: bool) -> Callable[[
 
     @functools.wraps(apply)
     def maybe_apply_startup_plan(worker: Any) -> None:
+        if not listens():  # a later start of the process, with rfork_caches=off
+            if user_decided:
+                apply(worker)
+            return
         before = getattr(worker, _PLAN, None)
         if worker.cache_config.kv_cache_memory_bytes is not None or (before is not None and before.rejected):
             return
