@@ -35,6 +35,7 @@ LEFT_BEHIND = {
     "net/advertise.py": "a C call of the resolver",
     "net/streams.py": "file system calls: a seed reads a cache",
     "startup/early_infos.py": "an event loop: Python, and C without C++ frames",
+    "threads/daemons.py": "a C call of the resolver, and file system calls and hashlib: C without C++ frames",
 }
 
 #: The main thread fails while an engine is being opened, as a model's constructor does; what an object does when Python
