@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import types
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.vllm_compat import start_up
-from vllm_rfork.vllm_compat.start_up import Hook, install_hooks, warm_up
+from vllm_rfork.vllm_compat.rank_groups import RankGroup
+from vllm_rfork.vllm_compat.start_up import Hook, install_hooks, plan_hooks, plans, warm_up
 from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.start_up.listener import CacheListener, listen, listener
 
@@ -93,3 +99,95 @@ def test_without_a_listener_nothing_is_carried() -> None:
     nothing: CacheListener = listener()
     assert nothing.agree("plan", None) == "this process carries no caches"
     nothing.warm()
+
+
+class Plan:
+    """The plan of a rank of this package's, or none beside vLLM's own file."""
+
+    fitting_nbytes, memory, applied = 0, None, None
+
+    def __init__(self, recorded: bool) -> None:
+        self.recorded = recorded
+
+    def obstacle(self) -> str | None:
+        if self.recorded:
+            self.applied = SimpleNamespace(cache_nbytes=100)
+            return None
+        return "the plan of an earlier start on this host does not state what it follows from"
+
+    def fitted(self, cache_config: Any, value: int) -> int:
+        return value
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("described", [True, False])
+def test_a_rank_with_the_users_own_plan_votes_with_the_others(
+    described: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's measurement has collectives: a rank that measures alone waits for good."""
+    store, local, threads = torch.distributed.HashStore(), threading.local(), list[threading.Thread]()
+    votes: dict[int, list[str]] = {0: [], 1: []}
+    measured: list[int] = []
+
+    def plan_of(worker: Any) -> Plan:
+        if worker.rank and not described:
+            raise KeyError("a key that vLLM cannot compute")
+        return Plan(recorded=not worker.rank)
+
+    patched = {
+        "StartUpPlan": SimpleNamespace(of=plan_of),
+        "_enabled": lambda: True,
+        "listens": lambda: True,
+        "listener": lambda: SimpleNamespace(agree=local.agree),
+        "reset_peak": lambda: None,
+        "beside_cache_nbytes": lambda *given: 0,
+        "capped": lambda *given: 100 if fits else 1,
+        "needed_nbytes": lambda *given: 1,
+    }
+    for name, stand_in in patched.items():
+        monkeypatch.setattr(plan_hooks, name, stand_in)
+
+    def vllms_file(worker: Any) -> None:
+        worker.cache_config.kv_cache_memory_bytes = 100
+
+    apply = plan_hooks._applying(vllms_file, user_decided=True)
+
+    def determine(worker: Any) -> int:
+        apply(worker)
+        if worker.cache_config.kv_cache_memory_bytes is None:
+            measured.append(worker.rank)
+        return 100
+
+    def run(rank: int) -> None:
+        consensus = Consensus(RankGroup(rank, (0, 1), "g"), connect=lambda: store)
+
+        def agree(stage: str, obstacle: str | None) -> str | None:
+            votes[rank].append(stage)
+            return consensus.decide(stage, obstacle, 5.0)
+
+        local.agree = agree
+        cache_config = SimpleNamespace(kv_cache_memory_bytes=None)
+        plan_hooks._fitting(determine)(SimpleNamespace(rank=rank, cache_config=cache_config))
+
+    threads.extend(threading.Thread(target=run, args=(rank,)) for rank in (0, 1))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert votes == {rank: [plan_hooks.FOUND, plan_hooks.FITS] for rank in (0, 1)}
+    assert sorted(measured) == ([] if fits else [0, 1])
+
+
+def test_a_method_that_was_not_called_is_observed_again() -> None:
+    """An applied plan spares the measurement of graphs, which expert parallelism of another size may need later."""
+    seen: list[int] = []
+
+    class Runner:
+        def profile_cudagraph_memory(self) -> int:
+            return 5
+
+    runner = Runner()
+    for _ in range(2):
+        plans._observe(runner, "profile_cudagraph_memory", lambda result, seconds: seen.append(result))
+    assert [runner.profile_cudagraph_memory() for _ in range(2)] == [5, 5]
+    assert seen == [5, 5]

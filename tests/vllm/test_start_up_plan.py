@@ -510,7 +510,7 @@ def test_vllms_own_plan_without_a_record_is_the_users_choice(starts: Starts, tmp
     plan_hooks.install()
     listener = Listener()
     assert starts.run(listener) == (PLANNED, stored)
-    assert listener.votes == [(plan_hooks.FOUND, None)]
+    assert listener.votes == [(plan_hooks.FOUND, None), (plan_hooks.FITS, None)]
 
     gpu_worker.maybe_apply_startup_plan, gpu_worker.maybe_save_startup_plan = without
     starts.worker.determine_available_memory = determine  # type: ignore[attr-defined]

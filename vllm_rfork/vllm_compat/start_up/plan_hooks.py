@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_rfork.caches.safe.startup_plan import SMALLEST_SHARE, capped
@@ -34,7 +35,33 @@ FLAG = "VLLM_ENABLE_STARTUP_PLAN"
 #: Votes of the ranks: on plans before the profiling run, and on caches after it.
 FOUND, FITS = "start-up plan", "start-up plan after profiling"
 _MARK = "_rfork_guards_plan"
-_PLAN = "_rfork_start_up_plan"
+_START = "_rfork_start_up_plan"
+
+
+@dataclass
+class _Start:
+    """One measurement of a worker's memory.
+
+    Attributes:
+        plan: None if it could not be made. It may be of no use, where the user's own is applied instead.
+        accepted: all ranks go on with a plan, this package's or the user's own, until a second vote.
+        rejected: all ranks measure, because one of them has rejected its plan in that vote.
+    """
+
+    plan: StartUpPlan | None = None
+    accepted: bool = False
+    rejected: bool = False
+
+    @property
+    def applied(self) -> StartUpPlan | None:
+        """The plan, if it is applied."""
+        return self.plan if self.plan is not None and self.plan.applied is not None else None
+
+    def drop(self, cache_config: Any) -> None:
+        """Let vLLM measure."""
+        self.accepted, cache_config.kv_cache_memory_bytes = False, None
+        if self.plan is not None:
+            self.plan.applied = None
 
 
 def install() -> None:
@@ -74,19 +101,21 @@ def _fitting(determine: Callable[[Any], int]) -> Callable[[Any], int]:
 
     @functools.wraps(determine)
     def determine_available_memory(self: Any) -> int:
-        setattr(self, _PLAN, None)
+        start = _Start()
+        setattr(self, _START, start)
         with guarded(KIND):
             reset_peak()
         value = determine(self)
-        plan: StartUpPlan | None = getattr(self, _PLAN)
-        if plan is None or plan.applied is None:
+        if not start.accepted:
             return value
-        rejection = listener().agree(FITS, _obstacle_after_profiling(self, plan))
+        # A rank with the user's own plan votes, too: the others measure together with it, or not at all.
+        plan = start.applied
+        rejection = listener().agree(FITS, None if plan is None else _obstacle_after_profiling(self, plan))
         if rejection is None:
-            return plan.fitted(self.cache_config, value)
+            return value if plan is None else plan.fitted(self.cache_config, value)
         logger.info("caches: vLLM measures its memory, because the start-up plan was rejected: %s", rejection)
-        self.cache_config.kv_cache_memory_bytes = plan.applied = None
-        plan.rejected = True
+        start.drop(self.cache_config)
+        start.rejected = True
         return determine(self)
 
     setattr(determine_available_memory, _MARK, True)
@@ -119,29 +148,27 @@ def _applying(apply: Callable[[Any], None], *, user_decided: bool) -> Callable[[
             if user_decided:
                 apply(worker)
             return
-        before = getattr(worker, _PLAN, None)
-        if worker.cache_config.kv_cache_memory_bytes is not None or (before is not None and before.rejected):
+        start: _Start = vars(worker).setdefault(_START, _Start())
+        if worker.cache_config.kv_cache_memory_bytes is not None or start.rejected:
             return
-        obstacle = _obstacle(worker, apply, user_decided=user_decided)
+        obstacle = _obstacle(worker, start, apply, user_decided=user_decided)
         if not _enabled():
             return
         rejection = listener().agree(FOUND, obstacle)
+        start.accepted = rejection is None
         if rejection is not None:
-            worker.cache_config.kv_cache_memory_bytes = None
-            if (plan := getattr(worker, _PLAN, None)) is not None:
-                plan.applied = None
+            start.drop(worker.cache_config)
             logger.info("caches: vLLM measures its memory without a start-up plan: %s", rejection)
 
     setattr(maybe_apply_startup_plan, _MARK, True)
     return maybe_apply_startup_plan
 
 
-def _obstacle(worker: Any, apply: Callable[[Any], None], *, user_decided: bool) -> str | None:
+def _obstacle(worker: Any, start: _Start, apply: Callable[[Any], None], *, user_decided: bool) -> str | None:
     """The reason why ``apply`` has not applied a right plan to ``worker``; None if it has."""
     plan = None
     try:
-        plan = StartUpPlan.of(worker)
-        setattr(worker, _PLAN, plan)
+        plan = start.plan = StartUpPlan.of(worker)
         obstacle = plan.obstacle() if _enabled() else "plans are not enabled"
     except Exception as error:  # noqa: BLE001 - vLLM computes its keys, and the other ranks wait for this vote
         obstacle = f"{type(error).__name__}: {error}"
@@ -173,9 +200,9 @@ def _saving(save: Callable[[Any, int], None]) -> Callable[[Any, int], None]:
     def maybe_save_startup_plan(worker: Any, kv_cache_memory_bytes: int) -> None:
         with guarded(KIND):
             save(worker, kv_cache_memory_bytes)
-            plan = getattr(worker, _PLAN, None)
-            if plan is not None:
-                plan.measured(kv_cache_memory_bytes, keep=_enabled())
+            start = getattr(worker, _START, None)
+            if start is not None and start.plan is not None:
+                start.plan.measured(kv_cache_memory_bytes, keep=_enabled())
 
     setattr(maybe_save_startup_plan, _MARK, True)
     return maybe_save_startup_plan

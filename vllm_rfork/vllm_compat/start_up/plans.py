@@ -48,7 +48,6 @@ class StartUpPlan:
     Attributes:
         applied: the plan whose file vLLM has been given; None before, and if there is none.
         recorded: there is a plan of an earlier start on this host with a record.
-        rejected: the ranks have rejected the plan after the profiling run.
         fitting_nbytes: bytes for the KV cache that fit, at most those of ``applied``.
         graphs_nbytes: taken by this worker's graphs, once they are captured.
         seconds: that the measurement of graphs took, which a plan saves; None if there was none.
@@ -69,7 +68,7 @@ class StartUpPlan:
         self.memory, self._settings = memory, settings
         self._file, self._record_file = f"startup_plan_{fingerprint}.json", f"rfork_{fingerprint}.json"
         self.applied: CarriedPlan | None = None
-        self.recorded = self.rejected = False
+        self.recorded = False
         self.fitting_nbytes = self.graphs_nbytes = 0
         self.seconds: float | None = None
 
