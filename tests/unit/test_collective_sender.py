@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections import Counter
 
 import msgspec
 import pytest
@@ -201,6 +202,7 @@ def test_a_seed_whose_library_keeps_too_much_of_unfinished_groups_refuses_the_la
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sender, "MAX_UNFINISHED", 2)
+    monkeypatch.setattr(sender, "_unfinished", Counter())
     failing = Unfinished()
     serving = Sender(failing, "127.0.0.1", SECRET, lambda at, n: True)
     try:
@@ -210,11 +212,28 @@ def test_a_seed_whose_library_keeps_too_much_of_unfinished_groups_refuses_the_la
                 opened.receive(soon())
             opened.close()
         eventually(lambda: not serving._sessions)
-        with pytest.raises(Refusal, match="2 receivers of this seed") as caught:
+        with pytest.raises(Refusal, match="2 receivers of this worker") as caught:
             joined(serving)
         assert caught.value.code == "lane"
     finally:
         serving.stop(20.0)
+
+
+def test_a_seed_that_resumes_has_lost_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library keeps belongs to the process, and a seed that resumes opens new engines."""
+    monkeypatch.setattr(sender, "_unfinished", Counter())
+    monkeypatch.setattr(sender, "MAX_UNFINISHED", 1)
+    error = GroupFailed("the peer died")
+    error.unfinished = True
+    suspended = Sender(Backends(), "127.0.0.1", SECRET, lambda at, n: True)
+    suspended.note(error)
+    suspended.stop(20.0)
+    resumed = Sender(Backends(), "127.0.0.1", SECRET, lambda at, n: True)
+    try:
+        with pytest.raises(Refusal, match="1 receivers of this worker"):
+            joined(resumed)
+    finally:
+        resumed.stop(20.0)
 
 
 class Unstartable(Recorded):

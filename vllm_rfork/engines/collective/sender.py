@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 
@@ -36,6 +37,9 @@ MAX_SENDS = 4
 #: Receivers that may die while their groups are created. NCCL 2.28 then keeps two sockets, 1.7 MB and 0.3 TB of the
 #: process's 128 TB of addresses for each, although they are aborted; those that die later leave nothing.
 MAX_UNFINISHED = 64
+#: Such receivers by the backend's name. What they cost is the process's, and a seed that resumes has a new sender.
+_unfinished: Counter[str] = Counter()
+_unfinished_lock = threading.Lock()
 #: Bytes of the largest batch: ``rfork_max_batch_bytes`` may not be greater.
 MAX_BATCH_NBYTES = 1024 * 1024 * 1024
 #: Bound of a group's creation, which a capture of graphs waits for, in seconds.
@@ -68,8 +72,6 @@ class Sender:
         self.holds = holds
         self.secret = secret
         self.stopped = False
-        #: Groups that were given up while they were created.
-        self.unfinished = 0
         self.groups = threading.BoundedSemaphore(MAX_GROUPS)
         self.sends = threading.BoundedSemaphore(MAX_SENDS)
         self._lock = threading.Lock()
@@ -82,6 +84,11 @@ class Sender:
         except RuntimeError:
             self._listening.close()
             raise
+
+    @property
+    def unfinished(self) -> int:
+        """Groups of this process that were given up while they were created."""
+        return _unfinished[self.backend.name]
 
     @property
     def port(self) -> int:
@@ -119,8 +126,8 @@ class Sender:
 
     def note(self, error: GroupFailed) -> None:
         """Count a failure to create a group, if it has a price."""
-        with self._lock:
-            self.unfinished += error.unfinished
+        with _unfinished_lock:
+            _unfinished[self.backend.name] += error.unfinished
             last = error.unfinished and self.unfinished == MAX_UNFINISHED
         if last:
             logger.warning("%s; no receiver is served any more, until this worker starts again", _worn_out())
@@ -332,7 +339,7 @@ class _Session:
 
 
 def _worn_out() -> str:
-    return f"{MAX_UNFINISHED} receivers of this seed died or stopped while their transfer groups were created"
+    return f"{MAX_UNFINISHED} receivers of this worker died or stopped while their transfer groups were created"
 
 
 _CAPTURING = Refused("the seed captures graphs", "busy")
