@@ -357,6 +357,28 @@ def test_distributions_are_found_as_the_standard_library_finds_them(monkeypatch:
         assert set(installed._distributions_with(name)) == set(wanted.get(name, ())), name
 
 
+@pytest.mark.parametrize(
+    ("metadata", "listed", "contained"),
+    [
+        ("x-1.dist-info/RECORD", "humming/__init__.py,,\r\n", True),
+        ("x-1.dist-info/RECORD", "humming.py,,\n", True),
+        ("x-1.dist-info/RECORD", "./humming/__init__.py,,\n", True),
+        ("x-1.dist-info/RECORD", '"humming/a,b.py",,\n', True),
+        ("x-1.dist-info/RECORD", "humming.pth,sha256=x,3\nother/__init__.py,,\n", False),
+        ("x-1.dist-info/RECORD", "other/humming/__init__.py,,\nhumming.tests.py,,\n", False),
+        ("x-1.egg-info/SOURCES.txt", "setup.py\nhumming/__init__.py\n", True),
+        ("x-1.egg-info/SOURCES.txt", "setup.py\nhumming.pyx\n", False),
+        ("x-1.egg-info/installed-files.txt", "../humming/__init__.py\nPKG-INFO\n", True),
+    ],
+)
+def test_a_module_is_found_in_every_kind_of_list(metadata: str, listed: str, contained: bool, tmp_path: Path) -> None:
+    file = tmp_path / metadata
+    file.parent.mkdir()
+    file.write_text(listed)
+    (distribution,) = installed.metadata.distributions(path=[str(tmp_path)])
+    assert installed._contains(distribution, "humming") is contained
+
+
 def test_the_toolkit_s_tools_count_where_flashinfer_would_have_to_compile(
     install: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -68,10 +69,19 @@ def _distributions_with(name: str) -> tuple[str, ...]:
 def _contains(distribution: metadata.Distribution, name: str) -> bool:
     if declared := (distribution.read_text("top_level.txt") or "").split():
         return name in declared
-    files = "\n" + (distribution.read_text("RECORD") or "")
+    files = _files(distribution)
     if f"\n{name}/" in files:
         return True
-    return f"\n{name}." in files and re.search(rf"\n{re.escape(name)}\.[^/,]+,", files) is not None
+    alone = re.findall(rf'\n({re.escape(name)}\.[^/,"\r\n]+)', files) if f"\n{name}." in files else []
+    return any(inspect.getmodulename(file) == name for file in alone)
+
+
+def _files(distribution: metadata.Distribution) -> str:
+    """The paths of a distribution's files from the folder of modules, each behind a line break."""
+    if installed := distribution.read_text("installed-files.txt"):  # an egg's, from its folder of metadata
+        return f"\n{installed}".replace("\n../", "\n")
+    listed = distribution.read_text("RECORD") or distribution.read_text("SOURCES.txt") or ""
+    return f"\n{listed}".replace('\n"', "\n").replace("\n./", "\n")
 
 
 def read_ahead() -> None:
