@@ -7,12 +7,14 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from vllm_rfork.caches.safe.startup_plan import CarriedPlan, DeviceMemory
 from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.vllm_compat import start_up
 from vllm_rfork.vllm_compat.rank_groups import RankGroup
@@ -191,3 +193,17 @@ def test_a_method_that_was_not_called_is_observed_again() -> None:
         plans._observe(runner, "profile_cudagraph_memory", lambda result, seconds: seen.append(result))
     assert [runner.profile_cudagraph_memory() for _ in range(2)] == [5, 5]
     assert seen == [5, 5]
+
+
+def test_a_plan_whose_record_cannot_be_written_is_applied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk may be full after the profiling run; the cache that fits is known by then."""
+    memory = DeviceMemory(total_nbytes=1000, free_nbytes=900, requested_nbytes=800, weights_nbytes=100)
+    plan = plans.StartUpPlan(root=tmp_path / "a file", rank=0, fingerprint="0" * 16, memory=memory, settings={})
+    (tmp_path / "a file").write_text("where a directory is needed")
+    plan.applied = CarriedPlan(cache_nbytes=500, graphs_nbytes=0, memory=memory, settings={})
+    plan.fitting_nbytes = 400
+    cache_config = SimpleNamespace(kv_cache_memory_bytes=500)
+    with caplog.at_level(logging.WARNING):
+        assert plan.fitted(cache_config, 490) == 390
+    assert cache_config.kv_cache_memory_bytes == 400
+    assert "startup_plan was left to vLLM because of CacheError" in caplog.text

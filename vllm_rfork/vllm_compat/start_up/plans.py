@@ -145,11 +145,12 @@ class StartUpPlan:
                 self.fitting_nbytes,
             )
         cache_config.kv_cache_memory_bytes = self.fitting_nbytes
-        if not plan.graphs_nbytes:  # no graphs follow, for which memory could be missing
-            self._prove()
-        place = self._place(_checked)
-        listener().outcome(KIND, place.name, used=True, seconds=None)
-        listener().produced(place, None, encode_plan(plan))
+        with guarded(KIND):  # vLLM has applied the plan, whatever becomes of its record
+            place = self._place(_checked)
+            listener().outcome(KIND, place.name, used=True, seconds=None)
+            listener().produced(place, None, encode_plan(plan))
+            if not plan.graphs_nbytes:  # no graphs follow, for which memory could be missing
+                self._prove()
         return self.fitting_nbytes - reserved_nbytes
 
     def measured(self, cache_nbytes: int, *, keep: bool) -> None:
