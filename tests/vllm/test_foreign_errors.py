@@ -176,6 +176,7 @@ def test_a_read_in_flight_is_not_forgotten_where_disconnecting_fails_too() -> No
         timeout_s=5.0,
         max_batch_nbytes=None,
         untouched=frozenset(),
+        landing=None,
         progress=lambda nbytes: None,
         checkpoint=lambda: None,
         connected=lambda engine, lane: None,
