@@ -11,6 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -477,3 +478,26 @@ def test_a_logger_of_others_is_quietened_by_its_kinds_of_lines(caplog: pytest.Lo
     now[0] += EVERY_S
     log.warning("from %d", 100)
     assert [each.message for each in caplog.records] == ["from 0", "from 100"]
+
+
+def test_a_tls_connection_that_its_transport_has_forgotten_is_cut_off() -> None:
+    """As in Python 3.11.2 after a second close."""
+
+    class Forgetful(asyncio.Transport):
+        def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+            pass
+
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return ours
+
+        def abort(self) -> None:
+            raise AttributeError("'NoneType' object has no attribute '_abort'")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(5.0)
+        owner: Any = SimpleNamespace(began=lambda *given: None)
+        connection = Connection(owner, asyncio.Protocol())
+        connection.connection_made(Forgetful())
+        connection.abort()
+        assert theirs.recv(1) == b""

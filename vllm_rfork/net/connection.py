@@ -95,7 +95,18 @@ class Connection(asyncio.Protocol):
     """Passes one connection through to aiohttp, and counts what it sends."""
 
     # Thousands of receivers may wait at once.
-    __slots__ = ("_inner", "_owner", "_received_nbytes", "_taken", "_transport", "lost", "made", "path", "phase")
+    __slots__ = (
+        "_inner",
+        "_owner",
+        "_received_nbytes",
+        "_socket",
+        "_taken",
+        "_transport",
+        "lost",
+        "made",
+        "path",
+        "phase",
+    )
 
     def __init__(self, owner: Owner, inner: asyncio.Protocol) -> None:
         self.phase: Phase | None = None
@@ -105,6 +116,7 @@ class Connection(asyncio.Protocol):
         self._owner = owner
         self._inner = inner
         self._transport: asyncio.Transport | None = None
+        self._socket: Any = None
         self._received_nbytes = 0
         self._taken: asyncio.Future[None] | None = None
 
@@ -134,6 +146,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to read. Unsent bytes pause the writer from the first one, so ``taken`` is exact."""
         self._transport = cast(asyncio.Transport, transport)
+        self._socket = transport.get_extra_info("socket")
         self._transport.set_write_buffer_limits(high=1, low=0)  # 0 would pause TLS for ever
         self.made = True
         self._owner.began(self, self._inner)
@@ -184,8 +197,14 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close the connection at once, without the bytes that are still to be written."""
-        if self._transport is not None:
+        if self._transport is None:
+            return
+        try:
             self._transport.abort()
+        except AttributeError:
+            # In Python 3.11.2 a TLS transport that was closed twice has forgotten its connection.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _release(self) -> None:
         taken, self._taken = self._taken, None
