@@ -139,6 +139,7 @@ async def test_a_replica_that_hangs_costs_its_share_of_the_bound(call: str) -> N
         assert time.monotonic() - started_at < first_s + 0.9, "it is not asked first again"
 
 
+@pytest.mark.long  # it waits for 31 s
 async def test_a_replica_that_hangs_at_the_first_question_does_not_cost_the_wait() -> None:
     """The planner answers the first question of a ticket at once, however long the receiver would wait."""
     leader = Replica()
