@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rfork.caches import bounds
-from vllm_rfork.caches.directories import as_cache_error, opened_below, opened_root
+from vllm_rfork.caches.directories import as_cache_error, open_file, opened_below, opened_root
 from vllm_rfork.caches.manifest import Artifact, ArtifactFile, check_artifact
 from vllm_rfork.caches.paths import OWN, Parts, relative_parts
 from vllm_rfork.errors import CacheError
@@ -187,8 +187,7 @@ def _content(top: int, parts: Parts, stamp: Stamp) -> Iterator[bytes]:
     """The bytes of one file. Raises CacheError if it is not what ``stamp`` describes, before or after; OSError."""
     path = "/".join(parts)
     with opened_below(top, parts[:-1]) as directory:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(parts[-1], flags, dir_fd=directory)
+        descriptor = open_file(parts[-1], directory)
     try:
         left = stamp.nbytes
         _check_same(descriptor, stamp, path)

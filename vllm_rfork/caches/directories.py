@@ -69,6 +69,25 @@ def has_file(root: int, parts: Parts) -> bool:
     return True
 
 
+def open_file(name: str, directory: int) -> int:
+    """The descriptor of an existing file in the open directory, for reading; a link or a pipe is not waited for.
+
+    Raises:
+        OSError: it is missing, is a symbolic link, or may not be read.
+    """
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+
+
+def new_file(name: str, directory: int) -> int:
+    """The descriptor of a new file in the open directory, for writing.
+
+    Raises:
+        OSError: there is something of that name, or it may not be created.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, 0o666, dir_fd=directory)
+
+
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write all of ``data``. Raises OSError."""
     while data:

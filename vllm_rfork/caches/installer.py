@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_rfork.caches.bounds import PIECE_NBYTES
-from vllm_rfork.caches.directories import as_cache_error, has_file, opened_below, opened_root
+from vllm_rfork.caches.directories import as_cache_error, has_file, new_file, open_file, opened_below, opened_root
 from vllm_rfork.caches.host_lock import host_lock
 from vllm_rfork.caches.paths import OWN, Parts, relative_parts
 from vllm_rfork.caches.staging import Staged
@@ -118,15 +118,14 @@ def _link(folder: int, number: int, target: int, parts: Parts) -> bool:
 
 def _is_equal(folder: int, number: int, target: int, parts: Parts) -> bool:
     """Return True if the file that exists is a regular one with the bytes of the staged one. Raises OSError."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     name = parts[-1]
     with opened_below(target, parts[:-1]) as directory:
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
         if not stat.S_ISREG(found.st_mode) or found.st_size != os.stat(str(number), dir_fd=folder).st_size:
             return False
         with (
-            os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as existing,
-            os.fdopen(os.open(str(number), flags, dir_fd=folder), "rb") as arrived,
+            os.fdopen(open_file(name, directory), "rb") as existing,
+            os.fdopen(open_file(str(number), folder), "rb") as arrived,
         ):
             while piece := arrived.read(PIECE_NBYTES):
                 if existing.read(len(piece)) != piece:
@@ -156,8 +155,7 @@ def install_file(root: Path, directory: Parts, name: str, content: bytes) -> boo
         opened_root(root, create=True) as top,
         opened_below(top, directory, create=True) as target,
     ):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666, dir_fd=target)
+        descriptor = new_file(temporary, target)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)

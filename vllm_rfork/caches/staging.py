@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_rfork.caches.bounds import MAX_FILES, PIECE_NBYTES
-from vllm_rfork.caches.directories import as_cache_error, opened_below, opened_root, write_all
+from vllm_rfork.caches.directories import as_cache_error, new_file, open_file, opened_below, opened_root, write_all
 from vllm_rfork.caches.manifest import Artifact, check_artifact
 from vllm_rfork.caches.paths import OWN
 from vllm_rfork.errors import CacheError
@@ -126,10 +126,11 @@ class Staged:
         number = self._verified(path)
         if self.artifact.files[number].nbytes > max_nbytes:
             raise CacheError(f"{self.artifact}: {path!r} is larger than {max_nbytes} bytes")
-        with as_cache_error(f"{self.artifact} cannot be read from {self.root}"):
-            descriptor = os.open(str(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.folder)
-            with os.fdopen(descriptor, "rb") as file:
-                return file.read(max_nbytes)
+        with (
+            as_cache_error(f"{self.artifact} cannot be read from {self.root}"),
+            os.fdopen(open_file(str(number), self.folder), "rb") as file,
+        ):
+            return file.read(max_nbytes)
 
     def replace(self, path: str, content: bytes) -> None:
         """Give one file another content, which this worker has written: an index with paths of its own.
@@ -140,8 +141,7 @@ class Staged:
         number = str(self._verified(path))
         with as_cache_error(f"{self.artifact} cannot be written to {self.root}"):
             os.unlink(number, dir_fd=self.folder)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(number, flags, 0o666, dir_fd=self.folder), "wb") as file:
+            with os.fdopen(new_file(number, self.folder), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -157,8 +157,7 @@ class Staged:
         """Write a piece of the present file, and close the file if that was its last one."""
         file = self.artifact.files[self._number]
         if self._file is None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._file = os.open(str(self._number), flags, 0o666, dir_fd=self.folder)
+            self._file = new_file(str(self._number), self.folder)
         if self._looked_at_nbytes - self._missing_nbytes >= _LOOKED_AFTER_NBYTES:
             self._looked_at_nbytes = self._missing_nbytes
             self._check_space(self.folder)
@@ -209,7 +208,7 @@ class Staged:
         """
 
         def sync(number: int) -> None:
-            descriptor = os.open(str(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.folder)
+            descriptor = open_file(str(number), self.folder)
             try:
                 os.fsync(descriptor)
             finally:

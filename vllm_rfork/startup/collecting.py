@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vllm_rfork.caches import bounds
 from vllm_rfork.caches.collector import QuietDirectory, collect, everything
-from vllm_rfork.caches.directories import as_cache_error, opened_below, opened_root
+from vllm_rfork.caches.directories import as_cache_error, open_file, opened_below, opened_root
 from vllm_rfork.caches.manifest import LEVELS, Artifact, ArtifactFile, check_artifact, encode_offer
 from vllm_rfork.caches.offered import Offered, OfferedArtifact
 from vllm_rfork.errors import CacheError
@@ -182,8 +182,7 @@ def _content(place: JsonPlace) -> bytes:
     path = place.root.joinpath(*place.directory, place.file)
     with as_cache_error(f"{path} cannot be read"), opened_root(place.root) as top:
         with opened_below(top, place.directory) as directory:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-            descriptor = os.open(place.file, flags, dir_fd=directory)
+            descriptor = open_file(place.file, directory)
         with os.fdopen(descriptor, "rb") as file:
             content = file.read(JSON_NBYTES[place.kind] + 1)
     if len(content) > JSON_NBYTES[place.kind]:

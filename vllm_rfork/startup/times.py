@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from vllm_rfork.caches.bounds import MAX_SECONDS
-from vllm_rfork.caches.directories import opened_below, opened_root, write_all
+from vllm_rfork.caches.directories import new_file, open_file, opened_below, opened_root, write_all
 from vllm_rfork.caches.paths import OWN
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace
 
@@ -15,13 +15,12 @@ _MAX_NBYTES = 32
 
 def note(place: CachePlace, seconds: float) -> None:
     """Note the time of the cache at ``place``, unless there is a note. A directory that takes none has none."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with (
         contextlib.suppress(OSError),
         opened_root(place.root) as top,
         opened_below(top, place.directory) as directory,
     ):
-        descriptor = os.open(_name(place), flags, 0o666, dir_fd=directory)
+        descriptor = new_file(_name(place), directory)
         try:
             write_all(descriptor, memoryview(f"{seconds:.3f}".encode()))
         finally:
@@ -30,12 +29,11 @@ def note(place: CachePlace, seconds: float) -> None:
 
 def noted(place: CachePlace) -> float | None:
     """The time of the cache at ``place`` in seconds; None if there is no note, or one that is not a time."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     with (
         contextlib.suppress(OSError, ValueError),
         opened_root(place.root) as top,
         opened_below(top, place.directory) as directory,
-        os.fdopen(os.open(_name(place), flags, dir_fd=directory), "rb") as file,
+        os.fdopen(open_file(_name(place), directory), "rb") as file,
     ):
         seconds = float(file.read(_MAX_NBYTES))
         return seconds if 0 <= seconds <= MAX_SECONDS else None
