@@ -73,7 +73,7 @@ def key_factors(vllm_config: Any) -> KeyFactors:
     # vLLM adds these only where an artifact contains everything.
     found["inductor"] = inductor_factors() if getattr(envs, "VLLM_USE_MEGA_AOT_ARTIFACT", False) else []
     named = {name: value for name, value in found.items() if name != "config"}  # the sections say it in detail
-    return KeyFactors({name: _digest(value) for name, value in found.items()}, short_facts(named))
+    return KeyFactors({name: short_digest(value) for name, value in found.items()}, short_facts(named))
 
 
 @contextmanager
@@ -127,9 +127,10 @@ def inductor_factors() -> list[str]:
     """
     from vllm.compilation.compiler_interface import get_inductor_factors
 
-    return [_digest(str(factor)) for factor in get_inductor_factors()]
+    return [short_digest(str(factor)) for factor in get_inductor_factors()]
 
 
-def _digest(value: Any) -> str:
+def short_digest(value: Any) -> str:
+    """128 bits of a SHA-256 in hexadecimal, of a text or of ``value`` as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]

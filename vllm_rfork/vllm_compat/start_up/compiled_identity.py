@@ -6,12 +6,11 @@ the same forward are compiled or loaded later, with settings that vLLM changes f
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Any
 
 from vllm_rfork.caches.bounds import MAX_FACT_VALUE
-from vllm_rfork.vllm_compat.key_factors import inductor_factors, key_factors
+from vllm_rfork.vllm_compat.key_factors import inductor_factors, key_factors, short_digest
 from vllm_rfork.vllm_compat.start_up.device_facts import device_facts, execution_facts, package_facts
 from vllm_rfork.vllm_compat.start_up.listener import listener
 from vllm_rfork.vllm_compat.storage_loader import target_device
@@ -35,7 +34,7 @@ def take_identity(vllm_config: Any, function: str | None = None) -> dict[str, st
     _Latest.identity = None
     factors = key_factors(vllm_config)
     listener().explain(factors.details)
-    inductor = hashlib.sha256("\n".join(inductor_factors()).encode()).hexdigest()[:32]
+    inductor = short_digest("\n".join(inductor_factors()))
     device = target_device(vllm_config)
     facts = {**device_facts(device), **execution_facts(device), **package_facts(), "inductor": inductor}
     if function is not None:

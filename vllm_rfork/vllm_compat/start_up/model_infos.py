@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import platform
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -24,9 +22,10 @@ from typing import Any
 from vllm_rfork.caches.installer import install_file, is_there
 from vllm_rfork.caches.safe.model_info import FieldKind, checked_model_info, stated_hash
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.vllm_compat.key_factors import short_digest
 from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.start_up.listener import JsonPlace, listener
-from vllm_rfork.vllm_compat.worker_hooks import subclasses
+from vllm_rfork.vllm_compat.start_up.warm_up import after_warm_up
 
 logger = worker_logger(__name__)
 
@@ -37,7 +36,6 @@ _DIRECTORY = "modelinfos"
 _PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 _OWN = "vllm_rfork."
 _MARK = "_rfork_takes_model_infos"
-_METHOD = "compile_or_warm_up_model"
 
 #: Model information by the name of its artifact and the facts that must be equal, as JSON; None: a seed has none.
 Find = Callable[[str, Mapping[str, str]], bytes | None]
@@ -47,24 +45,7 @@ _find: ContextVar[Find | None] = ContextVar("vllm_rfork_model_infos", default=No
 
 def install() -> None:
     """Make every worker of this process offer model information when its warm-up ends. Idempotent."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    for cls in subclasses(WorkerBase):
-        method = vars(cls).get(_METHOD)
-        if isinstance(method, types.FunctionType) and not hasattr(method, _MARK):
-            setattr(cls, _METHOD, _exchanging(method))
-
-
-def _exchanging(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def exchanging(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        with guarded("model information"):
-            exchange(self.vllm_config)
-        return result
-
-    setattr(exchanging, _MARK, True)
-    return exchanging
+    after_warm_up("model information", _MARK, lambda worker: exchange(worker.vllm_config))
 
 
 def exchange(vllm_config: Any) -> None:
@@ -162,7 +143,7 @@ def _plugins() -> str:
         for entry in importlib.metadata.entry_points(group=group)
         if not entry.value.startswith(_OWN)
     )
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:32]
+    return short_digest("\n".join(found))
 
 
 @contextlib.contextmanager

@@ -8,13 +8,12 @@ and 0.32 (``v1/worker/gpu_worker.py``).
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 from typing import Any
 
 from vllm_rfork.caches.safe.startup_plan import CarriedPlan, DeviceMemory
 from vllm_rfork.manifest.facts import short_facts
-from vllm_rfork.vllm_compat.key_factors import key_factors
+from vllm_rfork.vllm_compat.key_factors import key_factors, short_digest
 from vllm_rfork.vllm_compat.start_up.listener import listener
 
 #: A plan must leave room for this number of requests of ``max_model_len`` tokens: vLLM fails a start whose cache has no
@@ -108,14 +107,14 @@ def plan_settings(worker: Any) -> dict[str, str]:
         "driver": _driver(),
         "device": _device_name(),
         "gpu_memory_utilization": worker.cache_config.gpu_memory_utilization,
-        "multimodal": _digest(repr(model_config.multimodal_config)),
+        "multimodal": short_digest(repr(model_config.multimodal_config)),
         "sleep_mode": model_config.enable_sleep_mode,
         "max_num_seqs": scheduler_config.max_num_seqs,
         "max_num_batched_tokens": scheduler_config.max_num_batched_tokens,
         "disable_custom_all_reduce": parallel_config.disable_custom_all_reduce,
         "kv_connector": str(getattr(vllm_config.kv_transfer_config, "kv_connector", None)),
         "v2_model_runner": bool(getattr(worker, "use_v2_model_runner", False)),
-        "variables": _digest(str(sorted(each for each in os.environ.items() if each[0].startswith(_VARIABLES)))),
+        "variables": short_digest(str(sorted(each for each in os.environ.items() if each[0].startswith(_VARIABLES)))),
     }
     return {**key.identity, **short_facts(found)}
 
@@ -132,7 +131,3 @@ def _device_name() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.get_device_name())
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]

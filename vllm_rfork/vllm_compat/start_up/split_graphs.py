@@ -22,6 +22,7 @@ from vllm_rfork.caches.paths import Parts, parts_below
 from vllm_rfork.caches.rewriting import split_graph_index
 from vllm_rfork.caches.unproven import Unproven
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.vllm_compat.key_factors import short_digest
 from vllm_rfork.vllm_compat.start_up.compiled_identity import artifact_name, latest_identity, take_identity
 from vllm_rfork.vllm_compat.start_up.guard import guarded
 from vllm_rfork.vllm_compat.start_up.listener import CachePlace, listener
@@ -223,7 +224,7 @@ def sources_digest(files: Iterable[str]) -> str:
         for file in files
         if os.path.isfile(file)  # others were generated: <string>, <frozen ...>; vLLM leaves them out as well
     )
-    return hashlib.sha256("\n".join(entries).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return short_digest("\n".join(entries))
 
 
 def _importable(file: str) -> str:
