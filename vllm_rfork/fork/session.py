@@ -36,6 +36,14 @@ logger = worker_logger(__name__)
 MAX_SEEDS = 3
 
 
+def reservation_s(settings: Settings) -> float:
+    """Bound of a reservation that does not wait for a seed, in seconds: asking, each seed's manifest, and an engine.
+
+    Engines that all hang while they open cost two bounds: ``EngineSet.await_one``.
+    """
+    return 2 * settings.rfork_seed_timeout_sec + (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
+
+
 class Sink(Protocol):
     """Takes the bytes of one seed."""
 

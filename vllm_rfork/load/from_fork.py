@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from vllm_rfork.devices.registry import device_backend
-from vllm_rfork.errors import ForkError, ManifestMismatch, VerificationError
+from vllm_rfork.errors import ForkError, ManifestMismatch
 from vllm_rfork.fork.progress import forking_progress
-from vllm_rfork.fork.session import MAX_SEEDS, Destination, ForkSession
+from vllm_rfork.fork.session import Destination, ForkSession, reservation_s
 from vllm_rfork.load import capture
 from vllm_rfork.load.capture import LoadedSnapshot, SeedProspect
 from vllm_rfork.load.context import LoadContext
@@ -24,12 +24,11 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.pairing import built_differences
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.model import digest
 from vllm_rfork.model.restore import restore
 from vllm_rfork.model.snapshot import AsBuilt, Snapshot, digests_of
 from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.value_codec import Plain
-from vllm_rfork.model.verification import StreamingVerifier, load_kernels, spans_to_check
+from vllm_rfork.model.verification import StreamingVerifier, check_algorithm, load_kernels, spans_to_check
 from vllm_rfork.vllm_compat import ascend, dummy_weights
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
@@ -75,8 +74,7 @@ class FromFork:
         # Without a wait of its own the planner decides, and no wait goes on beyond the bound of a fork.
         wait_s = settings.rfork_seed_wait_sec
         bound_s = settings.rfork_fork_timeout_sec if wait_s is None else wait_s
-        # Engines that all hang while they open cost two bounds: EngineSet.await_one.
-        bound_s += 2 * settings.rfork_seed_timeout_sec + (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
+        bound_s += reservation_s(settings)
         self._vote.run(SEED, lambda: self._reserve(model, bound_s), bound_s)
 
     def _reserve(self, model: nn.Module, bound_s: float) -> None:
@@ -238,11 +236,7 @@ class _Arrival:
         session = self._session
         if self._check.numbers:
             with session.times.stage("verify"):
-                if manifest.digest_algorithm != digest.ALGORITHM:
-                    raise VerificationError(
-                        f"the seed's digests are {manifest.digest_algorithm or 'missing'}, this worker checks "
-                        f"{digest.ALGORITHM}; use equal versions, or set rfork_verify=off"
-                    )
+                check_algorithm(manifest, "use equal versions, or set rfork_verify=off")
                 expected = dict(enumerate(digests_of(self._tensors, self._header, manifest)))
                 self._check.finish(expected, session.left_s())
         with session.times.stage("state"):

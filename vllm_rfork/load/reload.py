@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_rfork.devices.registry import device_backend
-from vllm_rfork.errors import ForkError, NoSeedAvailable, VerificationError, as_fork_error
-from vllm_rfork.fork.session import MAX_SEEDS, Destination, ForkSession
+from vllm_rfork.errors import ForkError, NoSeedAvailable, as_fork_error
+from vllm_rfork.fork.session import Destination, ForkSession, reservation_s
 from vllm_rfork.load import early
 from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.load.context import LoadContext
@@ -39,7 +39,7 @@ from vllm_rfork.model.snapshot import digests_of
 from vllm_rfork.model.tensors import TensorInventory
 from vllm_rfork.model.traversal import walk
 from vllm_rfork.model.value_codec import Plain
-from vllm_rfork.model.verification import StreamingVerifier
+from vllm_rfork.model.verification import StreamingVerifier, check_algorithm
 from vllm_rfork.threads.deadline import DeadlineExceeded, call_with_deadline, start_on_thread
 from vllm_rfork.vllm_compat import checkpoint_files, storage_loader
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
@@ -177,7 +177,7 @@ class _Reload:
             Exception: unexpected; the other ranks do not wait.
         """
         settings = self._settings
-        bound_s = BOUND_S + 2 * settings.rfork_seed_timeout_sec + (1 + MAX_SEEDS) * settings.rfork_request_timeout_sec
+        bound_s = BOUND_S + reservation_s(settings)
         try:
             started = time.perf_counter()
             fork = self._vote.run(SEED, self._reserved, bound_s)
@@ -275,11 +275,7 @@ class _Fork:
         """
         if seed.checkpoint != self.checkpoint:
             raise StorageDecides(f"the seed's weights are of checkpoint {seed.checkpoint}, not {self.checkpoint}")
-        if seed.digest_algorithm != digest.ALGORITHM:
-            raise VerificationError(
-                f"the seed's digests are {seed.digest_algorithm or 'missing'}, this worker checks {digest.ALGORITHM}; "
-                "use equal versions"
-            )
+        check_algorithm(seed, "use equal versions")
         local, mine = self.tensors.manifest(self.header), self.loaded.tensors.manifest
         pair(local, seed)
         if paired_digests(local, mine) != paired_digests(local, seed) or _inline(mine) != _inline(seed):

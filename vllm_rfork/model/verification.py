@@ -18,6 +18,7 @@ import torch
 from vllm_rfork.devices.base import DeviceBackend
 from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.manifest.segments import Segment
 from vllm_rfork.model import digest
 from vllm_rfork.model.tensors import TensorInventory, names_in
@@ -35,6 +36,22 @@ def spans_to_check(inventory: TensorInventory, how: str) -> list[int]:
     """Numbers of the spans to compare for an ``rfork_verify`` of ``full``, ``sample`` or ``off``."""
     every = {"full": 1, "sample": SAMPLE_EVERY}
     return list(range(0, len(inventory.spans), every[how])) if how in every else []
+
+
+def check_algorithm(seed: Manifest, remedy: str) -> None:
+    """Check that the digests in ``seed`` are of this worker's algorithm.
+
+    Args:
+        remedy: the end of the message.
+
+    Raises:
+        VerificationError: they are of another one, or missing.
+    """
+    if seed.digest_algorithm != digest.ALGORITHM:
+        raise VerificationError(
+            f"the seed's digests are {seed.digest_algorithm or 'missing'}, this worker checks {digest.ALGORITHM}; "
+            f"{remedy}"
+        )
 
 
 def load_kernels(side: DeviceBackend) -> threading.Thread | None:
