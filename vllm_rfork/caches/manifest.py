@@ -32,12 +32,6 @@ LEVELS: Mapping[str, Level] = {
     "inductor": "code",
     "split_graph": "code",
     "triton": "code",
-    "deep_gemm": "code",
-    "flashinfer_jit": "code",
-    "tilelang": "code",
-    "cute_dsl": "code",
-    "tvm_ffi": "code",
-    "npugraph_ex": "code",
 }
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")

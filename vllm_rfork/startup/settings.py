@@ -24,8 +24,7 @@ MAX_JSON_NBYTES = 32 * 1024 * 1024
 #: The order in which kinds are fetched: by when a start reads them, and by what they save.
 ORDER = (
     *("startup_plan", "autotune_table", "model_info"),
-    *("torch_aot", "inductor", "split_graph", "npugraph_ex", "triton"),
-    *("deep_gemm", "flashinfer_jit", "tilelang", "cute_dsl", "tvm_ffi"),
+    *("torch_aot", "inductor", "split_graph", "triton"),
 )
 
 
