@@ -9,7 +9,6 @@ A row is ``default``, ``first`` or ``fork``, and the last two may name an engine
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.ending import end
 from bench.load_stages import INIT_DEVICE, LOAD, OTHER, SAME, STAGES, WALK
 from zoo.planner import Planner
 
@@ -97,14 +97,7 @@ class Child:
 
     def end(self) -> None:
         """Let it withdraw its seed and exit."""
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._log.close()
 
 

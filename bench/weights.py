@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.ending import end
 from demo.servers import planner
 from tests.standin.build import build, environment
 
@@ -53,13 +54,7 @@ class Worker:
 
     def end(self) -> None:
         """Let the worker withdraw and exit."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._log.close()
 
 

@@ -351,7 +351,7 @@ def test_other_files_are_read_although_a_seed_has_the_old_weights(
 
 
 def nobody(patch: pytest.MonkeyPatch, source: Worker) -> str:
-    source.seeds.withdraw("the test says so", last=True)
+    source.seeds.withdraw("the test ends it", last=True)
     return "NoSeedAvailable"
 
 

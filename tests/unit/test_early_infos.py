@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures.thread
-import socket
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.hanging_names import hanging_names
 from vllm_rfork.config import parse_config
 from vllm_rfork.startup.early_infos import BOUND_S, EarlyInfos
 from vllm_rfork.vllm_compat.start_up import model_infos
@@ -20,26 +18,14 @@ from vllm_rfork.vllm_compat.start_up.listener import JsonPlace
 def test_a_name_that_does_not_resolve_delays_neither_the_start_nor_the_exit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    resolving, hanging = threading.Event(), threading.Event()
-
-    def getaddrinfo(*arguments: object, **options: object) -> object:
-        resolving.set()
-        hanging.wait(30)
-        raise socket.gaierror(socket.EAI_AGAIN, "try again")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     given = {"model_url": "m", "model_deploy_strategy_name": "s", "rfork_scheduler_url": "http://planner.invalid:1"}
-    before = set(threading.enumerate())
-    started = time.monotonic()
-    with caplog.at_level("INFO"):
-        assert EarlyInfos(parse_config(given, {}).settings, ("key",)).find("name", {}) is None
-    took_s = time.monotonic() - started
-    left = set(threading.enumerate()) - before
-    joined = {thread for thread in left if not thread.daemon or thread in concurrent.futures.thread._threads_queues}
-    hanging.set()
-    for thread in left:
-        thread.join(10)
-    assert resolving.is_set()
+    with hanging_names(monkeypatch) as names:
+        started = time.monotonic()
+        with caplog.at_level("INFO"):
+            assert EarlyInfos(parse_config(given, {}).settings, ("key",)).find("name", {}) is None
+        took_s = time.monotonic() - started
+        left, joined = names.waiting(), names.joined_at_exit()
+    assert names.asked.is_set()
     assert took_s < BOUND_S + 0.5
     assert left
     assert not joined, "Python waits for them when it exits"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread
 import errno
 import logging
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.hanging_names import hanging_names
 from tests.unit.cache_seeds import held, offered
 from tests.unit.compiling_vllm import Vllm, compiled_forwards
 from vllm_rfork.caches import staging
@@ -640,25 +639,13 @@ def test_a_transfer_that_hangs_ends_with_the_warm_up(tmp_path: Path, monkeypatch
 def test_a_name_that_does_not_resolve_delays_neither_the_end_of_a_transfer_nor_the_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resolving, hanging = threading.Event(), threading.Event()
-
-    def getaddrinfo(*arguments: object, **options: object) -> object:
-        resolving.set()
-        hanging.wait(30)
-        raise socket.gaierror(socket.EAI_AGAIN, "try again")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    before = set(threading.enumerate())
-    caches = worker(tmp_path, settings("safe", Options()))
-    caches.seed_known(SeedAddress("seed.invalid", 4711, 0), "key")
-    assert resolving.wait(10)
-    caches.warm()
-    settle(caches)
-    left = set(threading.enumerate()) - before
-    joined = {thread for thread in left if not thread.daemon or thread in concurrent.futures.thread._threads_queues}
-    hanging.set()
-    for thread in left:
-        thread.join(10)
+    with hanging_names(monkeypatch) as names:
+        caches = worker(tmp_path, settings("safe", Options()))
+        caches.seed_known(SeedAddress("seed.invalid", 4711, 0), "key")
+        assert names.asked.wait(10)
+        caches.warm()
+        settle(caches)
+        joined = names.joined_at_exit()
     assert not joined, "Python waits for them when it exits"
 
 
