@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from vllm_rfork.threads import native
+
 
 class HangingNames:
     """Calls of the resolver, which hang until the block of :func:`hanging_names` ends.
@@ -28,9 +30,9 @@ class HangingNames:
         return set(threading.enumerate()) - self._before
 
     def joined_at_exit(self) -> set[threading.Thread]:
-        """Those for which Python waits when it exits."""
-        queues = concurrent.futures.thread._threads_queues
-        return {thread for thread in self.waiting() if not thread.daemon or thread in queues}
+        """Those for which Python, or this package for the sake of native code, waits when the process exits."""
+        waited_for = {*concurrent.futures.thread._threads_queues, *native._threads}
+        return {thread for thread in self.waiting() if not thread.daemon or thread in waited_for}
 
 
 @contextlib.contextmanager

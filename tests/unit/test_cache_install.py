@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from vllm_rfork.caches import host_lock, staging
+from vllm_rfork.caches.directories import new_file, opened_root
 from vllm_rfork.caches.installer import Installed, install, install_file, is_there
 from vllm_rfork.caches.manifest import Artifact, ArtifactFile
 from vllm_rfork.caches.paths import parts_below
@@ -471,3 +472,14 @@ def test_indexes_appear_after_the_files_that_they_list(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "link", noting)
     install(staged(tmp_path, contents), TARGET, last="KEY/a", indexes=["__grp__*"])
     assert order == ["b", "z", "__grp__a", "a"]
+
+
+def test_a_new_file_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("content")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with opened_root(tmp_path) as top:
+        for name in ("there", "link"):
+            with pytest.raises(FileExistsError):
+                new_file(name, top)
+    assert (tmp_path / "there").read_text() == "content"
+    assert not (tmp_path / "elsewhere").exists()

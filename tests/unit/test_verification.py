@@ -7,6 +7,8 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from vllm_rfork.errors import ForkError, VerificationError
 from vllm_rfork.manifest.segments import Segment, batches
 from vllm_rfork.model import digest
 from vllm_rfork.model.tensors import TensorInventory
-from vllm_rfork.model.verification import SAMPLE_EVERY, StreamingVerifier, load_kernels, spans_to_check
+from vllm_rfork.model.verification import SAMPLE_EVERY, StreamingVerifier, check_algorithm, load_kernels, spans_to_check
 
 CPU = torch.device("cpu")
 SIZES = (1000, 70_001, 8, 300_000, 16, 40_000, 24, 2_100_000, 32, 90_000)
@@ -238,3 +240,12 @@ def test_a_read_that_fails_lets_go_of_the_memory() -> None:
     del model, collection, check
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize(("algorithm", "named"), [("sha1", "sha1"), ("", "missing")])
+def test_digests_of_another_algorithm_are_refused_with_the_remedy(algorithm: str, named: str) -> None:
+    seed: Any = SimpleNamespace(digest_algorithm=algorithm)
+    with pytest.raises(VerificationError, match=f"{named}, .*{digest.ALGORITHM}; use equal versions"):
+        check_algorithm(seed, "use equal versions")
+    seed.digest_algorithm = digest.ALGORITHM
+    check_algorithm(seed, "use equal versions")
