@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.docs_hooks import anchor
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 #: Pages that name files of vLLM-Ascend, and the one about the past.
@@ -15,17 +17,17 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in headings}
 
 
 @each_page
 def test_every_link_leads_to_a_page_and_a_heading(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+    for target, place in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         there = page.parent / target if target else page
         assert there.exists(), target
-        assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+        assert not place or place in anchors(there), f"{target}#{place}"
 
 
 @pytest.mark.parametrize(
