@@ -20,6 +20,7 @@ from vllm_rfork.engines.nixl.peer import Endpoint
 from vllm_rfork.engines.registry import ENGINES
 from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, decode_manifest
 from vllm_rfork.manifest.schema import Manifest, TensorEntry
+from vllm_rfork.messages import metering
 from vllm_rfork.messages.cache_results import MAX_LENGTH as MAX_RESULTS_LENGTH
 from vllm_rfork.model import digest
 from vllm_rfork.net.server import Bounds
@@ -32,7 +33,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def constants(pattern: str) -> set[str]:
-    values = {value for name, value in vars(messages).items() if name.isupper() and isinstance(value, str)}
+    names = {**vars(messages), **vars(metering)}
+    values = {value for name, value in names.items() if name.isupper() and isinstance(value, str)}
     return {value for value in values if re.fullmatch(pattern, value)}
 
 

@@ -8,7 +8,7 @@ import re
 from tests.planner.test_api import planner
 from vllm_rfork.engines.nixl.peer import Lane
 from vllm_rfork.engines.registry import ENGINES, engine_class
-from vllm_rfork.planner.lanes import LANES, lane_labels
+from vllm_rfork.messages.lanes import LANES, lane_labels
 
 
 async def test_forks_are_counted_by_engine_and_lane() -> None:

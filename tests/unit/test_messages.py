@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from multidict import CIMultiDict
 
-from vllm_rfork import messages
+from vllm_rfork import errors, messages
 from vllm_rfork.manifest.codec import decode_manifest
 from vllm_rfork.messages import BadMessage, Lease, SeedAddress
+from vllm_rfork.messages.causes import CAUSES
+from vllm_rfork.messages.metering import Served, parse_served
 from vllm_rfork.net import addresses
 
 AWKWARD = [
@@ -177,6 +179,21 @@ def test_a_lease_needs_the_other_three_headers(missing: str) -> None:
     headers = {name: value for name, value in ANSWER.items() if name != missing}
     with pytest.raises(BadMessage, match=missing):
         messages.lease_from_answer(CIMultiDict(headers))
+
+
+@pytest.mark.parametrize("served", [Served(0, 0), Served(3, 70_000_000_000), Served(10**16 - 1, 10**16 - 1)])
+def test_served_totals_survive_the_header(served: Served) -> None:
+    assert parse_served(str(served)) == served
+
+
+@pytest.mark.parametrize("text", ["", "1", "1,", ",1", "-1,2", "1,2,3", "1e3,1", "1.5,2", f"1,{'9' * 17}", "nan,1"])
+def test_other_texts_are_not_served_totals(text: str) -> None:
+    with pytest.raises(BadMessage, match="RFORK-SERVED"):
+        parse_served(text)
+
+
+def test_causes_are_classes_of_errors_that_may_end_a_fork() -> None:
+    assert all(issubclass(getattr(errors, cause), errors.RForkError) for cause in CAUSES)
 
 
 PROTOCOL = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()

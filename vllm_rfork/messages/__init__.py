@@ -60,8 +60,12 @@ PRESENCE = "/rfork_presence"
 PRESENCE_AGAIN, PRESENCE_UNKNOWN, PRESENCE_LATER = "again", "unknown", "later"
 #: Planner: 200 while it takes new requests, 503 while it starts, drains or cannot reach its store.
 READYZ = "/readyz"
-#: Planner: Prometheus metrics.
+#: Prometheus metrics, of the planner and of a seed service.
 METRICS = "/metrics"
+#: Planner, for operators, with the headers of ``remove_seed``: grant the seed to no further receiver; grant a
+#: quarantined seed again.
+DRAIN = "/rfork_drain"
+LIFT = "/rfork_lift"
 #: Planner: the OpenAPI description of its calls.
 OPENAPI = "/openapi.json"
 #: Planner: the dashboard, and its data; with ``SEED_KEY`` the data of that key alone.

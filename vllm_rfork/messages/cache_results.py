@@ -13,6 +13,8 @@ MAX_LENGTH = 400
 #: Longest time in seconds that a worker may state as saved.
 MAX_SAVED_S = 86_400.0
 HIT = "hit"
+#: Results that have metric series of their own: :data:`HIT`, and the reasons of misses.
+RESULTS = frozenset({HIT, "none", "late", "trust", "identity", "refused"})
 _MISS = "miss"
 _SAVED = "saved"
 _WORD = re.compile(r"[a-z_]{1,24}\Z")

@@ -1,8 +1,8 @@
 """Prometheus metrics of the planner, in a registry of their own, with a bounded number of labels.
 
 Only the first ``max_keys`` keys have series of their own; all others share the key ``(other)``, as do lanes that are
-not in ``lanes.py``. Gauges over the fleet are computed at the time of the scrape. Of several replicas only the leader
-has them.
+not in ``messages/lanes.py``. Gauges over the fleet are computed at the time of the scrape. Of several replicas only the
+leader has them.
 """
 
 from __future__ import annotations
@@ -14,31 +14,16 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vllm_rfork.caches.manifest import LEVELS
-from vllm_rfork.messages.cache_results import HIT
-from vllm_rfork.planner.lanes import OTHER, lane_labels
+from vllm_rfork.messages.cache_results import RESULTS
+from vllm_rfork.messages.causes import CAUSES
+from vllm_rfork.messages.lanes import OTHER, lane_labels
 from vllm_rfork.planner.store.base import Event, Outcome, Totals
 
 # Without this, each counter has a second series "..._created", which doubles the page and which nobody uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-#: Classes of ``errors.py`` that may end a fork; other reported causes count as ``(other)``.
-CAUSES = frozenset(
-    {
-        "SeedError",
-        "EngineError",
-        "EngineUnavailable",
-        "VerificationError",
-        "ManifestMismatch",
-        "PlannerError",
-        "NoSeedAvailable",
-        "ConfigError",
-        "ForkError",
-    }
-)
 #: Reasons to refuse a call.
 _REFUSALS = ("token", "address", "limit")
-#: Results of caches that have series of their own.
-_CACHE_RESULTS = frozenset({HIT, "none", "late", "trust", "identity", "refused"})
 _REASONS = frozenset({"stale", "withdrawn", "rekeyed", "new epoch", "new fingerprint"})
 _PREFIX = "rfork_planner_"
 _QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -157,7 +142,7 @@ class Metrics:
 
     def _cached(self, kinds: Mapping[str, str], saved_s: float | None) -> None:
         for kind, result in kinds.items():
-            self._caches.labels(kind if kind in LEVELS else OTHER, result if result in _CACHE_RESULTS else OTHER).inc()
+            self._caches.labels(kind if kind in LEVELS else OTHER, result if result in RESULTS else OTHER).inc()
         self._cache_saved.inc(saved_s or 0.0)
 
     def page(self, totals: Mapping[str, Totals] | None) -> bytes:
