@@ -1,0 +1,105 @@
+"""Closed schemas for kinds that are not part of Kubernetes' API, of the fields that the chart uses.
+
+``kubernetes-validate`` has only Kubernetes' own. An unknown field is an error here as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+
+Schema = dict[str, Any]
+
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_NAMES: Schema = {"type": "object", "minProperties": 1, "additionalProperties": {"type": "string"}}
+_DURATION: Schema = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h|d))+$"}
+
+
+def _closed(properties: Schema, *required: str) -> Schema:
+    needed = required or tuple(properties)
+    return {"type": "object", "additionalProperties": False, "required": list(needed), "properties": properties}
+
+
+def _thing(spec: Schema) -> Schema:
+    metadata = _closed({"name": _TEXT, "namespace": _TEXT, "labels": _NAMES}, "name")
+    return _closed({"apiVersion": _TEXT, "kind": _TEXT, "metadata": metadata, "spec": spec})
+
+
+_KEY_OF_SECRET = _closed({"name": _TEXT, "key": _TEXT})
+_ENDPOINT = _closed(
+    {
+        "port": _TEXT,
+        "path": {"type": "string", "pattern": "^/"},
+        "interval": _DURATION,
+        "scheme": {"enum": ["http", "https"]},
+        "tlsConfig": _closed({"serverName": _TEXT, "ca": _closed({"secret": _KEY_OF_SECRET})}),
+        "authorization": _closed({"type": {"const": "Bearer"}, "credentials": _KEY_OF_SECRET}),
+    },
+    "port",
+)
+_SELECTOR = _closed({"matchLabels": _NAMES})
+_RULE = _closed(
+    {"alert": _TEXT, "record": _TEXT, "expr": _TEXT, "for": _DURATION, "labels": _NAMES, "annotations": _NAMES}, "expr"
+)
+_POD: Schema = {"type": "object", "required": ["metadata", "spec"]}  # checked as a Pod by `check`
+
+SCHEMAS: dict[tuple[str, str], Schema] = {
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): _thing(
+        _closed({"selector": _SELECTOR, "endpoints": {"type": "array", "minItems": 1, "items": _ENDPOINT}})
+    ),
+    ("monitoring.coreos.com/v1", "PodMonitor"): _thing(
+        _closed({"selector": _SELECTOR, "podMetricsEndpoints": {"type": "array", "minItems": 1, "items": _ENDPOINT}})
+    ),
+    ("monitoring.coreos.com/v1", "PrometheusRule"): _thing(
+        _closed(
+            {
+                "groups": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": _closed({"name": _TEXT, "rules": {"type": "array", "minItems": 1, "items": _RULE}}),
+                }
+            }
+        )
+    ),
+    ("cert-manager.io/v1", "Certificate"): _thing(
+        _closed(
+            {
+                "secretName": _TEXT,
+                "dnsNames": {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"^[a-z0-9*.-]+$"}},
+                "usages": {"type": "array", "items": {"enum": ["server auth", "client auth"]}},
+                "issuerRef": _closed({"name": _TEXT, "kind": {"enum": ["Issuer", "ClusterIssuer"]}}),
+            }
+        )
+    ),
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): _thing(
+        _closed(
+            {
+                "replicas": {"type": "integer", "minimum": 0},
+                "leaderWorkerTemplate": _closed(
+                    {
+                        "size": {"type": "integer", "minimum": 1},
+                        "restartPolicy": {"enum": ["RecreateGroupOnPodRestart", "None"]},
+                        "leaderTemplate": _POD,
+                        "workerTemplate": _POD,
+                    }
+                ),
+            }
+        )
+    ),
+}
+
+
+def check(thing: dict[str, Any], version: str) -> None:
+    """Raise :class:`jsonschema.ValidationError` if an API server of Kubernetes ``version`` would reject ``thing``."""
+    schema = SCHEMAS.get((thing["apiVersion"], thing["kind"]))
+    if schema is None:
+        kubernetes_validate.validate(thing, version, strict=True)
+        return
+    jsonschema.Draft202012Validator(schema).validate(thing)
+    templates = thing["spec"].get("leaderWorkerTemplate", {})
+    for part in ("leaderTemplate", "workerTemplate"):
+        if part in templates:
+            pod = {"apiVersion": "v1", "kind": "Pod", **templates[part]}
+            kubernetes_validate.validate(pod, version, strict=True)
