@@ -30,7 +30,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests chart bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests chart kustomize bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -72,8 +72,11 @@ unit: setup standin ## tests that start no vLLM
 vllm-tests: setup standin ## tests that load models in real vLLM
 	$(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
-chart: setup ## lint and render the Helm chart and the Dockerfiles, check them against Kubernetes' schemas, test the alerts
+chart: setup ## the Helm chart, Kustomize, Dockerfiles and alerts: lint, render, check against Kubernetes' schemas
 	$(BIN)/python -m pytest tests/deploy $(PYTEST_ARGS)
+
+kustomize: setup ## write deploy/kustomize from the chart
+	$(BIN)/python -m tests.deploy.kustomize
 
 bench: setup standin ## weights phase of the default loader and of forks, compared with memcpy
 	$(BIN)/python -m bench $(BENCH_ARGS)

@@ -26,7 +26,8 @@ def helm_template(*arguments: str | Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def _set(values: Mapping[str, Any]) -> list[str]:
+def set_arguments(values: Mapping[str, Any]) -> list[str]:
+    """Arguments of Helm for ``values``: dotted name → value."""
     return [part for name, value in values.items() for part in ("--set-json", f"{name}={json.dumps(value)}")]
 
 
@@ -44,7 +45,7 @@ def rendered(example: str = "", values: str = "{}") -> tuple[Thing, ...]:
 
 def refused(**values: Any) -> str:
     """The error of a rendering that must fail."""
-    code, _, errors = helm_template(*_set(values))
+    code, _, errors = helm_template(*set_arguments(values))
     assert code != 0, f"{values} are accepted"
     return errors
 
