@@ -23,7 +23,7 @@ def _closed(properties: Schema, *required: str) -> Schema:
 
 
 def _thing(spec: Schema) -> Schema:
-    metadata = _closed({"name": _TEXT, "namespace": _TEXT, "labels": _NAMES}, "name")
+    metadata = _closed({"name": _TEXT, "namespace": _TEXT, "labels": _NAMES, "annotations": _NAMES}, "name")
     return _closed({"apiVersion": _TEXT, "kind": _TEXT, "metadata": metadata, "spec": spec})
 
 
@@ -44,6 +44,9 @@ _RULE = _closed(
     {"alert": _TEXT, "record": _TEXT, "expr": _TEXT, "for": _DURATION, "labels": _NAMES, "annotations": _NAMES}, "expr"
 )
 _POD: Schema = {"type": "object", "required": ["metadata", "spec"]}  # checked as a Pod by `check`
+_KEDA_NUMBERS = ("pollingInterval", "cooldownPeriod", "minReplicaCount", "maxReplicaCount")
+#: Fields of KServe's predictor that are not fields of a pod.
+_PREDICTOR = ("minReplicas", "maxReplicas", "labels")
 
 SCHEMAS: dict[tuple[str, str], Schema] = {
     ("monitoring.coreos.com/v1", "ServiceMonitor"): _thing(
@@ -73,6 +76,39 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
             }
         )
     ),
+    ("keda.sh/v1alpha1", "ScaledObject"): _thing(
+        _closed(
+            {
+                "scaleTargetRef": _closed({"name": _TEXT}),
+                **{name: {"type": "integer", "minimum": 0} for name in _KEDA_NUMBERS},
+                "triggers": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": _closed(
+                        {
+                            "type": {"const": "prometheus"},
+                            "metadata": _closed({"serverAddress": _TEXT, "query": _TEXT, "threshold": _TEXT}),
+                        }
+                    ),
+                },
+            }
+        )
+    ),
+    ("serving.kserve.io/v1beta1", "InferenceService"): _thing(
+        _closed(
+            {
+                "predictor": {
+                    "type": "object",
+                    "required": ["containers"],
+                    "properties": {
+                        "minReplicas": {"type": "integer"},
+                        "maxReplicas": {"type": "integer"},
+                        "labels": _NAMES,
+                    },
+                }
+            }
+        )
+    ),
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): _thing(
         _closed(
             {
@@ -98,8 +134,15 @@ def check(thing: dict[str, Any], version: str) -> None:
         kubernetes_validate.validate(thing, version, strict=True)
         return
     jsonschema.Draft202012Validator(schema).validate(thing)
-    templates = thing["spec"].get("leaderWorkerTemplate", {})
-    for part in ("leaderTemplate", "workerTemplate"):
-        if part in templates:
-            pod = {"apiVersion": "v1", "kind": "Pod", **templates[part]}
-            kubernetes_validate.validate(pod, version, strict=True)
+    for pod in _pods(thing["spec"]):
+        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, version, strict=True)
+
+
+def _pods(spec: Schema) -> list[Schema]:
+    """The pods inside a foreign kind."""
+    templates = spec.get("leaderWorkerTemplate", {})
+    found = [templates[part] for part in ("leaderTemplate", "workerTemplate") if part in templates]
+    if "predictor" in spec:
+        fields = {name: value for name, value in spec["predictor"].items() if name not in _PREDICTOR}
+        found.append({"metadata": {"labels": spec["predictor"].get("labels", {})}, "spec": fields})
+    return found

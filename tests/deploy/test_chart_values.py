@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.rendering import RELEASE, container, environment, helm_template, pods, refused, rendered
+from tests.deploy.rendering import (
+    CHART,
+    EXAMPLES,
+    NAMESPACE,
+    RELEASE,
+    container,
+    environment,
+    helm_template,
+    pods,
+    refused,
+    rendered,
+)
+from tests.deploy.tools import run, tool
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt value": ({"planner.replica": 2}, "replica"),
@@ -73,11 +85,35 @@ def test_a_worker_has_the_defaults_that_it_does_not_set() -> None:
     assert container(found[f"{RELEASE}-rfork-draft"])["args"][0] == "/models/draft"
 
 
-def test_without_a_token_no_secret_is_mounted_and_the_notes_warn() -> None:
+def test_without_a_token_no_secret_is_mounted() -> None:
     things = rendered("cuda", json.dumps({"auth.enabled": False}))
     for _, pod in pods(things):
         assert "token" not in {each["name"] for each in pod["spec"].get("volumes", [])}
         assert "RFORK_TOKEN_FILE" not in environment(pod)
+
+
+NOTES: dict[str, tuple[tuple[str, ...], str]] = {
+    "the Secret that has to exist": ((), "create secret generic -n prod rfork-token"),
+    "the arguments of a worker elsewhere": ((), "vllm serve MODEL --load-format rfork"),
+    "a planner without a token": (("--set", "auth.enabled=false"), "WARNING: auth.enabled is false"),
+    "the password of Redis": (("--values", "redis"), "create secret generic -n prod rfork-redis"),
+    "the address of a worker": (("--values", "cuda"), "http://fleet-rfork-qwen.prod.svc:8000/v1"),
+    "shared pids": (("--values", "cuda"), "hostPID is on"),
+    "the host's network": (("--values", "ascend-a2"), "hostNetwork is on"),
+    "seeds that may use http": (("--values", "tls", "--set", "tls.seeds=prefer"), "WARNING: tls.seeds is prefer"),
+    "a token that crosses the network readable": (("--values", "cuda"), "TLS is off"),
+}
+
+EXAMPLE_NAMES = {each.stem for each in EXAMPLES}
+
+
+@pytest.mark.parametrize("what", NOTES)
+def test_the_notes_name(what: str) -> None:
+    arguments, text = NOTES[what]
+    given = [str(CHART / "ci" / f"{each}.yaml") if each in EXAMPLE_NAMES else each for each in arguments]
+    done = run(tool("helm"), "install", RELEASE, CHART, "--namespace", NAMESPACE, "--dry-run=client", *given)
+    assert done.returncode == 0, done.stderr
+    assert text in done.stdout.partition("NOTES:")[2]
 
 
 def test_the_settings_of_an_unknown_name_reach_the_planner_that_rejects_them() -> None:
