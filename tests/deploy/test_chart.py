@@ -29,6 +29,7 @@ from tests.deploy.rendering import (
 from tests.deploy.tools import run, tool
 from vllm_rfork import __version__
 from vllm_rfork.config import ENVIRONMENT, parse_config
+from vllm_rfork.engines.registry import engine_order
 from vllm_rfork.messages import HEALTHZ, METRICS, parse_labels
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, check_environment, settings_from
 
@@ -122,6 +123,61 @@ def test_pods_are_confined(example: str) -> None:
                 assert box.get(probe, {}).get(way, {"port": None})["port"] in {None, *ports}
 
 
+#: Name → keys of the Secrets that a user creates; cert-manager makes those of the Certificates.
+SECRETS = {"rfork-token": {"token", "scrape-token"}, "rfork-redis": {"password"}, "our-redis": {"uri"}}
+
+
+@pytest.mark.parametrize("example", NAMES)
+def test_everything_that_pods_refer_to_exists(example: str) -> None:
+    things = rendered(example)
+    maps = {each["metadata"]["name"] for each in of_kind(things, "ConfigMap")}
+    certificates = {each["spec"]["secretName"] for each in of_kind(things, "Certificate")}
+    for node in walk(list(things)):
+        if "configMapRef" in node:
+            assert node["configMapRef"]["name"] in maps
+        for way in ("secretKeyRef", "credentials"):
+            if way in node:
+                assert node[way]["key"] in SECRETS[node[way]["name"]]
+        if "secretName" in node and "issuerRef" not in node and node["secretName"] not in certificates:
+            assert {item["key"] for item in node["items"]} <= SECRETS[node["secretName"]]
+        if "persistentVolumeClaim" in node:
+            assert node["persistentVolumeClaim"]["claimName"] == "models"
+
+
+def undefined(box: Thing) -> list[str]:
+    """Names in $(NAME) of variables that are not defined before; Kubernetes leaves these as they are."""
+    known: set[str] = set()
+    found = []
+    for each in box.get("env", []):
+        found += [name for name in re.findall(r"(?<!\$)\$\((\w+)\)", each.get("value", "")) if name not in known]
+        known.add(each["name"])
+    return found
+
+
+@pytest.mark.parametrize("example", NAMES)
+def test_variables_refer_to_earlier_ones(example: str) -> None:
+    for name, pod in pods(rendered(example)):
+        assert undefined(container(pod)) == [], name
+
+
+@pytest.mark.parametrize("example", NAMES)
+def test_quantities_are_quantities_and_no_request_is_over_its_limit(example: str) -> None:
+    """Schemas take any text for these."""
+    for _, pod in pods(rendered(example)):
+        resources = container(pod)["resources"]
+        for name, limit in resources["limits"].items():
+            assert amount(resources["requests"].get(name, limit)) <= amount(limit), name
+
+
+def amount(quantity: str | int) -> float:
+    """A Kubernetes quantity as a number."""
+    units = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    units |= {f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTP", start=1)}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", str(quantity))
+    assert found, quantity
+    return float(found[1]) * units[found[2]]
+
+
 @pytest.mark.parametrize("example", NAMES)
 def test_the_planners_settings_are_settings(example: str) -> None:
     things = rendered(example)
@@ -160,6 +216,8 @@ def test_workers_have_options_that_exist_and_every_planners_address(example: str
         told["RFORK_LABELS"] = told["RFORK_LABELS"].replace("$(NODE_NAME)", "node-7.example")
         settings = parse_config(json.loads(option(pod, "model-loader-extra-config")), told).settings
         assert not settings.missing
+        assert engine_order(settings.rfork_engine, "npu" if example.startswith("ascend") else "cuda")
+        assert settings.rfork_seed_wait_sec is None, "the planner decides"
         assert settings.rfork_scheduler_url.split(",") == [
             f"{scheme}://{RELEASE}-rfork-planner-{each}.{RELEASE}-rfork-planner.{NAMESPACE}.svc:1223"
             for each in range(planner["replicas"])
@@ -183,6 +241,13 @@ def test_the_engines_ports_are_open_to_workers_alone(example: str) -> None:
             assert [each["port"] for each in rule["ports"]] == ["api"]
         else:
             assert all(peer["podSelector"]["matchLabels"] == WORKER for peer in rule["from"])
+
+
+def test_redis_is_open_to_planners_alone() -> None:
+    things = rendered("redis")
+    policy = named(things, "NetworkPolicy", f"{RELEASE}-rfork-redis")["spec"]
+    peers = [peer for rule in policy["ingress"] for peer in rule["from"]]
+    assert [chosen(things, peer["podSelector"]["matchLabels"]) for peer in peers] == [[f"{RELEASE}-rfork-planner"]]
 
 
 def test_workers_of_other_namespaces_are_admitted_by_name_and_label() -> None:

@@ -14,8 +14,8 @@ import yaml
 from tests.deploy import kustomize
 from tests.deploy.foreign import check
 from tests.deploy.kustomize import COMPONENTS, FOLDER, MONITORING, REDIS, TLS, WORKERS
-from tests.deploy.rendering import Thing
-from tests.deploy.test_chart import VERSIONS
+from tests.deploy.rendering import Thing, container, pods
+from tests.deploy.test_chart import VERSIONS, undefined
 from tests.deploy.tools import run, tool
 
 #: Components → the values with which the chart renders the same.
@@ -88,7 +88,10 @@ def test_the_folder_is_what_the_chart_renders() -> None:
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 def test_components_combine_to_what_the_chart_renders(tmp_path: Path, names: tuple[str, ...]) -> None:
-    made = by_name(combined(tmp_path, names))
+    things = combined(tmp_path, names)
+    for name, pod in pods(tuple(things)):
+        assert undefined(container(pod)) == [], name  # a merge may change the order
+    made = by_name(things)
     rendered = by_name([thing for thing, _ in kustomize.rendered(COMBINATIONS[names]).values()])
     assert made.keys() == rendered.keys()
     for key, thing in rendered.items():
