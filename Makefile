@@ -17,6 +17,8 @@ EVENTS_ARGS ?=
 
 BIN := .venv/bin
 PYTEST = $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
+# Tools that only `make docs` and `make release-check` need
+TOOLS := .venv-docs/bin
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
 # Branches of the package that the tests of `make test` reach, with those of its processes; the floor is a little below
@@ -30,7 +32,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup test test-long lint types contracts standin wheel unit vllm-tests chart kustomize bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup tools test test-long lint types contracts standin wheel unit vllm-tests chart kustomize docs release-check bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -77,6 +79,22 @@ chart: setup ## the Helm chart, Kustomize, Dockerfiles and alerts: lint, render,
 
 kustomize: setup ## write deploy/kustomize from the chart
 	$(BIN)/python -m tests.deploy.kustomize
+
+docs: tools ## the documentation site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --quiet --strict --site-dir build/site
+
+release-check: tools ## sdist and wheel into build/release, checked with twine, and their bill of materials
+	rm -rf build/release build/release-venv
+	$(BIN)/python -m build --no-isolation --outdir build/release . > build/release.log 2>&1 || { cat build/release.log; exit 1; }
+	$(TOOLS)/twine check --strict build/release/*
+	$(BIN)/python -m venv --without-pip build/release-venv
+	$(BIN)/python -m pip --disable-pip-version-check --python build/release-venv/bin/python install --quiet --no-compile \
+	    --constraint requirements/lock.txt build/release/*.whl
+	$(TOOLS)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --mc-type library \
+	    --output-file build/release/sbom.cdx.json build/release-venv/bin/python
+
+tools: setup
+	@$(PYTHON) scripts/set_up.py docs
 
 bench: setup standin ## weights phase of the default loader and of forks, compared with memcpy
 	$(BIN)/python -m bench $(BENCH_ARGS)

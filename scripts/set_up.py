@@ -1,5 +1,7 @@
 """Bring .venv, .venv-datasystem and .venv-mooncake to what requirements/ says. Every make target runs this first.
 
+`set_up.py docs` does the same for .venv-docs, which only the documentation site and the check of a release need.
+
 While the stamp in .venv fits the files that it depends on, this returns within a fraction of a second. An existing
 environment is completed, not rebuilt, and the next run repairs an interrupted one. It runs on the system's Python,
 so it imports the standard library only. It installs into these environments and nowhere else; missing system
@@ -8,6 +10,7 @@ packages are reported, not installed.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import ctypes
 import fcntl
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +34,8 @@ LOCK = ROOT / "requirements" / "lock.txt"
 #: Environments for tests of engines that conflict with what .venv has, or that it should not have. Small, so a change
 #: rebuilds one. By name, which is that of the file in requirements/ too.
 SIDE_ENVIRONMENTS = ("datasystem", "mooncake")
+#: Those that are set up only where they are an argument.
+TOOL_ENVIRONMENTS = ("docs",)
 #: The files that .venv depends on; __init__.py has the package's version.
 KEYED = (
     LOCK,
@@ -230,7 +235,7 @@ def side_environment_is_ready(name: str) -> bool:
 
 
 def set_up_side_environment(name: str) -> None:
-    """Make the environment, or make it again: one engine, and what its tests need."""
+    """Make the environment, or make it again."""
     folder, requirements, wanted = side_environment(name)
     run(f"making {folder.name}", sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
     install = ("install", "--no-compile", "--requirement", requirements)
@@ -291,9 +296,31 @@ def set_up() -> None:
     STAMP.write_text(wanted, encoding="utf-8")
 
 
-if __name__ == "__main__":
+def set_up_tools(names: Iterable[str]) -> None:
+    """Bring environments of :data:`TOOL_ENVIRONMENTS` to their files. They need .venv's pip.
+
+    Raises:
+        SetUpError: a command failed.
+    """
+    for name in names:
+        if not side_environment_is_ready(name):
+            set_up_side_environment(name)
+
+
+def main() -> None:
+    """Set up what every target needs, and the environments that are arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("tools", nargs="*", metavar="NAME", help=f"more environments: {', '.join(TOOL_ENVIRONMENTS)}")
+    names = parser.parse_args().tools
+    if unknown := set(names) - set(TOOL_ENVIRONMENTS):
+        parser.error(f"no such environment: {', '.join(sorted(unknown))}")
     try:
         with alone():
             set_up()
+            set_up_tools(names)
     except SetUpError as error:
         sys.exit(f"set-up: {error}")
+
+
+if __name__ == "__main__":
+    main()

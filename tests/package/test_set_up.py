@@ -137,3 +137,30 @@ def test_a_command_that_fails_is_named_with_the_end_of_its_own_output(
     assert "no such package" in said
     assert "of the first" not in said
     assert len(said.splitlines()) < 40
+
+
+def test_the_tools_of_the_site_and_of_releases_are_pinned() -> None:
+    text = (ROOT / "requirements" / "docs.txt").read_text(encoding="utf-8")
+    assert {"mkdocs-material", "mkdocs-static-i18n", "twine", "cyclonedx-bom"} <= set(script("broken_pins").pins(text))
+
+
+def test_tools_are_set_up_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up = script("set_up")
+    made: list[str] = []
+    monkeypatch.setattr(set_up, "ROOT", tmp_path)
+    monkeypatch.setattr(set_up, "set_up", lambda: made.append(".venv"))
+    monkeypatch.setattr(set_up, "side_environment_is_ready", lambda name: False)
+    monkeypatch.setattr(set_up, "set_up_side_environment", made.append)
+    for arguments in ([], ["docs"]):
+        monkeypatch.setattr(sys, "argv", ["set_up.py", *arguments])
+        set_up.main()
+    assert made == [".venv", ".venv", "docs"]
+
+
+def test_an_environment_that_does_not_exist_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "doc"])
+    with pytest.raises(SystemExit):
+        script("set_up").main()
+    assert "no such environment: doc" in capsys.readouterr().err
