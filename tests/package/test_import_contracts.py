@@ -33,7 +33,7 @@ def tree(tmp_path: Path) -> Path:
         ("errors.py", "import vllm_rfork.messages", "Imports point down only"),
         ("clients/__init__.py", "import vllm_rfork.heartbeat", "Imports point down only"),
         ("heartbeat.py", "import vllm_rfork.seed_service", "Imports point down only"),
-        ("config.py", "import torch", "torch only where tensors are handled"),
+        ("config/settings.py", "import torch", "torch only where tensors are handled"),
         ("engines/nixl/engine.py", "import numpy", "torch only where tensors are handled"),
         ("seed_service.py", "import vllm", "vLLM only in the loader, the plugin and vllm_compat"),
         ("engines/nixl/engine.py", "import vllm_rfork.engines.yuanrong.engine", "Engines do not import each other"),

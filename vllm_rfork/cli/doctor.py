@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 
 import click
-from rich.table import Table
 
 from vllm_rfork.cli import doctor_checks, doctor_engines, doctor_machine
 from vllm_rfork.cli.announcing import announced_address
 from vllm_rfork.cli.engine_probe import Lane
 from vllm_rfork.cli.findings import FAIL, NOTE, OK, Check, Finding, find_all
 from vllm_rfork.cli.machine import Machine
-from vllm_rfork.cli.planner_api import echo_json, json_option, planner_options, print_table, shown
+from vllm_rfork.cli.planner_api import echo_json, json_option, planner_options
+from vllm_rfork.cli.tables import print_table
 from vllm_rfork.engines.registry import engine_names
-
-_STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
 
 
 @click.command(epilog="Exit status: 0 if no check failed, else 1.")
@@ -89,6 +87,7 @@ def _engines(wanted: str | None, device_types: list[str], lanes: dict[str, list[
 def _print(found: list[Finding]) -> None:
     """Two tables: the checks, and the lanes that follow from them."""
     _print_part("", [each for each in found if not each.check.startswith(doctor_engines.LANE)])
+    click.echo()
     title = "Lanes of rfork_engine=auto, to a peer with the hardware and the settings of this host"
     _print_part(title, [each for each in found if each.check.startswith(doctor_engines.LANE)])
     failed = [each.check for each in found if each.state == FAIL]
@@ -97,11 +96,5 @@ def _print(found: list[Finding]) -> None:
 
 def _print_part(title: str, found: list[Finding]) -> None:
     advises = any(each.advice for each in found)
-    table = Table(title=title or None, title_justify="left")
-    for name in ("", "check", "result", *(["advice"] if advises else [])):
-        table.add_column(name, overflow="fold")
-    for each in found:
-        mark = shown(each.state)
-        mark.stylize(_STYLES[each.state])
-        table.add_row(mark, shown(each.check), shown(each.found), *([shown(each.advice)] if advises else []))
-    print_table(table)
+    rows = [(each.state, each.check, each.found, *([each.advice] if advises else [])) for each in found]
+    print_table(("state", "check", "result", *(["advice"] if advises else [])), rows, title=title)

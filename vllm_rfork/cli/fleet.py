@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
-from rich.table import Table
 
-from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options, print_table, shown
+from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options
+from vllm_rfork.cli.tables import print_table
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.messages import DEBUG_SNAPSHOT
 
@@ -55,8 +55,10 @@ def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_js
         return
     _print_table("lease", _LEASE_COLUMNS, found["leases"], limit)
     if found["waiting"]:
+        click.echo()
         _print_table("waiting receiver", _WAITING_COLUMNS, found["waiting"], limit)
     if found["intents"]:
+        click.echo()
         _print_table("pending loader", _INTENT_COLUMNS, found["intents"], limit)
 
 
@@ -78,12 +80,9 @@ def _print_table(noun: str, columns: Sequence[_Column], rows: Sequence[_Row], li
     if not rows:
         click.echo(f"no {noun}s")
         return
-    table = Table(title=counted(len(rows), noun) + (" (there may be more; see --limit)" if len(rows) >= limit else ""))
-    for name, _ in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(shown(value(row)) for _, value in columns))
-    print_table(table)
+    more = " (there may be more; see --limit)" if len(rows) >= limit else ""
+    cells = [[value(row) for _, value in columns] for row in rows]
+    print_table([name for name, _ in columns], cells, title=counted(len(rows), noun) + more)
 
 
 def _plain(name: str) -> Callable[[_Row], object]:

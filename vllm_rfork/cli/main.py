@@ -26,6 +26,7 @@ COMMANDS: dict[str, CommandRow] = {
     "seeds": CommandRow("vllm_rfork.cli.fleet:seeds", "list a planner's seeds"),
     "leases": CommandRow("vllm_rfork.cli.fleet:leases", "list current leases and waiting receivers"),
     "key": CommandRow("vllm_rfork.cli.key:key", "print a worker's seed key from its parts"),
+    "check": CommandRow("vllm_rfork.cli.check:check", "validate a worker's configuration before a start"),
     "doctor": CommandRow("vllm_rfork.cli.doctor:doctor", "check planner, engines and this machine"),
     "selftest": CommandRow("vllm_rfork.cli.selftest:selftest", "fork random bytes between two processes"),
 }

@@ -1,7 +1,7 @@
 """Calls of the command line to a planner: its URL, token and TLS files, and what is printed of its answers.
 
 Token and TLS files come from the environment only, from the same variables as a worker's: every user of a machine can
-read its command lines. Text from a planner goes to a terminal, so :func:`shown` removes what could control it.
+read its command lines.
 """
 
 from __future__ import annotations
@@ -12,26 +12,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from vllm_rfork.clients.answers import json_object
 from vllm_rfork.clients.calls import MAX_JSON_NBYTES, PlannerCalls
 from vllm_rfork.config import parse_config, planner_urls
 from vllm_rfork.errors import ConfigError, PlannerError
-from vllm_rfork.logs.quoting import printable
 from vllm_rfork.net.client import Answer
 from vllm_rfork.net.credentials import Credentials
 
 URL_VARIABLE = "RFORK_SCHEDULER_URL"
 TOKEN_VARIABLE = "RFORK_TOKEN"  # noqa: S105 - the variable's name
-#: Characters of one cell; a seed key has at most 2048.
-MAX_CELL = 4096
-
-#: Width of a table in a pipe or a file, where no line is folded.
-_UNFOLDED_WIDTH = 10_000
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -121,21 +111,6 @@ def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, 
         raise click.ClickException(str(error)) from error
 
 
-def shown(value: object) -> Text:
-    """``value`` as a table's cell: no markup, no control characters, at most ``MAX_CELL`` characters."""
-    text = "-" if value is None or value == "" else str(value)
-    return Text(printable("".join(each if each.isprintable() else "�" for each in text[: MAX_CELL + 1]), MAX_CELL))
-
-
 def echo_json(data: object) -> None:
     """Print ``data`` as JSON in ASCII: text from planners cannot control the terminal."""
     click.echo(json.dumps(data, indent=2))
-
-
-def print_table(table: Table) -> None:
-    """Print ``table`` as wide as the terminal; in a pipe or a file unfolded, with ASCII borders."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_UNFOLDED_WIDTH)
-        table.box = box.ASCII
-    console.print(table)

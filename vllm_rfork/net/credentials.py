@@ -22,7 +22,7 @@ logger = worker_logger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of the same names, without their prefix; see ``config.py``."""
+    """The settings of the same names, without their prefix; see ``config/settings.py``."""
 
     token: str = field(default="", repr=False)
     token_file: str = ""

@@ -27,7 +27,7 @@ _MARK = "_rfork_shows_fallback"
 
 
 def fallback_format(load_config: Any) -> str:
-    """The fallback's format by the extra config, in vLLM's spelling; validated elsewhere (``config.py``)."""
+    """The fallback's format by the extra config, in vLLM's spelling; validated elsewhere (``config/``)."""
     extra = load_config.model_loader_extra_config
     given = extra.get(OPTION) if isinstance(extra, dict) else None
     return (given.strip().lower() if isinstance(given, str) else "") or DEFAULT
