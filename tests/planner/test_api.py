@@ -23,7 +23,7 @@ from vllm_rfork.planner.http.auth import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.logs import TextLines
 from vllm_rfork.planner.resolver import Resolver
 from vllm_rfork.planner.settings import settings_from
-from vllm_rfork.planner.store.base import StoreUnavailable
+from vllm_rfork.planner.store.errors import StoreUnavailable
 
 SEED = {"SEED_IP": "127.0.0.1", "SEED_PORT": "5000", "SEED_RANK": "0"}
 ADD = {"SEED_KEY": "k", **SEED, "SEED_REFCNT": "0"}

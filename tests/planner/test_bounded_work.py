@@ -17,7 +17,8 @@ from vllm_rfork.planner.http.operating_calls import MAX_SNAPSHOTS
 from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import Announcement, Granted, Queued, Rules, StillLeased
+from vllm_rfork.planner.store.base import Announcement, Granted, Queued, Rules
+from vllm_rfork.planner.store.errors import StillLeased
 from vllm_rfork.planner.store.grants import STALE_BATCH
 from vllm_rfork.planner.store.memory import SLICE, MemoryStore
 

@@ -17,7 +17,8 @@ from tests.unit.interop_planners import load_mock_planner, serve
 from vllm_rfork.caches.manifest import LEVELS
 from vllm_rfork.clients import Outcome, PlannerClient
 from vllm_rfork.messages import CacheResults, SeedAddress, parse_cache_results
-from vllm_rfork.planner.store.base import Announcement, StillLeased
+from vllm_rfork.planner.store.base import Announcement
+from vllm_rfork.planner.store.errors import StillLeased
 
 REPORT = "torch_aot=hit,triton=miss:identity,model_info=hit;saved=38.2"
 WORKER = {"RFORK-INTENT": "worker-7"}

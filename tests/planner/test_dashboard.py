@@ -18,7 +18,7 @@ from tests.planner.test_api import SECRET, SEED, bearer, planner
 from vllm_rfork import messages
 from vllm_rfork.planner.http import dashboard
 from vllm_rfork.planner.http.dashboard import OverviewCache, RateLimited
-from vllm_rfork.planner.store.base import StoreUnavailable
+from vllm_rfork.planner.store.errors import StoreUnavailable
 
 # --- the calls -------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from vllm_rfork import messages
 from vllm_rfork.net.connection import Phase
 from vllm_rfork.planner.http import presence
 from vllm_rfork.planner.http.presence import Presence
-from vllm_rfork.planner.store.base import Announcement, Granted, LimitReached, Missed, Queued, UnknownSeed
+from vllm_rfork.planner.store.base import Announcement, Granted, Missed, Queued
+from vllm_rfork.planner.store.errors import LimitReached, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing
 
 NAME = "127.0.0.1:5000:0"

@@ -15,7 +15,8 @@ from tests.planner.conftest import Clock, Fleet, MakeFleet, seed, snapshot
 from tests.planner.policy_by_search import Candidate, choose
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.planner.policy import POLICIES, nic_of, policy_named
-from vllm_rfork.planner.store.base import Announcement, Granted, Outcome, Queued, Rules, StoreError
+from vllm_rfork.planner.store.base import Announcement, Granted, Outcome, Queued, Rules
+from vllm_rfork.planner.store.errors import StoreError
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.key_state import ANY
 from vllm_rfork.planner.store.memory import MemoryStore

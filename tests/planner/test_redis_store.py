@@ -17,19 +17,8 @@ from tests.planner.redis_server import RedisServer
 from vllm_rfork.messages import CacheResults
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.policy import policy_named
-from vllm_rfork.planner.store.base import (
-    Announcement,
-    Ask,
-    Granted,
-    LimitReached,
-    Missed,
-    Outcome,
-    Queued,
-    Rules,
-    StillLeased,
-    StoreUnavailable,
-    UnknownLease,
-)
+from vllm_rfork.planner.store.base import Announcement, Ask, Granted, Missed, Outcome, Queued, Rules
+from vllm_rfork.planner.store.errors import LimitReached, StillLeased, StoreUnavailable, UnknownLease
 from vllm_rfork.planner.store.fenced import Change, FencedRecords
 from vllm_rfork.planner.store.redis import RedisStore
 from vllm_rfork.planner.wait_queue import WaitQueue
@@ -243,6 +232,20 @@ async def test_a_lease_by_ticket_outlives_the_question_that_broke_off(
     lease = await asyncio.wait_for(again, 30)
     assert isinstance(lease, Granted)
     await fleet.store.renew(lease.seed, lease.user_id)
+
+
+async def test_a_drain_outlives_the_leader_that_received_it(replica: Replica) -> None:
+    leader = await replica()
+    for name in (1, 2, 3):
+        await leader.announce(name, epoch="e")
+        await leader.store.drain("k", seed(name), undo=False)
+    await leader.store.drain("k", seed(2), undo=True)
+    await leader.store.withdraw("k", seed(3))
+    successor = await successor_of(leader, replica)
+    assert (await successor.lease()).seed == seed(2)
+    assert (await successor.seed_entry(1))["drained"]
+    await successor.announce(3, epoch="e")
+    assert (await successor.seed_entry(3))["drained"], "the order was for a seed that was away"
 
 
 # --- what a successor finds ------------------------------------------------------------------------------------------

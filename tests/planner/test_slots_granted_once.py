@@ -6,7 +6,8 @@ import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from vllm_rfork import messages
-from vllm_rfork.planner.store.base import Granted, Missed, UnknownLease
+from vllm_rfork.planner.store.base import Granted, Missed
+from vllm_rfork.planner.store.errors import UnknownLease
 from vllm_rfork.planner.store.lease_ids import LeaseIds, state_of
 from vllm_rfork.planner.store.redis import RedisStore
 

@@ -17,18 +17,8 @@ import redis.asyncio
 from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.policy import EVERYWHERE, policy_named
-from vllm_rfork.planner.store.base import (
-    Announcement,
-    Granted,
-    LimitReached,
-    Missed,
-    Outcome,
-    Queued,
-    Rules,
-    StillLeased,
-    UnknownLease,
-    UnknownSeed,
-)
+from vllm_rfork.planner.store.base import Announcement, Granted, Missed, Outcome, Queued, Rules
+from vllm_rfork.planner.store.errors import LimitReached, StillLeased, UnknownLease, UnknownSeed
 from vllm_rfork.planner.store.memory import MemoryStore
 
 # --- leases ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed, snapshot
-from vllm_rfork.planner.store.base import Granted, Missed, Outcome, Queued, StillLeased, UnknownLease
+from vllm_rfork.planner.store.base import Granted, Missed, Outcome, Queued
+from vllm_rfork.planner.store.errors import StillLeased, UnknownLease
 
 
 async def ask(fleet: Fleet, name: str, **more: Any) -> Granted | Missed | Queued:

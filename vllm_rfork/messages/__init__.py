@@ -89,6 +89,9 @@ CACHE_NAME_PARAM = "name"
 CACHES_PAUSE_S = 2
 #: Planner: one serving seed of a key, without a lease, for caches that are needed before a worker exists.
 FIND_SEED = "/rfork_find_seed"
+#: Planner, for operators: grant a seed to nobody, or undo that; end the quarantine of a seed. Both need a token.
+DRAIN = "/rfork_drain"
+LIFT = "/rfork_lift"
 
 #: In both directions: the digest that must be equal before two workers are paired.
 FINGERPRINT = "RFORK-FINGERPRINT"
@@ -140,6 +143,8 @@ SIDES = ("seed", "receiver", "unknown")
 LANE = "RFORK-LANE"
 #: ``add_seed``: the results of caches at this worker's own start; see :class:`CacheResults`.
 CACHES = "RFORK-CACHES"
+#: ``rfork_drain``: 1 ends a drain.
+UNDO = "RFORK-UNDO"
 #: Presence: the client reads an answer that comes in pieces, so the planner may keep the request by sending bytes.
 STREAM = "RFORK-STREAM"
 

@@ -28,7 +28,8 @@ from vllm_rfork.planner.http.auth import ServerTls, Tokens, tokens_from
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import Event, Store, StoreError
+from vllm_rfork.planner.store.base import Event, Store
+from vllm_rfork.planner.store.errors import StoreError
 from vllm_rfork.planner.store.lease_ids import LeaseIds
 from vllm_rfork.planner.wait_queue import WaitQueue
 
@@ -41,6 +42,9 @@ _LOGGED = {
     "seed_absent": (logging.WARNING, "Seed absent: not granted until its next heartbeat or presence request"),
     "seed_returned": (logging.INFO, "Seed returned"),
     "seed_aside": (logging.WARNING, "Seed quarantined after failed forks of several receivers"),
+    "quarantine_lifted": (logging.INFO, "Quarantine lifted by an operator"),
+    "seed_drained": (logging.INFO, "Seed drained by an operator: not granted until that is undone"),
+    "seed_undrained": (logging.INFO, "Drain of a seed undone by an operator"),
     "fork_ok": (logging.INFO, "Fork completed"),
     "caches_reported": (logging.INFO, "Start reported its caches"),
     "fork_failed": (logging.WARNING, "Fork failed"),

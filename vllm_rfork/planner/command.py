@@ -49,7 +49,7 @@ def planner(context: click.Context, /, **given: Any) -> None:
     import os
 
     from vllm_rfork.planner import app, logs
-    from vllm_rfork.planner.store.base import StoreError
+    from vllm_rfork.planner.store.errors import StoreError
 
     try:
         check_environment(os.environ)

@@ -14,16 +14,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from vllm_rfork import messages
-from vllm_rfork.planner.store.base import (
-    Ask,
-    Granted,
-    Missed,
-    Queued,
-    Store,
-    StoreError,
-    StoreUnavailable,
-    UnknownLease,
-)
+from vllm_rfork.planner.store.base import Ask, Granted, Missed, Queued, Store
+from vllm_rfork.planner.store.errors import StoreError, StoreUnavailable, UnknownLease
 
 logger = logging.getLogger(__name__)
 

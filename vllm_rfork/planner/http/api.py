@@ -1,7 +1,7 @@
 """The planner's HTTP calls: the route, the token and the answer of every request.
 
-Each call is one method of ``protocol_calls`` or ``operating_calls``. aiohttp's own router with middlewares costs more
-for each request than this table; ``docs/benchmarks.md`` has the numbers.
+Each call is one method of ``protocol_calls``, ``operator_calls`` or ``operating_calls``. aiohttp's own router with
+middlewares costs more for each request than this table; ``docs/benchmarks.md`` has the numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from vllm_rfork import messages
 from vllm_rfork.messages import header
 from vllm_rfork.planner.http.auth import AddressCheck, Tokens, Trust
 from vllm_rfork.planner.http.operating_calls import OperatingCalls
+from vllm_rfork.planner.http.operator_calls import OperatorCalls
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.http.protocol_calls import ProtocolCalls
 from vllm_rfork.planner.http.refused import Refused, refusal
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import LimitReached, Store
+from vllm_rfork.planner.store.base import Store
+from vllm_rfork.planner.store.errors import LimitReached
 from vllm_rfork.planner.wait_queue import WaitQueue
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Api:
         self.ready = False
         addresses = AddressCheck(_trust(settings, tokens))
         calls = ProtocolCalls(settings, store, queue=queue, presence=presence, metrics=metrics, addresses=addresses)
+        orders = OperatorCalls(settings, store, metrics=metrics, tokens=tokens)
         self.operating = operating = OperatingCalls(
             settings,
             store,
@@ -68,6 +71,8 @@ class Api:
             messages.REMOVE_SEED: {"POST": calls.remove_seed},
             messages.ADD_INTENT: {"POST": calls.intent},
             messages.PRESENCE: {"POST": calls.presence},
+            messages.DRAIN: {"POST": orders.drain},
+            messages.LIFT: {"POST": orders.lift},
             messages.HEALTHZ: {"GET": operating.healthz},
             messages.READYZ: {"GET": operating.readyz},
             messages.METRICS: {"GET": operating.metrics},

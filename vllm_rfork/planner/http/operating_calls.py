@@ -20,7 +20,8 @@ from vllm_rfork.planner.http.request_headers import seed_key
 from vllm_rfork.planner.http.streamed import json_chunks
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import Store, StoreUnavailable
+from vllm_rfork.planner.store.base import Store
+from vllm_rfork.planner.store.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 

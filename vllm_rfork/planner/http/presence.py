@@ -24,7 +24,8 @@ from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net.connection import Connection
 from vllm_rfork.net.long_lived import probe_host
 from vllm_rfork.planner.http.held import AGAIN, LEAVE, LOST, UNKNOWN, HeldConnection, HeldRequest
-from vllm_rfork.planner.store.base import Announcement, LimitReached, Store, StoreError, StoreUnavailable, UnknownSeed
+from vllm_rfork.planner.store.base import Announcement, Store
+from vllm_rfork.planner.store.errors import LimitReached, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from vllm_rfork.planner.http.refused import Refused
 from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.resolver import Unresolved
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import Granted, LimitReached, Missed, Queued, Store, UnknownSeed
+from vllm_rfork.planner.store.base import Granted, Missed, Queued, Store
+from vllm_rfork.planner.store.errors import LimitReached, UnknownSeed
 from vllm_rfork.planner.wait_queue import WaitQueue
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from vllm_rfork.messages import BadMessage
-from vllm_rfork.planner.store.base import LimitReached, StillLeased, StoreUnavailable, UnknownLease, UnknownSeed
+from vllm_rfork.planner.store.errors import LimitReached, StillLeased, StoreUnavailable, UnknownLease, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing
 
 

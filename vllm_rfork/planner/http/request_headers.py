@@ -11,7 +11,8 @@ from vllm_rfork.messages import BadMessage, CacheResults, header
 from vllm_rfork.messages.cache_results import parse_cache_results
 from vllm_rfork.net.addresses import canonical
 from vllm_rfork.planner.settings import Settings
-from vllm_rfork.planner.store.base import Announcement, Ask, Outcome, UnknownLease
+from vllm_rfork.planner.store.base import Announcement, Ask, Outcome
+from vllm_rfork.planner.store.errors import UnknownLease
 
 #: Maximum length of the headers that carry free text, in characters.
 MAX_ID_LENGTH = 256

@@ -15,34 +15,9 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_rfork.errors import RForkError
 from vllm_rfork.messages import TICKET_INTENT_TTL_S, CacheResults, OtherSeeds, SeedAddress, Waiting
 from vllm_rfork.planner.policy import Policy
 from vllm_rfork.planner.store.lease_ids import LeaseIds
-
-
-class StoreError(RForkError):
-    """Base of the errors with which a store declines a call."""
-
-
-class UnknownLease(StoreError):
-    """No such lease: released, expired, dropped with its seed, or never granted. HTTP 404."""
-
-
-class UnknownSeed(StoreError):
-    """No such seed under that key. HTTP 404."""
-
-
-class StillLeased(StoreError):
-    """The seed has leases; it is draining and gets no new one. HTTP 409."""
-
-
-class LimitReached(StoreError):
-    """A limit on keys, seeds or intents is reached. HTTP 429."""
-
-
-class StoreUnavailable(StoreError):
-    """This process cannot decide now: Redis is unreachable, or another replica leads. HTTP 503."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +33,7 @@ class Rules:
         presence_grace_s: how soon a seed must send its next presence request after the answer to one.
         presence_takeover_s: the same after another replica took over, since connections ended with the one before.
         return_s: for this long after its connection broke, waiting receivers count on a seed's return, and heartbeats
-            do
-            not end its absence: the process may have sent them before it died.
+            do not end its absence: the process may have sent them before it died.
         failures: distinct receivers whose forks fail in a row before a seed is quarantined.
     """
 
@@ -226,7 +200,8 @@ class Event:
     """Something that a store reports, for logs and metrics.
 
     ``kind`` is one of ``seed_added``, ``seed_dropped`` (``detail``: the reason), ``seed_absent``, ``seed_returned``,
-    ``seed_aside`` (quarantined; ``detail``: seconds), ``lease_expired``, ``lease_dropped`` (with its seed),
+    ``seed_aside`` (quarantined; ``detail``: seconds), ``quarantine_lifted``, ``seed_drained``, ``seed_undrained`` (the
+    last three by an operator), ``lease_expired``, ``lease_dropped`` (with its seed),
     ``lease_adopted``, ``intent_expired``, ``state_lost``, ``fork_ok`` and ``fork_failed`` (reported by a receiver),
     ``caches_reported`` (``facts``: the fields of its :class:`CacheResults`). ``facts`` are more fields for the log.
     """
@@ -306,6 +281,18 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def withdraw(self, key: str, seed: SeedAddress) -> None:
         """Remove a seed. Raises :class:`UnknownSeed` or :class:`StillLeased`."""
+
+    @abc.abstractmethod
+    async def drain(self, key: str, seed: SeedAddress, *, undo: bool) -> int:
+        """Grant a seed to nobody until this is undone, or until its next epoch; returns its leases, which stay.
+
+        It holds also if the seed is dropped as stale and returns with the same epoch. Raises :class:`UnknownSeed`, or
+        :class:`LimitReached` if too many seeds are drained.
+        """
+
+    @abc.abstractmethod
+    async def lift(self, key: str, seed: SeedAddress) -> bool:
+        """End the quarantine of a seed; returns whether it was quarantined. Raises :class:`UnknownSeed`."""
 
     @abc.abstractmethod
     async def find(self, key: str) -> SeedAddress | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_rfork.planner.store.base import Event, Store, UnknownLease
+from vllm_rfork.planner.store.base import Event, Store
+from vllm_rfork.planner.store.errors import UnknownLease
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.lease_ids import state_of
 from vllm_rfork.planner.store.records import Lease, Seed

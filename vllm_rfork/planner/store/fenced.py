@@ -19,7 +19,7 @@ import redis.asyncio
 import redis.exceptions
 
 from vllm_rfork.errors import RForkError
-from vllm_rfork.planner.store.base import StoreUnavailable
+from vllm_rfork.planner.store.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 

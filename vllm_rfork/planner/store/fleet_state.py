@@ -11,12 +11,13 @@ import secrets
 from collections import Counter
 
 from vllm_rfork.planner.policy import buckets, nic_of
-from vllm_rfork.planner.store.base import Announcement, Ask, LimitReached, Rules
+from vllm_rfork.planner.store.base import Announcement, Ask, Rules
+from vllm_rfork.planner.store.errors import LimitReached
 from vllm_rfork.planner.store.estimates import KeyTimes
 from vllm_rfork.planner.store.indexes import Deadlines
 from vllm_rfork.planner.store.journal import Book, Journal
 from vllm_rfork.planner.store.key_state import KeyState
-from vllm_rfork.planner.store.records import Intent, Lease, Seed, Waiter
+from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed, Waiter
 
 
 class FleetState:
@@ -25,6 +26,7 @@ class FleetState:
     What a successor of this process needs is in :class:`Book`; ``journal`` notes what changes there.
 
     Attributes:
+        drains: the orders of operators to drain a seed, by the seed's name; it may be unknown.
         due: deadlines as ``(kind, name, other)``; kinds are lease, intent, quarantine, waiter and presence.
         stale: when each seed becomes stale.
         lease_of: the lease that was granted to a receiver's own ticket, by ticket and key.
@@ -39,6 +41,7 @@ class FleetState:
         self.state_id = secrets.token_hex(4)
         self.keys: dict[str, KeyState] = {}
         self.seeds = Book("seed", Seed, journal)
+        self.drains = Book("drain", Drain, journal)
         self.leases = Book("lease", Lease, journal)
         self.intents = Book("intent", Intent, journal)
         self.times = Book("times", KeyTimes, journal)

@@ -73,7 +73,7 @@ class KeyState:
 
     def rank(self, seed: Seed, policy: Policy, nic_leases: int, now: float) -> None:
         """Update every index to the present state of ``seed``."""
-        standing = (seed.is_serving(now), seed.draining, now < seed.quarantined_until, seed.absent)
+        standing = (seed.is_serving(now), seed.is_draining, now < seed.quarantined_until, seed.absent)
         if seed.standing != standing:
             seed.standing = standing
             self._stand(seed, *standing)

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 
-from vllm_rfork.planner.store.base import StoreUnavailable
+from vllm_rfork.planner.store.errors import StoreUnavailable
 from vllm_rfork.planner.store.fenced import Fenced, FencedRecords, Lock, lock_changes
 from vllm_rfork.planner.store.term import Term
 

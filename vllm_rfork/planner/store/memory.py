@@ -19,7 +19,6 @@ from vllm_rfork.planner.store.base import (
     Ask,
     Event,
     Granted,
-    LimitReached,
     Missed,
     Outcome,
     Queued,
@@ -27,15 +26,16 @@ from vllm_rfork.planner.store.base import (
     Rules,
     Store,
     Totals,
-    UnknownLease,
 )
 from vllm_rfork.planner.store.earlier_leases import EarlierLeases
+from vllm_rfork.planner.store.errors import LimitReached, UnknownLease
 from vllm_rfork.planner.store.estimates import KeyTimes
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import STALE_BATCH, Grants
 from vllm_rfork.planner.store.journal import Journal
+from vllm_rfork.planner.store.operators import Operators
 from vllm_rfork.planner.store.queue import Queue
-from vllm_rfork.planner.store.records import Intent, Lease, Seed
+from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed
 from vllm_rfork.planner.store.restore import restore_intent, restore_lease, restore_seed
 from vllm_rfork.planner.store.seed_lifecycle import SeedLifecycle
 
@@ -60,7 +60,8 @@ class MemoryStore(Store):
         self._history = snapshot.History(rules.max_history, journal)
         self._grants = Grants(self._fleet, self._history, self)
         self._earlier = EarlierLeases(self._fleet, self)
-        self._seeds = SeedLifecycle(self._fleet, self._grants, self._earlier, self)
+        self._operators = Operators(self._fleet, self._grants, self)
+        self._seeds = SeedLifecycle(self._fleet, self._grants, self._earlier, self._operators, self)
         self._queue = Queue(self._fleet, self._grants)
         self._decision = _Decision(self)
 
@@ -98,6 +99,16 @@ class MemoryStore(Store):
         """See the port."""
         with self._decision:
             self._seeds.withdraw(key, seed)
+
+    async def drain(self, key: str, seed: SeedAddress, *, undo: bool) -> int:
+        """See the port."""
+        with self._decision:
+            return self._operators.drain(key, seed, undo=undo)
+
+    async def lift(self, key: str, seed: SeedAddress) -> bool:
+        """See the port."""
+        with self._decision:
+            return self._operators.lift(key, seed)
 
     async def acquire(self, ask: Ask) -> Granted | Missed | Queued:
         """See the port."""
@@ -193,6 +204,8 @@ class MemoryStore(Store):
                 restore_seed(fleet, record)
             elif isinstance(record, Lease):
                 restore_lease(fleet, record)
+            elif isinstance(record, Drain):
+                fleet.drains[name] = record
             elif isinstance(record, Intent):
                 restore_intent(fleet, record)
             elif isinstance(record, KeyTimes):

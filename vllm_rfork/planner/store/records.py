@@ -18,6 +18,8 @@ class Seed(Record):
     Attributes:
         failed: receivers whose forks from it failed since the last success or quarantine, each with the cause.
         quarantines: how often it was quarantined since the last fork that succeeded.
+        draining: it was withdrawn, and is dropped when its last lease ends.
+        drained: an operator drains it.
         causes: the failures that led to the last quarantine.
         quarantined_until: no grants before this time, because forks of several receivers failed.
         recovering_until: no grants before this time, because leases of an earlier state may still be in use.
@@ -50,6 +52,7 @@ class Seed(Record):
     buckets: tuple[str, ...]
     leases: int = 0
     draining: bool = False
+    drained: bool = False
     failed: tuple[tuple[str, str], ...] = ()
     quarantines: int = 0
     causes: str = ""
@@ -66,14 +69,27 @@ class Seed(Record):
     standing: tuple[bool, bool, bool, bool] | None = None
     counted: tuple[int, int] = (0, 0)
 
+    @property
+    def is_draining(self) -> bool:
+        """The seed gets no new lease, because it was withdrawn or an operator drains it."""
+        return self.draining or self.drained
+
     def is_serving(self, now: float) -> bool:
         """Return whether the seed will grant sooner or later, so that waiting for it makes sense."""
-        return not self.draining and not self.given_up and now >= self.quarantined_until
+        return not self.is_draining and not self.given_up and now >= self.quarantined_until
 
     def is_open(self, now: float) -> bool:
         """Return whether the seed can take one more lease now."""
         grants = self.recovering_until <= now < self.stale_at and not self.absent
         return grants and self.is_serving(now) and self.leases < self.slots
+
+
+@dataclass(slots=True)
+class Drain(Record):
+    """An operator's order to grant the seed of this key and epoch to nobody; its name is the seed's."""
+
+    key: str
+    epoch: str
 
 
 @dataclass(slots=True)

@@ -33,10 +33,9 @@ from vllm_rfork.planner.store.base import (
     Released,
     Rules,
     Store,
-    StoreUnavailable,
     Totals,
-    UnknownLease,
 )
+from vllm_rfork.planner.store.errors import StoreUnavailable, UnknownLease
 from vllm_rfork.planner.store.fenced import FencedRecords
 from vllm_rfork.planner.store.leadership import Leadership
 from vllm_rfork.planner.store.takeover import take_over
@@ -120,6 +119,16 @@ class RedisStore(Store):
         """See the port."""
         term = self.leadership.leading()
         await term.decide(term.memory.withdraw(key, seed))
+
+    async def drain(self, key: str, seed: SeedAddress, *, undo: bool) -> int:
+        """See the port."""
+        term = self.leadership.leading()
+        return await term.decide(term.memory.drain(key, seed, undo=undo))
+
+    async def lift(self, key: str, seed: SeedAddress) -> bool:
+        """See the port."""
+        term = self.leadership.leading()
+        return await term.decide(term.memory.lift(key, seed))
 
     async def find(self, key: str) -> SeedAddress | None:
         """See the port."""

@@ -6,12 +6,14 @@ import itertools
 
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.messages import SeedAddress
-from vllm_rfork.planner.store.base import Announcement, Event, StillLeased, Store, UnknownSeed
+from vllm_rfork.planner.store.base import Announcement, Event, Store
 from vllm_rfork.planner.store.earlier_leases import EarlierLeases
+from vllm_rfork.planner.store.errors import StillLeased, UnknownSeed
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import Grants
 from vllm_rfork.planner.store.key_state import ANY
 from vllm_rfork.planner.store.misses import EXAMINED
+from vllm_rfork.planner.store.operators import Operators
 from vllm_rfork.planner.store.records import Lease, Seed
 
 
@@ -22,8 +24,11 @@ class SeedLifecycle:
         store: its ``observe`` is used.
     """
 
-    def __init__(self, fleet: FleetState, grants: Grants, earlier: EarlierLeases, store: Store) -> None:
+    def __init__(
+        self, fleet: FleetState, grants: Grants, earlier: EarlierLeases, operators: Operators, store: Store
+    ) -> None:
         self._fleet = fleet
+        self._operators = operators
         self._rules = fleet.rules
         self._grants = grants
         self._earlier = earlier
@@ -43,6 +48,7 @@ class SeedLifecycle:
             self._drop_leases_of_other_weights(announcement)
             seed = fleet.add_seed(announcement, name)
             self._earlier.seed_announced(seed, announcement.known_state)
+            self._operators.seed_announced(seed)
             self._store.observe(Event("seed_added", seed.key, name))
         else:
             fleet.update_seed(seed, announcement)

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_rfork.planner.store.base import LimitReached, Rules
+from vllm_rfork.planner.store.base import Rules
+from vllm_rfork.planner.store.errors import LimitReached
 from vllm_rfork.planner.store.fenced import Change, FencedRecords, Lock, lock_changes
 from vllm_rfork.planner.store.journal import Book, Journal, Place, decode
 from vllm_rfork.planner.store.memory import MemoryStore

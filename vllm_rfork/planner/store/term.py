@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from vllm_rfork.planner.store.base import Event, Store, StoreError, StoreUnavailable
+from vllm_rfork.planner.store.base import Event, Store
+from vllm_rfork.planner.store.errors import StoreError, StoreUnavailable
 from vllm_rfork.planner.store.fenced import Change, Fenced, FencedRecords, lock_changes
 from vllm_rfork.planner.store.journal import Journal
 from vllm_rfork.planner.store.memory import MemoryStore

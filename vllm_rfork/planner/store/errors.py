@@ -1,0 +1,29 @@
+"""The errors with which a store declines a call, each with the status of its answer."""
+
+from __future__ import annotations
+
+from vllm_rfork.errors import RForkError
+
+
+class StoreError(RForkError):
+    """Base of the errors with which a store declines a call."""
+
+
+class UnknownLease(StoreError):
+    """No such lease: released, expired, dropped with its seed, or never granted. HTTP 404."""
+
+
+class UnknownSeed(StoreError):
+    """No such seed under that key. HTTP 404."""
+
+
+class StillLeased(StoreError):
+    """The seed has leases; it is draining and gets no new one. HTTP 409."""
+
+
+class LimitReached(StoreError):
+    """A limit on keys, seeds, intents or drains is reached. HTTP 429."""
+
+
+class StoreUnavailable(StoreError):
+    """This process cannot decide now: Redis is unreachable, or another replica leads. HTTP 503."""
