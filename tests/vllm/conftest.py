@@ -21,6 +21,7 @@ import pytest
 from tests.open_engines import open_engines
 from tests.standin.build import build, environment
 from tests.vllm import models
+from vllm_rfork.startup.worker_caches import no_caches
 from zoo.planner import FleetPlanner, Planner, eventually
 from zoo.processes import fork_server
 
@@ -30,6 +31,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def propagating_loggers() -> None:
     """Leave the package's loggers below vLLM's, where ``plugin.register`` has put them."""
+
+
+@pytest.fixture(autouse=True)
+def no_caches_of_earlier_tests() -> Iterator[None]:
+    """End the caches of the test's starts: models of one process share them until warm-up, which few tests reach."""
+    yield
+    no_caches()
 
 
 @pytest.fixture(scope="session")

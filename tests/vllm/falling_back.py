@@ -36,6 +36,7 @@ def nothing_left_behind() -> Iterator[None]:
         return not (now_threads - threads - idle_io) and now_processes <= processes and not open_engines()
 
     yield
+    listener().warm()  # as the worker does, when a seed's caches are of no more use
     eventually(clean, f"threads, processes and engines of before (now {things_that_leak()}, {open_engines()})")
 
 
@@ -55,7 +56,6 @@ def falls_back(
         options = extra_for(url, **{"rfork_become_seed": False, **extra})
         loaded = load_digested(vllm_config(model, load_format="rfork", extra=options))
         seconds = time.monotonic() - started
-        listener().warm()  # as the worker does, when a seed's caches are of no more use
     assert loaded.before == expected.before
     assert loaded.after == expected.after
     warnings = [line for line in log.warnings if "falling back" in line]
