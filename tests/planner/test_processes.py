@@ -213,5 +213,5 @@ def test_a_taken_port_or_a_missing_redis_fails_the_start_in_one_line(started: li
     first = start(started).until_ready()
     status, said = start(started, port=first.port).fails()
     assert (status, "could not start" in said, "Traceback" in said) == (1, True, False)
-    status, said = start(started, "--store", "redis://127.0.0.1:1/0").fails()
+    status, said = start(started, "--store", "redis://127.0.0.1:1/0", "--store-wait-sec", "0.2").fails()
     assert (status, "could not start" in said, "Traceback" in said) == (1, True, False)

@@ -31,6 +31,7 @@ from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Event, Store
 from vllm_rfork.planner.store.errors import StoreError
 from vllm_rfork.planner.store.lease_ids import LeaseIds
+from vllm_rfork.planner.store_opening import StoreOpening
 from vllm_rfork.planner.wait_queue import WaitQueue
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ class PlannerProcess:
         self.store.observe = self._observe
         self.store.lease_ids = LeaseIds(self.tokens.current)
         self._seldom = Seldom(logger)
+        #: set by a caller that wants the planner to stop
+        self.stop = asyncio.Event()
+        self.opening = StoreOpening(self.store, settings.store_wait_sec, self.stop.set)
         #: None while the planner does not listen.
         self.connections: ConnectionLimiter | None = None
         self.port = settings.port
@@ -124,11 +128,12 @@ class PlannerProcess:
     async def running(self) -> AsyncIterator[PlannerProcess]:
         """Serve inside the block; leaving it drains.
 
+        While the store is unavailable, the planner serves probes and metrics, and answers 503 to every other call.
+
         Raises:
             OSError: the planner cannot listen on the address.
-            StoreUnavailable: the store is unavailable at the start.
         """
-        await self.store.open()
+        await self.opening.begin()
         web_server = web.Server(
             self._handle,
             handler_cancellation=True,  # a waiting receiver that hangs up leaves the queue at once
@@ -156,6 +161,7 @@ class PlannerProcess:
             if sweeper is not None:
                 sweeper.cancel()
                 await asyncio.gather(sweeper, return_exceptions=True)
+            await self.opening.close()
             await self.store.close()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -252,12 +258,17 @@ def make_store(settings: Settings) -> Store:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
-    stop = asyncio.Event()
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        OSError: the planner cannot listen on the address.
+        StoreUnavailable: the store was unavailable for ``settings.store_wait_sec``.
+    """
+    planner = PlannerProcess(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with PlannerProcess(settings).running() as planner:
+        loop.add_signal_handler(number, planner.stop.set)
+    async with planner.running():
         if not planner.tokens.required:
             logger.warning(
                 "No bearer token is configured: every caller that reaches %s may use this planner", planner.url
@@ -278,7 +289,8 @@ async def serve(settings: Settings) -> None:
                 settings.seed_wait_sec,
                 _PATIENCE_S,
             )
-        await stop.wait()
+        await planner.stop.wait()
+        planner.opening.check()
 
 
 def run(settings: Settings) -> None:

@@ -34,6 +34,9 @@ class Settings(BaseModel):
     leader_ttl_sec: float = Field(
         3.0, ge=0.2, le=60, description="with Redis, a replica takes over when the leader was silent for this long"
     )
+    store_wait_sec: float = Field(
+        0.0, ge=0, le=86400, description="at the start, end if the store is unavailable for this long; 0: wait for it"
+    )
     policy: str = Field("least-loaded", description=f"choice of seed: {', '.join(sorted(POLICIES))}")
     slots: int = Field(4, ge=1, le=1000, description="leases at once of a seed that does not announce a number")
     max_slots: int = Field(64, ge=1, le=1000, description="upper bound of the number of leases that a seed announces")

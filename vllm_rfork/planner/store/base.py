@@ -264,7 +264,10 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def open(self) -> None:
-        """Connect; afterwards every other method works."""
+        """Connect; afterwards every other method works.
+
+        If it raises :class:`StoreUnavailable`, call it again later.
+        """
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -60,7 +60,11 @@ class Leadership:
 
     async def open(self) -> None:
         """Lead if nobody does, and go on looking. Raises :class:`StoreUnavailable`."""
-        await self.look()
+        try:
+            await self.look()
+        except StoreUnavailable as error:
+            self._obstacle = error
+            raise
         if self._term is None:
             logger.info("This replica stands by: another one leads")
         self._campaign = asyncio.create_task(self._campaign_for_ever())
