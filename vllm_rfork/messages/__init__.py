@@ -62,8 +62,8 @@ PRESENCE_AGAIN, PRESENCE_UNKNOWN, PRESENCE_LATER = "again", "unknown", "later"
 READYZ = "/readyz"
 #: Prometheus metrics, of the planner and of a seed service.
 METRICS = "/metrics"
-#: Planner, for operators, with the headers of ``remove_seed``: grant the seed to no further receiver; grant a
-#: quarantined seed again.
+#: Planner, for operators, with the headers of ``remove_seed`` and a token: grant a seed to nobody, or undo that; end
+#: the quarantine of a seed.
 DRAIN = "/rfork_drain"
 LIFT = "/rfork_lift"
 #: Planner: the OpenAPI description of its calls.
@@ -89,9 +89,6 @@ CACHE_NAME_PARAM = "name"
 CACHES_PAUSE_S = 2
 #: Planner: one serving seed of a key, without a lease, for caches that are needed before a worker exists.
 FIND_SEED = "/rfork_find_seed"
-#: Planner, for operators: grant a seed to nobody, or undo that; end the quarantine of a seed. Both need a token.
-DRAIN = "/rfork_drain"
-LIFT = "/rfork_lift"
 
 #: In both directions: the digest that must be equal before two workers are paired.
 FINGERPRINT = "RFORK-FINGERPRINT"
