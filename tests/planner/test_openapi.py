@@ -96,8 +96,11 @@ def headers_in(function: Any) -> set[str]:
             "INTENT",
             "STATE",
             "CACHES",
+            "MODEL",
+            "STRATEGY",
         },
-        "ask": {"SEED_KEY", "FINGERPRINT", "TICKET", "WAIT_SEC", "EXCLUDE", "LABELS", "INTENT"},
+        "ask": {"SEED_KEY", "FINGERPRINT", "TICKET", "WAIT_SEC", "EXCLUDE", "LABELS", "INTENT", "MODEL", "STRATEGY"},
+        "key_names": {"MODEL", "STRATEGY"},
         "user_id": {"USER_ID"},
         "outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE", "SIDE", "LANE"},
         "intent_ttl_s": {"INTENT_TTL_SEC"},
@@ -218,6 +221,7 @@ def test_bounds_and_words_are_the_codes() -> None:
     assert schemas["SEED_KEY"]["maxLength"] == messages.MAX_KEY_LENGTH
     assert schemas["RFORK-EXCLUDE"]["maxLength"] == messages.MAX_HEADER_LENGTH
     assert schemas["RFORK-INTENT"]["maxLength"] == request_headers.MAX_ID_LENGTH
+    assert schemas["RFORK-MODEL"]["maxLength"] == schemas["RFORK-STRATEGY"]["maxLength"] == messages.MAX_LABEL_LENGTH
     assert schemas["RFORK-LANE"]["maxLength"] == request_headers.MAX_LANE_LENGTH
     assert schemas["RFORK-MISS"]["enum"] == list(messages.MISSES)
     assert schemas["RFORK-SIDE"]["enum"] == list(messages.SIDES)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from vllm_rfork.messages.cache_results import CacheResults as CacheResults
 from vllm_rfork.messages.cache_results import parse_cache_results as parse_cache_results
+from vllm_rfork.messages.metering import MAX_LABEL_LENGTH as MAX_LABEL_LENGTH
+from vllm_rfork.messages.metering import MODEL as MODEL
+from vllm_rfork.messages.metering import STRATEGY as STRATEGY
 from vllm_rfork.messages.values import LABEL as LABEL
 from vllm_rfork.messages.values import MAX_HEADER_LENGTH as MAX_HEADER_LENGTH
 from vllm_rfork.messages.values import MAX_LABELS as MAX_LABELS

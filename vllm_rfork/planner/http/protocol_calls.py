@@ -152,7 +152,8 @@ class ProtocolCalls:
         if not intent:
             raise BadMessage(f"missing header {messages.INTENT}")
         ttl_s = read.intent_ttl_s(headers, self._settings.intent_ttl_sec)
-        await self._store.intend(key, intent, read.text(headers, messages.FINGERPRINT), ttl_s)
+        fingerprint, names = read.text(headers, messages.FINGERPRINT), read.key_names(headers)
+        await self._store.intend(key, intent, fingerprint, ttl_s, names=names)
         return web.Response(text="ok\n")
 
 

@@ -13,6 +13,7 @@ from vllm_rfork.net.addresses import canonical
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Announcement, Ask, Outcome
 from vllm_rfork.planner.store.errors import UnknownLease
+from vllm_rfork.planner.store.key_use import KeyNames
 
 #: Maximum length of the headers that carry free text, in characters.
 MAX_ID_LENGTH = 256
@@ -77,7 +78,14 @@ def announcement(headers: Mapping[str, str], settings: Settings) -> Announcement
         intent=text(headers, messages.INTENT),
         known_state=text(headers, messages.STATE),
         caches=_caches(headers),
+        names=key_names(headers),
     )
+
+
+def key_names(headers: Mapping[str, str]) -> KeyNames:
+    """Return the names of the key, cut if they are too long; empty ones if they are missing."""
+    found = (messages.decode_text(header(headers, each) or "") for each in (messages.MODEL, messages.STRATEGY))
+    return KeyNames(*(each[: messages.MAX_LABEL_LENGTH] for each in found))
 
 
 def _caches(headers: Mapping[str, str]) -> CacheResults | None:
@@ -105,6 +113,7 @@ def ask(request: web.BaseRequest, settings: Settings) -> Ask:
         ticket=ticket,
         keeps=bool(ticket),
         patient=bool(ticket) and wait is None and settings.default_wait_sec > 0,
+        names=key_names(headers),
     )
 
 

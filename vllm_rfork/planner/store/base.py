@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_rfork.messages import TICKET_INTENT_TTL_S, CacheResults, OtherSeeds, SeedAddress, Waiting
 from vllm_rfork.planner.policy import Policy
+from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames
 from vllm_rfork.planner.store.lease_ids import LeaseIds
 
 
@@ -90,6 +91,7 @@ class Announcement:
     intent: str = ""
     known_state: str = ""
     caches: CacheResults | None = None
+    names: KeyNames = UNNAMED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +117,7 @@ class Ask:
     intent: str = ""
     keeps: bool = False
     patient: bool = False
+    names: KeyNames = UNNAMED
 
 
 @dataclass(frozen=True)
@@ -189,10 +192,11 @@ class Queued:
 
 @dataclass(frozen=True)
 class Released:
-    """A lease that ended after ``held_s`` seconds."""
+    """A lease that ended after ``held_s`` seconds; its fork was shorter than a measured load by ``saved_s``."""
 
     key: str
     held_s: float
+    saved_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -356,7 +360,7 @@ class Store(abc.ABC):
         """End a lease. Raises :class:`UnknownLease`."""
 
     @abc.abstractmethod
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
+    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
         """Record for ``ttl_s`` that a worker loads ``key`` from storage; 0 forgets it. Raises LimitReached."""
 
     @abc.abstractmethod
@@ -366,6 +370,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     async def totals(self) -> dict[str, Totals]:
         """Count by key. Linear in the number of keys."""
+
+    @abc.abstractmethod
+    def names_of(self, key: str) -> KeyNames:
+        """Return model and strategy of ``key``; both are empty if they are unknown, or this process does not decide."""
 
     @abc.abstractmethod
     def snapshot_slices(

@@ -17,6 +17,7 @@ from vllm_rfork.planner.store.estimates import KeyTimes
 from vllm_rfork.planner.store.indexes import Deadlines
 from vllm_rfork.planner.store.journal import Book, Journal
 from vllm_rfork.planner.store.key_state import KeyState
+from vllm_rfork.planner.store.key_use import KeyUse
 from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed, Waiter
 
 
@@ -45,6 +46,7 @@ class FleetState:
         self.leases = Book("lease", Lease, journal)
         self.intents = Book("intent", Intent, journal)
         self.times = Book("times", KeyTimes, journal)
+        self.use = Book("use", KeyUse, journal)
         self.lease_of: dict[tuple[str, str], str] = {}
         self.leases_of: dict[str, set[str]] = {}
         self.waiters: dict[str, Waiter] = {}
@@ -232,15 +234,6 @@ class FleetState:
         if waiter.result is None:
             self.keys[waiter.ask.key].dequeue(waiter)
         self.keys_to_prune.add(waiter.ask.key)
-
-    def times_of(self, key: str) -> KeyTimes:
-        """Return the measured times of ``key``, to add to. They outlive its seeds; the oldest make room for new."""
-        times = self.times.get(key)
-        if times is None:
-            if len(self.times) >= self.rules.max_keys:
-                del self.times[next(iter(self.times))]
-            times = self.times[key] = KeyTimes()
-        return times
 
     def add_intent(self, key: str, intent: str, fingerprint: str, ttl_s: float, since: float | None = None) -> bool:
         """Record an intent that began now or at ``since``, or renew it; False if a limit forbids it."""

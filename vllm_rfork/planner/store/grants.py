@@ -7,6 +7,7 @@ from typing import Any
 from vllm_rfork.planner.store import misses
 from vllm_rfork.planner.store.base import Ask, Event, Granted, Missed, Outcome, Released, Store
 from vllm_rfork.planner.store.fleet_state import FleetState
+from vllm_rfork.planner.store.kept_keys import times_of, use_of
 from vllm_rfork.planner.store.quarantine import record_outcome
 from vllm_rfork.planner.store.records import Lease, Seed, Waiter
 from vllm_rfork.planner.store.snapshot import History, PastFork
@@ -71,6 +72,7 @@ class Grants:
     def miss(self, ask: Ask, text: str = "", waited_s: float | None = None) -> Missed:
         """Send the receiver of ``ask`` to storage, and record its intent."""
         fleet, ttl_s = self._fleet, self._rules.intent_ttl_of(ask)
+        use_of(fleet, ask.key).loaded += 1
         recorded = bool(ask.intent) and fleet.add_intent(ask.key, ask.intent, ask.fingerprint, ttl_s)
         key_state = fleet.keys.get(ask.key)
         return Missed(recorded, misses.reason_for(key_state, ask), misses.others_for(key_state, ask), text, waited_s)
@@ -110,14 +112,17 @@ class Grants:
         self.history.append(PastFork.of(lease, fleet.now, result, outcome))
         if outcome is not None:
             self._store.observe(_fork_event(lease, outcome))
+        saved_s = 0.0
         if lease.key and (outcome.ok if outcome is not None else not lease.ticket):
             # Older receivers report nothing. One with a ticket reports nothing only if it read nothing.
-            fleet.times_of(lease.key).add_fork(held_s, 0.0 if outcome is None else outcome.duration_s)
+            times, reported_s = times_of(fleet, lease.key), 0.0 if outcome is None else outcome.duration_s
+            times.add_fork(held_s, reported_s)
+            saved_s = use_of(fleet, lease.key).add_fork(reported_s, times.load_s)
         seed = fleet.seeds.get(lease.name)
         if outcome is not None and seed is not None and (event := record_outcome(fleet, seed, lease.who, outcome)):
             self._store.observe(event)
         self.drop_lease(lease)
-        return Released(lease.key, held_s)
+        return Released(lease.key, held_s, saved_s)
 
     def expire(self, lease: Lease) -> None:
         """End ``lease``, which was not renewed in time."""

@@ -33,6 +33,8 @@ from vllm_rfork.planner.store.estimates import KeyTimes
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import STALE_BATCH, Grants
 from vllm_rfork.planner.store.journal import Journal
+from vllm_rfork.planner.store.kept_keys import use_of
+from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames, KeyUse
 from vllm_rfork.planner.store.operators import Operators
 from vllm_rfork.planner.store.queue import Queue
 from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed
@@ -147,9 +149,11 @@ class MemoryStore(Store):
             lease.confirmed = True
             fleet.extend(lease)
 
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
+    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
         """See the port."""
         with self._decision as fleet:
+            if names.model:
+                use_of(fleet, key).name(names)
             if ttl_s <= 0:
                 fleet.drop_intent(key, intent)
             elif not fleet.add_intent(key, intent, fingerprint, ttl_s):
@@ -210,6 +214,8 @@ class MemoryStore(Store):
                 restore_intent(fleet, record)
             elif isinstance(record, KeyTimes):
                 fleet.times[name] = record
+            elif isinstance(record, KeyUse):
+                fleet.use[name] = record
             elif isinstance(record, snapshot.PastFork):
                 self._history.restore(int(name), record)
             else:
@@ -220,6 +226,11 @@ class MemoryStore(Store):
         """See the port."""
         with self._decision as fleet:
             return {name: each.totals(fleet.now) for name, each in fleet.keys.items()}
+
+    def names_of(self, key: str) -> KeyNames:
+        """See the port."""
+        use = self._fleet.use.get(key)
+        return UNNAMED if use is None else use.names
 
     async def snapshot_slices(
         self, *, key: str | None = None, limit: int = 1000

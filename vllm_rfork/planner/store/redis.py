@@ -37,6 +37,7 @@ from vllm_rfork.planner.store.base import (
 )
 from vllm_rfork.planner.store.errors import StoreUnavailable, UnknownLease
 from vllm_rfork.planner.store.fenced import FencedRecords
+from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames
 from vllm_rfork.planner.store.leadership import Leadership
 from vllm_rfork.planner.store.takeover import take_over
 from vllm_rfork.planner.store.term import Term
@@ -184,10 +185,10 @@ class RedisStore(Store):
         term = self.leadership.leading()
         await term.decide(term.memory.renew(seed, user_id))
 
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float) -> None:
+    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
         """See the port."""
         term = self.leadership.leading()
-        await term.decide(term.memory.intend(key, intent, fingerprint, ttl_s))
+        await term.decide(term.memory.intend(key, intent, fingerprint, ttl_s, names=names))
 
     async def sweep(self) -> float:
         """See the port."""
@@ -198,6 +199,11 @@ class RedisStore(Store):
     async def totals(self) -> dict[str, Totals]:
         """See the port."""
         return await self.leadership.leading().memory.totals()
+
+    def names_of(self, key: str) -> KeyNames:
+        """See the port."""
+        term = self.leadership.term
+        return UNNAMED if term is None else term.memory.names_of(key)
 
     async def snapshot_slices(
         self, *, key: str | None = None, limit: int = 1000

@@ -11,6 +11,7 @@ from vllm_rfork.planner.store.earlier_leases import EarlierLeases
 from vllm_rfork.planner.store.errors import StillLeased, UnknownSeed
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import Grants
+from vllm_rfork.planner.store.kept_keys import times_of, use_of
 from vllm_rfork.planner.store.key_state import ANY
 from vllm_rfork.planner.store.misses import EXAMINED
 from vllm_rfork.planner.store.operators import Operators
@@ -53,6 +54,8 @@ class SeedLifecycle:
         else:
             fleet.update_seed(seed, announcement)
         self._seen(seed)
+        if announcement.names.model:
+            use_of(fleet, seed.key).name(announcement.names)
         # A heartbeat soon after the connection broke may be one that the process had sent before it died.
         if seed.absent and fleet.now >= seed.absent_at + self._rules.return_s:
             self._returned(seed)
@@ -75,7 +78,7 @@ class SeedLifecycle:
         fleet = self._fleet
         since = fleet.keys[key].intent_since.get(intent)
         if since is not None:
-            fleet.times_of(key).add_load(fleet.now - since)
+            times_of(fleet, key).add_load(fleet.now - since)
         fleet.drop_intent(key, intent)
 
     def _report_caches(self, seed: Seed, announcement: Announcement) -> None:
