@@ -33,8 +33,9 @@ def test_a_terminal_gets_borders_or_aligned_lines(
     assert "2 rows" in out
     assert "│" in out
     assert "\x1b[2J" not in out
-    tables.print_lines(("option", "status", "text"), [("a", "ok", "x"), ("longer", "ERROR", "y " * 40)], summary="end")
+    rows = [("a", "ok", "x"), ("much longer", "ERROR", "y " * 40)]
+    tables.print_rows(("option", "status", "text"), rows, "end")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:2]] == [["a", "ok"], ["longer", "ERROR"]]
+    assert [line.split()[:2] for line in lines[:2]] == [["a", "ok"], ["much", "longer"]]
     assert lines[0].index("ok") == lines[1].index("ERROR") == lines[2].index("y") - len("ERROR  ")
     assert lines[-1] == "end"

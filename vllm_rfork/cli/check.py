@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from vllm_rfork.cli.planner_api import echo_json, json_option
-from vllm_rfork.cli.tables import print_lines
+from vllm_rfork.cli.tables import print_rows
 from vllm_rfork.config import ENVIRONMENT, ExaminedConfig, examine_config
 from vllm_rfork.config.parsing import nearest_option
 from vllm_rfork.engines.registry import check_engines
@@ -63,11 +63,8 @@ def check(ctx: click.Context, config: str | None, env: bool, files: bool, as_jso
     if as_json:
         echo_json([dataclasses.asdict(row) for row in rows])
     else:
-        print_lines(
-            ("option", "status", "text"),
-            [(row.option, row.status.upper() if row.status == ERROR else row.status, row.text) for row in rows],
-            summary=counted(errors, "error") if errors else "no error",
-        )
+        lines = [(row.option, row.status.upper() if row.status == ERROR else row.status, row.text) for row in rows]
+        print_rows(("option", "status", "text"), lines, counted(errors, "error") if errors else "no error")
     ctx.exit(1 if errors else 0)
 
 

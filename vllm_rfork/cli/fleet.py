@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options
+from vllm_rfork.cli.seed_entries import duration, lists_of, seed_state
 from vllm_rfork.cli.tables import print_table
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.messages import DEBUG_SNAPSHOT
@@ -31,7 +32,7 @@ _key = click.option("--key", help="only this seed key")
 @json_option
 def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_json: bool) -> None:
     """List the planner's seeds."""
-    found = _lists(ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit)), "seeds")
+    found = lists_of(ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit)), "seeds")
     if as_json:
         echo_json(found["seeds"])
         return
@@ -49,7 +50,7 @@ def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_js
     Only the first characters of lease ids are shown: a complete id is enough to release the lease.
     """
     answer = ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit))
-    found = _lists(answer, "leases", "waiting", "intents")
+    found = lists_of(answer, "leases", "waiting", "intents")
     if as_json:
         echo_json(found)
         return
@@ -60,16 +61,6 @@ def leases(url: str | None, timeout_s: float, key: str | None, limit: int, as_js
     if found["intents"]:
         click.echo()
         _print_table("pending loader", _INTENT_COLUMNS, found["intents"], limit)
-
-
-def _lists(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    for name in names:
-        entries = found.get(name)
-        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
-            raise click.ClickException(
-                f'cannot read {DEBUG_SNAPSHOT}: no usable "{name}" list (is this a third-party planner?)'
-            )
-    return {name: found[name] for name in names}
 
 
 def _narrowed(key: str | None, limit: int) -> dict[str, str]:
@@ -92,30 +83,9 @@ def _plain(name: str) -> Callable[[_Row], object]:
 def _age(name: str) -> Callable[[_Row], object]:
     def age(row: _Row) -> object:
         seconds = row.get(name)
-        return _duration(seconds) if isinstance(seconds, (int, float)) else None
+        return duration(seconds) if isinstance(seconds, (int, float)) else None
 
     return age
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {seconds:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _state(row: _Row) -> str:
-    if row.get("absent"):
-        return "absent"
-    if row.get("draining"):
-        return "draining"
-    if aside_s := row.get("aside_s"):
-        return f"quarantined for {_duration(aside_s)}"
-    if held_s := row.get("held_s"):
-        return f"held for {_duration(held_s)}"
-    return "serving"
 
 
 def _labels(row: _Row) -> str:
@@ -126,7 +96,7 @@ def _labels(row: _Row) -> str:
 _SEED_COLUMNS: tuple[_Column, ...] = (
     ("key", _plain("key")),
     ("seed", _plain("seed")),
-    ("state", _state),
+    ("state", seed_state),
     ("leases", lambda row: f"{row.get('leases', '?')} of {row.get('slots', '?')}"),
     ("failures", _plain("failures")),
     ("seen", _age("seen_s_ago")),

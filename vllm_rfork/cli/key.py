@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 import msgspec
 
@@ -10,41 +13,54 @@ from vllm_rfork.messages import MAX_KEY_LENGTH, SEED_KEY, encode_text
 from vllm_rfork.seed_key import KV_BOTH, WorkerIdentity, build_seed_key
 
 _RANK = click.IntRange(0)
+_F = TypeVar("_F", bound=Callable[..., Any])
+_OPTIONS = (
+    click.option("--kv-mode", default=KV_BOTH, show_default=True, help="kv_role of the worker's KV transfer"),
+    click.option("--node-rank", type=_RANK, default=0, show_default=True),
+    click.option("--tp-rank", type=_RANK, default=0, show_default=True),
+    click.option("--pp-rank", type=_RANK, help="only with more than one pipeline stage"),
+    click.option("--ep-rank", type=_RANK, help="only with expert parallelism, on a model with experts"),
+    click.option("--draft", "is_draft", is_flag=True, help="key of the draft model of speculative decoding"),
+    click.option("--separator", default="$", envvar="RFORK_SEED_KEY_SEPARATOR", show_default=True, show_envvar=True),
+)
+
+
+def key_options(command: _F) -> _F:
+    """The options for the parts of a key besides ``model_url`` and the strategy, as :func:`key_of` takes them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def key_of(model_url: str, strategy: str, *, separator: str, **parts: Any) -> str:
+    """The seed key of a worker.
+
+    Args:
+        parts: the fields of :class:`~vllm_rfork.seed_key.WorkerIdentity`.
+
+    Raises:
+        click.BadParameter: ``separator`` is one that workers reject.
+        click.ClickException: planners would reject the key.
+    """
+    if not 1 <= len(separator) <= 16:
+        raise click.BadParameter("must be 1 to 16 characters", param_hint="--separator")
+    built = build_seed_key(model_url, strategy, WorkerIdentity(**parts), separator=separator)
+    if len(built) > MAX_KEY_LENGTH:
+        raise click.ClickException(f"the key has {len(built)} characters; planners accept at most {MAX_KEY_LENGTH}")
+    return built
 
 
 @click.command()
 @click.argument("model_url", envvar="MODEL_URL")
 @click.argument("strategy", envvar="MODEL_DEPLOY_STRATEGY_NAME")
-@click.option("--kv-mode", default=KV_BOTH, show_default=True, help="kv_role of the worker's KV transfer")
-@click.option("--node-rank", type=_RANK, default=0, show_default=True)
-@click.option("--tp-rank", type=_RANK, default=0, show_default=True)
-@click.option("--pp-rank", type=_RANK, help="only with more than one pipeline stage")
-@click.option("--ep-rank", type=_RANK, help="only with expert parallelism, on a model with experts")
-@click.option("--draft", is_flag=True, help="key of the draft model of speculative decoding")
-@click.option("--separator", default="$", envvar="RFORK_SEED_KEY_SEPARATOR", show_default=True, show_envvar=True)
+@key_options
 @json_option
-def key(  # noqa: PLR0917 - click passes them by name
-    model_url: str,
-    strategy: str,
-    kv_mode: str,
-    node_rank: int,
-    tp_rank: int,
-    pp_rank: int | None,
-    ep_rank: int | None,
-    draft: bool,
-    separator: str,
-    as_json: bool,
-) -> None:
+def key(model_url: str, strategy: str, as_json: bool, **parts: Any) -> None:
     """Print a worker's seed key from MODEL_URL, STRATEGY and its ranks.
 
     Both may also come from the environment variables MODEL_URL and MODEL_DEPLOY_STRATEGY_NAME.
     """
-    if not 1 <= len(separator) <= 16:
-        raise click.BadParameter("must be 1 to 16 characters", param_hint="--separator")
-    identity = WorkerIdentity(kv_mode, node_rank, tp_rank, pp_rank, ep_rank, draft)
-    built = build_seed_key(model_url, strategy, identity, separator=separator)
-    if len(built) > MAX_KEY_LENGTH:
-        raise click.ClickException(f"the key has {len(built)} characters; planners accept at most {MAX_KEY_LENGTH}")
+    built = key_of(model_url, strategy, **parts)
     if as_json:
         click.echo(msgspec.json.encode({"key": built, SEED_KEY: encode_text(built)}))
     else:

@@ -27,6 +27,7 @@ COMMANDS: dict[str, CommandRow] = {
     "leases": CommandRow("vllm_rfork.cli.fleet:leases", "list current leases and waiting receivers"),
     "key": CommandRow("vllm_rfork.cli.key:key", "print a worker's seed key from its parts"),
     "check": CommandRow("vllm_rfork.cli.check:check", "validate a worker's configuration before a start"),
+    "explain": CommandRow("vllm_rfork.cli.explain:explain", "explain why a worker pairs with seeds, or does not"),
     "doctor": CommandRow("vllm_rfork.cli.doctor:doctor", "check planner, engines and this machine"),
     "selftest": CommandRow("vllm_rfork.cli.selftest:selftest", "fork random bytes between two processes"),
 }

@@ -22,7 +22,13 @@ from vllm_rfork.logs.quoting import printable
 #: Characters of one cell; a seed key has at most 2048.
 MAX_CELL = 4096
 #: Colours of the words that begin a row.
-STYLES = {"ok": "green", "note": "yellow", "fail": "bold red", "ERROR": "bold red"}
+STYLES = {
+    **dict.fromkeys(("ok", "pairs"), "green"),
+    **dict.fromkeys(("note", "equal", "unknown"), "yellow"),
+    **dict.fromkeys(("fail", "ERROR", "differs"), "bold red"),
+}
+#: Smallest width of the first of aligned columns, so that lines printed by several calls have one alignment.
+_FIRST_WIDTH = 11
 
 
 def on_terminal() -> bool:
@@ -39,7 +45,9 @@ def shown(value: object) -> Text:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
     """Print ``rows`` as a table with borders, as wide as the terminal; in a pipe as plain columns."""
     if not on_terminal():
-        _print_plain(columns, rows, title)
+        _print_plain([columns, *rows])
+        if title:
+            click.echo(title, err=True)
         return
     table = Table(title=title or None, title_justify="left")
     for name in columns:
@@ -49,30 +57,39 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     Console().print(table)
 
 
-def print_lines(columns: Sequence[str], rows: Sequence[Sequence[object]], *, summary: str) -> None:
-    """Print ``rows`` aligned, without borders and names of columns, and ``summary`` below; in a pipe plain columns.
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]], summary: str) -> None:
+    """Print ``rows`` as :func:`print_lines`, with ``summary`` below; in a pipe as :func:`print_table`."""
+    if on_terminal():
+        print_lines(rows)
+        click.echo(summary)
+    else:
+        print_table(columns, rows, title=summary)
+
+
+def print_lines(rows: Sequence[Sequence[object]]) -> None:
+    """Print ``rows`` aligned, without borders and names of columns; in a pipe with tabs.
 
     The last column is folded at the width of the terminal, below itself.
     """
     if not on_terminal():
-        _print_plain(columns, rows, summary)
+        _print_plain(rows)
+        return
+    if not rows:
         return
     table = Table.grid(padding=(0, 2, 0, 0))
-    for place, _ in enumerate(columns):
-        last = place == len(columns) - 1
-        table.add_column(overflow="fold", no_wrap=not last, ratio=1 if last else None)
+    count = max(map(len, rows))
+    for place in range(count):
+        last = place == count - 1
+        width = _FIRST_WIDTH if place == 0 else None
+        table.add_column(overflow="fold", no_wrap=not last, min_width=width, ratio=1 if last else None)
     for row in rows:
         table.add_row(*map(_styled, row))
     Console().print(table)
-    click.echo(summary)
 
 
-def _print_plain(columns: Sequence[str], rows: Iterable[Sequence[object]], comment: str) -> None:
-    click.echo("\t".join(columns))
+def _print_plain(rows: Iterable[Sequence[object]]) -> None:
     for row in rows:
         click.echo("\t".join(shown(each).plain for each in row))
-    if comment:
-        click.echo(comment, err=True)
 
 
 def _styled(value: object) -> Text:

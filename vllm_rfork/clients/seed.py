@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,6 +25,13 @@ MAX_FACTS_NBYTES = 2 * 1024 * 1024
 
 
 class _Epoch(msgspec.Struct):
+    epoch: str
+
+
+class SeedIdentity(NamedTuple):
+    """The fingerprint of a seed's worker, and the seed's epoch."""
+
+    fingerprint: str
     epoch: str
 
 
@@ -100,6 +108,21 @@ class SeedClient:
             raise SeedError(f"seed {address} sent an unusable answer to {messages.SEED_EPOCH}: {error}") from error
         if current != epoch:
             raise SeedError(f"seed {address} is in epoch {current[:80]!r}, but its manifest was of epoch {epoch!r}")
+
+    async def identify(self, address: SeedAddress, seed_key: str) -> SeedIdentity:
+        """Fingerprint and epoch of the seed at ``address``.
+
+        Raises:
+            SeedError: unreachable, suspended, of another key, or it sends no usable identity.
+        """
+        answer = await self._get(address, messages.SEED_EPOCH, seed_key, max_body_nbytes=_MAX_SMALL_NBYTES)
+        if answer.status != 200:
+            raise SeedError(f"seed {address}: {messages.SEED_EPOCH} answered {answer}")
+        try:
+            stated = messages.required(answer.headers, messages.FINGERPRINT)
+            return SeedIdentity(messages.decode_text(stated), msgspec.json.decode(answer.body, type=_Epoch).epoch)
+        except (messages.BadMessage, msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise SeedError(f"seed {address} sent an unusable answer to {messages.SEED_EPOCH}: {error}") from error
 
     async def facts(self, address: SeedAddress, seed_key: str) -> dict[str, str]:
         """The facts behind the seed's fingerprint, for the log: path → short, printable text.

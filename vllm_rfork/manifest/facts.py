@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_rfork.logs.quoting import printable
 
@@ -66,14 +66,8 @@ def differences(own: Mapping[str, str], others: Sequence[tuple[Mapping[str, str]
 
     A fact is named by the last part of its path if no other differing fact has the same last part.
     """
-    paths = [
-        path
-        for path in dict.fromkeys([*own, *(path for facts, _ in others for path in facts)])
-        if any(facts.get(path, ABSENT) != own.get(path, ABSENT) for facts, _ in others)
-    ]
-    ends = [path.rpartition(".")[2] for path in paths]
     texts = []
-    for path, end in zip(paths, ends, strict=True):
+    for name, path in _differing(own, [facts for facts, _ in others]):
         here = own.get(path, ABSENT)
         seeds: dict[str, int] = {}
         for facts, count in others:
@@ -81,8 +75,37 @@ def differences(own: Mapping[str, str], others: Sequence[tuple[Mapping[str, str]
             if there != here:
                 seeds[there] = seeds.get(there, 0) + count
         elsewhere = ", ".join(f"{value} on {count} seed{'' if count == 1 else 's'}" for value, count in seeds.items())
-        texts.append(f"{end if ends.count(end) == 1 else path}: {here} here, {elsewhere}")
+        texts.append(f"{name}: {here} here, {elsewhere}")
     return texts
+
+
+class Difference(NamedTuple):
+    """A fact that two workers have with different values."""
+
+    fact: str
+    here: str
+    there: str
+
+    def __str__(self) -> str:
+        return f"{self.fact}: {self.here} here, {self.there} there"
+
+
+def differences_to(own: Mapping[str, str], theirs: Mapping[str, str]) -> list[Difference]:
+    """Differences between ``own`` facts and those of one other worker, named as by :func:`differences`."""
+    return [
+        Difference(name, own.get(path, ABSENT), theirs.get(path, ABSENT)) for name, path in _differing(own, [theirs])
+    ]
+
+
+def _differing(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Name and path of each fact that is not the same everywhere."""
+    paths = [
+        path
+        for path in dict.fromkeys([*own, *(path for facts in others for path in facts)])
+        if any(facts.get(path, ABSENT) != own.get(path, ABSENT) for facts in others)
+    ]
+    ends = [path.rpartition(".")[2] for path in paths]
+    return [(end if ends.count(end) == 1 else path, path) for path, end in zip(paths, ends, strict=True)]
 
 
 def described(texts: Sequence[str]) -> str:
