@@ -31,7 +31,7 @@ def test_the_table_of_settings_is_the_settings() -> None:
 
 
 def test_the_table_of_metrics_is_the_metrics() -> None:
-    rows = set(re.findall(r"^\| `(rfork_planner_\w+)` ", PAGE, re.MULTILINE))
+    rows = set(re.findall(r"^\| `((?:rfork_planner|process)_\w+)` ", PAGE, re.MULTILINE))
     shown = set(re.findall(r"^# TYPE (\S+) ", Metrics(1).page({}).decode(), re.MULTILINE))
     assert rows == shown, "no series is shown that is not described, the counters' times of creation among them"
 

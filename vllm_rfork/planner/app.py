@@ -31,6 +31,7 @@ from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Event, Store
 from vllm_rfork.planner.store.errors import StoreError
 from vllm_rfork.planner.store.lease_ids import LeaseIds
+from vllm_rfork.planner.store.timed import TimedStore
 from vllm_rfork.planner.store_opening import StoreOpening
 from vllm_rfork.planner.wait_queue import WaitQueue
 
@@ -97,23 +98,24 @@ class PlannerProcess:
         self.settings = settings
         self.store = make_store(settings) if store is None else store
         self.metrics = Metrics(settings.max_metric_keys)
-        self.queue = WaitQueue(self.store)
+        measured = self._measured = TimedStore(self.store, self.metrics.store)
+        self.queue = WaitQueue(measured)
         self.tokens = tokens_from(settings.token_file) if tokens is None else tokens
-        self.presence = Presence(self.store, settings.max_connections)
+        self.presence = Presence(measured, settings.max_connections)
         self.api = Api(
-            settings, self.store, queue=self.queue, presence=self.presence, metrics=self.metrics, tokens=self.tokens
+            settings, measured, queue=self.queue, presence=self.presence, metrics=self.metrics, tokens=self.tokens
         )
         self._tls = (
             ServerTls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
             if settings.tls_cert is not None and settings.tls_key is not None
             else None
         )
-        self.store.observe = self._observe
-        self.store.lease_ids = LeaseIds(self.tokens.current)
+        measured.observe = self._observe
+        measured.lease_ids = LeaseIds(self.tokens.current)
         self._seldom = Seldom(logger)
         #: set by a caller that wants the planner to stop
         self.stop = asyncio.Event()
-        self.opening = StoreOpening(self.store, settings.store_wait_sec, self.stop.set)
+        self.opening = StoreOpening(measured, settings.store_wait_sec, self.stop.set)
         #: None while the planner does not listen.
         self.connections: ConnectionLimiter | None = None
         self.port = settings.port
@@ -214,7 +216,7 @@ class PlannerProcess:
         while True:
             pause_s = self.settings.sweep_every_sec
             try:
-                pause_s = min(pause_s, max(0.02, await self.store.sweep()))
+                pause_s = min(pause_s, max(0.02, await self._measured.sweep()))
             except StoreError as error:
                 logger.warning("A sweep failed, trying again: %s", error)
             except Exception:  # without sweeps a planner would look healthy, but no lease would expire

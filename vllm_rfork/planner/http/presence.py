@@ -25,7 +25,7 @@ from vllm_rfork.net.connection import Connection
 from vllm_rfork.net.long_lived import probe_host
 from vllm_rfork.planner.http.held import AGAIN, LEAVE, LOST, UNKNOWN, HeldConnection, HeldRequest
 from vllm_rfork.planner.store.base import Announcement, Store
-from vllm_rfork.planner.store.errors import LimitReached, StoreError, StoreUnavailable, UnknownSeed
+from vllm_rfork.planner.store.errors import NOT_LEADER, LimitReached, StoreError, StoreUnavailable, UnknownSeed
 from vllm_rfork.planner.wait_queue import Closing
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Presence:
         if word == UNKNOWN:
             raise UnknownSeed(f"the seed {name} is not known any more: announce it again")
         if word == LOST:
-            raise StoreUnavailable("this replica leads no longer: ask again")
+            raise StoreUnavailable("this replica leads no longer: ask again", NOT_LEADER)
         if word == LEAVE:
             raise Closing
 

@@ -25,5 +25,17 @@ class LimitReached(StoreError):
     """A limit on keys, seeds, intents or drains is reached. HTTP 429."""
 
 
+#: Redis does not answer as it should; another replica leads, or none yet; this replica led until another took over.
+UNREACHABLE, NOT_LEADER, FENCED = "unreachable", "not_leader", "fenced"
+
+
 class StoreUnavailable(StoreError):
-    """This process cannot decide now: Redis is unreachable, or another replica leads. HTTP 503."""
+    """This process cannot decide now: Redis is unreachable, or another replica leads. HTTP 503.
+
+    Attributes:
+        reason: :data:`UNREACHABLE`, :data:`NOT_LEADER` or :data:`FENCED`, for metrics.
+    """
+
+    def __init__(self, text: str, reason: str = UNREACHABLE) -> None:
+        super().__init__(text)
+        self.reason = reason

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 
-from vllm_rfork.planner.store.errors import StoreUnavailable
+from vllm_rfork.planner.store.errors import NOT_LEADER, StoreUnavailable
 from vllm_rfork.planner.store.fenced import Fenced, FencedRecords, Lock, lock_changes
 from vllm_rfork.planner.store.term import Term
 
@@ -41,7 +41,7 @@ class Leadership:
         self._ended = ended
         self._replica = secrets.token_hex(8)
         self._term: Term | None = None
-        self._obstacle = StoreUnavailable("the planner is starting")
+        self._obstacle = StoreUnavailable("the planner is starting", NOT_LEADER)
         self._campaign: asyncio.Task[None] | None = None
         #: token and beat of the leader as they were last seen to change, and when
         self.seen = ("", "")
@@ -114,12 +114,12 @@ class Leadership:
             if (lock.token, lock.beat) != self.seen:
                 self.seen, self._seen_at = (lock.token, lock.beat), now
             if now - self._seen_at < self._ttl_s:
-                self._obstacle = StoreUnavailable("another replica leads")
+                self._obstacle = StoreUnavailable("another replica leads", NOT_LEADER)
                 return
         try:
             await self._take(lock)
         except Fenced:
-            self._obstacle = StoreUnavailable("another replica leads")
+            self._obstacle = StoreUnavailable("another replica leads", NOT_LEADER)
 
     async def _take(self, lock: Lock) -> None:
         """Take the lock from the owner that ``lock`` names, and begin a term."""

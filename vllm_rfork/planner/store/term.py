@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from vllm_rfork.planner.store.base import Event, Store
-from vllm_rfork.planner.store.errors import StoreError, StoreUnavailable
+from vllm_rfork.planner.store.errors import FENCED, NOT_LEADER, StoreError, StoreUnavailable
 from vllm_rfork.planner.store.fenced import Change, Fenced, FencedRecords, lock_changes
 from vllm_rfork.planner.store.journal import Journal
 from vllm_rfork.planner.store.memory import MemoryStore
@@ -103,7 +103,7 @@ class Term:
                 await self._records.write(self.token, lock_changes(owner=""))
         except (Fenced, StoreUnavailable) as error:
             logger.debug("The lock was not released: %s", error)
-        self.fail(StoreUnavailable("the planner is being stopped"))
+        self.fail(StoreUnavailable("the planner is being stopped", NOT_LEADER))
         if self._writer is not None:
             await asyncio.gather(self._writer, return_exceptions=True)
 
@@ -120,8 +120,11 @@ class Term:
             effects, self._effects = self._effects, []
             try:
                 await self._records.write(self.token, self._changes())
-            except (Fenced, StoreUnavailable) as error:
-                self._lose(calls, error if isinstance(error, StoreUnavailable) else StoreUnavailable(str(error)))
+            except Fenced as error:
+                self._lose(calls, StoreUnavailable(str(error), FENCED))
+                return
+            except StoreUnavailable as error:
+                self._lose(calls, error)
                 return
             except Exception as error:
                 logger.exception("A write failed")
