@@ -18,6 +18,7 @@ from vllm_rfork.errors import PlannerError
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages.metering import Served
 
 logger = worker_logger(__name__)
 
@@ -39,6 +40,7 @@ class Heartbeat:
         interval_s: longest time between two heartbeats in seconds.
         fingerprint, epoch, slots, labels, intent: see :meth:`PlannerClient.announce`.
         caches: returns the text of that name: a start's results are known after the first announcement.
+        served: called with the number of further forks from the seed, and their bytes, when the planner reports some.
         clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
 
@@ -55,6 +57,7 @@ class Heartbeat:
         labels: str = "",
         intent: str = "",
         caches: Callable[[], str] = str,
+        served: Callable[[int, int], object] = lambda forks, nbytes: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -69,6 +72,8 @@ class Heartbeat:
         self._labels = labels
         self._intent = intent
         self._caches = caches
+        self._served = served
+        self._reported = Served(0, 0)
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
@@ -174,7 +179,7 @@ class Heartbeat:
 
     async def _announce(self) -> None:
         try:
-            await self._client.announce(
+            served = await self._client.announce(
                 self.seed_key,
                 self.seed,
                 fingerprint=self._fingerprint,
@@ -194,6 +199,8 @@ class Heartbeat:
             logger.info("seed %s is announced again, after %s", self.seed, counted(self._missed, "missed heartbeat"))
         elif self._first:
             logger.info("seed %s announced, key %s", self.seed, self.seed_key)
+        if served is not None:
+            self._count(served)
         # After another state, or missed heartbeats, it may be another planner, with other calls.
         state = self._client.state_of(self.seed)
         self._presence.announced(other_planner=bool(self._missed) or state != self._state)
@@ -201,6 +208,14 @@ class Heartbeat:
         self._first = False
         self._announced = True
         self._missed = 0
+
+    def _count(self, served: Served) -> None:
+        """Report what has been served since the last heartbeat. Lower totals are those of a planner that restarted."""
+        last, self._reported = self._reported, served
+        if served.forks < last.forks or served.nbytes < last.nbytes:
+            last = Served(0, 0)
+        if served != last:
+            self._served(served.forks - last.forks, served.nbytes - last.nbytes)
 
     def _delay_s(self) -> float:
         longest_s = self._interval_s if self._announced else self._interval_s * _AFTER_FAILURE

@@ -11,12 +11,14 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.errors import ConfigError
-from vllm_rfork.load import early
+from vllm_rfork.load import early, metering
 from vllm_rfork.load.context import describe
 from vllm_rfork.load.machine import LoadMachine
 from vllm_rfork.load.outcome import NotASeed
 from vllm_rfork.load.reload import reloads
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.messages.lanes import OTHER
+from vllm_rfork.metrics.families import DISABLED
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.seeding.manager import manager
 from vllm_rfork.startup.settings import CacheSettings
@@ -26,6 +28,7 @@ from vllm_rfork.vllm_compat.fallback_format import fallback_shown
 from vllm_rfork.vllm_compat.registries import Registries
 from vllm_rfork.vllm_compat.start_up import install_hooks, plan_hooks
 from vllm_rfork.vllm_compat.start_up.guard import guarded
+from vllm_rfork.vllm_compat.telemetry import begin_metrics
 from vllm_rfork.vllm_compat.worker_hooks import withdraw_before_changes
 
 logger = worker_logger(__name__)
@@ -84,15 +87,15 @@ class RForkModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not th
         """
         # Models and post-processing read the format as well, and must see the one that the weights come from.
         with fallback_shown(vllm_config.load_config, self.load_config.load_format), early.discarded_at_end():
+            begin_metrics(vllm_config)
             storage = self._storage(vllm_config, model_config)
             arguments = {"vllm_config": vllm_config, "model_config": model_config, "prefix": prefix}
             load_whole = partial(storage.load_model, **arguments)
             machine = self._machine(storage, vllm_config, model_config)
             if machine is None:
-                model: nn.Module = load_whole()
-                return model
+                return metering.without_fork(load_whole, DISABLED if self._config.settings.missing else OTHER)
             build = _Build(self.load_config, machine.fill)
-            model = machine.run(partial(build.load_model, **arguments), load_whole)
+            model: nn.Module = machine.run(partial(build.load_model, **arguments), load_whole)
             _become_seed(machine, model)
             return model
 

@@ -43,6 +43,7 @@ def register() -> None:
     from vllm_rfork.engines.registry import check_engines
     from vllm_rfork.load import early
     from vllm_rfork.loader import RForkModelLoader
+    from vllm_rfork.metrics.front_end import show_workers
     from vllm_rfork.startup.early_infos import while_configuring
     from vllm_rfork.vllm_compat.early_settings import check_options_early
     from vllm_rfork.vllm_compat.fallback_format import show_fallback_while_configuring
@@ -57,6 +58,7 @@ def register() -> None:
         settings = parse_config(extra).settings
         check_format(settings.rfork_fallback_load_format)
         check_engines(settings.rfork_engine)
+        show_workers()
 
     check_options_early(LOAD_FORMAT, check, while_configuring)
     show_fallback_while_configuring(LOAD_FORMAT)

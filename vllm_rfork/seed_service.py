@@ -1,4 +1,4 @@
-"""HTTP service of one seed: its manifest, its epoch, its health, and its caches.
+"""HTTP service of one seed: its manifest, its epoch, its health, its caches, and its worker's metrics.
 
 One service per worker process and role, on a port of its own. It returns addresses of weights and never weights.
 Every answer is for one epoch: :meth:`SeedService.suspend` is called before the bytes change, and once it has returned,
@@ -26,6 +26,7 @@ from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, encode_manifest
 from vllm_rfork.manifest.schema import MANIFEST_VERSION, Manifest
 from vllm_rfork.messages import BadMessage, SeedAddress
+from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.net.bearer import equal
 from vllm_rfork.net.credentials import Credentials
 from vllm_rfork.net.server import BoundedServer, Bounds, Reply, tls_for
@@ -35,6 +36,9 @@ from vllm_rfork.net.tls_errors import ssl_error
 logger = worker_logger(__name__)
 
 _JSON = "application/json"
+_PROMETHEUS = "text/plain; version=0.0.4"
+#: Longest page of metrics in bytes. All series together take less than half of it.
+MAX_METRICS_NBYTES = 256 * 1024
 #: The manifest versions that can be written, newest last. A reader states the newest that it reads; one that states
 #: none is older than the parameter.
 ENCODERS: Mapping[int, Callable[[Manifest], bytes]] = {MANIFEST_VERSION: encode_manifest}
@@ -128,6 +132,8 @@ class _Calls:
             return Reply(401, "missing or wrong token", headers=(("WWW-Authenticate", "Bearer"),))
         if request.path == messages.SEED_FETCH:
             return Reply(200, '{"status":"ok"}', _JSON)
+        if request.path == messages.METRICS:
+            return _metrics()
         if request.path not in self._paths and request.path not in _LEGACY_ANSWERS:
             return Reply(404, "no such call")
         keys = request.query.getall(messages.SEED_KEY_PARAM, [])
@@ -178,6 +184,13 @@ class _Calls:
             return Reply(406, f"this seed writes manifest versions {sorted(state.manifests)}, not {newest}")
         body = state.manifests[max(readable)]
         return Reply(200, body, _JSON, state.headers, still_true=lambda: self.state is state)
+
+
+def _metrics() -> Reply:
+    page = metrics.page()
+    if len(page) > MAX_METRICS_NBYTES:
+        return Reply(503, f"the metrics take {len(page)} bytes, more than {MAX_METRICS_NBYTES}")
+    return Reply(200, page, _PROMETHEUS)
 
 
 class _CacheCalls:

@@ -25,7 +25,7 @@ from vllm_rfork.messages.cache_results import MAX_LENGTH as MAX_RESULTS_LENGTH
 from vllm_rfork.model import digest
 from vllm_rfork.net.server import Bounds
 from vllm_rfork.planner.http import request_headers
-from vllm_rfork.seed_service import MAX_SENDING, MAX_SENDING_SMALL, SMALL_NBYTES
+from vllm_rfork.seed_service import MAX_METRICS_NBYTES, MAX_SENDING, MAX_SENDING_SMALL, SMALL_NBYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -58,6 +58,8 @@ def test_bounds_are_the_codes() -> None:
     assert f"at most {messages.MAX_HEADER_LENGTH} characters long" in PAGE.replace("is at most", "at most")
     assert f"at most {messages.MAX_KEY_LENGTH}" in PAGE
     assert f"at most {MAX_MANIFEST_NBYTES >> 20} MiB" in PAGE
+    assert f"at most {MAX_METRICS_NBYTES >> 10} KiB" in PAGE
+    assert f"up to {metering.MAX_LABEL_LENGTH} characters each" in PAGE
     assert f"At most {request_headers.MAX_EXCLUDED}" in PAGE
     assert f"at most {request_headers.MAX_ID_LENGTH} characters" in PAGE
     assert Bounds().max_line_nbytes > 3 * messages.MAX_KEY_LENGTH

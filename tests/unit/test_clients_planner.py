@@ -22,9 +22,11 @@ from tests.unit.interop_planners import (
     raw_server,
     serve,
 )
+from vllm_rfork import messages
 from vllm_rfork.clients import Outcome, PlannerClient
 from vllm_rfork.errors import NoSeedAvailable, PlannerError
 from vllm_rfork.messages import Lease, SeedAddress
+from vllm_rfork.messages.metering import Served
 
 KEY = "/models/q$prod$kv_both$0$0"
 SEED = SeedAddress("10.0.0.1", 8080, 0)
@@ -260,6 +262,55 @@ async def test_a_beat_carries_the_state_id_of_the_last_answer_to_that_seed() -> 
             await client.announce(KEY, SEED)
         await client.announce(KEY, SeedAddress("10.0.0.2", 8080, 0))
     assert seen == [None, "s1", "s1", None, None, "s2", None]
+
+
+async def test_the_model_and_the_strategy_travel_where_the_planner_counts() -> None:
+    seen: dict[str, tuple[str | None, str | None]] = {}
+
+    async def handle(request: web.Request) -> web.Response:
+        seen[request.path] = request.headers.get("RFORK-MODEL"), request.headers.get("RFORK-STRATEGY")
+        return web.Response(status=404 if request.method == "GET" else 200)
+
+    app = web.Application()
+    app.router.add_route("*", "/{call}", handle)
+    async with serve(app) as url:
+        client = PlannerClient(url, model="/models/模" + "x" * 300, strategy="prod")
+        await client.announce(KEY, SEED)
+        await client.intend(KEY, "i1", ttl_s=1)
+        for asking in (client.acquire(KEY), client.ask(KEY, "t1")):
+            with pytest.raises(NoSeedAvailable):
+                await asking
+            assert seen.pop("/get_seed") == seen["/add_seed"]
+        await client.withdraw(KEY, SEED)
+    model, strategy = seen["/add_seed"]
+    assert model is not None
+    assert messages.decode_text(model) == "/models/模" + "x" * (255 - len("/models/模"))
+    assert strategy == "prod"
+    assert seen == {**dict.fromkeys(["/add_seed", "/rfork_intent"], (model, strategy)), "/remove_seed": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3,7000", Served(3, 7000)), (None, None), ("many", None), ("1,-1", None)]
+)
+async def test_an_announcement_returns_what_the_seed_has_served(text: str | None, expected: Served | None) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(headers={} if text is None else {"RFORK-SERVED": text})
+
+    app = web.Application()
+    app.router.add_post("/add_seed", handle)
+    async with serve(app) as url:
+        assert await PlannerClient(url).announce(KEY, SEED) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("83.5", 83.5), (None, None), ("1e9", None), ("86401", None)])
+async def test_a_lease_names_the_time_of_a_load_from_storage(text: str | None, expected: float | None) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(headers={**LEASE.headers(), **({} if text is None else {"RFORK-STORAGE-SEC": text})})
+
+    app = web.Application()
+    app.router.add_get("/get_seed", handle)
+    async with serve(app) as url:
+        assert (await PlannerClient(url).acquire(KEY)).storage_s == expected
 
 
 @pytest.mark.parametrize("ends", ["the connection breaks", "a proxy answers", "no answer in time"])

@@ -16,6 +16,7 @@ from vllm_rfork.clients import Attendance, Attended, Outcome, PlannerClient
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages.metering import Served
 
 KEY = "/models/q$prod$kv_both$0$0"
 SEED = SeedAddress("10.0.0.1", 8080, 0)
@@ -49,7 +50,7 @@ class FakePlanner(PlannerClient):
         finally:
             self.attending -= 1
 
-    async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> None:
+    async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> Served | None:
         self.announced_with = {"seed_key": seed_key, "seed": seed, **extra}
         if self.gate is not None:
             await self.gate.wait()
@@ -58,6 +59,7 @@ class FakePlanner(PlannerClient):
             raise self.mistake
         if self.problem:
             raise PlannerError(self.problem)
+        return None
 
     async def withdraw(self, seed_key: str, seed: SeedAddress) -> Outcome:
         assert (seed_key, seed) == (KEY, SEED)
@@ -115,6 +117,25 @@ async def test_it_announces_at_once_and_then_once_an_interval() -> None:
         "intent": "i1",
         "caches": "triton=hit;saved=2",
     }
+
+
+async def test_what_the_seed_has_served_is_counted_once() -> None:
+    """A planner that restarts without its state begins at 0 again."""
+    totals = [None, Served(2, 20), Served(2, 20), Served(5, 50), None, Served(1, 10), Served(0, 0)]
+
+    class Reporting(FakePlanner):
+        async def announce(self, seed_key: str, seed: SeedAddress, **extra: Any) -> Served | None:
+            await super().announce(seed_key, seed, **extra)
+            return totals.pop(0) if totals else None
+
+    counted: list[tuple[int, int]] = []
+    virtual = VirtualTime()
+    async with running(
+        heartbeat(Reporting(), virtual, served=lambda forks, nbytes: counted.append((forks, nbytes))), virtual
+    ):
+        await virtual.advance(10 * INTERVAL_S)
+    assert totals == []
+    assert counted == [(2, 20), (3, 30), (1, 10)]
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
+import re
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,11 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_rfork.errors import ForkError, NoSeedAvailable
+from vllm_rfork.errors import ForkError, NoSeedAvailable, PlannerError, VerificationError
+from vllm_rfork.fork.stage_times import STAGES as STAGE_NAMES
+from vllm_rfork.fork.stage_times import StageTimes
 from vllm_rfork.load import machine as machines
+from vllm_rfork.load import metering
 from vllm_rfork.load.machine import STAGES, TRANSITIONS, LoadMachine, Phase
+from vllm_rfork.load.metering import Weights
 from vllm_rfork.load.ranks import DUMMIES, FORK, KEPT, SEED
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME
+from vllm_rfork.messages.lanes import OTHER
 from vllm_rfork.vllm_compat import storage_loader
 from vllm_rfork.vllm_compat.rank_groups import RankGroup
 
@@ -87,6 +95,12 @@ class Load:
         )
         self.session: Any = SimpleNamespace(
             has_written=False,
+            leased="reserve" not in fail,
+            engine="nixl",
+            lane="nixl/rdma",
+            seed="10.0.0.1:5000:0",
+            storage_s=None,
+            times=StageTimes(),
             leases=SimpleNamespace(no_longer_needed=None),
             engines=self.engine,
             intent=SimpleNamespace(withdraw=lambda: self.happened.append("intent withdrawn")),
@@ -106,6 +120,7 @@ class Load:
             seed_obstacle=None,
         )
         self.whole = whole
+        self.weights = Weights("seed", 70, 0.5)
         self.machine = self.new_machine()
 
     def new_machine(self) -> LoadMachine:
@@ -166,6 +181,7 @@ class Load:
 class Storage:
     def __init__(self, context: Any, session: Any, prospect: Any, loader: Load) -> None:
         self.loader = loader
+        self.weights = Weights("storage", 70, 2.5)
 
     def fill(self, model: nn.Module, model_config: Any) -> None:
         self.loader.load_weights(model, model_config)
@@ -310,3 +326,106 @@ def test_the_phases_of_a_fork(layout: str) -> None:
 
 def test_the_stages_of_the_ranks_are_those_of_the_layout() -> None:
     assert STAGES == {CHECKPOINT: (SEED, FORK, KEPT), RUNTIME: (SEED, DUMMIES, FORK)}
+
+
+# --- the report of a load -------------------------------------------------------------------------------------------
+
+Reports = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
+    """What the machine reports to the metrics of its worker, without stages."""
+    reported: Reports = []
+    for name in ("loaded", "load_failed", "fell_back", "saved"):
+        monkeypatch.setattr(
+            metering.metrics,
+            name,
+            lambda *args, name=name, **more: reported.append((name, *args, *(more[each] for each in sorted(more)))),
+        )
+    return reported
+
+
+FORKED = ("loaded", "seed", "nixl/rdma", 70, 0.5)
+STORED = ("loaded", "storage", "", 70, 2.5)
+FORK_FAILED = ("load_failed", "seed", "nixl/rdma")
+
+
+@pytest.mark.parametrize("layout", [CHECKPOINT, RUNTIME])
+@pytest.mark.parametrize(
+    ("fail", "expected"),
+    [
+        ({}, [FORKED]),
+        ({"reserve": NoSeedAvailable("", reason="busy")}, [("fell_back", "busy"), STORED]),
+        ({"reserve": NoSeedAvailable("")}, [("fell_back", "NoSeedAvailable"), STORED]),
+        ({"reserve": PlannerError("away")}, [("fell_back", "PlannerError"), STORED]),
+        ({"read": VerificationError("damaged")}, [("fell_back", "VerificationError"), FORK_FAILED, STORED]),
+        ({"post-process": ValueError("not so")}, [("fell_back", "ForkError"), FORK_FAILED, STORED]),
+    ],
+)
+def test_a_load_is_reported_once(layout: str, fail: dict[str, Exception], expected: Reports, reports: Reports) -> None:
+    load = Load(layout, **fail)
+    load.machine.outcome(load.run())
+    assert reports == expected
+
+
+def test_a_load_from_storage_that_fails_is_reported(reports: Reports) -> None:
+    load = Load(CHECKPOINT, reserve=NoSeedAvailable("", reason="none"), storage=OSError("no such file"))
+    with pytest.raises(OSError, match="no such file"):
+        load.run()
+    assert reports == [("fell_back", "none"), ("load_failed", "storage")]
+
+
+def test_a_worker_that_cannot_fork_reports_that(reports: Reports) -> None:
+    load = Load(CHECKPOINT, whole=True, reserve=ForkError("a pool"))
+    load.context.fork_obstacle = "a pool"
+    load.machine = load.new_machine()
+    load.machine.outcome(load.run())
+    load = Load(CHECKPOINT, reserve=ForkError("a pool"))
+    load.context.fork_obstacle = "a pool"
+    load.session.leased = False
+    load.machine = load.new_machine()
+    load.machine.outcome(load.run())
+    whole, each = reports[1], reports[3]
+    assert reports == [("fell_back", "ineligible"), whole, ("fell_back", "ineligible"), each]
+    assert (whole[:4], each) == (("loaded", "storage", "", 24), STORED)
+
+
+def test_a_fork_saves_what_the_planner_has_measured_less_the_whole_load(reports: Reports) -> None:
+    load = Load(CHECKPOINT)
+    load.session.storage_s = 100.0
+    load.machine.outcome(load.run())
+    ((name, seconds),) = reports[1:]
+    assert name == "saved"
+    assert 90 < seconds < 100
+
+
+def test_stages_have_series_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of stages are read from the source: one that is not in the list would be ``(other)``."""
+    named = {
+        name
+        for file in Path(machines.__file__).parents[1].glob("*/*.py")
+        for name in re.findall(r"times\.stage\(\"([a-z ]+)\"\)|seconds\[\"([a-z]+)\"\]", file.read_text())
+    }
+    assert {first or second for first, second in named} == STAGE_NAMES
+    stages: list[tuple[str, float]] = []
+    monkeypatch.setattr(metering.metrics, "stage_ended", lambda *stage: stages.append(stage))
+    load = Load(CHECKPOINT)
+    load.session.times.seconds |= {"read": 1.5, "something new": 2.0}
+    load.machine.outcome(load.run())
+    assert stages == [("read", 1.5), (OTHER, 2.0)]
+
+
+@pytest.mark.parametrize("error", [None, OSError("no such file")])
+def test_a_worker_that_takes_no_part_reports_its_load(error: Exception | None, reports: Reports) -> None:
+    def load() -> nn.Module:
+        if error is not None:
+            raise error
+        return nn.Linear(2, 2)
+
+    with contextlib.ExitStack() as stack:
+        if error is not None:
+            stack.enter_context(pytest.raises(OSError, match="no such file"))
+        metering.without_fork(load, "disabled")
+    assert reports[0] == ("fell_back", "disabled")
+    assert reports[1][:3] == (("loaded", "storage", 24) if error is None else ("load_failed", "storage"))

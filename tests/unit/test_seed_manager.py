@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -137,6 +138,29 @@ def test_gone_is_final_and_every_other_state_leads_there() -> None:
     assert {before for (before, _), after in TRANSITIONS.items() if after is GONE} == {STARTING, SERVING, SUSPENDED}
     assert not [before for before, _ in TRANSITIONS if before is GONE]
     assert {before for (before, _), after in TRANSITIONS.items() if after is SERVING} == {STARTING}
+
+
+def test_the_state_of_the_seeds_is_reported(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[str] = []
+    monkeypatch.setattr(managers.metrics, "seed_state", states.append)
+
+    def reported() -> list[str]:
+        found = [state for state, _ in itertools.groupby(states)]
+        states.clear()
+        return found
+
+    slot = process.publish()
+    assert reported() == ["none", "starting", "serving"]
+    process.publish()
+    assert reported() == ["serving"], "a draft model beside it"
+    process.change()
+    assert reported() == ["serving", "suspended"]
+    process.manager.resume()
+    process.settle(slot)
+    process.settle(process.manager.slots[1])
+    assert reported()[-1] == "serving"
+    process.manager.withdraw("the worker shuts down", last=True)
+    assert reported()[-1] == "none"
 
 
 def test_a_seed_serves_is_suspended_and_serves_again(process: Process) -> None:

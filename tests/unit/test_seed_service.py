@@ -593,6 +593,7 @@ async def test_with_a_token_nothing_is_told_without_it() -> None:
             messages.SEED_FETCH,
             messages.SEED_MANIFEST,
             messages.SEED_EPOCH,
+            messages.METRICS,
             "/anything",
         ]
         for path in paths:
@@ -620,6 +621,19 @@ async def test_facts_are_told_to_whoever_may_have_the_manifest() -> None:
             await SeedClient().facts(address, KEY)
     finally:
         await service.stop()
+
+
+async def test_the_workers_metrics_need_no_key_and_are_there_while_the_seed_is_suspended() -> None:
+    async with serving(token=TOKEN) as service:
+        service.suspend("asleep")
+        url = f"http://127.0.0.1:{service.port}{messages.METRICS}"
+        authorization = {"Authorization": f"Bearer {TOKEN}"}
+        async with aiohttp.ClientSession() as session, session.get(url, headers=authorization) as answer:
+            page = await answer.text()
+        assert answer.status == 200
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "# TYPE rfork_loads_total counter" in page
+    assert KEY not in page
 
 
 async def test_neither_logs_nor_answers_hold_the_token(caplog: pytest.LogCaptureFixture) -> None:

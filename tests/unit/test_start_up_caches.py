@@ -26,6 +26,7 @@ from vllm_rfork.caches.safe.startup_plan import CarriedPlan, DeviceMemory, decod
 from vllm_rfork.config import parse_config
 from vllm_rfork.errors import CacheError, SeedBusy, SeedError
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.net.credentials import Credentials, Options
 from vllm_rfork.seeding.manager import SeedManager
 from vllm_rfork.startup import collecting, fetch, offers, report
@@ -175,6 +176,8 @@ def test_a_receiver_installs_under_its_own_name_and_passes_it_on_in_a_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seed = first_seed(tmp_path / "0")
+    counted: list[object] = []
+    monkeypatch.setattr(metrics, "caches", counted.append)
     for number in (1, 2):
         root = tmp_path / str(number)
         with caplog.at_level(logging.INFO):
@@ -195,6 +198,7 @@ def test_a_receiver_installs_under_its_own_name_and_passes_it_on_in_a_chain(
         assert "saved about 16.0 s" in caplog.text
         assert report.announced("key") == "torch_aot=hit,autotune_table=hit,startup_plan=hit;saved=16"
         caplog.clear()
+    assert list(map(str, counted)) == [report.announced("key")] * 2
     assert seed.offered is not None
     assert {each.artifact.kind: each.artifact.seconds for each in seed.offered.artifacts} == {
         "startup_plan": 2.0,

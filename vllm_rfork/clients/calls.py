@@ -16,7 +16,7 @@ from vllm_rfork import messages
 from vllm_rfork.clients.answers import retry_after_s
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.logs.worker import worker_logger
-from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages import SeedAddress, metering
 from vllm_rfork.net.client import Answer, BoundedHttp, was_sent
 from vllm_rfork.net.credentials import Credentials, Options
 
@@ -41,6 +41,7 @@ class PlannerCalls:
             of addresses.
         token: sent as ``Authorization: Bearer``.
         credentials: token and TLS, instead of ``token``.
+        model, strategy: behind the seed key, for the planner's metrics.
         sleep: waits between retries; replaced in tests, as are ``clock`` and ``jitter`` (a number from 0 to 1).
     """
 
@@ -51,6 +52,8 @@ class PlannerCalls:
         request_timeout_s: float = 10.0,
         token: str | None = None,
         credentials: Credentials | None = None,
+        model: str = "",
+        strategy: str = "",
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
@@ -58,6 +61,7 @@ class PlannerCalls:
         self.urls = tuple(url.strip().rstrip("/") for url in urls.split(","))
         self.request_timeout_s = request_timeout_s
         self._http = BoundedHttp("planner", PlannerError, credentials or Credentials(Options(token=token or "")))
+        self._names = metering.names(model, strategy)
         self._sleep = sleep
         self._clock = clock
         self._jitter = jitter

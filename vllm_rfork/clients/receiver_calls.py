@@ -57,7 +57,7 @@ class ReceiverCalls(PlannerCalls):
             PlannerError: no usable answer within ``request_timeout_s + wait_s`` seconds.
         """
         wait_s = max(wait_s, 0.0)
-        headers = _question(seed_key, fingerprint, exclude, intent, labels)
+        headers = {**self._names, **_question(seed_key, fingerprint, exclude, intent, labels)}
         deadline = self._clock() + self.request_timeout_s + wait_s
         answer = await self._acquired(
             headers, deadline, wait_s if wait_s > 0 else None, patient=wait_s > 0, held_s=wait_s
@@ -90,7 +90,7 @@ class ReceiverCalls(PlannerCalls):
         Raises:
             NoSeedAvailable, PlannerError: as :meth:`acquire`.
         """
-        headers = _question(seed_key, fingerprint, exclude, intent, labels)
+        headers = {**self._names, **_question(seed_key, fingerprint, exclude, intent, labels)}
         headers[messages.TICKET] = messages.encode_text(ticket)
         longest_s = max(wait_s or 0.0, messages.SLICE_S if in_queue else 0.0)
         deadline = self._clock() + self.request_timeout_s + longest_s

@@ -8,7 +8,8 @@ from vllm_rfork import messages
 from vllm_rfork.clients.answers import Attendance, Attended, Outcome, outcome, refusal, retry_after_s
 from vllm_rfork.clients.calls import PlannerCalls, given, key_headers, seed_headers
 from vllm_rfork.errors import PlannerError
-from vllm_rfork.messages import BadMessage, SeedAddress
+from vllm_rfork.messages import BadMessage, SeedAddress, metering
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.net.client import Answer
 
 #: Pauses in seconds before each further attempt to withdraw a seed; the caller waits for it.
@@ -46,7 +47,7 @@ class SeedCalls(PlannerCalls):
         epoch: str = "",
         intent: str = "",
         caches: str = "",
-    ) -> None:
+    ) -> Served | None:
         """Announce ``seed`` under ``seed_key``; the same call is the heartbeat.
 
         Args:
@@ -54,10 +55,14 @@ class SeedCalls(PlannerCalls):
             intent: the id of this worker's intent, which this call fulfils.
             caches: the text of this worker's :class:`~vllm_rfork.messages.CacheResults`.
 
+        Returns:
+            What receivers reported of this seed in its present epoch; None if the planner does not say.
+
         Raises:
             PlannerError: refused, or no answer in time.
         """
         headers = {
+            **self._names,
             **seed_headers(seed_key, seed, fingerprint=fingerprint, labels=labels, epoch=epoch),
             **given(messages.SLOTS, "" if slots is None else str(slots)),
             **given(messages.INTENT, intent),
@@ -73,6 +78,7 @@ class SeedCalls(PlannerCalls):
         )
         outcome(answer)
         self._remember_state(seed, answer)
+        return metering.served(answer.headers)
 
     def state_of(self, seed: SeedAddress) -> str:
         """Id of the planner's state at the last announcement of ``seed``; empty if the planner sends none."""
@@ -137,6 +143,7 @@ class SeedCalls(PlannerCalls):
             PlannerError: refused, or no answer in time.
         """
         headers = {
+            **self._names,
             **key_headers(seed_key, fingerprint),
             messages.INTENT: messages.encode_text(intent),
             messages.INTENT_TTL_SEC: messages.seconds_text(ttl_s),

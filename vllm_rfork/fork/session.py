@@ -90,6 +90,8 @@ class ForkSession:
         has_written: a fork may have written to its destination. True from the moment before the first read.
         seed: the seed that was forked from.
         engine, lane: the name of the engine by which the bytes came, and their path, such as ``nixl/rdma``.
+        leased: a seed was leased, whatever became of it.
+        storage_s: how long a load of this key from storage takes, as far as the planner knows.
         logged: the long texts that this load has logged already.
     """
 
@@ -105,7 +107,8 @@ class ForkSession:
         self.settings = settings
         self.seed_key = seed_key
         self.facts = dict(facts or {})
-        self.has_written = False
+        self.has_written = self.leased = False
+        self.storage_s: float | None = None
         self.seed: SeedAddress | None = None
         self.engine = self.lane = ""
         self.times = StageTimes()
@@ -113,7 +116,13 @@ class ForkSession:
         self.credentials = Credentials.of(settings)
         self.labels = settings.labels(socket.gethostname())
         timeout_s = settings.rfork_request_timeout_sec
-        planner = PlannerClient(settings.rfork_scheduler_url, request_timeout_s=timeout_s, credentials=self.credentials)
+        planner = PlannerClient(
+            settings.rfork_scheduler_url,
+            request_timeout_s=timeout_s,
+            credentials=self.credentials,
+            model=settings.model_url,
+            strategy=settings.model_deploy_strategy_name,
+        )
         self._seeds = SeedClient(request_timeout_s=timeout_s, credentials=self.credentials)
         self._others = OtherFingerprints(self._seeds, seed_key, self.facts)
         self.intent = Intent(planner, seed_key, wanted=settings.rfork_become_seed)
@@ -243,7 +252,9 @@ class ForkSession:
         """A lease; if there is none after a seed has failed, that seed's error, which is what the log should name."""
         try:
             with self.times.stage("planner"):
-                return self.leases.acquire(fingerprint, self._deadline)
+                held = self.leases.acquire(fingerprint, self._deadline)
+            self.leased, self.storage_s = True, held.lease.storage_s
+            return held
         except ForkError as error:
             if self._last_error is None:
                 raise

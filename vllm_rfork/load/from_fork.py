@@ -19,11 +19,13 @@ from vllm_rfork.fork.session import Destination, ForkSession, reservation_s
 from vllm_rfork.load import capture
 from vllm_rfork.load.capture import LoadedSnapshot, SeedProspect
 from vllm_rfork.load.context import LoadContext
+from vllm_rfork.load.metering import Weights
 from vllm_rfork.load.ranks import DUMMIES, FORK, KEPT, SEED, RankVote
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.pairing import built_differences
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME, Manifest, ManifestHeader
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.metrics import families as metrics
 from vllm_rfork.model.restore import restore
 from vllm_rfork.model.snapshot import AsBuilt, Snapshot, digests_of
 from vllm_rfork.model.tensors import TensorInventory
@@ -43,6 +45,7 @@ class FromFork:
 
     Attributes:
         wrote_dummies: dummy weights may have been written to the model.
+        weights: what was forked; None before that.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class FromFork:
         self._checks = ascend.PostponedChecks()
         self._forked: Snapshot | LoadedSnapshot | None = None
         self._checkpoint: dict[str, str] | None = None  # the seed's
+        self.weights: Weights | None = None
 
     def reserve(self, model: nn.Module) -> None:
         """Take a lease before ``model`` is touched; in the runtime layout also get the seed's manifest.
@@ -137,6 +141,7 @@ class FromFork:
         if self._forked is None:
             session.engines.close_if_registered()  # nothing keeps the memory that post-processing replaces
         seconds = time.perf_counter() - started
+        self.weights = Weights(metrics.SEED, seed.nbytes, seconds)
         logger.info(
             "forked %d bytes (%.2f GB) in %.2f s (%.2f GB/s) from seed %s, engine=%s layout=%s lane=%s (%s)",
             seed.nbytes,

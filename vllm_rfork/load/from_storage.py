@@ -13,8 +13,10 @@ from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.load import capture
 from vllm_rfork.load.capture import LoadedSnapshot, SeedProspect
 from vllm_rfork.load.context import LoadContext
+from vllm_rfork.load.metering import Weights, model_nbytes
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import CHECKPOINT, RUNTIME
+from vllm_rfork.metrics.families import STORAGE
 from vllm_rfork.model.coverage import TensorSize, check_accounted, tensor_sizes
 from vllm_rfork.model.pointers import check_no_addresses, memory_of
 from vllm_rfork.model.python_state import check_passed_on
@@ -32,6 +34,9 @@ class FromStorage:
 
     Args:
         loader: vLLM's loader for the fallback format.
+
+    Attributes:
+        weights: what was loaded; None before that.
     """
 
     def __init__(self, context: LoadContext, session: ForkSession, prospect: SeedProspect, loader: Any) -> None:
@@ -39,6 +44,7 @@ class FromStorage:
         self._built: AsBuilt | None = None
         self._sizes: dict[str, TensorSize] = {}
         self._loaded: LoadedSnapshot | None = None
+        self.weights: Weights | None = None
 
     def fill(self, model: nn.Module, model_config: Any) -> None:
         """Load ``model``, and capture what a seed will need; only the fallback loader's own errors are raised."""
@@ -53,6 +59,7 @@ class FromStorage:
         if built is not None:
             self._prospect.requires("the loaded model cannot be looked at", lambda: self._capture(model, built))
         nbytes = self._nbytes(model)
+        self.weights = Weights(STORAGE, nbytes, seconds)
         logger.info(
             "loaded %d bytes (%.2f GB) from storage in %.2f s (%.2f GB/s), load_format=%s",
             nbytes,
@@ -81,7 +88,7 @@ class FromStorage:
     def _nbytes(self, model: nn.Module) -> int:
         if self._loaded is not None:
             return self._loaded.nbytes
-        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        return model_nbytes(model)
 
     def _capture(self, model: nn.Module, built: AsBuilt) -> None:
         """Remember what storage put into ``model``: a snapshot, or in the runtime layout the sizes of its tensors."""

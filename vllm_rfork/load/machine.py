@@ -35,6 +35,7 @@ from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.load.context import LoadContext
 from vllm_rfork.load.from_fork import FromFork
 from vllm_rfork.load.from_storage import FromStorage
+from vllm_rfork.load.metering import LoadMeter, Weights, whole
 from vllm_rfork.load.outcome import NotASeed, outcome_of
 from vllm_rfork.load.ranks import DUMMIES, FORK, KEPT, SEED, RankVote
 from vllm_rfork.logs.worker import worker_logger
@@ -113,6 +114,8 @@ class LoadMachine:
         session.leases.no_longer_needed = None if self._vote.alone else self._vote.rejection
         self._fork: FromFork | None = FromFork(context, session, self._vote, self._prospect, seed_known)
         self._loaded: FromStorage | None = None
+        self._whole: Weights | None = None
+        self._meter = LoadMeter(session, ineligible=context.fork_obstacle is not None)
 
     def enter(self, phase: Phase) -> None:
         """Go on to ``phase``.
@@ -142,6 +145,8 @@ class LoadMachine:
                 pass  # outside this handler, nothing refers to the failed model
             return self._second_build(build, load_whole)
         except BaseException as error:
+            if self.phase is Phase.STORAGE:
+                self._meter.storage_failed()
             self._vote.abandon(error)
             self._session.close()
             raise
@@ -166,6 +171,7 @@ class LoadMachine:
         """The end of the load: the publication of ``model``, or the reason why this worker does not become a seed."""
         self.enter(Phase.SNAPSHOT)
         source = self._fork or self._loaded
+        self._meter.ended(self._whole if source is None else source.weights)
         snapshot = None
         if source is not None:
             what = "the loaded model cannot be looked at"
@@ -178,6 +184,7 @@ class LoadMachine:
 
     def _first_build(self, build: Callable[[], nn.Module], load_whole: Callable[[], nn.Module]) -> nn.Module:
         if self._context.fork_obstacle is not None and storage_loader.loads_whole_models(self._storage):
+            self._meter.not_eligible()
             return self._load_whole(load_whole)
         try:
             model = build()
@@ -220,7 +227,8 @@ class LoadMachine:
             f"load format {self._context.settings.rfork_fallback_load_format} builds and loads models as a whole, so "
             f"the {self._context.layout} layout cannot be captured"
         )
-        return load_whole()
+        model, self._whole = whole(load_whole)
+        return model
 
     def _forked(self, fork: FromFork, model: nn.Module, model_config: Any) -> bool:
         """Fill ``model`` by a fork, or for one; False if storage is next.
@@ -239,6 +247,7 @@ class LoadMachine:
             return True
         except NoSeedAvailable as reason:
             logger.info("%s: loading from storage", str(reason))  # as text: an error refers to its frames
+            self._meter.fell_back(reason)
         except ForkError as error:
             self._fall_back(error)
             written = self._session.has_written or fork.wrote_dummies
@@ -254,6 +263,7 @@ class LoadMachine:
     def _fall_back(self, error: ForkError) -> None:
         """Log why there is no fork, and release everything that it used, while the model is still there."""
         session = self._session
+        self._meter.fell_back(error)
         logger.warning(
             "falling back to load_format=%s: %s: %s",
             self._context.settings.rfork_fallback_load_format,

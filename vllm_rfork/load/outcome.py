@@ -70,4 +70,6 @@ def _seed_config(context: LoadContext, session: ForkSession, host: str) -> SeedC
         labels=session.labels,
         slots=settings.rfork_seed_slots or None,
         facts=session.facts,
+        model=settings.model_url,
+        strategy=settings.model_deploy_strategy_name,
     )

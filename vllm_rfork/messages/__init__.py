@@ -16,6 +16,7 @@ from vllm_rfork.messages.cache_results import parse_cache_results as parse_cache
 from vllm_rfork.messages.metering import MAX_LABEL_LENGTH as MAX_LABEL_LENGTH
 from vllm_rfork.messages.metering import MODEL as MODEL
 from vllm_rfork.messages.metering import STRATEGY as STRATEGY
+from vllm_rfork.messages.metering import storage_s
 from vllm_rfork.messages.values import LABEL as LABEL
 from vllm_rfork.messages.values import MAX_HEADER_LENGTH as MAX_HEADER_LENGTH
 from vllm_rfork.messages.values import MAX_LABELS as MAX_LABELS
@@ -271,13 +272,14 @@ class Lease:
     """The planner's permission for one receiver to read one seed.
 
     ``ttl_s`` is None if the lease never expires (older planners). An ``unconfirmed`` lease ends in a few seconds unless
-    it is renewed at once.
+    it is renewed at once. ``storage_s``: a load of the key from storage takes so long, as far as the planner knows.
     """
 
     seed: SeedAddress
     user_id: str
     ttl_s: float | None
     unconfirmed: bool = False
+    storage_s: float | None = None
 
     def headers(self) -> dict[str, str]:
         """The headers of ``put_seed`` and ``renew_seed_lease``."""
@@ -296,6 +298,7 @@ def lease_from_answer(headers: Mapping[str, str]) -> Lease:
         user_id=decode_text(required(headers, USER_ID)),
         ttl_s=None if ttl is None else seconds(ttl, LEASE_TTL_SEC, maximum=86400.0) or None,
         unconfirmed=header(headers, TICKET) is not None,
+        storage_s=storage_s(headers),
     )
 
 

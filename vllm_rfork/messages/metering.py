@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_rfork.messages.values import integer
+from vllm_rfork.messages.values import BadMessage, encode_text, header, integer, seconds
 
 #: ``add_seed``, ``get_seed`` and ``rfork_intent``: the model and the strategy behind the seed key.
 MODEL = "RFORK-MODEL"
@@ -42,3 +43,25 @@ def parse_served(text: str) -> Served:
         integer(forks.strip(), SERVED, minimum=0, maximum=bound),
         integer(nbytes.strip(), SERVED, minimum=0, maximum=bound),
     )
+
+
+def served(headers: Mapping[str, str]) -> Served | None:
+    """The value of :data:`SERVED`; None if it is missing or unusable."""
+    try:
+        return parse_served(header(headers, SERVED) or "")
+    except BadMessage:
+        return None
+
+
+def storage_s(headers: Mapping[str, str]) -> float | None:
+    """The value of :data:`STORAGE_SEC` in seconds; None if it is missing or unusable."""
+    try:
+        return seconds(header(headers, STORAGE_SEC) or "", STORAGE_SEC, maximum=MAX_STORAGE_S)
+    except BadMessage:
+        return None
+
+
+def names(model: str, strategy: str) -> dict[str, str]:
+    """The headers that name a model and a strategy, without those whose value is empty."""
+    given = {MODEL: model[:MAX_LABEL_LENGTH], STRATEGY: strategy[:MAX_LABEL_LENGTH]}
+    return {name: encode_text(text) for name, text in given.items() if text}

@@ -16,6 +16,7 @@ import msgspec
 
 from vllm_rfork.errors import ForkError
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.seeding.engines import SeedEngines
 from vllm_rfork.seeding.publication import Publication, PublishedTensors
 from vllm_rfork.seeding.seed import Seed
@@ -102,6 +103,7 @@ class SeedManager:
             begun = self._begin(slot, publication.tensors, captured, returning=False)
             if begun or self._may_return:
                 self._slots.append(slot)
+                self._report_state()
         if not begun:
             _give_up(publication)
             publication.tensors.release()
@@ -176,6 +178,7 @@ class SeedManager:
         thread = native_thread(self._run, f"rfork-seed-{publication.role}", (slot, publication, start))
         thread.start()  # first: it raises at the limit of threads. The new one waits for the lock before it looks.
         slot.move(SlotEvent.RESUMED)
+        self._report_state()
         slot.off_device = start.off_device
         slot.thread = thread
         return True
@@ -272,6 +275,13 @@ class SeedManager:
         slot.move(event)
         if slot.state is SlotState.GONE:
             self._slots.remove(slot)
+        self._report_state()
+
+    def _report_state(self) -> None:
+        """Report the state of this worker's seeds, the best one of several; the lock is held."""
+        states = {slot.state for slot in self._slots}
+        best = (state for state in (SlotState.SERVING, SlotState.STARTING, SlotState.SUSPENDED) if state in states)
+        metrics.seed_state(next((state.value for state in best), "none"))
 
 
 def _give_up(publication: Publication) -> None:

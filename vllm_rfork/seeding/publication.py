@@ -29,7 +29,7 @@ class SeedConfig:
     """Addresses, limits and times of one seed; all times in seconds.
 
     ``port`` 0 means random; ``other_ports`` are tried in order if it is in use. ``slots`` None leaves the number to
-    the planner.
+    the planner. ``model`` and ``strategy`` are behind the seed key.
     """
 
     planner_url: str
@@ -45,6 +45,8 @@ class SeedConfig:
     slots: int | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     other_ports: tuple[int, ...] = ()
+    model: str = ""
+    strategy: str = ""
 
 
 class PublishedTensors(Protocol):

@@ -24,6 +24,7 @@ from vllm_rfork.heartbeat import Heartbeat
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.schema import Manifest
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.net.event_loop import BackgroundTask, background
 from vllm_rfork.seed_service import SeedService
 from vllm_rfork.seeding.engines import SeedEngines
@@ -150,7 +151,11 @@ class Seed:
     def _announce(self, address: SeedAddress) -> None:
         config = self.config
         client = PlannerClient(
-            config.planner_url, request_timeout_s=config.request_timeout_s, credentials=config.credentials
+            config.planner_url,
+            request_timeout_s=config.request_timeout_s,
+            credentials=config.credentials,
+            model=config.model,
+            strategy=config.strategy,
         )
         self._parts.beat = Heartbeat(
             client,
@@ -163,6 +168,7 @@ class Seed:
             labels=config.labels,
             intent=self.intent,
             caches=partial(report.announced, self.manifest.seed_key),
+            served=metrics.served,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
         report.begin_announcing(self._announce_again)

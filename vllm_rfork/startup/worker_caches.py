@@ -17,6 +17,7 @@ from vllm_rfork.errors import CacheError
 from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.manifest.facts import described, differences
 from vllm_rfork.messages import CacheResults, SeedAddress
+from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.startup import offers, report
 from vllm_rfork.startup.arrivals import Arrivals, Body, Missed
 from vllm_rfork.startup.collecting import Collection
@@ -114,7 +115,9 @@ class WorkerCaches:
         fetch = self._fetch
         if fetch is not None:
             logger.info("%s", self._results.line(fetch.seed, fetch.nbytes, fetch.seconds))
-            report.announce(self._results.results(), self._seed_key)
+            results = self._results.results()
+            metrics.caches(results)
+            report.announce(results, self._seed_key)
         if self._settings.offers:
             offers.collecting(self._collection.stop)
             threading.Thread(target=self._offer, name="rfork-caches-offer", daemon=True).start()

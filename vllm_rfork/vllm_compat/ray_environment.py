@@ -13,6 +13,7 @@ from collections.abc import MutableMapping
 
 from vllm_rfork.config import ENVIRONMENT
 from vllm_rfork.engines.nixl.peer import ALLOW_TCP
+from vllm_rfork.metrics.front_end import OWN_DIRECTORY
 
 #: vLLM's option: more names, separated by commas.
 EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -20,8 +21,9 @@ EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 #: They describe one machine; the driver's values would be wrong on every other node.
 OF_ONE_HOST = frozenset({"RFORK_LABELS"})
 
-#: The variables that workers read.
-COPIED = tuple(sorted({*ENVIRONMENT.values(), ALLOW_TCP} - OF_ONE_HOST))
+#: The variables that workers read. On another host than the driver's there is no directory for metrics, and none is
+#: written.
+COPIED = tuple(sorted({*ENVIRONMENT.values(), ALLOW_TCP, OWN_DIRECTORY} - OF_ONE_HOST))
 
 
 def copy_to_ray_workers(environ: MutableMapping[str, str] = os.environ) -> None:
