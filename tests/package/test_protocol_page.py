@@ -15,7 +15,6 @@ import torch
 from vllm_rfork import messages
 from vllm_rfork.caches import bounds
 from vllm_rfork.caches.manifest import OFFER_VERSION, Artifact, decode_offer
-from vllm_rfork.config import ENVIRONMENT, Settings
 from vllm_rfork.engines.nixl.peer import Endpoint
 from vllm_rfork.engines.registry import ENGINES
 from vllm_rfork.manifest.codec import MAX_MANIFEST_NBYTES, decode_manifest
@@ -29,7 +28,6 @@ from vllm_rfork.seed_service import MAX_METRICS_NBYTES, MAX_SENDING, MAX_SENDING
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def constants(pattern: str) -> set[str]:
@@ -143,12 +141,3 @@ def digest_by_the_page(data: bytes) -> str:
             total = sum(word * weight for word, weight in zip(halves, weights, strict=True)) % modulus
             hashed.update(total.to_bytes(8, "little"))
     return hashed.hexdigest()
-
-
-# --- the README's table of options ------------------------------------------------------------------------------------
-
-
-def test_the_readmes_table_of_options_is_the_settings() -> None:
-    rows = re.findall(r"^\| `((?:rfork|model)_\w+)` \| (?:`(\w+)`)? *\| ", README, re.MULTILINE)
-    assert [name for name, _ in rows] == list(Settings.model_fields)
-    assert {name: variable for name, variable in rows if variable} == ENVIRONMENT
