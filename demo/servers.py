@@ -113,7 +113,7 @@ def environment(slot: int, engine: str) -> dict[str, str]:
 
 
 def rfork_options(planner_url: str, engine: str) -> list[str]:
-    """The arguments of the README, for this machine only."""
+    """The arguments of docs/options.md, for this machine only."""
     config = {
         "model_url": "demo-model",
         "model_deploy_strategy_name": "demo",

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from scripts.docs_hooks import INCLUDED, on_page_markdown
+from scripts.pictures import PICTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -89,3 +90,14 @@ def test_links_of_translations_name_the_english_file() -> None:
 def test_code_is_left_alone() -> None:
     code = "```\n[a](../SECURITY.md)\n```\n"
     assert on_the_site(code) == code
+
+
+def test_the_readme_fits_a_screen() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 70
+
+
+@pytest.mark.parametrize("name", list(PICTURES))
+def test_pictures_are_what_the_script_draws(name: str) -> None:
+    assert (DOCS / "assets" / f"{name}.svg").read_text(encoding="utf-8") == PICTURES[name](), (
+        "python -m scripts.pictures"
+    )

@@ -81,7 +81,7 @@ _ACCEPTS: dict[Any, str] = {
 
 
 class Settings(BaseModel):
-    """All options of a worker; README.md describes them for users."""
+    """All options of a worker; docs/options.md describes them for users."""
 
     # The cause of a ConfigError is logged with it, and an input may be a token or a URL with a password.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
