@@ -12,7 +12,8 @@ import click
 
 from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options
 from vllm_rfork.cli.seed_entries import duration, lists_of, seed_state
-from vllm_rfork.cli.tables import print_table
+from vllm_rfork.cli.tables import on_terminal, print_table
+from vllm_rfork.cli.watch import watch
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.messages import DEBUG_SNAPSHOT
 
@@ -29,14 +30,35 @@ _key = click.option("--key", help="only this seed key")
 @planner_options
 @_key
 @_limit
+@click.option(
+    "--watch",
+    "every_s",
+    is_flag=False,
+    flag_value=2.0,
+    type=click.FloatRange(0.5, 3600),
+    metavar="[SECONDS]",
+    help="repeat every SECONDS until Ctrl-C  [2 without a number]",
+)
 @json_option
-def seeds(url: str | None, timeout_s: float, key: str | None, limit: int, as_json: bool) -> None:
+def seeds(  # noqa: PLR0917 - click passes them by name
+    url: str | None, timeout_s: float, key: str | None, limit: int, every_s: float | None, as_json: bool
+) -> None:
     """List the planner's seeds."""
-    found = lists_of(ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit)), "seeds")
-    if as_json:
-        echo_json(found["seeds"])
-        return
-    _print_table("seed", _SEED_COLUMNS, found["seeds"], limit)
+
+    def fetch() -> list[dict[str, Any]]:
+        found = ask_json(url, DEBUG_SNAPSHOT, timeout_s=timeout_s, params=_narrowed(key, limit))
+        return lists_of(found, "seeds")["seeds"]
+
+    def show(found: list[dict[str, Any]]) -> None:
+        if as_json:
+            echo_json(found)
+        else:
+            _print_table("seed", _SEED_COLUMNS, found, limit)
+
+    if every_s is None:
+        show(fetch())
+    else:
+        watch(fetch, show, every_s)
 
 
 @click.command()
@@ -68,7 +90,7 @@ def _narrowed(key: str | None, limit: int) -> dict[str, str]:
 
 
 def _print_table(noun: str, columns: Sequence[_Column], rows: Sequence[_Row], limit: int) -> None:
-    if not rows:
+    if not rows and on_terminal():
         click.echo(f"no {noun}s")
         return
     more = " (there may be more; see --limit)" if len(rows) >= limit else ""

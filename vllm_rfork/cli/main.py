@@ -25,6 +25,8 @@ COMMANDS: dict[str, CommandRow] = {
     "planner": CommandRow("vllm_rfork.planner.command:planner", "run the planner, which pairs receivers with seeds"),
     "seeds": CommandRow("vllm_rfork.cli.fleet:seeds", "list a planner's seeds"),
     "leases": CommandRow("vllm_rfork.cli.fleet:leases", "list current leases and waiting receivers"),
+    "drain": CommandRow("vllm_rfork.cli.operate:drain", "grant a seed to no receiver any more, or undo that"),
+    "lift": CommandRow("vllm_rfork.cli.operate:lift", "end the quarantine of a seed"),
     "key": CommandRow("vllm_rfork.cli.key:key", "print a worker's seed key from its parts"),
     "check": CommandRow("vllm_rfork.cli.check:check", "validate a worker's configuration before a start"),
     "explain": CommandRow("vllm_rfork.cli.explain:explain", "explain why a worker pairs with seeds, or does not"),

@@ -90,15 +90,23 @@ def ask(
     return asyncio.run(planner.call(method, path, headers or {}, params=params, max_body_nbytes=MAX_JSON_NBYTES))
 
 
-def ask_json(url: str | None, path: str, *, timeout_s: float, params: dict[str, str]) -> dict[str, Any]:
-    """The JSON object at ``path``.
+def ask_json(
+    url: str | None,
+    path: str,
+    *,
+    timeout_s: float,
+    method: str = "GET",
+    params: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The JSON object in the planner's answer to one call.
 
     Raises:
         click.UsageError: no usable ``url``.
         click.ClickException: no answer, a refusal, or something other than a JSON object.
     """
     try:
-        answer = ask(checked_url(url), path, timeout_s=timeout_s, params=params)
+        answer = ask(checked_url(url), path, timeout_s=timeout_s, method=method, params=params, headers=headers)
     except PlannerError as error:
         raise click.ClickException(str(error)) from error
     if answer.status == 401:
