@@ -89,9 +89,10 @@ release-check: tools ## sdist and wheel into build/release, checked with twine, 
 	$(TOOLS)/twine check --strict build/release/*
 	$(BIN)/python -m venv --without-pip build/release-venv
 	$(BIN)/python -m pip --disable-pip-version-check --python build/release-venv/bin/python install --quiet --no-compile \
-	    --constraint requirements/lock.txt build/release/*.whl
-	$(TOOLS)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --mc-type library \
-	    --output-file build/release/sbom.cdx.json build/release-venv/bin/python
+	    --constraint requirements/lock.txt --find-links build/release \
+	    vllm-rfork==$$($(BIN)/python -c 'import vllm_rfork; print(vllm_rfork.__version__)')
+	$(TOOLS)/cyclonedx-py environment --output-reproducible --output-file build/release/sbom.cdx.json \
+	    build/release-venv/bin/python
 
 tools: setup
 	@$(PYTHON) scripts/set_up.py docs
