@@ -13,6 +13,7 @@ import kubernetes_validate
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
+_TEXTS: Schema = {"type": "array", "minItems": 1, "items": _TEXT}
 _NAMES: Schema = {"type": "object", "minProperties": 1, "additionalProperties": {"type": "string"}}
 _DURATION: Schema = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h|d))+$"}
 
@@ -36,6 +37,7 @@ _ENDPOINT = _closed(
         "scheme": {"enum": ["http", "https"]},
         "tlsConfig": _closed({"serverName": _TEXT, "ca": _closed({"secret": _KEY_OF_SECRET})}),
         "authorization": _closed({"type": {"const": "Bearer"}, "credentials": _KEY_OF_SECRET}),
+        "relabelings": {"type": "array", "items": _closed({"sourceLabels": _TEXTS, "targetLabel": _TEXT})},
     },
     "port",
 )

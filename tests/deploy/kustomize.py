@@ -28,12 +28,11 @@ CONFIG = f"{RELEASE}-planner"
 WRITTEN = "# Written by `make kustomize` from the chart in deploy/helm; change it there.\n"
 
 Values = Mapping[str, Any]
-_ASCEND = {"image": {"repository": "registry.example.com/vllm-rfork-ascend"}}
 WORKERS: dict[str, Values] = {
     "cuda": {"workers.cuda": {}},
     "cuda-rdma": {"workers.cuda-rdma": {"rdma": {"enabled": True}}},
-    "ascend-a2": {"workers.ascend-a2": {"platform": "ascend-a2", "devices": 8, **_ASCEND}},
-    "ascend-a3": {"workers.ascend-a3": {"platform": "ascend-a3", "devices": 16, **_ASCEND}},
+    "ascend-a2": {"workers.ascend-a2": {"platform": "ascend-a2", "devices": 8}},
+    "ascend-a3": {"workers.ascend-a3": {"platform": "ascend-a3", "devices": 16}},
 }
 REDIS: Values = {"planner.store": "redis", "planner.replicas": 2}
 MONITORING: Values = {"monitoring.enabled": True}

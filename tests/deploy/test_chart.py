@@ -213,7 +213,8 @@ def test_workers_have_options_that_exist_and_every_planners_address(example: str
     scheme = "https" if "tls" in {each["name"] for each in planner["template"]["spec"]["volumes"]} else "http"
     for name, pod in worker_pods(example):
         told = {key: value for key, value in environment(pod).items() if key in ENVIRONMENT.values()}
-        told["RFORK_LABELS"] = told["RFORK_LABELS"].replace("$(NODE_NAME)", "node-7.example")
+        # A variable that the cluster does not fill is empty, and so its label is left out.
+        told["RFORK_LABELS"] = re.sub(r"\$\(\w+\)", "", told["RFORK_LABELS"].replace("$(NODE_NAME)", "node-7.example"))
         settings = parse_config(json.loads(option(pod, "model-loader-extra-config")), told).settings
         assert not settings.missing
         assert engine_order(settings.rfork_engine, "npu" if example.startswith("ascend") else "cuda")
@@ -287,6 +288,12 @@ def test_a_changed_setting_rolls_the_pods() -> None:
     assert before[worker] != after[worker]
 
 
+def test_a_new_version_of_the_chart_restarts_no_pod() -> None:
+    """A label with the version in a pod's template would, also where the image's tag is fixed."""
+    for _, pod in pods(rendered("redis")):
+        assert not [name for name in pod["metadata"]["labels"] if name.endswith(("/version", "/managed-by"))]
+
+
 def test_redis_has_every_write_on_disk_before_it_is_answered() -> None:
     box = container(named(rendered("redis"), "StatefulSet", f"{RELEASE}-rfork-redis")["spec"]["template"])
     words = box["args"][0].split()
@@ -317,16 +324,63 @@ def test_replicas_are_updated_and_drained_one_after_the_other() -> None:
     assert not of_kind(rendered("memory"), "PodDisruptionBudget")
 
 
+@pytest.mark.parametrize("example", NAMES)
+def test_a_slow_start_is_not_a_failed_rollout(example: str) -> None:
+    for each in of_kind(rendered(example), "Deployment"):
+        probe = container(each["spec"]["template"])["startupProbe"]
+        assert each["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def test_a_drain_of_nodes_leaves_a_seed() -> None:
+    def budgets(example: str, **values: Any) -> list[str]:
+        things = rendered(example, json.dumps(values))
+        found = of_kind(things, "PodDisruptionBudget")
+        assert all(len(chosen(things, each["spec"]["selector"]["matchLabels"])) == 1 for each in found)
+        return [each["metadata"]["name"] for each in found]
+
+    assert budgets("cuda-rdma") == [f"{RELEASE}-rfork-qwen"], "the other worker has one replica"
+    assert budgets("private-cluster") == [f"{RELEASE}-rfork-qwen"]
+    assert budgets("cuda", **{"workers.qwen.maxUnavailable": 0}) == []
+
+
+def test_an_autoscaler_alone_sets_the_number_of_replicas() -> None:
+    (scaled,) = of_kind(rendered("private-cluster"), "Deployment")
+    assert "replicas" not in scaled["spec"]
+    (fixed,) = of_kind(rendered("cuda"), "Deployment")
+    assert fixed["spec"]["replicas"] == 4
+
+
+def test_every_pod_has_what_a_private_cluster_demands() -> None:
+    found = dict(pods(rendered("private-cluster", json.dumps({"planner.store": "redis"}))))
+    assert len(found) == 3
+    for pod in found.values():
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "registry-internal"}]
+    worker = found[f"{RELEASE}-rfork-qwen"]
+    assert container(worker)["image"] == f"registry.internal/inference/vllm-rfork-cuda:{__version__}"
+    assert {name: worker["spec"][name] for name in ("runtimeClassName", "priorityClassName", "nodeSelector")} == {
+        "runtimeClassName": "nvidia",
+        "priorityClassName": "inference",
+        "nodeSelector": {"example.com/gpu": "h200"},
+    }
+    assert worker["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    planner = found[f"{RELEASE}-rfork-planner"]
+    assert planner["spec"]["priorityClassName"] == "infrastructure"
+    assert planner["metadata"]["annotations"]["example.com/team"] == "inference"
+
+
 def test_rdma_brings_the_nic_the_capability_and_ucx() -> None:
     for _, pod in worker_pods("cuda-rdma"):
         box = container(pod)
         assert box["resources"]["limits"]["nvidia.com/roce"] == 1
+        assert pod["metadata"]["annotations"]["k8s.v1.cni.cncf.io/networks"] == "roce-network"
         assert box["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"]}
         assert environment(pod)["UCX_NET_DEVICES"] == "mlx5_0:1,mlx5_1:1"
         assert environment(pod)["UCX_IB_GID_INDEX"] == "3"
         assert "hostPID" not in pod["spec"]
     ((_, pod),) = worker_pods("cuda")
-    assert pod["spec"]["hostPID"] is True
+    assert "hostPID" not in pod["spec"]
+    ((_, shared),) = worker_pods("cuda-host-pid")
+    assert shared["spec"]["hostPID"] is True
     assert "capabilities" not in container(pod)["securityContext"]
     assert "UCX_NET_DEVICES" not in environment(pod)
 
@@ -337,6 +391,9 @@ def test_ascend_pods_have_npus_and_the_addresses_of_their_network() -> None:
     mounted = {each["mountPath"] for each in container(a2)["volumeMounts"]}
     assert {"/usr/local/Ascend/driver", "/etc/hccn.conf"} <= mounted
     assert (a2["spec"]["hostNetwork"], a2["spec"]["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    # A pod with hostNetwork has its node's address, and no label that a policy could select it by.
+    policy = named(rendered("ascend-a2"), "NetworkPolicy", f"{RELEASE}-rfork-planner")["spec"]
+    assert {"ipBlock": {"cidr": "10.1.0.0/16"}} in policy["ingress"][0]["from"]
     ((_, a3),) = worker_pods("ascend-a3")
     assert container(a3)["resources"]["limits"]["huawei.com/Ascend910"] == 16
     assert not [each for each in a3["spec"]["volumes"] if "hostPath" in each]
@@ -363,6 +420,7 @@ def test_certificates_are_for_the_names_that_are_used() -> None:
     assert worker["usages"] == ["server auth", "client auth"]
     ((_, pod),) = worker_pods("tls")
     assert worker["dnsNames"] == [environment(pod)["RFORK_SEED_TLS_NAME"]]
+    assert environment(pod)["RFORK_SEED_TLS_CLIENT_CA_FILE"] == environment(pod)["RFORK_TLS_CA_FILE"]
     secrets = {node["secretName"] for _, each in pods(things) for node in walk(each) if "secretName" in node}
     assert {planner["secretName"], worker["secretName"]} <= secrets
     (endpoint,) = named(things, "ServiceMonitor", f"{RELEASE}-rfork-planner")["spec"]["endpoints"]
@@ -374,6 +432,13 @@ def test_monitors_scrape_ports_that_exist_with_the_token() -> None:
     things = rendered("monitoring")
     (endpoint,) = named(things, "ServiceMonitor", f"{RELEASE}-rfork-planner")["spec"]["endpoints"]
     assert endpoint["path"] == METRICS
+    (workers,) = named(things, "PodMonitor", f"{RELEASE}-rfork-workers")["spec"]["podMetricsEndpoints"]
+    ((_, pod),) = worker_pods("monitoring")
+    config = json.loads(option(pod, "model-loader-extra-config"))
+    added = {each["targetLabel"]: each["sourceLabels"] for each in workers["relabelings"]}
+    for label, key in (("model", "model_url"), ("strategy", "model_deploy_strategy_name")):
+        assert added[label] == [f"__meta_kubernetes_pod_annotation_rfork_{label}"]
+        assert pod["metadata"]["annotations"][f"rfork/{label}"] == config[key]
     assert endpoint["authorization"]["credentials"]["key"] == "scrape-token"
     rule = named(things, "PrometheusRule", f"{RELEASE}-rfork")
     assert rule["metadata"]["labels"]["release"] == "prometheus"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -21,34 +22,58 @@ from tests.deploy.rendering import (
 )
 from tests.deploy.tools import run, tool
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a misspelt value": ({"planner.replica": 2}, "replica"),
-    "a misspelt value of a worker": ({"workers": {"q": {"replica": 2}}}, "replica"),
-    "an unknown store": ({"planner.store": "etcd"}, "store"),
-    "an unknown platform": ({"workers": {"q": {"platform": "tpu"}}}, "platform"),
-    "a worker's name that no object can have": ({"workers": {"Q_1": {}}}, "Q_1"),
-    "replicas without a shared store": ({"planner.replicas": 2}, "needs planner.store redis"),
-    "tls without an issuer": ({"tls.enabled": True}, "issuerRef"),
-    "an unquoted off, which is false in YAML": ({"tls.seeds": False}, "seeds"),
-    "a Redis without an address": ({"planner.store": "redis", "redis.enabled": False}, "redis.urlSecret.name"),
-    "a token in the options": ({"workers": {"q": {"options": {"rfork_token": "x"}}}}, "a token in options"),
-    "an option of the chart": (
-        {"workers": {"q": {"options": {"rfork_scheduler_url": "x"}}}},
-        "rfork_scheduler_url is set",
+#: Values that the schema rejects, each with the place and a word of the reason that Helm reports: all in one rendering.
+WRONG: dict[str, tuple[str, Any, str, str]] = {
+    "a misspelt value": ("planner.replica", 2, "/planner", "replica"),
+    "a misspelt value of a worker": ("workers.a.replica", 2, "/workers/a", "replica"),
+    "an unknown store": ("planner.store", "etcd", "/planner/store", "memory"),
+    "an unknown platform": ("workers.a.platform", "tpu", "/workers/a/platform", "ascend-a2"),
+    "a worker's name that no object can have": ("workers.Q_1", {}, "", "Q_1"),
+    "tls without an issuer": ("tls.enabled", True, "/tls/issuerRef/name", "minLength"),
+    "an unquoted off, which is false in YAML": ("tls.seeds", False, "/tls/seeds", "require"),
+    "an argument of the chart": ("workers.a.args", ["--load-format=auto"], "/workers/a/args/0", "not"),
+    "a variable of the chart": ("workers.a.env", [{"name": "RFORK_TOKEN"}], "/workers/a/env/0/name", "not"),
+    "labels that the worker would reject": ("workers.a.labels", "rack", "/workers/a/labels", "pattern"),
+    "a quantity that is none": ("workers.a.shm", "lots", "/workers/a/shm", "pattern"),
+    "one node as several": (
+        "workers.a.multiNode",
+        {"enabled": True, "size": 1},
+        "/workers/a/multiNode/size",
+        "minimum",
     ),
-    "an argument of the chart": ({"workers": {"q": {"args": ["--load-format=auto"]}}}, "args"),
-    "labels that the worker would reject": ({"workers": {"q": {"labels": "rack"}}}, "labels"),
-    "a setting of the chart": ({"planner.settings.host": "::"}, "planner.settings.host is set by the chart"),
-    "client certificates, which probes do not have": ({"planner.settings.tls_client_ca": "/ca"}, "tls_client_ca"),
-    "rdma for NPUs": ({"workers": {"q": {"platform": "ascend-a2", "rdma": {"enabled": True}}}}, "hccn.conf"),
-    "a quantity that is none": ({"workers": {"q": {"shm": "lots"}}}, "shm"),
-    "one node as several": ({"workers": {"q": {"multiNode": {"enabled": True, "size": 1}}}}, "size"),
+    "a peer that admits everybody": (
+        "networkPolicy.plannerFrom",
+        [{}],
+        "/networkPolicy/plannerFrom/0",
+        "minProperties",
+    ),
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_value_is_refused(what: str) -> None:
-    values, named = WRONG[what]
+def test_a_wrong_value_is_refused_by_the_schema() -> None:
+    errors = refused(**{name: value for name, value, _, _ in WRONG.values()})
+    found = re.findall(r"- at '([^']*)': (.+)$", errors, re.MULTILINE)
+    for what, (_, _, place, reason) in WRONG.items():
+        assert [text for at, text in found if at == place and reason in text], f"{what} at {place}: {errors}"
+
+
+#: Values that do not fit each other → a part of the error, which says what to do.
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "replicas without a shared store": ({"planner.replicas": 2}, "needs planner.store redis"),
+    "a Redis without an address": ({"planner.store": "redis", "redis.enabled": False}, "redis.urlSecret.name"),
+    "a token in the options": ({"workers.a.options.rfork_token": "x"}, "a token in options"),
+    "an option of the chart": ({"workers.a.options.rfork_scheduler_url": "x"}, "rfork_scheduler_url is set"),
+    "a setting of the chart": ({"planner.settings.port": 80}, "planner.settings.port is set by the chart"),
+    "client certificates, which probes do not have": ({"planner.settings.tls_client_ca": "/ca"}, "tls_client_ca"),
+    "rdma for NPUs": ({"workers.a": {"platform": "ascend-a2", "rdma": {"enabled": True}}}, "hccn.conf"),
+    "a worker that the planner's policy rejects": ({"workers.a.hostNetwork": True}, "networkPolicy.plannerFrom"),
+    "caches of code without TLS": ({"workers.a.options.rfork_caches": "code"}, "tls.seeds=require"),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_values_that_contradict_each_other_are_refused(what: str) -> None:
+    values, named = CONTRADICTIONS[what]
     assert named in refused(**values)
 
 
@@ -81,7 +106,7 @@ def test_large_numbers_stay_integers() -> None:
 def test_a_worker_has_the_defaults_that_it_does_not_set() -> None:
     found = dict(pods(rendered("cuda-rdma")))
     assert set(found) == {f"{RELEASE}-rfork-{each}" for each in ("planner", "qwen", "draft")}
-    assert environment(found[f"{RELEASE}-rfork-qwen"])["RFORK_LABELS"] == "host=$(NODE_NAME),rack=r7,zone=z1"
+    assert environment(found[f"{RELEASE}-rfork-qwen"])["RFORK_LABELS"] == "host=$(NODE_NAME),rack=r7,zone=$(ZONE)"
     assert container(found[f"{RELEASE}-rfork-draft"])["args"][0] == "/models/draft"
 
 
@@ -92,28 +117,37 @@ def test_without_a_token_no_secret_is_mounted() -> None:
         assert "RFORK_TOKEN_FILE" not in environment(pod)
 
 
-NOTES: dict[str, tuple[tuple[str, ...], str]] = {
-    "the Secret that has to exist": ((), "create secret generic -n prod rfork-token"),
-    "the arguments of a worker elsewhere": ((), "vllm serve MODEL --load-format rfork"),
-    "a planner without a token": (("--set", "auth.enabled=false"), "WARNING: auth.enabled is false"),
-    "the password of Redis": (("--values", "redis"), "create secret generic -n prod rfork-redis"),
-    "the address of a worker": (("--values", "cuda"), "http://fleet-rfork-qwen.prod.svc:8000/v1"),
-    "shared pids": (("--values", "cuda"), "hostPID is on"),
-    "the host's network": (("--values", "ascend-a2"), "hostNetwork is on"),
-    "seeds that may use http": (("--values", "tls", "--set", "tls.seeds=prefer"), "WARNING: tls.seeds is prefer"),
-    "a token that crosses the network readable": (("--values", "cuda"), "TLS is off"),
+#: Arguments of Helm → what the notes must name.
+NOTES: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): (
+        "create secret generic -n prod rfork-token",
+        "vllm serve MODEL --load-format rfork",
+        "networkPolicy.workerNamespaces",
+        "WARNING: imageRegistry is an example",
+    ),
+    ("--set", "auth.enabled=false"): ("WARNING: auth.enabled is false",),
+    ("--values", "redis"): ("create secret generic -n prod rfork-redis",),
+    ("--values", "cuda-host-pid"): (
+        "http://fleet-rfork-qwen.prod.svc:8000/v1",
+        "kubectl exec -n prod deploy/fleet-rfork-qwen -- vllm-rfork seeds",
+        "hostPID is on",
+        "TLS is off",
+    ),
+    ("--values", "ascend-a2"): ("hostNetwork is on",),
+    ("--values", "multi-node"): ("kubectl exec -n prod pod/fleet-rfork-large-0 -- vllm-rfork seeds",),
+    ("--set", "tls.enabled=true,tls.issuerRef.name=ca,tls.seeds=prefer"): ("WARNING: tls.seeds is prefer",),
 }
 
 EXAMPLE_NAMES = {each.stem for each in EXAMPLES}
 
 
-@pytest.mark.parametrize("what", NOTES)
-def test_the_notes_name(what: str) -> None:
-    arguments, text = NOTES[what]
+@pytest.mark.parametrize("arguments", NOTES, ids=" ".join)
+def test_the_notes_name_what_to_do_next(arguments: tuple[str, ...]) -> None:
     given = [str(CHART / "ci" / f"{each}.yaml") if each in EXAMPLE_NAMES else each for each in arguments]
     done = run(tool("helm"), "install", RELEASE, CHART, "--namespace", NAMESPACE, "--dry-run=client", *given)
     assert done.returncode == 0, done.stderr
-    assert text in done.stdout.partition("NOTES:")[2]
+    notes = done.stdout.partition("NOTES:")[2]
+    assert [each for each in NOTES[arguments] if each not in notes] == []
 
 
 def test_the_settings_of_an_unknown_name_reach_the_planner_that_rejects_them() -> None:

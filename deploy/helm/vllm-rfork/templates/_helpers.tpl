@@ -1,5 +1,7 @@
 {{- define "rfork.fullname" -}}
-{{- if contains .Chart.Name .Release.Name -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else if contains .Chart.Name .Release.Name -}}
 {{- .Release.Name | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
 {{- printf "%s-rfork" .Release.Name | trunc 40 | trimSuffix "-" -}}
@@ -17,16 +19,40 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
-{{- define "rfork.labels" -}}
+{{/* Labels of pods: without the version, so that a new chart does not restart workers whose image is the same. */}}
+{{- define "rfork.podLabels" -}}
 {{ include "rfork.selector" . }}
 app.kubernetes.io/part-of: rfork
+{{- end -}}
+
+{{- define "rfork.labels" -}}
+{{ include "rfork.podLabels" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end -}}
 
-{{/* An image's reference. Argument: a dict with root and image. */}}
+{{/* An image's reference. Argument: a dict with root, image, the name of the repository, and the end of the tag. */}}
 {{- define "rfork.image" -}}
-{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
+{{ .image.repository | default (printf "%s/%s" .root.Values.imageRegistry .name) }}:{{ .image.tag | default (printf "%s%s" .root.Chart.AppVersion .variant) }}
+{{- end -}}
+
+{{/* Fields of every pod. */}}
+{{- define "rfork.podSpec" -}}
+automountServiceAccountToken: false
+# A Service named rfork-planner would set RFORK_PLANNER_PORT in all containers of the namespace.
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Where pods run, if it is configured. */}}
+{{- define "rfork.scheduling" -}}
+{{- range $name := list "runtimeClassName" "schedulerName" "priorityClassName" "nodeSelector" "tolerations" "affinity" }}
+{{- with get $ $name }}
+{{ $name }}:{{ if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* The addresses of all replicas: workers use the one that answers. */}}
@@ -54,7 +80,8 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- fail "planner.settings has neither store (use planner.store) nor tls_client_ca (the probes have no certificate)" -}}
 {{- end -}}
 {{- $all := merge $own .Values.planner.settings -}}
-{{- range $name := keys $all | sortAlpha }}
+{{- range $number, $name := keys $all | sortAlpha -}}
+{{- if $number }}{{ "\n" }}{{ end -}}
 RFORK_PLANNER_{{ upper $name }}: {{ get $all $name | toJson | trimAll "\"" | quote }}
 {{- end -}}
 {{- end -}}

@@ -8,12 +8,31 @@
 {{- $pods := ternary (int $worker.multiNode.size) 1 $worker.multiNode.enabled -}}
 {{- $_ := set $worker "tensorParallel" (int $worker.tensorParallel | default (mul $pods (int $worker.devices))) -}}
 {{- $_ := set $worker "strategy" ($worker.strategy | default .name) -}}
+{{- $_ := set $worker.model "identity" ($worker.model.identity | default $worker.model.path) -}}
+{{- $image := dict "root" .root "image" $worker.image "variant" (ternary "-a3" "" (eq $worker.platform "ascend-a3")) -}}
+{{- $_ := set $image "name" (ternary "vllm-rfork-ascend" "vllm-rfork-cuda" $worker.ascendDevices) -}}
+{{- $_ := set $worker "imageReference" (include "rfork.image" $image) -}}
 {{- toYaml $worker -}}
+{{- end -}}
+
+{{/* Fails for values that would not work together. Argument: a dict with root, name, worker. */}}
+{{- define "rfork.checkWorker" -}}
+{{- $tls := .root.Values.tls -}}
+{{- $policy := .root.Values.networkPolicy -}}
+{{- if and .worker.ascendDevices .worker.rdma.enabled -}}
+{{- fail (printf "workers.%s: rdma is for cuda; NPUs reach each other by their own network (hccn.conf)" .name) -}}
+{{- end -}}
+{{- if and .worker.hostNetwork $policy.enabled (not $policy.plannerFrom) -}}
+{{- fail (printf "workers.%s: hostNetwork gives pods their node's address, which the planner's NetworkPolicy rejects: set networkPolicy.plannerFrom to the nodes' ipBlock" .name) -}}
+{{- end -}}
+{{- if and (eq (get .worker.options "rfork_caches" | toString) "code") (not (and $tls.enabled (eq $tls.seeds "require"))) -}}
+{{- fail (printf "workers.%s: rfork_caches=code needs tls.enabled and tls.seeds=require, otherwise workers take no code" .name) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The JSON for --model-loader-extra-config. In the pod's template, so a change of an option rolls the pods. */}}
 {{- define "rfork.workerOptions" -}}
-{{- $own := dict "model_url" (.worker.model.identity | default .worker.model.path) -}}
+{{- $own := dict "model_url" .worker.model.identity -}}
 {{- $_ := set $own "model_deploy_strategy_name" .worker.strategy -}}
 {{- with .worker.seedPort -}}{{- $_ := set $own "rfork_seed_port_base" (int .) -}}{{- end -}}
 {{- range $name := append (keys $own | sortAlpha) "rfork_scheduler_url" -}}
@@ -32,12 +51,18 @@
 {{- $root := .root -}}
 metadata:
   labels:
-    {{- include "rfork.labels" .labels | nindent 4 }}
+    {{- include "rfork.podLabels" .labels | nindent 4 }}
     rfork/worker: "true"
     rfork/api: {{ ne .role "follower" | quote }}
+  annotations:
+    # Labels that the PodMonitor adds to this pod's metrics
+    rfork/model: {{ $worker.model.identity | quote }}
+    rfork/strategy: {{ $worker.strategy | quote }}
+    {{- with $worker.annotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 spec:
-  automountServiceAccountToken: false
-  enableServiceLinks: false
+  {{- include "rfork.podSpec" $root | nindent 2 }}
   terminationGracePeriodSeconds: {{ $worker.terminationSeconds }}
   {{- if $worker.hostPID }}
   # One pid namespace for the node, so that NIXL can read the memory of another pod without RDMA.
@@ -50,7 +75,7 @@ spec:
   {{- end }}
   containers:
     - name: vllm
-      image: {{ include "rfork.image" (dict "root" $root "image" $worker.image) }}
+      image: {{ $worker.imageReference }}
       imagePullPolicy: {{ $worker.image.pullPolicy }}
       # The first instance loads from storage, all later ones fork; the command is the same.
       command: [vllm, serve]
@@ -77,6 +102,9 @@ spec:
         - name: NODE_NAME
           valueFrom:
             fieldRef: {fieldPath: spec.nodeName}
+        {{- with $worker.env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
         - name: RFORK_LABELS
           value: host=$(NODE_NAME){{ with $worker.labels }},{{ . }}{{ end }}
         - name: RFORK_SCHEDULER_URL
@@ -96,6 +124,9 @@ spec:
         - {name: RFORK_TLS_KEY_FILE, value: /etc/rfork-tls/tls.key}
         - {name: RFORK_SEED_TLS, value: {{ $root.Values.tls.seeds | quote }}}
         - {name: RFORK_SEED_TLS_NAME, value: {{ $root.Values.tls.workerName }}}
+        {{- if eq $root.Values.tls.seeds "require" }}
+        - {name: RFORK_SEED_TLS_CLIENT_CA_FILE, value: /etc/rfork-tls/ca.crt}
+        {{- end }}
         {{- end }}
         {{- with $worker.rdma }}
         {{- if .enabled }}
@@ -106,9 +137,6 @@ spec:
         - {name: {{ $variable }}, value: {{ $value | toString | quote }}}
         {{- end }}
         {{- end }}
-        {{- end }}
-        {{- with $worker.env }}
-        {{- toYaml . | nindent 8 }}
         {{- end }}
       {{- if ne .role "follower" }}
       ports:
@@ -182,14 +210,8 @@ spec:
     {{- with $worker.volumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with $worker.nodeSelector }}
-  nodeSelector: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $worker.tolerations }}
-  tolerations: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $worker.affinity }}
-  affinity: {{- toYaml . | nindent 4 }}
+  {{- with include "rfork.scheduling" $worker | trim }}
+  {{- nindent 2 . }}
   {{- end }}
 {{- end -}}
 
