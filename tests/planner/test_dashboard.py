@@ -17,7 +17,7 @@ import pytest
 from tests.planner.test_api import SECRET, SEED, bearer, planner
 from vllm_rfork import messages
 from vllm_rfork.planner.http import dashboard
-from vllm_rfork.planner.http.dashboard import OverviewCache, RateLimited
+from vllm_rfork.planner.http.dashboard import OverviewCache, RateLimited, View
 from vllm_rfork.planner.store.errors import StoreUnavailable
 
 # --- the calls -------------------------------------------------------------------------------------------------------
@@ -156,19 +156,19 @@ class Kitchen:
         self.gate.set()
         self.overviews = OverviewCache(self.make, lambda: self.now, self.sleep)
 
-    async def make(self, key: str | None) -> bytes:
+    async def make(self, view: View) -> bytes:
         await self.gate.wait()
-        self.made.append((self.now, key))
+        self.made.append((self.now, view.key))
         self.now += self.cost_s
         if self.failing:
             raise StoreUnavailable("away")
-        return f"{key} {len(self.made)}".encode()
+        return f"{view.key} {len(self.made)}".encode()
 
     async def sleep(self, seconds: float) -> None:
         self.now += seconds
 
     async def ask(self, key: str | None = None) -> str:
-        return gzip.decompress(await self.overviews.get(key)).decode()
+        return gzip.decompress(await self.overviews.get(View(key))).decode()
 
 
 async def test_all_who_look_share_one_overview_a_second() -> None:

@@ -98,6 +98,8 @@ def headers_in(function: Any) -> set[str]:
             "CACHES",
             "MODEL",
             "STRATEGY",
+            "PARENT",
+            "DIFFERS",
         },
         "ask": {"SEED_KEY", "FINGERPRINT", "TICKET", "WAIT_SEC", "EXCLUDE", "LABELS", "INTENT", "MODEL", "STRATEGY"},
         "key_names": {"MODEL", "STRATEGY"},

@@ -146,6 +146,11 @@ LANE = "RFORK-LANE"
 CACHES = "RFORK-CACHES"
 #: ``rfork_drain``: 1 ends a drain.
 UNDO = "RFORK-UNDO"
+#: ``add_seed``: the seed that this one's weights were forked from, as ``ip:port:rank``.
+PARENT = "RFORK-PARENT"
+#: ``add_seed``: the facts in which this worker and seeds of its key with other fingerprints differ, as text for people.
+DIFFERS = "RFORK-DIFFERS"
+MAX_DIFFERS_LENGTH = 1000
 #: Presence: the client reads an answer that comes in pieces, so the planner may keep the request by sending bytes.
 STREAM = "RFORK-STREAM"
 

@@ -61,6 +61,7 @@ class Api:
             metrics=metrics,
             is_ready=lambda: self.ready,
             load=lambda: (len(queue), len(presence)),
+            takes_orders=lambda: tokens.required,
         )
         self.routes: dict[str, dict[str, Handler]] = {
             messages.ADD_SEED: {"POST": calls.add_seed},

@@ -16,6 +16,9 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
+
+from vllm_rfork.planner.store.key_use import KeyNames
 
 #: Entries of each list on the page.
 LIMIT = 100
@@ -29,10 +32,18 @@ COOLDOWN_FACTOR = 20.0
 MAX_COOLDOWN_S = 10.0
 #: Answers a second to all callers together; more are refused.
 ANSWERS_PER_S = 40.0
-#: Selections of a key that are cached.
+#: Views that are cached.
 MAX_VIEWS = 16
 
 _FOLDER = "page"
+
+
+class View(NamedTuple):
+    """The part of the fleet that a page shows: all of it, one ``key``, one model, or what contains ``find``."""
+
+    key: str | None = None
+    names: KeyNames | None = None
+    find: str = ""
 
 
 class RateLimited(Exception):
@@ -92,7 +103,7 @@ def _digest(text: str) -> str:
 
 
 class OverviewCache:
-    """One overview of each ``key`` (None: all keys), shared by all who ask for it.
+    """One overview of each view, shared by all who ask for it.
 
     Args:
         make: one overview, encoded.
@@ -102,56 +113,56 @@ class OverviewCache:
 
     def __init__(
         self,
-        make: Callable[[str | None], Awaitable[bytes]],
+        make: Callable[[View], Awaitable[bytes]],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._make = make
         self._clock = clock
         self._sleep = sleep
-        self._answers: OrderedDict[str | None, tuple[float, bytes]] = OrderedDict()
-        self._making: dict[str | None, asyncio.Task[bytes]] = {}
+        self._answers: OrderedDict[View, tuple[float, bytes]] = OrderedDict()
+        self._making: dict[View, asyncio.Task[bytes]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._pause_until = 0.0
         self._allowance = ANSWERS_PER_S
         self._counted_at = clock()
 
-    async def get(self, key: str | None) -> bytes:
+    async def get(self, view: View) -> bytes:
         """Return the overview, compressed; not older than it takes to make one and to pause after it.
 
         Raises:
-            RateLimited: too many callers ask, or for too many different keys.
+            RateLimited: too many callers ask, or for too many different views.
             StoreUnavailable: the store is unavailable.
         """
         self._count()
-        known = self._answers.get(key)
+        known = self._answers.get(view)
         if known is not None and self._clock() - known[0] < FRESH_S:
             return known[1]
-        task = self._making.get(key)
+        task = self._making.get(view)
         if task is None:
             if len(self._making) >= MAX_VIEWS:
-                raise RateLimited("too many different keys are asked for")
-            task = self._making[key] = asyncio.get_running_loop().create_task(self._make_one(key))
-            task.add_done_callback(lambda done: self._made(key, done))
+                raise RateLimited("too many different keys or searches are asked for")
+            task = self._making[view] = asyncio.get_running_loop().create_task(self._make_one(view))
+            task.add_done_callback(lambda done: self._made(view, done))
         # A caller that hangs up must not cancel it for the others.
         return await asyncio.shield(task)
 
-    def _made(self, key: str | None, done: asyncio.Task[bytes]) -> None:
-        del self._making[key]
+    def _made(self, view: View, done: asyncio.Task[bytes]) -> None:
+        del self._making[view]
         if not done.cancelled():
             done.exception()  # fetched, even if everybody who waited has hung up
 
-    async def _make_one(self, key: str | None) -> bytes:
+    async def _make_one(self, view: View) -> bytes:
         async with self._one_at_a_time:
             await self._sleep(max(0.0, min(self._pause_until - self._clock(), MAX_COOLDOWN_S)))
             started_at = self._clock()
             try:
-                body = gzip.compress(await self._make(key), 3)
+                body = gzip.compress(await self._make(view), 3)
             finally:
                 ended_at = self._clock()
                 self._pause_until = ended_at + COOLDOWN_FACTOR * (ended_at - started_at)
-        self._answers[key] = (ended_at, body)
-        self._answers.move_to_end(key)
+        self._answers[view] = (ended_at, body)
+        self._answers.move_to_end(view)
         while len(self._answers) > MAX_VIEWS:
             self._answers.popitem(last=False)
         return body

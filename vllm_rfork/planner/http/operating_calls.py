@@ -15,6 +15,7 @@ from aiohttp import web
 from vllm_rfork import __version__, messages
 from vllm_rfork.messages import header
 from vllm_rfork.planner.http import dashboard, valid_json
+from vllm_rfork.planner.http.dashboard import View
 from vllm_rfork.planner.http.refused import Refused
 from vllm_rfork.planner.http.request_headers import seed_key
 from vllm_rfork.planner.http.streamed import json_chunks
@@ -22,11 +23,14 @@ from vllm_rfork.planner.metrics import Metrics
 from vllm_rfork.planner.settings import Settings
 from vllm_rfork.planner.store.base import Store
 from vllm_rfork.planner.store.errors import StoreUnavailable
+from vllm_rfork.planner.store.key_use import KeyNames
 
 logger = logging.getLogger(__name__)
 
 #: Largest number of entries that may be asked for.
 MAX_SNAPSHOT = 100_000
+#: Maximum length of a text that is searched for, and of the whole query, in characters.
+MAX_FIND, MAX_QUERY = 200, 4096
 #: Snapshots that are being read at once.
 MAX_SNAPSHOTS = 4
 
@@ -37,6 +41,7 @@ class OperatingCalls:
     Args:
         is_ready: whether the planner accepts requests.
         load: the number of waiting requests and of presence connections.
+        takes_orders: whether operators' calls are accepted.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class OperatingCalls:
         metrics: Metrics,
         is_ready: Callable[[], bool],
         load: Callable[[], tuple[int, int]],
+        takes_orders: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._store = store
         self._metrics = metrics
         self._is_ready = is_ready
         self._load = load
+        self._takes_orders = takes_orders
         self._page = dashboard.load_page()
         self._openapi = resources.files(__package__).joinpath("openapi.json").read_bytes()
         self._overviews = dashboard.OverviewCache(self._overview)
@@ -115,18 +122,23 @@ class OperatingCalls:
         return _zipped(request, self._page.body, self._page.headers)
 
     async def dashboard_data(self, request: web.BaseRequest) -> web.Response:
-        """Return the data of the page: the fleet, or one key of it."""
-        key = None
+        """Return the data of the page: the fleet, one key or one model of it, or what contains a text."""
+        key = names = None
         if header(request.headers, messages.SEED_KEY) is not None:
             key = seed_key(request.headers, self._settings.max_key_length)
+        if "model" in request.query:
+            names = KeyNames(request.query["model"], request.query.get("strategy", ""))
+        find = request.query.get("find", "").strip()
+        if len(find) > MAX_FIND or len(request.query_string) > MAX_QUERY:
+            raise Refused(400, f"the parameter find has more than {MAX_FIND} characters, or the query is too long")
         try:
-            body = await self._overviews.get(key)
+            body = await self._overviews.get(View(key, names, find))
         except dashboard.RateLimited as error:
             raise Refused(429, str(error), {"Retry-After": "5"}) from error
         headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         return _zipped(request, body, {**headers, "Content-Encoding": "gzip"})
 
-    async def _overview(self, key: str | None) -> bytes:
+    async def _overview(self, view: View) -> bytes:
         waiting, present = self._load()
         planner: dict[str, Any] = {
             "version": __version__,
@@ -139,9 +151,11 @@ class OperatingCalls:
             "presence_connections": present,
             "every_s": dashboard.EVERY_S,
             "limit": dashboard.LIMIT,
+            "takes_orders": self._takes_orders(),
         }
-        shown = await self._store.overview(key=key, limit=dashboard.LIMIT)
-        return valid_json.encode({"planner": planner, "key": key, **shown})
+        shown = await self._store.overview(key=view.key, names=view.names, find=view.find, limit=dashboard.LIMIT)
+        asked = {"key": view.key, "view_model": view.names and view.names._asdict(), "find": view.find}
+        return valid_json.encode({"planner": planner, **asked, **shown})
 
 
 def _json(data: object) -> web.Response:

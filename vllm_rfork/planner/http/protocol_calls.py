@@ -153,7 +153,7 @@ class ProtocolCalls:
             raise BadMessage(f"missing header {messages.INTENT}")
         ttl_s = read.intent_ttl_s(headers, self._settings.intent_ttl_sec)
         fingerprint, names = read.text(headers, messages.FINGERPRINT), read.key_names(headers)
-        await self._store.intend(key, intent, fingerprint, ttl_s, names=names)
+        await self._store.intend(key, intent, fingerprint, ttl_s, names=names, address=request.remote or "")
         return web.Response(text="ok\n")
 
 

@@ -79,7 +79,17 @@ def announcement(headers: Mapping[str, str], settings: Settings) -> Announcement
         known_state=text(headers, messages.STATE),
         caches=_caches(headers),
         names=key_names(headers),
+        parent=_parent(headers),
+        differs=messages.decode_text(header(headers, messages.DIFFERS) or "")[: messages.MAX_DIFFERS_LENGTH],
     )
+
+
+def _parent(headers: Mapping[str, str]) -> str:
+    """Return the seed that the header names; empty if it names none. It is for people: a wrong one refuses no seed."""
+    try:
+        return str(canonical(messages.parse_seed_address(header(headers, messages.PARENT) or "")))
+    except BadMessage:
+        return ""
 
 
 def key_names(headers: Mapping[str, str]) -> KeyNames:

@@ -33,8 +33,8 @@ class Rules:
         recovery_hold_s: how long no seed is granted after a start without state.
         presence_grace_s: how soon a seed must send its next presence request after the answer to one.
         presence_takeover_s: the same after another replica took over, since connections ended with the one before.
-        return_s: for this long after its connection broke, waiting receivers count on a seed's return, and heartbeats
-            do not end its absence: the process may have sent them before it died.
+        return_s: for this long after its connection broke, receivers wait for a seed's return, and heartbeats do not
+            end its absence: the process may have sent them before it died.
         failures: distinct receivers whose forks fail in a row before a seed is quarantined.
     """
 
@@ -73,13 +73,13 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """A seed announces itself with ``add_seed``.
+    """A seed announces itself with ``add_seed``. ``slots`` None: the fleet's default.
 
     Attributes:
-        slots: None: the fleet's default.
         known_state: the state id that the planner last sent to this seed. If it is not the present one, the planner has
             lost its state, and the seed may have leases that are unknown now.
         caches: what the seed's own start took from the caches of another seed; None before its warm-up.
+        parent, differs: the seed that it was forked from, and its differences to others; for people.
     """
 
     key: str
@@ -92,15 +92,16 @@ class Announcement:
     known_state: str = ""
     caches: CacheResults | None = None
     names: KeyNames = UNNAMED
+    parent: str = ""
+    differs: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """A receiver asks for a seed with ``get_seed``.
+    """A receiver asks for a seed with ``get_seed``, and waits for one for up to ``wait_s``.
 
     Attributes:
         receiver: its address, for people.
-        wait_s: how long it waits.
         ticket: unique; its name in the queue.
         intent: its id as a pending loader, if it loads from storage when there is nothing to wait for.
         keeps: the ticket is the receiver's own. It asks again with it, and gets the same answer again.
@@ -176,11 +177,10 @@ class Missed:
 
 @dataclass(frozen=True)
 class Queued:
-    """The receiver is in the queue of its key under ``ticket``.
+    """The receiver is in the queue of its key under ``ticket``, for ``left_s`` more seconds.
 
     Attributes:
         place: for one that keeps its ticket, what it is answered.
-        left_s: seconds until its wait is over.
         parked: it is served only once it has asked again.
     """
 
@@ -360,7 +360,9 @@ class Store(abc.ABC):
         """End a lease. Raises :class:`UnknownLease`."""
 
     @abc.abstractmethod
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
+    async def intend(
+        self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED, address: str = ""
+    ) -> None:
         """Record for ``ttl_s`` that a worker loads ``key`` from storage; 0 forgets it. Raises LimitReached."""
 
     @abc.abstractmethod
@@ -389,9 +391,10 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
+    async def overview(
+        self, *, key: str | None = None, names: KeyNames | None = None, find: str = "", limit: int = 100
+    ) -> dict[str, Any]:
         """Return the data of the dashboard, in the form that ``planner/store/overview.py`` describes.
 
-        Its cost grows with the number of keys and with ``limit``, but not with the number of seeds, leases or waiters.
-        Keys are counted some at a time, with other calls in between: this is not one decision.
+        Of one ``key``, all keys with ``names``, or what contains ``find``. Other calls have their turn meanwhile.
         """

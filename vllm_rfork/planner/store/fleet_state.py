@@ -93,6 +93,8 @@ class FleetState:
             slots=self.slots(new),
             labels=new.labels,
             epoch=new.epoch,
+            parent=new.parent,
+            differs=new.differs,
             first_seen=self.now,
             seen_at=self.now,
             turn=self.next_number(),
@@ -111,7 +113,7 @@ class FleetState:
     def update_seed(self, seed: Seed, new: Announcement) -> None:
         """Apply a heartbeat to a seed that is still the same."""
         key_state = self.keys[seed.key]
-        seed.epoch = new.epoch or seed.epoch
+        seed.epoch, seed.parent, seed.differs = new.epoch or seed.epoch, new.parent or seed.parent, new.differs
         if seed.labels != new.labels or seed.slots != self.slots(new):
             # Indexes and sums depend on these: remove the seed and add it again.
             key_state.remove(seed)
@@ -235,21 +237,29 @@ class FleetState:
             self.keys[waiter.ask.key].dequeue(waiter)
         self.keys_to_prune.add(waiter.ask.key)
 
-    def add_intent(self, key: str, intent: str, fingerprint: str, ttl_s: float, since: float | None = None) -> bool:
-        """Record an intent that began now or at ``since``, or renew it; False if a limit forbids it."""
-        since = self.now if since is None else since
+    def add_intent(self, new: Intent) -> bool:
+        """Record an intent, or renew it; False if a limit forbids it."""
+        key, intent = new.key, new.intent
         if ("intent", key, intent) in self.due:
-            if self.keys[key].intents[intent] == fingerprint:
-                self.intents[_intent(key, intent)].ttl_s = ttl_s
-                self.due.set(("intent", key, intent), self.now + ttl_s)
+            if self.keys[key].intents[intent] == new.fingerprint:
+                self.intents[_intent(key, intent)].ttl_s = new.ttl_s
+                self.due.set(("intent", key, intent), self.now + new.ttl_s)
                 return True
             self.drop_intent(key, intent)
         elif len(self.intents) >= self.rules.max_intents or not self.has_room_for(key):
             return False
-        self.key_state(key).add_intent(intent, fingerprint, since)
-        self.intents[_intent(key, intent)] = Intent(key, intent, fingerprint, ttl_s, since)
-        self.due.set(("intent", key, intent), self.now + ttl_s)
+        self.key_state(key).add_intent(intent, new.fingerprint, new.since)
+        self.intents[_intent(key, intent)] = new
+        self.due.set(("intent", key, intent), self.now + new.ttl_s)
         return True
+
+    def has_intent(self, key: str, intent: str) -> bool:
+        """Return whether a pending loader is known."""
+        return _intent(key, intent) in self.intents
+
+    def intent(self, key: str, intent: str) -> Intent:
+        """Return the record of a pending loader, which must be known."""
+        return self.intents[_intent(key, intent)]
 
     def drop_intent(self, key: str, intent: str) -> None:
         """Forget an intent, if it is known."""

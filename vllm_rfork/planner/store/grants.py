@@ -7,10 +7,10 @@ from typing import Any
 from vllm_rfork.planner.store import misses
 from vllm_rfork.planner.store.base import Ask, Event, Granted, Missed, Outcome, Released, Store
 from vllm_rfork.planner.store.fleet_state import FleetState
+from vllm_rfork.planner.store.history import History, PastFork
 from vllm_rfork.planner.store.kept_keys import times_of, use_of
 from vllm_rfork.planner.store.quarantine import record_outcome
-from vllm_rfork.planner.store.records import Lease, Seed, Waiter
-from vllm_rfork.planner.store.snapshot import History, PastFork
+from vllm_rfork.planner.store.records import Intent, Lease, Place, Seed, Waiter
 
 #: Seeds that one decision drops because they are stale; the next ones drop the others.
 STALE_BATCH = 500
@@ -62,6 +62,7 @@ class Grants:
             ask.ticket if ask.keeps else "",
             not ask.keeps,
             ask.intent,
+            ask.labels.get("pod", ""),
         )
         fleet.add_lease(lease)
         seed.turn = fleet.next_number()
@@ -73,7 +74,8 @@ class Grants:
         """Send the receiver of ``ask`` to storage, and record its intent."""
         fleet, ttl_s = self._fleet, self._rules.intent_ttl_of(ask)
         use_of(fleet, ask.key).loaded += 1
-        recorded = bool(ask.intent) and fleet.add_intent(ask.key, ask.intent, ask.fingerprint, ttl_s)
+        intent = Intent(ask.key, ask.intent, ask.fingerprint, ttl_s, fleet.now, *Place.of(ask))
+        recorded = bool(ask.intent) and fleet.add_intent(intent)
         key_state = fleet.keys.get(ask.key)
         return Missed(recorded, misses.reason_for(key_state, ask), misses.others_for(key_state, ask), text, waited_s)
 

@@ -32,6 +32,7 @@ from vllm_rfork.planner.store.errors import LimitReached, UnknownLease
 from vllm_rfork.planner.store.estimates import KeyTimes
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import STALE_BATCH, Grants
+from vllm_rfork.planner.store.history import FailedFork, History, PastFork
 from vllm_rfork.planner.store.journal import Journal
 from vllm_rfork.planner.store.kept_keys import use_of
 from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames, KeyUse
@@ -39,7 +40,9 @@ from vllm_rfork.planner.store.operators import Operators
 from vllm_rfork.planner.store.queue import Queue
 from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed
 from vllm_rfork.planner.store.restore import restore_intent, restore_lease, restore_seed
+from vllm_rfork.planner.store.search import Found
 from vllm_rfork.planner.store.seed_lifecycle import SeedLifecycle
+from vllm_rfork.planner.store.tally import Tally
 
 #: Entries of a snapshot that are made at once, before others have their turn.
 SLICE = 500
@@ -59,7 +62,7 @@ class MemoryStore(Store):
         super().__init__(rules)
         self._clock = clock
         self._fleet = FleetState(rules, clock(), journal)
-        self._history = snapshot.History(rules.max_history, journal)
+        self._history = History(rules.max_history, journal)
         self._grants = Grants(self._fleet, self._history, self)
         self._earlier = EarlierLeases(self._fleet, self)
         self._operators = Operators(self._fleet, self._grants, self)
@@ -149,14 +152,16 @@ class MemoryStore(Store):
             lease.confirmed = True
             fleet.extend(lease)
 
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
+    async def intend(
+        self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED, address: str = ""
+    ) -> None:
         """See the port."""
         with self._decision as fleet:
             if names.model:
                 use_of(fleet, key).name(names)
             if ttl_s <= 0:
                 fleet.drop_intent(key, intent)
-            elif not fleet.add_intent(key, intent, fingerprint, ttl_s):
+            elif not fleet.add_intent(Intent(key, intent, fingerprint, ttl_s, fleet.now, address)):
                 raise LimitReached("there are too many intents or keys already")
 
     async def sweep(self) -> float:
@@ -216,7 +221,9 @@ class MemoryStore(Store):
                 fleet.times[name] = record
             elif isinstance(record, KeyUse):
                 fleet.use[name] = record
-            elif isinstance(record, snapshot.PastFork):
+            elif isinstance(record, FailedFork):
+                self._history.failures.restore(int(name), record)
+            elif isinstance(record, PastFork):
                 self._history.restore(int(name), record)
             else:
                 raise TypeError(f"no such record: {type(record).__name__}")
@@ -249,18 +256,24 @@ class MemoryStore(Store):
                 now = self._clock()
                 yield name, kind(entry(each, now) for each in records[at : at + SLICE])
 
-    async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
+    async def overview(
+        self, *, key: str | None = None, names: KeyNames | None = None, find: str = "", limit: int = 100
+    ) -> dict[str, Any]:
         """See the port."""
-        tally = overview.Tally()
-        names = list(self._fleet.keys)
-        for at in range(0, len(names), overview.BATCH):
+        tally = Tally()
+        keys = list(self._fleet.keys)
+        for at in range(0, len(keys), overview.BATCH):
             with self._decision as fleet:
-                for name in names[at : at + overview.BATCH]:
+                for name in keys[at : at + overview.BATCH]:
                     if (key_state := fleet.keys.get(name)) is not None:
-                        tally.add(name, key_state.totals(fleet.now))
+                        tally.add(name, key_state.totals(fleet.now), fleet.use.get(name), fleet.times.get(name))
             await asyncio.sleep(0)
+        found = Found(find, limit) if find else None
+        if found is not None:
+            for _ in found.look_into(self._fleet, tally.keys_of(names) if key is None else [key]):
+                await asyncio.sleep(0)
         with self._decision as fleet:
-            return overview.overview(fleet, self._history, tally, key=key, limit=limit)
+            return overview.overview(fleet, self._history, tally, overview.View(key, names, found, limit))
 
 
 class _Decision:

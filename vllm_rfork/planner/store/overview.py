@@ -1,134 +1,156 @@
-"""The data of the dashboard: the keys that need attention first, and the start of every other list.
+"""The data of the dashboard: what needs attention first, and the start of every other list.
 
-The cost grows with the number of keys and with ``limit``, never with that of seeds, leases, waiters or past forks: a
-page that many people look at must not slow the planner down. The form:
+The cost grows with the number of keys and with ``limit``, never with that of seeds, leases, waiters or past forks,
+unless a text is searched for: a page that many people look at must not slow the planner down. The form:
 
-``fleet``: the counts of ``Totals`` over all keys, and ``keys``, how many there are. ``keys``: the same by ``key``, the
-most urgent first. ``seeds``, ``leases``, ``waiting``, ``intents``, ``history``: entries as in a snapshot, of one key
-where asked for; seeds in trouble and old leases first. ``forks``: counts and rates over the forks looked back at.
-``causes``: the failures among those, by cause.
+``fleet``: the counts over all keys, and ``models``, how many there are. ``scope``: the same counts over what is shown:
+one key, one model, or the fleet; None if nothing is known about it. ``models`` and ``keys``: the same by model and by
+key, the most urgent first. ``seeds``, ``leases``, ``waiting``, ``intents``, ``failures``, ``history``: entries as in a
+snapshot, with ``counts`` of all that there are; seeds in trouble and old leases first. ``forks``: counts and rates over
+the forks looked back at. ``causes``: the failures that are kept, by cause. ``fingerprints``: those of shown keys.
+``tree``: the forks of one key, ``tree_key``.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_rfork.planner.store import snapshot
-from vllm_rfork.planner.store.base import Totals
+from vllm_rfork.planner.store.fingerprints import fingerprint_entries
+from vllm_rfork.planner.store.fork_tree import fork_tree
+from vllm_rfork.planner.store.key_use import KeyNames
+from vllm_rfork.planner.store.prospects import prospects
 
 if TYPE_CHECKING:
     from vllm_rfork.planner.store.fleet_state import FleetState
+    from vllm_rfork.planner.store.history import History, PastFork
     from vllm_rfork.planner.store.key_state import KeyState
-    from vllm_rfork.planner.store.records import Seed
+    from vllm_rfork.planner.store.records import Lease, Seed, Waiter
+    from vllm_rfork.planner.store.search import Found
+    from vllm_rfork.planner.store.tally import Counts, Tally
 
 #: Keys that are counted before other calls have their turn.
 BATCH = 500
-#: Number of past forks that are counted by result and cause.
+#: Number of past forks that are counted by result.
 LOOK_BACK = 1000
 #: Minimum number of seeds and waiters of one key that are shown, however many keys there are.
 SHARE = 4
 #: Different causes of failure that are counted separately.
 MAX_CAUSES = 20
-_FAILED = ("failed", "expired")
-
-
-class Tally:
-    """The sum of the counts of all keys, and the order of the keys."""
-
-    def __init__(self) -> None:
-        self.fleet = Totals()
-        self.keys = 0
-        self._levels: tuple[dict[str, Totals], ...] = ({}, {}, {}, {})
-
-    def add(self, key: str, totals: Totals) -> None:
-        """Add a key, which must be new."""
-        self._levels[_urgency(totals)][key] = totals
-        self.keys += 1
-        self.fleet.add(totals)
-
-    def first(self, limit: int, key: str | None) -> dict[str, Totals]:
-        """Return the most urgent keys, each level by name, and ``key`` if it is known."""
-        found: dict[str, Totals] = {}
-        for level in reversed(self._levels):
-            for name in heapq.nsmallest(limit - len(found), level):
-                found[name] = level[name]
-            if key is not None and key in level and key not in found:
-                found[key] = level[key]
-        return found
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The keys to show, and those whose seeds, leases and waiters are shown; with the maximum number of each."""
+class View:
+    """The part of the fleet that is shown, with at most ``limit`` entries a list."""
 
-    first: dict[str, Totals]
-    chosen: list[str]
-    seeds: int
-    leases: int
-    waiting: int
-    limit: int
+    key: str | None = None
+    names: KeyNames | None = None
+    found: Found | None = None
+    limit: int = 100
 
-
-def choose(tally: Tally, key: str | None, limit: int) -> Choice:
-    """Share ``limit`` out among the keys of ``tally``, or give it to ``key``."""
-    first = tally.first(limit, key)
-    chosen = list(first) if key is None else [each for each in first if each == key]
-
-    def share(keys: int) -> int:
-        return max(SHARE, limit // max(keys, 1))
-
-    return Choice(
-        first,
-        chosen,
-        share(len(chosen)),
-        share(sum(first[each].leases > 0 for each in chosen)),
-        share(sum(first[each].waiting > 0 for each in chosen)),
-        limit,
-    )
+    def shows_past(self, past: PastFork, tally: Tally) -> bool:
+        """Return whether a past fork is part of it."""
+        if self.key is not None and past.key != self.key:
+            return False
+        if self.names is not None and tally.named(past.key) != self.names:
+            return False
+        return self.found is None or self.found.matches_past(past)
 
 
-def _urgency(totals: Totals) -> int:
-    """Return 3 if receivers wait, 2 if seeds are quarantined or absent, 1 if the key is in use, otherwise 0."""
-    if totals.waiting:
-        return 3
-    if totals.aside or totals.absent:
-        return 2
-    return 1 if totals.leases or totals.draining or totals.intents else 0
-
-
-def overview(
-    fleet: FleetState, history: Sequence[snapshot.PastFork], tally: Tally, *, key: str | None, limit: int
-) -> dict[str, Any]:
+def overview(fleet: FleetState, history: History, tally: Tally, view: View) -> dict[str, Any]:
     """See :meth:`vllm_rfork.planner.store.base.Store.overview`."""
-    now = fleet.now
-    choice = choose(tally, key, limit)
-    shown = [key_state for name in choice.chosen if (key_state := fleet.keys.get(name)) is not None]
-    seeds = (seed for each in shown for seed in itertools.islice(_seeds(each), choice.seeds))
-    leases = (lease for each in shown for lease in itertools.islice(each.leases.values(), choice.leases))
-    waiting = (pair for each in shown for pair in enumerate(itertools.islice(each.waiters(), choice.waiting), start=1))
-    intents = ((each.key, *pair) for each in shown for pair in each.intents.items())
-    forks = (snapshot.past_fork(vars(each), now) for each in itertools.islice(reversed(history), LOOK_BACK))
+    found, limit = view.found, view.limit
+    among = None if found is None else found.keys
+    in_view = tally.keys_of(view.names, among)
+    first = tally.first(in_view, limit)
+    if view.key is not None and tally.counts(view.key) is not None and view.key not in first:
+        first.append(view.key)
+    chosen = first if view.key is None else [each for each in first if each == view.key]
+    models, model_count = tally.model_entries(in_view if found is not None or view.names is not None else None, limit)
+    shown = [key_state for key in chosen if (key_state := fleet.keys.get(key)) is not None]
     return {
         "state": fleet.state_id,
-        "age_s": round(now - fleet.born_at, 1),
-        **_counted(tally, choice),
-        "seeds": [snapshot.seed_entry(each, now) for each in itertools.islice(seeds, limit)],
-        "leases": _oldest_first(snapshot.lease_entry(each, now) for each in itertools.islice(leases, limit)),
-        "waiting": [snapshot.waiter_entry(place, each, now) for place, each in itertools.islice(waiting, limit)],
-        "intents": [
-            {"key": name, "intent": intent, "fingerprint": print_}
-            for name, intent, print_ in itertools.islice(intents, limit)
-        ],
-        **_past(forks, key, limit),
+        "age_s": round(fleet.now - fleet.born_at, 1),
+        "fleet": tally.fleet.entry() | {"models": tally.model_count},
+        "scope": _scope(tally, view),
+        "found": None if found is None else {"keys": len(in_view), "models": model_count, **found.counts},
+        "models": models,
+        "keys": tally.key_entries(first),
+        **_lists(fleet, _Records.of(fleet, shown, view)),
+        **_past(history, tally, view, fleet.now),
+        "fingerprints": list(
+            itertools.islice((each for key_state in shown for each in _fingerprints(key_state, view)), limit)
+        ),
+        **_tree(shown, view),
     }
 
 
-def _seeds(key_state: KeyState) -> Iterator[Seed]:
+def _scope(tally: Tally, view: View) -> dict[str, Any] | None:
+    counts: Counts | None = tally.fleet
+    if view.key is not None:
+        counts = tally.counts(view.key)
+    elif view.names is not None:
+        counts = tally.model(view.names)
+    return None if counts is None else counts.entry()
+
+
+def _fingerprints(key_state: KeyState, view: View) -> list[dict[str, Any]]:
+    """Return the fingerprints of a key; in a view of several keys only if there are workers that cannot be paired."""
+    entries = fingerprint_entries(key_state)
+    return entries if view.key is not None or len(entries) > 1 else []
+
+
+def _tree(shown: list[KeyState], view: View) -> dict[str, Any]:
+    """``tree`` and ``tree_key``: of the key that is shown, or of the first one of a model, whose ranks fork alike."""
+    key_states = sorted(shown, key=lambda each: each.key)[:1] if view.key is not None or view.names is not None else []
+    if not key_states:
+        return {"tree": [], "tree_key": None}
+    return {"tree": fork_tree(key_states[0].seeds.values()), "tree_key": key_states[0].key}
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The records that are shown, at most ``limit`` of each kind."""
+
+    seeds: list[Seed]
+    leases: list[Lease]
+    waiting: list[tuple[int, Waiter]]
+    intents: list[tuple[str, str]]
+
+    @classmethod
+    def of(cls, fleet: FleetState, shown: list[KeyState], view: View) -> _Records:
+        """Share the entries out among the keys of ``shown``, or take those that were found."""
+        found, limit = view.found, view.limit
+        if found is not None:
+            return cls(
+                [each for each in found.seeds if each.name in fleet.seeds],
+                [each for each in found.leases if each.user_id in fleet.leases],
+                [each for each in found.waiting if each[1].ticket in fleet.waiters],
+                [each for each in found.intents if fleet.has_intent(*each)],
+            )
+
+        def share(keys: int) -> int:
+            return max(SHARE, limit // max(keys, 1))
+
+        of_seeds, of_leases = share(len(shown)), share(sum(bool(each.leases) for each in shown))
+        of_waiters = share(sum(bool(each.queues) for each in shown))
+        seeds = (seed for each in shown for seed in itertools.islice(_troubled_first(each), of_seeds))
+        leases = (lease for each in shown for lease in itertools.islice(each.leases.values(), of_leases))
+        waiting = (pair for each in shown for pair in enumerate(itertools.islice(each.waiters(), of_waiters), start=1))
+        intents = ((each.key, intent) for each in shown for intent in each.intents)
+        return cls(
+            list(itertools.islice(seeds, limit)),
+            list(itertools.islice(leases, limit)),
+            list(itertools.islice(waiting, limit)),
+            list(itertools.islice(intents, limit)),
+        )
+
+
+def _troubled_first(key_state: KeyState) -> Iterator[Seed]:
     """Yield all seeds, those in trouble first. Lazily: there may be many of either kind."""
     groups = (key_state.quarantined, key_state.absent, key_state.draining, key_state.seeds)
     for place, names in enumerate(groups):
@@ -137,41 +159,62 @@ def _seeds(key_state: KeyState) -> Iterator[Seed]:
                 yield key_state.seeds[name]
 
 
-def _oldest_first(leases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(leases, key=lambda each: -each["held_s"])
-
-
-def _counted(tally: Tally, choice: Choice) -> dict[str, Any]:
-    """``fleet`` and ``keys``."""
+def _lists(fleet: FleetState, records: _Records) -> dict[str, Any]:
+    """``seeds``, ``leases``, ``waiting`` and ``intents``, with what is expected of them."""
+    now = fleet.now
+    leases = [
+        snapshot.lease_entry(each, now) | {"expected_s": _measured(fleet, each.key, "hold_s")}
+        for each in records.leases
+    ]
     return {
-        "fleet": _rounded(tally.fleet) | {"keys": tally.keys},
-        "keys": [{"key": name} | _rounded(totals) for name, totals in choice.first.items()],
+        "seeds": [snapshot.seed_entry(each, now) for each in records.seeds],
+        "leases": sorted(leases, key=lambda each: -each["held_s"]),
+        "waiting": [
+            snapshot.waiter_entry(place, each, now) | _expected(fleet, each) for place, each in records.waiting
+        ],
+        "intents": [
+            snapshot.intent_entry(fleet.intent(*each), now) | {"expected_s": _measured(fleet, each[0], "load_s")}
+            for each in records.intents
+        ],
     }
 
 
-def _rounded(totals: Totals) -> dict[str, Any]:
-    return {**vars(totals), "oldest_wait_s": round(totals.oldest_wait_s, 1)}
+def _measured(fleet: FleetState, key: str, name: str) -> float | None:
+    """Return a measured mean time of a key in seconds; None if there is none."""
+    times = fleet.times.get(key)
+    return round(getattr(times, name), 1) or None if times is not None else None
 
 
-def _past(forks: Iterable[dict[str, Any]], key: str | None, limit: int) -> dict[str, Any]:
-    """``history``, ``forks`` and ``causes`` of past forks, the youngest first."""
-    past = [each for each in forks if key is None or each["key"] == key]
+def _expected(fleet: FleetState, waiter: Waiter) -> dict[str, Any]:
+    """Return the rest of a wait, by the measured times of its key, and what it waits for."""
+    verdict = prospects(fleet, waiter.ask, waiter.since, waiter.number, waiter.bound_s or None)
+    key_state = fleet.keys.get(waiter.ask.key)
+    loading_since = None if key_state is None else key_state.oldest_load(waiter.ask)
+    return {
+        "expected_s": None if verdict.expected_s is None else round(verdict.expected_s, 1),
+        "reason": verdict.reason,
+        "loading_s": None if loading_since is None else round(fleet.now - loading_since, 1),
+        "load_s": _measured(fleet, waiter.ask.key, "load_s"),
+        "hold_s": _measured(fleet, waiter.ask.key, "hold_s"),
+    }
+
+
+def _past(history: History, tally: Tally, view: View, now: float) -> dict[str, Any]:
+    """``history``, ``failures``, ``forks`` and ``causes`` of past forks, the youngest first."""
+
+    def entries(past: Iterable[PastFork]) -> list[dict[str, Any]]:
+        return [snapshot.past_fork(vars(each), now) for each in past if view.shows_past(each, tally)]
+
+    past = entries(itertools.islice(reversed(history), LOOK_BACK))
+    failures = entries(reversed(history.failures))
     results = dict.fromkeys(("ok", "failed", "released", "expired"), 0)
-    causes: dict[str, dict[str, Any]] = {}
     for each in past:
         results[each["result"]] += 1
-        if each["result"] in _FAILED:
-            name = each["cause"] or each["result"]
-            if name not in causes and len(causes) >= MAX_CAUSES:
-                name = "(other)"
-            seen = causes.setdefault(
-                name, {"cause": name, "count": 0, "ago_s": each["ago_s"], "seed": each["seed"], "key": each["key"]}
-            )
-            seen["count"] += 1
     # The duration of a lease is not that of its transfer.
     rates = [each["gb_per_s"] for each in past if each["gb_per_s"] and not each["of_lease"]]
     return {
-        "history": past[:limit],
+        "history": past[: view.limit],
+        "failures": failures[: view.limit],
         "forks": {
             "count": len(past),
             **results,
@@ -179,5 +222,19 @@ def _past(forks: Iterable[dict[str, Any]], key: str | None, limit: int) -> dict[
             "gb_per_s": round(statistics.median(rates), 3) if rates else None,
             "since_s": past[-1]["ago_s"] if past else None,
         },
-        "causes": sorted(causes.values(), key=lambda each: (-each["count"], each["cause"])),
+        "causes": _causes(failures),
+        "failures_kept": len(failures),
     }
+
+
+def _causes(failures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    causes: dict[str, dict[str, Any]] = {}
+    for each in failures:
+        name = each["cause"] or each["result"]
+        if name not in causes and len(causes) >= MAX_CAUSES:
+            name = "(other)"
+        seen = causes.setdefault(
+            name, {"cause": name, "count": 0, "ago_s": each["ago_s"], "seed": each["seed"], "key": each["key"]}
+        )
+        seen["count"] += 1
+    return sorted(causes.values(), key=lambda each: (-each["count"], each["cause"]))

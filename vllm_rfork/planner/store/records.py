@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from vllm_rfork.messages import CacheResults, SeedAddress
 from vllm_rfork.planner.store.base import Ask, Granted, Missed
 from vllm_rfork.planner.store.journal import Record
+
+
+class Place(NamedTuple):
+    """The place of a worker, for people: the address of its connection, and its labels ``host`` and ``pod``."""
+
+    address: str = ""
+    host: str = ""
+    pod: str = ""
+
+    @classmethod
+    def of(cls, ask: Ask) -> Place:
+        """Return the place of a receiver."""
+        return cls(ask.receiver, ask.labels.get("host", ""), ask.labels.get("pod", ""))
 
 
 @dataclass(slots=True)
@@ -29,6 +42,8 @@ class Seed(Record):
         absent: the connection broke, at ``absent_at``: the seed's process is presumed dead.
         given_up: waiting receivers no longer count on the seed's return.
         caches: the first report on the caches of its own start.
+        parent: the seed that it was forked from; it may be gone. Empty: its weights came from storage, or unknown.
+        differs: the facts in which it differs from seeds of its key with other fingerprints, by its own report.
         standing: serving, draining, quarantined, absent, as the indexes have it; None: in no index.
         counted: the grantable and the withheld slots, as the indexes have them.
     """
@@ -66,6 +81,8 @@ class Seed(Record):
     absent_at: float = 0.0
     given_up: bool = False
     caches: CacheResults | None = None
+    parent: str = ""
+    differs: str = ""
     standing: tuple[bool, bool, bool, bool] | None = None
     counted: tuple[int, int] = (0, 0)
 
@@ -102,7 +119,7 @@ class Lease(Record):
         receiver: the address that the receiver's connection came from.
         unfetched_ticket: the ticket of the waiting receiver that has not fetched the lease yet.
         fingerprint, epoch: of the seed at the time of the grant; compared if the seed goes stale and returns.
-        host: the receiver's label. Behind a proxy all receivers have one address.
+        host, pod: the receiver's labels. Behind a proxy all receivers have one address.
         ticket: the receiver's own, if it has one.
         worker: the receiver's id as a pending loader, under which it announces itself later; may be empty.
         confirmed: the receiver has renewed the lease, or has no ticket. Until then the lease is short.
@@ -124,6 +141,7 @@ class Lease(Record):
     ticket: str = ""
     confirmed: bool = True
     worker: str = ""
+    pod: str = ""
 
     @property
     def who(self) -> str:
@@ -133,13 +151,21 @@ class Lease(Record):
 
 @dataclass(slots=True)
 class Intent(Record):
-    """A pending loader: a worker that loads ``key`` from storage and will be a seed."""
+    """A pending loader: a worker that loads ``key`` from storage and will be a seed.
+
+    Attributes:
+        since: when it began.
+        address, host, pod: its :class:`Place`, as far as it is known.
+    """
 
     key: str
     intent: str
     fingerprint: str
     ttl_s: float
     since: float = 0.0
+    address: str = ""
+    host: str = ""
+    pod: str = ""
 
 
 @dataclass(slots=True)

@@ -185,10 +185,12 @@ class RedisStore(Store):
         term = self.leadership.leading()
         await term.decide(term.memory.renew(seed, user_id))
 
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
+    async def intend(
+        self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED, address: str = ""
+    ) -> None:
         """See the port."""
         term = self.leadership.leading()
-        await term.decide(term.memory.intend(key, intent, fingerprint, ttl_s, names=names))
+        await term.decide(term.memory.intend(key, intent, fingerprint, ttl_s, names=names, address=address))
 
     async def sweep(self) -> float:
         """See the port."""
@@ -212,9 +214,11 @@ class RedisStore(Store):
         async for part in self.leadership.leading().memory.snapshot_slices(key=key, limit=limit):
             yield part
 
-    async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
+    async def overview(
+        self, *, key: str | None = None, names: KeyNames | None = None, find: str = "", limit: int = 100
+    ) -> dict[str, Any]:
         """See the port."""
-        return await self.leadership.leading().memory.overview(key=key, limit=limit)
+        return await self.leadership.leading().memory.overview(key=key, names=names, find=find, limit=limit)
 
 
 async def _release(term: Term, lease: Granted) -> None:

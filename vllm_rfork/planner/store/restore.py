@@ -55,4 +55,4 @@ def restore_lease(fleet: FleetState, lease: Lease) -> None:
 
 def restore_intent(fleet: FleetState, intent: Intent) -> None:
     """Add an intent with its full TTL."""
-    fleet.add_intent(intent.key, intent.intent, intent.fingerprint, intent.ttl_s, intent.since)
+    fleet.add_intent(intent)

@@ -6,96 +6,20 @@ Lease ids are shortened: a whole one is the right to release the lease.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm_rfork.messages import CacheResults
 from vllm_rfork.messages.cache_results import HIT
-from vllm_rfork.planner.store.base import Outcome
-from vllm_rfork.planner.store.journal import Book, Journal
+from vllm_rfork.planner.store.history import PastFork
 
 if TYPE_CHECKING:
     from vllm_rfork.planner.store.estimates import KeyTimes
     from vllm_rfork.planner.store.fleet_state import FleetState
-    from vllm_rfork.planner.store.records import Lease, Seed, Waiter
+    from vllm_rfork.planner.store.records import Intent, Lease, Seed, Waiter
 
 _SHOWN = 4
-
-
-@dataclass(frozen=True)
-class PastFork:
-    """One lease that ended. ``result`` is ``ok``, ``failed``, ``released`` (nothing reported) or ``expired``.
-
-    ``duration_s`` is the duration of the fork as its receiver reported it. If it reported none it is that of the lease,
-    which may be much longer, and ``of_lease`` is set.
-
-    ``worker`` is the receiver's id as a pending loader, and ``caches`` its report once it is a seed itself.
-    """
-
-    key: str
-    seed: str
-    receiver: str
-    result: str
-    cause: str
-    nbytes: int
-    duration_s: float
-    at: float
-    of_lease: bool = False
-    side: str = ""
-    lane: str = ""
-    worker: str = ""
-    caches: CacheResults | None = None
-
-    @classmethod
-    def of(cls, lease: Lease, now: float, result: str, outcome: Outcome | None) -> PastFork:
-        """Return the lease that ends ``now``, with what its receiver reported."""
-        report = outcome or Outcome(ok=False)
-        return cls(
-            key=lease.key,
-            seed=lease.name,
-            receiver=lease.who,
-            result=result,
-            cause=report.cause,
-            nbytes=report.nbytes,
-            duration_s=report.duration_s or round(now - lease.granted_at, 3),
-            at=now,
-            of_lease=not report.duration_s,
-            side=report.side,
-            lane=report.lane,
-            worker=lease.worker,
-        )
-
-
-class History(deque[PastFork]):
-    """The last ``maxlen`` past forks, the youngest last. Use ``append`` only."""
-
-    def __init__(self, maxlen: int, journal: Journal | None = None) -> None:
-        super().__init__(maxlen=maxlen)
-        #: the same forks under running numbers
-        self._book = Book("past", PastFork, journal, in_order=True)
-        self._number = 0
-
-    def append(self, past: PastFork) -> None:
-        """Add ``past``, and forget the oldest if there are too many."""
-        self.restore(self._number, past)
-
-    def restore(self, number: int, past: PastFork) -> None:
-        """Add ``past`` under the number that an earlier leader gave it; numbers must grow."""
-        super().append(past)
-        self._book[str(number)] = past
-        self._number = number + 1
-        while len(self._book) > len(self):
-            del self._book[next(iter(self._book))]
-
-    def add_caches(self, worker: str, report: CacheResults) -> None:
-        """Add the report of ``worker`` to its last fork that succeeded, if that is still here."""
-        for place, name in enumerate(reversed(self._book), start=1):
-            past = self[-place]
-            if past.worker == worker and past.result == "ok":
-                self[-place] = self._book[name] = replace(past, caches=report)
-                return
 
 
 def past_fork(entry: Mapping[str, Any], now: float) -> dict[str, Any]:
@@ -150,8 +74,8 @@ def snapshot_lists(
             lambda pair, now: waiter_entry(pair[0], pair[1], now),
         ),
         "intents": (
-            ((key_state.key, each, print_) for key_state in shown for each, print_ in key_state.intents.items()),
-            lambda intent, _: dict(zip(("key", "intent", "fingerprint"), intent, strict=True)),
+            (fleet.intent(key_state.key, each) for key_state in shown for each in key_state.intents),
+            intent_entry,
         ),
         "times": (
             (pair for pair in fleet.times.items() if key is None or pair[0] == key),
@@ -177,6 +101,7 @@ def seed_entry(seed: Seed, now: float) -> dict[str, Any]:
         "rank": seed.address.rank,
         "fingerprint": seed.fingerprint,
         "epoch": seed.epoch,
+        "parent": seed.parent,
         "labels": dict(seed.labels),
         "slots": seed.slots,
         "leases": seed.leases,
@@ -200,6 +125,9 @@ def lease_entry(lease: Lease, now: float) -> dict[str, Any]:
         "key": lease.key,
         "seed": lease.name,
         "receiver": lease.who,
+        "address": lease.receiver,
+        "host": lease.host,
+        "pod": lease.pod,
         "held_s": round(now - lease.granted_at, 1),
         "expires_in_s": round(lease.expires_at - now, 1),
     }
@@ -211,8 +139,23 @@ def waiter_entry(place: int, waiter: Waiter, now: float) -> dict[str, Any]:
         "key": waiter.ask.key,
         "place": place,
         "receiver": waiter.ask.receiver,
+        "host": waiter.ask.labels.get("host", ""),
+        "pod": waiter.ask.labels.get("pod", ""),
         "fingerprint": waiter.ask.fingerprint,
         "intent": waiter.ask.intent,
         "waited_s": round(now - waiter.since, 1),
         "wait_s": round(waiter.bound_s, 1) or waiter.ask.wait_s,
+    }
+
+
+def intent_entry(intent: Intent, now: float) -> dict[str, Any]:
+    """Return one pending loader, for people."""
+    return {
+        "key": intent.key,
+        "intent": intent.intent,
+        "fingerprint": intent.fingerprint,
+        "address": intent.address,
+        "host": intent.host,
+        "pod": intent.pod,
+        "since_s": round(now - intent.since, 1),
     }

@@ -119,9 +119,12 @@ class TimedStore(Store):
         """See the port."""
         return await self._measure("release", self._store.release(seed, user_id, outcome))
 
-    async def intend(self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED) -> None:
+    async def intend(
+        self, key: str, intent: str, fingerprint: str, ttl_s: float, *, names: KeyNames = UNNAMED, address: str = ""
+    ) -> None:
         """See the port."""
-        await self._measure("intend", self._store.intend(key, intent, fingerprint, ttl_s, names=names))
+        intended = self._store.intend(key, intent, fingerprint, ttl_s, names=names, address=address)
+        await self._measure("intend", intended)
 
     async def sweep(self) -> float:
         """See the port."""
@@ -142,6 +145,9 @@ class TimedStore(Store):
         """See the port. Not measured: its time is that of the reader."""
         return self._store.snapshot_slices(key=key, limit=limit)
 
-    async def overview(self, *, key: str | None = None, limit: int = 100) -> dict[str, Any]:
+    async def overview(
+        self, *, key: str | None = None, names: KeyNames | None = None, find: str = "", limit: int = 100
+    ) -> dict[str, Any]:
         """See the port."""
-        return await self._measure("overview", self._store.overview(key=key, limit=limit))
+        shown = self._store.overview(key=key, names=names, find=find, limit=limit)
+        return await self._measure("overview", shown)
