@@ -28,6 +28,7 @@ from vllm_rfork.load.outcome import outcome_of
 from vllm_rfork.load.reload import Reloads, reloads
 from vllm_rfork.manifest.checkpoint_identity import CheckpointFiles
 from vllm_rfork.manifest.schema import RUNTIME
+from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.model import bounce
 from vllm_rfork.model.snapshot import AsBuilt, Contents, Snapshot
 from vllm_rfork.seed_key import WorkerIdentity
@@ -220,8 +221,14 @@ def test_weights_that_are_gone_come_from_a_seed(
         assert again.address, "a seed again"
 
 
-def test_only_the_bytes_that_differ_are_read(start: Start, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_bytes_that_differ_are_read(
+    start: Start, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, worker = start(model), start(model)
+    counted: list[tuple[str, int, str]] = []
+    monkeypatch.setattr(
+        metrics, "loaded", lambda source, *, nbytes, seconds, lane: counted.append((source, nbytes, lane))
+    )
     caplog.set_level("INFO", "vllm_rfork")
     assert worker.reload()
     assert "bytes are the seed's already" in caplog.text
@@ -230,6 +237,7 @@ def test_only_the_bytes_that_differ_are_read(start: Start, model: Path, caplog: 
     assert worker.reload()
     assert worker.state() == source.state()
     assert "forked 128 of " in caplog.text
+    assert counted == [("memory", 0, ""), ("seed", 128, "memory")]
 
 
 def test_a_value_that_loading_sets_is_set_again_and_another_means_storage(
@@ -399,11 +407,14 @@ def test_a_fork_that_fails_ends_in_storage(
     before = worker.state()
     worker.change(DEEP_SLEEP, discarded)
     text = fault(monkeypatch, source)
+    reasons: list[str] = []
+    monkeypatch.setattr(metrics, "fell_back", reasons.append)
     with caplog.at_level("INFO", "vllm_rfork"):
         assert not worker.reload()
     monkeypatch.undo()
     assert text in caplog.text
     assert worker.state() == before, "the table, which no checkpoint has, included"
+    assert len(reasons) == 1
 
 
 def of_other_facts(start: Start, model: Path) -> str:

@@ -1,4 +1,4 @@
-"""The report of one load to the metrics of its worker, and to vLLM's trace."""
+"""The reports of loads and reloads to the metrics of their worker, and to vLLM's trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.fork.stage_times import STAGES
 from vllm_rfork.messages.lanes import OTHER
 from vllm_rfork.metrics import worker as metrics
-from vllm_rfork.metrics.families import INELIGIBLE, SEED, STORAGE
+from vllm_rfork.metrics.families import INELIGIBLE, MEMORY, SEED, STORAGE
 from vllm_rfork.vllm_compat.telemetry import trace_load
 
 
@@ -88,7 +88,21 @@ class LoadMeter:
         trace_load(("rfork.load", self._began_ns, time.time_ns()), stages, attributes)
 
 
-def reason_of(error: ForkError) -> str:
+@metrics.harmless
+def reload_forked(session: ForkSession, nbytes: int, seconds: float) -> None:
+    """Report a reload of a running model that read ``nbytes`` from a seed; 0 if its memory had all of them already."""
+    metrics.loaded(SEED if nbytes else MEMORY, nbytes=nbytes, seconds=seconds, lane=session.lane if nbytes else "")
+
+
+@metrics.harmless
+def reload_fell_back(error: Exception, failed: ForkSession | None) -> None:
+    """Report that a reload reads storage because of ``error``. ``failed``: the session of a fork that failed."""
+    metrics.fell_back(reason_of(error))
+    if failed is not None and failed.leased:
+        metrics.load_failed(SEED, failed.lane)
+
+
+def reason_of(error: Exception) -> str:
     """The reason in metrics for a load from storage because of ``error``."""
     return (error.reason if isinstance(error, NoSeedAvailable) else "") or type(error).__name__
 

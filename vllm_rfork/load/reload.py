@@ -22,7 +22,7 @@ from typing import Any
 from vllm_rfork.devices.registry import device_backend
 from vllm_rfork.errors import ForkError, NoSeedAvailable, as_fork_error
 from vllm_rfork.fork.session import Destination, ForkSession, reservation_s
-from vllm_rfork.load import early
+from vllm_rfork.load import early, metering
 from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.load.context import LoadContext
 from vllm_rfork.load.ranks import FORK, SEED, RankVote
@@ -138,6 +138,7 @@ class Reloads:
                 reload.close()
         except Exception as error:  # the outermost frame: whatever fails here, vLLM reads storage
             logger.warning("weights are reloaded from storage: %s: %s", type(error).__name__, error, exc_info=True)
+            metering.reload_fell_back(error, None)
             return False
 
     def from_storage(self, wanted: StoredWeights) -> bool:
@@ -183,11 +184,13 @@ class _Reload:
             fork = self._vote.run(SEED, self._reserved, bound_s)
             seed = self._vote.run(FORK, fork.run, settings.rfork_fork_timeout_sec)
             fork.log(seed, time.perf_counter() - started)
+            metering.reload_forked(fork.session, fork.read_nbytes, time.perf_counter() - started)
             return True
         except ForkError as error:
             expected = isinstance(error, (NoSeedAvailable, StorageDecides))
             level = logging.INFO if expected else logging.WARNING
             logger.log(level, "weights are reloaded from storage: %s: %s", type(error).__name__, error)
+            metering.reload_fell_back(error, None if expected else self._session)
             self._failed = True
             if self._session is not None:
                 self._session.drop_tracebacks(error)  # its frames refer to the bounce buffer

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -186,11 +187,13 @@ def test_an_earlier_processs_file_of_the_same_number_is_emptied(directory: Path)
 
 def test_names_and_texts_are_as_prometheus_wants_them() -> None:
     report_everything()
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(worker._process().values)
-    page = generate_latest(registry).decode()
+    page = worker.page().decode()
     for family in families.FAMILIES:
         assert f"# TYPE {family.name} {family.kind}" in page
         assert family.name.endswith("_total") == (family.kind == "counter")
         assert family.help[0].isupper() or family.help[0].isdigit()
         assert not family.help.endswith(".")
+    promtool = shutil.which("promtool")
+    assert promtool is not None, "promtool is missing (Debian: apt-get install prometheus)"
+    done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
