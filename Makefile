@@ -93,6 +93,7 @@ release-check: tools ## sdist and wheel into build/release, checked with twine, 
 	    vllm-rfork==$$($(BIN)/python -c 'import vllm_rfork; print(vllm_rfork.__version__)')
 	$(TOOLS)/cyclonedx-py environment --output-reproducible --output-file build/release/sbom.cdx.json \
 	    build/release-venv/bin/python
+	$(BIN)/python scripts/check_release.py build/release
 
 tools: setup
 	@$(PYTHON) scripts/set_up.py docs

@@ -53,7 +53,7 @@ def test_what_is_copied_exists_and_is_in_the_builds_context(file: Path) -> None:
         assert (ROOT / source).exists()
         assert any(fnmatch.fnmatch(source, each) for each in admitted), source
     # The build reads these, too.
-    assert {re.findall(r'^readme = "(.+)"$', PROJECT, re.MULTILINE)[0], "LICENSE"} <= set(sources)
+    assert {re.findall(r'^fragments = \[\{ path = "(.+)" \}\]$', PROJECT, re.MULTILINE)[0], "LICENSE"} <= set(sources)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

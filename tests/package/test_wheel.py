@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
+import tomllib
+from markdown_it import MarkdownIt
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 
@@ -61,6 +67,62 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert set(tracked) <= shipped, "data files that are tracked must travel too"
     assert not [name for name in shipped if "__pycache__" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT)  # the wheel comes from the sdist
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    beside = {name for name in names if not name.startswith("vllm_rfork/")}
+    assert beside == {
+        *(".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "SECURITY.md", "pyproject.toml"),
+    }
+
+
+def metadata(wheel: Path) -> Message:
+    """The wheel's METADATA, whose body is the page that the package index shows."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        return message_from_bytes(archive.read(name))
+
+
+def links(markdown: str) -> tuple[list[str], list[str]]:
+    """The addresses of links and of pictures."""
+    tokens = [child for token in MarkdownIt().parse(markdown) for child in token.children or []]
+    return (
+        [str(token.attrs["href"]) for token in tokens if token.type == "link_open"],
+        [str(token.attrs["src"]) for token in tokens if token.type == "image"],
+    )
+
+
+def test_the_index_shows_links_of_the_release_to_files_that_exist(wheel: Path) -> None:
+    described = metadata(wheel)
+    urls = dict(str(line).split(", ") for line in described.get_all("Project-URL") or [])
+    assert set(urls) == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(f"{urls['Repository']}/") for name, url in urls.items() if name != "Repository")
+    pages, pictures = links(str(described.get_payload()))
+    assert len(pages) > 10
+    for kind, addresses in (("blob", pages), ("raw", pictures)):
+        here = f"{urls['Repository']}/{kind}/v{described['Version']}/"
+        assert [address for address in addresses if not address.startswith("https://")] == []
+        own = [address.removeprefix(here) for address in addresses if address.startswith(urls["Repository"])]
+        assert [path for path in own if not (ROOT / path.partition("#")[0]).exists()] == []
+
+
+def test_every_kind_of_relative_link_becomes_absolute() -> None:
+    text = "[![a](a.svg)](b.md) [c](c.md#d) [e](#e) ![f](https://f.org/f.png) [g](https://g.org) [h](mailto:h@h.org)"
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    for each in hook["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    pages, pictures = links(text.replace("https://github.example/vllm-rfork/vllm-rfork/", "https:").replace("$", ""))
+    tag = "vHFPR_VERSION"
+    assert pages == [
+        *(f"https:blob/{tag}/b.md", f"https:blob/{tag}/c.md#d", f"https:blob/{tag}/README.md#e"),
+        *("https://g.org", "mailto:h@h.org"),
+    ]
+    assert pictures == [f"https:raw/{tag}/a.svg", "https://f.org/f.png"]
 
 
 def test_entry_points(wheel: Path, installed: Path) -> None:
@@ -134,10 +196,7 @@ def test_the_command_line_starts(installed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_no_environment_gets_both_yuanrong_distributions(wheel: Path, python: str, machine: str) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
-        text = archive.read(name).decode()
     environment = {"python_version": python, "platform_machine": machine, "sys_platform": "linux", "extra": "ascend"}
-    needed = [Requirement(line.partition(": ")[2]) for line in text.splitlines() if line.startswith("Requires-Dist")]
+    needed = [Requirement(str(line)) for line in metadata(wheel).get_all("Requires-Dist") or []]
     chosen = [need.name for need in needed if isinstance(need.marker, Marker) and need.marker.evaluate(environment)]
     assert chosen == ["openyuanrong-transfer-engine" if python == "3.11" else "openyuanrong-datasystem"]
