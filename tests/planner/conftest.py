@@ -79,7 +79,7 @@ class Fleet:
         return [each.kind for each in self.events]
 
     async def announce(self, name: int | SeedAddress, key: str = "k", **more: Any) -> str:
-        return await self.store.announce(Announcement(key=key, seed=seed(name), **more))
+        return (await self.store.announce(Announcement(key=key, seed=seed(name), **more)))[0]
 
     async def ask(self, key: str = "k", **more: Any) -> Granted | Missed | Queued:
         more.setdefault("receiver", "receiver")

@@ -107,7 +107,7 @@ def headers_in(function: Any) -> set[str]:
         "outcome": {"RESULT", "NBYTES", "SECONDS", "CAUSE", "SIDE", "LANE"},
         "intent_ttl_s": {"INTENT_TTL_SEC"},
         "_address_headers": seed,
-        "_lease_headers": {*seed, "USER_ID", "LEASE_TTL_SEC"},
+        "_lease_headers": {*seed, "USER_ID", "LEASE_TTL_SEC", "STORAGE_SEC"},
         "_sent_to_storage": {"INTENT", "INTENT_TTL_SEC", "MISS", "OTHER_FINGERPRINTS"},
     }
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -15,6 +15,7 @@ import redis.asyncio
 from tests.planner.conftest import Clock, Fleet, seed, snapshot
 from tests.planner.redis_server import RedisServer
 from vllm_rfork.messages import CacheResults
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.http.presence import Presence
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.store.base import Announcement, Ask, Granted, Missed, Outcome, Queued, Rules
@@ -335,6 +336,15 @@ async def test_the_next_leader_counts_no_start_again_and_shows_it(replica: Repli
     assert [each.kinds().count("caches_reported") for each in (leader, new)] == [1, 0]
     (past,) = (await snapshot(new.store))["history"]
     assert past["caches"] == {"hits": ["torch_aot"], "misses": {}, "saved_s": 12.0}
+
+
+async def test_the_next_leader_goes_on_counting_what_a_seed_served(replica: Replica) -> None:
+    leader = await replica()
+    await leader.announce(1)
+    await leader.release(await leader.lease(), Outcome(True, nbytes=5))
+    new = await successor_of(leader, replica)
+    await new.release(await new.lease(), Outcome(True, nbytes=6))
+    assert (await new.store.announce(Announcement(key="k", seed=seed(1))))[1] == Served(2, 11)
 
 
 async def test_a_large_fleet_is_read_while_the_new_leader_shows_that_it_lives(

@@ -15,6 +15,8 @@ from vllm_rfork.messages.cache_results import CacheResults as CacheResults
 from vllm_rfork.messages.cache_results import parse_cache_results as parse_cache_results
 from vllm_rfork.messages.metering import MAX_LABEL_LENGTH as MAX_LABEL_LENGTH
 from vllm_rfork.messages.metering import MODEL as MODEL
+from vllm_rfork.messages.metering import SERVED as SERVED
+from vllm_rfork.messages.metering import STORAGE_SEC as STORAGE_SEC
 from vllm_rfork.messages.metering import STRATEGY as STRATEGY
 from vllm_rfork.messages.metering import storage_s
 from vllm_rfork.messages.values import LABEL as LABEL

@@ -9,6 +9,7 @@ from aiohttp import HttpVersion11, web
 
 from vllm_rfork import messages
 from vllm_rfork.messages import BadMessage, SeedAddress, header
+from vllm_rfork.messages.metering import MAX_STORAGE_S
 from vllm_rfork.net.connection import Connection
 from vllm_rfork.planner.http import request_headers as read
 from vllm_rfork.planner.http.auth import AddressCheck
@@ -47,8 +48,8 @@ class ProtocolCalls:
         """Announce a seed; also its heartbeat."""
         announcement = read.announcement(request.headers, self._settings)
         await self._check_address(request, announcement.seed.host)
-        state = await self._store.announce(announcement)
-        return web.Response(text="ok\n", headers={messages.STATE: state})
+        state, served = await self._store.announce(announcement)
+        return web.Response(text="ok\n", headers={messages.STATE: state, messages.SERVED: str(served)})
 
     async def remove_seed(self, request: web.BaseRequest) -> web.Response:
         """Withdraw a seed."""
@@ -163,4 +164,7 @@ def _address_headers(seed: SeedAddress) -> dict[str, str]:
 
 def _lease_headers(granted: Granted) -> dict[str, str]:
     lease = messages.Lease(granted.seed, granted.user_id, granted.ttl_s)
-    return {**lease.headers(), messages.LEASE_TTL_SEC: messages.seconds_text(granted.ttl_s)}
+    headers = {**lease.headers(), messages.LEASE_TTL_SEC: messages.seconds_text(granted.ttl_s)}
+    if granted.load_s:
+        headers[messages.STORAGE_SEC] = messages.seconds_text(min(granted.load_s, MAX_STORAGE_S))
+    return headers

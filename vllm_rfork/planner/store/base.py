@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_rfork.messages import TICKET_INTENT_TTL_S, CacheResults, OtherSeeds, SeedAddress, Waiting
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.policy import Policy
 from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames
 from vllm_rfork.planner.store.lease_ids import LeaseIds
@@ -147,6 +148,7 @@ class Granted:
     Attributes:
         waited_s: how long its receiver was in the queue; None if it was not.
         by_ticket: the receiver asks again if the answer does not arrive, and the lease ends soon if it does not.
+        load_s: the measured time of a load of the key from storage; 0: unknown. For metrics.
     """
 
     seed: SeedAddress
@@ -154,6 +156,7 @@ class Granted:
     ttl_s: float
     waited_s: float | None = field(default=None, compare=False)
     by_ticket: bool = field(default=False, compare=False)
+    load_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,8 @@ class Store(abc.ABC):
         """Return if decisions can be made here."""
 
     @abc.abstractmethod
-    async def announce(self, announcement: Announcement) -> str:
-        """Add or refresh a seed; returns the state id. Raises :class:`LimitReached`."""
+    async def announce(self, announcement: Announcement) -> tuple[str, Served]:
+        """Add or refresh a seed; returns the state id, and what the seed has served. Raises :class:`LimitReached`."""
 
     @abc.abstractmethod
     async def withdraw(self, key: str, seed: SeedAddress) -> None:

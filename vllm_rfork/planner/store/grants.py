@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.store import misses
 from vllm_rfork.planner.store.base import Ask, Event, Granted, Missed, Outcome, Released, Store
 from vllm_rfork.planner.store.fleet_state import FleetState
@@ -68,7 +69,9 @@ class Grants:
         seed.turn = fleet.next_number()
         fleet.drop_intent(seed.key, ask.intent)
         fleet.rank(seed)
-        return Granted(seed.address, user_id, rules.lease_ttl_s, by_ticket=ask.keeps)
+        times = fleet.times.get(seed.key)
+        load_s = 0.0 if times is None else times.load_s
+        return Granted(seed.address, user_id, rules.lease_ttl_s, by_ticket=ask.keeps, load_s=load_s)
 
     def miss(self, ask: Ask, text: str = "", waited_s: float | None = None) -> Missed:
         """Send the receiver of ``ask`` to storage, and record its intent."""
@@ -121,8 +124,11 @@ class Grants:
             times.add_fork(held_s, reported_s)
             saved_s = use_of(fleet, lease.key).add_fork(reported_s, times.load_s)
         seed = fleet.seeds.get(lease.name)
-        if outcome is not None and seed is not None and (event := record_outcome(fleet, seed, lease.who, outcome)):
-            self._store.observe(event)
+        if outcome is not None and seed is not None:
+            if outcome.ok:
+                seed.served = Served(seed.served.forks + 1, seed.served.nbytes + outcome.nbytes)
+            if event := record_outcome(fleet, seed, lease.who, outcome):
+                self._store.observe(event)
         self.drop_lease(lease)
         return Released(lease.key, held_s, saved_s)
 

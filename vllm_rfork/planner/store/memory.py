@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.store import overview, snapshot
 from vllm_rfork.planner.store.base import (
     Announcement,
@@ -80,7 +81,7 @@ class MemoryStore(Store):
         """Return: memory is always available."""
 
     # --- decisions -----------------------------------------------------------------------------------------------
-    async def announce(self, announcement: Announcement) -> str:
+    async def announce(self, announcement: Announcement) -> tuple[str, Served]:
         """See the port."""
         with self._decision:
             return self._seeds.announce(announcement)

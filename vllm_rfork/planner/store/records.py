@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from vllm_rfork.messages import CacheResults, SeedAddress
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.store.base import Ask, Granted, Missed
 from vllm_rfork.planner.store.journal import Record
+
+_NOTHING = Served(0, 0)
 
 
 class Place(NamedTuple):
@@ -44,6 +47,7 @@ class Seed(Record):
         caches: the first report on the caches of its own start.
         parent: the seed that it was forked from; it may be gone. Empty: its weights came from storage, or unknown.
         differs: the facts in which it differs from seeds of its key with other fingerprints, by its own report.
+        served: the forks from it that succeeded, as receivers reported them.
         standing: serving, draining, quarantined, absent, as the indexes have it; None: in no index.
         counted: the grantable and the withheld slots, as the indexes have them.
     """
@@ -83,6 +87,7 @@ class Seed(Record):
     caches: CacheResults | None = None
     parent: str = ""
     differs: str = ""
+    served: Served = _NOTHING
     standing: tuple[bool, bool, bool, bool] | None = None
     counted: tuple[int, int] = (0, 0)
 

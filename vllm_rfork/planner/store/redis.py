@@ -23,6 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.store.base import (
     Announcement,
     Ask,
@@ -111,7 +112,7 @@ class RedisStore(Store):
         self.lost()
 
     # --- decisions -----------------------------------------------------------------------------------------------
-    async def announce(self, announcement: Announcement) -> str:
+    async def announce(self, announcement: Announcement) -> tuple[str, Served]:
         """See the port."""
         term = self.leadership.leading()
         return await term.decide(term.memory.announce(announcement))

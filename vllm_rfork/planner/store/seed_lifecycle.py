@@ -6,6 +6,7 @@ import itertools
 
 from vllm_rfork.logs.quoting import counted
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.store.base import Announcement, Event, Store
 from vllm_rfork.planner.store.earlier_leases import EarlierLeases
 from vllm_rfork.planner.store.errors import StillLeased, UnknownSeed
@@ -37,8 +38,8 @@ class SeedLifecycle:
         #: the last seeds whose caches were counted, each with its load's intent; the oldest first
         self._reported: dict[tuple[str, str], None] = {}
 
-    def announce(self, announcement: Announcement) -> str:
-        """Add a seed or apply its heartbeat; returns the state id. Raises :class:`LimitReached`."""
+    def announce(self, announcement: Announcement) -> tuple[str, Served]:
+        """Add a seed or apply its heartbeat; returns the state id, and what it served. Raises :class:`LimitReached`."""
         fleet = self._fleet
         name = str(announcement.seed)
         seed = fleet.seeds.get(name)
@@ -62,7 +63,7 @@ class SeedLifecycle:
         self._fulfil(seed.key, announcement.intent)
         self._report_caches(seed, announcement)
         self._grants.serve_waiters(seed)
-        return fleet.state_id
+        return fleet.state_id, seed.served
 
     def _drop_leases_of_other_weights(self, announcement: Announcement) -> None:
         """Drop the leases that a stale seed left, if another one comes back at its address."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol, TypeVar
 
 from vllm_rfork.messages import SeedAddress
+from vllm_rfork.messages.metering import Served
 from vllm_rfork.planner.store.base import (
     Announcement,
     Ask,
@@ -71,7 +72,7 @@ class TimedStore(Store):
         await self._measure("ping", self._store.ping())
 
     # --- decisions -----------------------------------------------------------------------------------------------
-    async def announce(self, announcement: Announcement) -> str:
+    async def announce(self, announcement: Announcement) -> tuple[str, Served]:
         """See the port."""
         return await self._measure("announce", self._store.announce(announcement))
 
