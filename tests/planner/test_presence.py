@@ -240,8 +240,8 @@ async def test_a_broken_connection_is_noticed_at_once(how: str, caplog: pytest.L
             await asyncio.sleep(0.01)
         assert await client.status("GET", "/get_seed", SEED_KEY="k") == 404
         page = (await client.call("GET", "/metrics"))[2]
-        assert 'rfork_planner_seeds{key="k",state="absent"} 1.0' in page
-        assert 'rfork_planner_seeds{key="k",state="serving"} 0.0' in page
+        assert 'rfork_planner_seeds{key="k",model="",state="absent",strategy=""} 1.0' in page
+        assert 'rfork_planner_seeds{key="k",model="",state="serving",strategy=""} 0.0' in page
         assert 'rfork_planner_events_total{kind="seed_absent"} 1.0' in page
         assert "rfork_planner_presence_connections 0.0" in page
         assert any("Seed absent" in each.getMessage() for each in caplog.records)

@@ -87,7 +87,7 @@ class OperatingCalls:
         except StoreUnavailable as error:
             logger.debug("/metrics has no gauges of the fleet: %s", error)
             totals = None
-        page = self._metrics.page(totals)
+        page = self._metrics.page(totals, self._store.names_of)
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def snapshot(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -142,7 +142,7 @@ class ProtocolCalls:
         seed, user_id = read.seed_address(request.headers), read.user_id(request.headers)
         outcome = read.outcome(request.headers)
         released = await self._store.release(seed, user_id, outcome)
-        self._metrics.released(released.held_s, outcome)
+        self._metrics.released(released, outcome)
         return web.Response(text="ok\n")
 
     async def intent(self, request: web.BaseRequest) -> web.Response:
