@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import referencing
+from kubernetes_validate.utils import all_versions
 
 Schema = dict[str, Any]
 
@@ -129,15 +135,46 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
 }
 
 
+#: The oldest and the newest API whose schemas are installed, as major.minor
+VERSIONS = tuple(".".join(each.split(".")[:2]) for each in (all_versions()[0], all_versions()[-1]))
+
+
 def check(thing: dict[str, Any], version: str) -> None:
-    """Raise :class:`jsonschema.ValidationError` if an API server of Kubernetes ``version`` would reject ``thing``."""
+    """Raise an error if an API server of Kubernetes ``version`` would reject ``thing``.
+
+    Raises:
+        jsonschema.ValidationError: a field is wrong or unknown.
+        FileNotFoundError: this version has no such kind.
+    """
     schema = SCHEMAS.get((thing["apiVersion"], thing["kind"]))
     if schema is None:
-        kubernetes_validate.validate(thing, version, strict=True)
+        _validator(thing["kind"], thing["apiVersion"], version).validate(thing)
         return
     jsonschema.Draft202012Validator(schema).validate(thing)
     for pod in _pods(thing["spec"]):
-        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, version, strict=True)
+        _validator("Pod", "v1", version).validate({"apiVersion": "v1", "kind": "Pod", **pod})
+
+
+@functools.cache
+def _folder(version: str) -> Path:
+    """The strict schemas of one version."""
+    release = next(each for each in all_versions() if each.startswith(f"{version}."))
+    return Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / f"v{release}-local-strict"
+
+
+@functools.cache
+def _definitions(version: str) -> referencing.Registry[Any]:
+    content = json.loads((_folder(version) / "_definitions.json").read_text(encoding="utf-8"))
+    return referencing.Resource.from_contents(content) @ referencing.Registry()
+
+
+@functools.cache
+def _validator(kind: str, api_version: str, version: str) -> jsonschema.Draft202012Validator:
+    """As in :func:`kubernetes_validate.validate`, which reads its 10 MB of definitions again for each object."""
+    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)
+    content = json.loads((_folder(version) / f"{kind.lower()}-{group}.json").read_text(encoding="utf-8"))
+    registry = referencing.Resource.from_contents(content) @ _definitions(version)
+    return jsonschema.Draft202012Validator(content, registry=registry)
 
 
 def _pods(spec: Schema) -> list[Schema]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.deploy.rendering import CHART, Thing, set_arguments
+from tests.deploy.rendering import CHART, Thing, objects, set_arguments
 from tests.deploy.tools import ROOT, run, tool
 
 FOLDER = ROOT / "deploy" / "kustomize"
@@ -69,14 +69,14 @@ def _documents(values: str) -> tuple[str, ...]:
     text = re.sub(r"(?m)^# Source: .*\n|^ *app\.kubernetes\.io/managed-by: .*\n", "", done.stdout)
     # The hash in the name of the generated ConfigMap rolls the pods instead.
     text = re.sub(r"(?m)^ *annotations:\n *checksum/config: .*\n", "", text)
-    return tuple(each.strip("\n") + "\n" for each in re.split(r"(?m)^---\n", text) if yaml.safe_load(each))
+    return tuple(each.strip("\n") + "\n" for each in re.split(r"(?m)^---\n", text) if objects(each))
 
 
 def rendered(values: Values) -> dict[tuple[str, str], tuple[Thing, str]]:
     """Kind and name → the object, and its text."""
     found = {}
     for text in _documents(json.dumps(values)):
-        thing = yaml.safe_load(text)
+        (thing,) = objects(text)
         found[thing["kind"], thing["metadata"]["name"]] = (thing, text)
     return found
 

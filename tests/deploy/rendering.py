@@ -20,6 +20,11 @@ RELEASE = "fleet"
 Thing = dict[str, Any]
 
 
+def objects(text: str) -> list[Any]:
+    """The documents of ``text`` that are not empty; libyaml needs a tenth of the time."""
+    return [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
+
+
 def helm_template(*arguments: str | Path) -> tuple[int, str, str]:
     """Exit code, output and errors of `helm template`."""
     done = run(tool("helm"), "template", RELEASE, CHART, "--namespace", NAMESPACE, *arguments)
@@ -40,7 +45,7 @@ def rendered(example: str = "", values: str = "{}") -> tuple[Thing, ...]:
     ]
     code, output, errors = helm_template(*files, *more)
     assert code == 0, errors
-    return tuple(each for each in yaml.safe_load_all(output) if each)
+    return tuple(objects(output))
 
 
 def refused(**values: Any) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from kubernetes_validate.utils import all_versions
 
-from tests.deploy.foreign import check
+from tests.deploy.foreign import VERSIONS, check
 from tests.deploy.rendering import (
     CHART,
     EXAMPLES,
@@ -34,8 +33,6 @@ from vllm_rfork.messages import HEALTHZ, METRICS, parse_labels
 from vllm_rfork.planner.settings import ENVIRONMENT_PREFIX, check_environment, settings_from
 
 NAMES = [each.stem for each in EXAMPLES]
-#: The oldest and the newest API that the schemas know.
-VERSIONS = (".".join(all_versions()[0].split(".")[:2]), ".".join(all_versions()[-1].split(".")[:2]))
 WORKER = {"rfork/worker": "true"}
 
 
@@ -121,6 +118,35 @@ def test_pods_are_confined(example: str) -> None:
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             for way in ("httpGet", "tcpSocket"):
                 assert box.get(probe, {}).get(way, {"port": None})["port"] in {None, *ports}
+
+
+def security_level(pod: Thing) -> str:
+    """The strictest level of the Pod Security Standards that admits the pod, of what the chart can set."""
+    spec, security = pod["spec"], container(pod)["securityContext"]
+    shared = spec.get("hostPID") or spec.get("hostNetwork")
+    if (
+        shared
+        or "add" in security.get("capabilities", {})
+        or any("hostPath" in each for each in spec.get("volumes", []))
+    ):
+        return "privileged"
+    own = spec.get("securityContext", {})
+    confined = own.get("runAsNonRoot") and own.get("seccompProfile") == {"type": "RuntimeDefault"}
+    dropped = security.get("capabilities") == {"drop": ["ALL"]} and not security["allowPrivilegeEscalation"]
+    return "restricted" if confined and dropped else "baseline"
+
+
+def test_pods_need_no_more_privileges_than_the_readme_says() -> None:
+    text = (CHART / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| planner, Redis \| `restricted` \|$", text, re.MULTILINE)
+    assert re.search(r"^\| workers \| `baseline` \|$", text, re.MULTILINE)
+    assert re.search(r"^\| workers with `rdma` .*`hostPID`, `hostNetwork`, .* \| `privileged` \|$", text, re.MULTILINE)
+    for example in NAMES:
+        for name, pod in pods(rendered(example)):
+            privileged = example in {"cuda-rdma", "cuda-host-pid", "multi-node", "ascend-a2"}
+            worker = "privileged" if privileged else "baseline"
+            expected = "restricted" if name.endswith(("-planner", "-redis")) else worker
+            assert security_level(pod) == expected, f"{example} {name}"
 
 
 #: Name → keys of the Secrets that a user creates; cert-manager makes those of the Certificates.

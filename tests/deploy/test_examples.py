@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from tests.deploy import kustomize
-from tests.deploy.foreign import check
+from tests.deploy.foreign import VERSIONS, check
 from tests.deploy.kustomize import WORKERS
 from tests.deploy.rendering import Thing
-from tests.deploy.test_chart import VERSIONS, WORKER
+from tests.deploy.test_chart import WORKER
 from tests.deploy.tools import ROOT
 from vllm_rfork.config import parse_config
 

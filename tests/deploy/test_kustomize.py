@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.deploy import kustomize
-from tests.deploy.foreign import check
+from tests.deploy.foreign import VERSIONS, check
 from tests.deploy.kustomize import COMPONENTS, FOLDER, MONITORING, REDIS, TLS, WORKERS
-from tests.deploy.rendering import Thing, container, pods
-from tests.deploy.test_chart import VERSIONS, undefined
+from tests.deploy.rendering import Thing, container, objects, pods
+from tests.deploy.test_chart import undefined
 from tests.deploy.tools import run, tool
 
 #: Components → the values with which the chart renders the same.
@@ -34,7 +33,7 @@ HASH = re.compile(r"-[0-9a-z]{10}\Z")
 def built(folder: Path) -> list[Thing]:
     done = run(tool("kubectl"), "kustomize", folder)
     assert done.returncode == 0, done.stderr
-    return [each for each in yaml.safe_load_all(done.stdout) if each]
+    return objects(done.stdout)
 
 
 def combined(tmp_path: Path, names: tuple[str, ...], **more: Any) -> list[Thing]:
