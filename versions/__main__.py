@@ -14,6 +14,8 @@ from versions.check import complaints, number
 from versions.source import Module
 
 RECORDED = Path(__file__).parent / "recorded"
+#: The releases by package, for ``vllm-rfork doctor``.
+TESTED = Path(__file__).parents[1] / "vllm_rfork" / "cli" / "tested.json"
 
 #: Exact releases.
 RELEASES = {
@@ -73,6 +75,14 @@ def record(wheel: releases.Wheel) -> dict[str, Any]:
     }
 
 
+def tested() -> dict[str, list[str]]:
+    """Package → the recorded releases, oldest first."""
+    found: dict[str, list[str]] = {}
+    for each in records():
+        found.setdefault(each["package"], []).append(each["version"])
+    return found
+
+
 def refetch() -> None:
     """Read and record every release again."""
     for package, wanted in RELEASES.items():
@@ -88,6 +98,7 @@ def refetch() -> None:
             print(f"reading {there[version].file}", flush=True)
             text = json.dumps(record(there[version]), indent=1)
             (RECORDED / f"{package}-{version}.json").write_text(text + "\n")
+    TESTED.write_text(json.dumps(tested(), indent=1) + "\n")
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def test_a_wait_ends_if_the_drain_is_undone(
 ) -> None:
     monkeypatch.setattr(operate, "_POLL_S", 0.05)
     threading.Timer(0.3, lambda: order(planner, "drain", "--undo")).start()
-    done = order(planner, "drain", "--wait")
+    done = order(planner, "drain", "--wait", "--within", "5")
     assert done.exit_code == 1
     assert "the drain was undone" in done.stderr
     asyncio.run(client(planner).release(lease))

@@ -32,10 +32,12 @@ def test_importing_the_command_line_pulls_in_nothing_heavy() -> None:
     assert not any(name.startswith("vllm_rfork.") for name in imported - {"vllm_rfork.cli", "vllm_rfork.cli.main"})
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
-def test_every_command_imports_without_torch_and_vllm(name: str) -> None:
-    module = COMMANDS[name].target.partition(":")[0]
-    assert modules_after(f"import {module}").isdisjoint(HEAVY)
+def test_every_command_imports_without_torch_and_vllm() -> None:
+    """All of them in one process: that takes a second instead of ten."""
+    modules = {row.target.partition(":")[0] for row in COMMANDS.values()}
+    imported = modules_after(f"import {', '.join(sorted(modules))}")
+    assert modules <= imported
+    assert imported.isdisjoint(HEAVY)
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

@@ -37,6 +37,10 @@ of_vllm = [record for record in RECORDS if record["package"] == table.VLLM]
 # --- the releases ---------------------------------------------------------------------------------------------------
 
 
+def test_the_doctor_has_the_releases_that_are_recorded() -> None:
+    assert json.loads(command.TESTED.read_text()) == command.tested() != {}
+
+
 @each_release
 def test_a_release_has_everything_that_we_rely_on(record: dict[str, Any]) -> None:
     assert complaints(record, EVERYTHING) == []

@@ -45,7 +45,7 @@ _key = click.option("--key", required=True, help="seed key under which the seed 
     type=click.FloatRange(0, 86_400),
     default=900.0,
     show_default=True,
-    help="bound of --wait, in s",
+    help="seconds to wait at most, with --wait",
 )
 @planner_options
 @json_option

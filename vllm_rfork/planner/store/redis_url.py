@@ -1,13 +1,17 @@
-"""Validation of ``--store redis://…`` before a connection is made."""
+"""Validation of ``--store redis://…`` before a connection is made, and a connection to try it."""
 
 from __future__ import annotations
 
+import asyncio
 import urllib.parse
 
 import redis.asyncio
 import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from vllm_rfork.errors import ConfigError
+from vllm_rfork.planner.store.errors import StoreUnavailable
 
 _ACCEPTS = "redis://:PASSWORD@host:6379/0, rediss:// for TLS, or unix:///path; options after ? as redis-py has them"
 
@@ -31,6 +35,23 @@ def check(url: str) -> None:
         raise ConfigError("store", f"the Redis client rejects one of its options ({options})", _ACCEPTS) from error
     except (ValueError, LookupError, redis.exceptions.RedisError) as error:
         raise ConfigError("store", f"not a usable Redis URL ({_reason(error, url)})", _ACCEPTS) from error
+
+
+async def ping(url: str, timeout_s: float) -> None:
+    """Connect to Redis and wait for an answer; changes nothing.
+
+    Raises:
+        StoreUnavailable: no answer within ``timeout_s`` seconds, or Redis refused, for example the password.
+    """
+    client = redis.asyncio.Redis.from_url(
+        url, protocol=2, socket_connect_timeout=timeout_s, socket_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+    )
+    try:
+        await asyncio.wait_for(client.ping(), timeout_s)
+    except (redis.exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
+        raise StoreUnavailable(_reason(error, url)) from error
+    finally:
+        await client.aclose()
 
 
 def _reason(error: Exception, url: str) -> str:

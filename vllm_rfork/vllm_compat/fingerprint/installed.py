@@ -130,11 +130,11 @@ def _entry_points() -> tuple[tuple[str, str], ...]:
     found = {
         (f"{point.dist.name}=={point.dist.version}" if point.dist is not None else str(point.value), point.name)
         for point in points
-        if (point.dist is None or point.dist.name != "vllm-rfork") and not _is_vllms(point.value)
+        if (point.dist is None or point.dist.name != "vllm-rfork") and not is_vllms(point.value)
     }
     return tuple(sorted(found))
 
 
-def _is_vllms(value: str) -> bool:
+def is_vllms(value: str) -> bool:
     """True if an entry point (``module:attribute``) is part of vLLM, whose distribution has several names."""
     return value.partition(":")[0].split(".")[0] == "vllm"
