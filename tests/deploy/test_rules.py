@@ -17,7 +17,7 @@ from vllm_rfork.messages import MISSES
 from vllm_rfork.messages.causes import CAUSES
 from vllm_rfork.metrics.families import FAMILIES, REASONS
 from vllm_rfork.planner.metrics import Metrics
-from vllm_rfork.planner.store.base import Store
+from vllm_rfork.planner.store.base import Store, Totals
 from vllm_rfork.planner.store.errors import UNREACHABLE
 
 RULES = CHART / "files" / "rules.yaml"
@@ -29,8 +29,7 @@ ALERTS = [rule for rule in EVERY if "alert" in rule]
 def page() -> str:
     """The planner's page, with series of one key."""
     metrics = Metrics(10)
-    metrics.keys.of("k")
-    return metrics.page({}).decode()
+    return metrics.page({"k": Totals(seeds=1)}).decode()
 
 
 def promtool() -> str:

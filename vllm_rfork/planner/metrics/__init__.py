@@ -36,8 +36,8 @@ class Metrics:
         # A look-up of a series by its labels costs as much as the decision that is counted: keep the busy ones.
         self._by_answer: dict[tuple[str, int], Counter] = {}
         self._by_call: dict[str, Histogram] = {}
-        self.keys = KeySeries(max_keys)
-        self.registry.register(self.keys)
+        self._keys = KeySeries(max_keys)
+        self.registry.register(self._keys)
         self._requests = series.counter("requests", "Answers, by call and status", "call", "code")
         self._durations = series.histogram("request_seconds", "Time per call, without waits", QUICK, "call")
         self._waits = series.histogram("wait_seconds", "Time that receivers waited for a seed", SLOW, "result")
@@ -76,13 +76,13 @@ class Metrics:
 
     def granted(self, key: str, waited_s: float | None) -> None:
         """Count a lease that was granted, after a wait or at once (None)."""
-        self.keys.of(key).grants += 1
+        self._keys.of(key).grants += 1
         if waited_s is not None:
             self._waits.labels("granted").observe(waited_s)
 
     def missed(self, key: str, reason: str, waited_s: float | None) -> None:
         """Count a receiver that was sent to storage, after a wait or at once (None)."""
-        misses = self.keys.of(key).misses
+        misses = self._keys.of(key).misses
         misses[reason or "unknown"] = misses.get(reason or "unknown", 0) + 1
         if waited_s is not None:
             self._waits.labels("missed").observe(waited_s)
@@ -91,7 +91,7 @@ class Metrics:
         """Count a lease that its receiver released."""
         self._forks.released(released.held_s, outcome)
         if released.saved_s:
-            self.keys.of(released.key).saved_s += released.saved_s
+            self._keys.of(released.key).saved_s += released.saved_s
 
     def refused(self, reason: str) -> None:
         """Count a refused call: ``token``, ``address`` or ``limit``."""
@@ -122,5 +122,5 @@ class Metrics:
         """
         self._store_up.set(totals is not None)
         self._leader.set(totals is not None)
-        self.keys.update(totals, names_of)
+        self._keys.update(totals, names_of)
         return generate_latest(self.registry)

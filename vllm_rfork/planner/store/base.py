@@ -271,10 +271,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     async def open(self) -> None:
-        """Connect; afterwards every other method works.
-
-        If it raises :class:`StoreUnavailable`, call it again later.
-        """
+        """Connect; then every other method works. After :class:`StoreUnavailable`, call it again later."""
 
     @abc.abstractmethod
     async def close(self) -> None:
