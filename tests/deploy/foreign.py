@@ -24,31 +24,31 @@ _NAMES: Schema = {"type": "object", "minProperties": 1, "additionalProperties": 
 _DURATION: Schema = {"type": "string", "pattern": r"^([0-9]+(ms|s|m|h|d))+$"}
 
 
-def _closed(properties: Schema, *required: str) -> Schema:
+def closed(properties: Schema, *required: str) -> Schema:
     needed = required or tuple(properties)
     return {"type": "object", "additionalProperties": False, "required": list(needed), "properties": properties}
 
 
 def _thing(spec: Schema) -> Schema:
-    metadata = _closed({"name": _TEXT, "namespace": _TEXT, "labels": _NAMES, "annotations": _NAMES}, "name")
-    return _closed({"apiVersion": _TEXT, "kind": _TEXT, "metadata": metadata, "spec": spec})
+    metadata = closed({"name": _TEXT, "namespace": _TEXT, "labels": _NAMES, "annotations": _NAMES}, "name")
+    return closed({"apiVersion": _TEXT, "kind": _TEXT, "metadata": metadata, "spec": spec})
 
 
-_KEY_OF_SECRET = _closed({"name": _TEXT, "key": _TEXT})
-_ENDPOINT = _closed(
+_KEY_OF_SECRET = closed({"name": _TEXT, "key": _TEXT})
+_ENDPOINT = closed(
     {
         "port": _TEXT,
         "path": {"type": "string", "pattern": "^/"},
         "interval": _DURATION,
         "scheme": {"enum": ["http", "https"]},
-        "tlsConfig": _closed({"serverName": _TEXT, "ca": _closed({"secret": _KEY_OF_SECRET})}),
-        "authorization": _closed({"type": {"const": "Bearer"}, "credentials": _KEY_OF_SECRET}),
-        "relabelings": {"type": "array", "items": _closed({"sourceLabels": _TEXTS, "targetLabel": _TEXT})},
+        "tlsConfig": closed({"serverName": _TEXT, "ca": closed({"secret": _KEY_OF_SECRET})}),
+        "authorization": closed({"type": {"const": "Bearer"}, "credentials": _KEY_OF_SECRET}),
+        "relabelings": {"type": "array", "items": closed({"sourceLabels": _TEXTS, "targetLabel": _TEXT})},
     },
     "port",
 )
-_SELECTOR = _closed({"matchLabels": _NAMES})
-_RULE = _closed(
+_SELECTOR = closed({"matchLabels": _NAMES})
+_RULE = closed(
     {"alert": _TEXT, "record": _TEXT, "expr": _TEXT, "for": _DURATION, "labels": _NAMES, "annotations": _NAMES}, "expr"
 )
 _POD: Schema = {"type": "object", "required": ["metadata", "spec"]}  # checked as a Pod by `check`
@@ -58,44 +58,44 @@ _PREDICTOR = ("minReplicas", "maxReplicas", "labels")
 
 SCHEMAS: dict[tuple[str, str], Schema] = {
     ("monitoring.coreos.com/v1", "ServiceMonitor"): _thing(
-        _closed({"selector": _SELECTOR, "endpoints": {"type": "array", "minItems": 1, "items": _ENDPOINT}})
+        closed({"selector": _SELECTOR, "endpoints": {"type": "array", "minItems": 1, "items": _ENDPOINT}})
     ),
     ("monitoring.coreos.com/v1", "PodMonitor"): _thing(
-        _closed({"selector": _SELECTOR, "podMetricsEndpoints": {"type": "array", "minItems": 1, "items": _ENDPOINT}})
+        closed({"selector": _SELECTOR, "podMetricsEndpoints": {"type": "array", "minItems": 1, "items": _ENDPOINT}})
     ),
     ("monitoring.coreos.com/v1", "PrometheusRule"): _thing(
-        _closed(
+        closed(
             {
                 "groups": {
                     "type": "array",
                     "minItems": 1,
-                    "items": _closed({"name": _TEXT, "rules": {"type": "array", "minItems": 1, "items": _RULE}}),
+                    "items": closed({"name": _TEXT, "rules": {"type": "array", "minItems": 1, "items": _RULE}}),
                 }
             }
         )
     ),
     ("cert-manager.io/v1", "Certificate"): _thing(
-        _closed(
+        closed(
             {
                 "secretName": _TEXT,
                 "dnsNames": {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"^[a-z0-9*.-]+$"}},
                 "usages": {"type": "array", "items": {"enum": ["server auth", "client auth"]}},
-                "issuerRef": _closed({"name": _TEXT, "kind": {"enum": ["Issuer", "ClusterIssuer"]}}),
+                "issuerRef": closed({"name": _TEXT, "kind": {"enum": ["Issuer", "ClusterIssuer"]}}),
             }
         )
     ),
     ("keda.sh/v1alpha1", "ScaledObject"): _thing(
-        _closed(
+        closed(
             {
-                "scaleTargetRef": _closed({"name": _TEXT}),
+                "scaleTargetRef": closed({"name": _TEXT}),
                 **{name: {"type": "integer", "minimum": 0} for name in _KEDA_NUMBERS},
                 "triggers": {
                     "type": "array",
                     "minItems": 1,
-                    "items": _closed(
+                    "items": closed(
                         {
                             "type": {"const": "prometheus"},
-                            "metadata": _closed({"serverAddress": _TEXT, "query": _TEXT, "threshold": _TEXT}),
+                            "metadata": closed({"serverAddress": _TEXT, "query": _TEXT, "threshold": _TEXT}),
                         }
                     ),
                 },
@@ -103,7 +103,7 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
         )
     ),
     ("serving.kserve.io/v1beta1", "InferenceService"): _thing(
-        _closed(
+        closed(
             {
                 "predictor": {
                     "type": "object",
@@ -118,10 +118,10 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
         )
     ),
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): _thing(
-        _closed(
+        closed(
             {
                 "replicas": {"type": "integer", "minimum": 0},
-                "leaderWorkerTemplate": _closed(
+                "leaderWorkerTemplate": closed(
                     {
                         "size": {"type": "integer", "minimum": 1},
                         "restartPolicy": {"enum": ["RecreateGroupOnPodRestart", "None"]},

@@ -25,7 +25,7 @@ def arguments(name: str) -> dict[str, str]:
 
 
 def test_there_is_an_image_for_each_role() -> None:
-    assert [each.stem for each in FILES] == ["ascend", "cuda", "planner"]
+    assert [each.stem for each in FILES] == ["ascend", "cpu", "cuda", "planner"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -56,7 +56,7 @@ def test_what_is_copied_exists_and_is_in_the_builds_context(file: Path) -> None:
     assert {re.findall(r'^fragments = \[\{ path = "(.+)" \}\]$', PROJECT, re.MULTILINE)[0], "LICENSE"} <= set(sources)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [each for each in FILES if each.stem != "cpu"], ids=lambda file: file.stem)
 def test_extras_are_extras(file: Path) -> None:
     extras = set(re.findall(r"^([a-z0-9-]+) = \[", PROJECT.partition("optional-dependencies]")[2], re.MULTILINE))
     text = file.read_text(encoding="utf-8")
@@ -69,7 +69,11 @@ def test_extras_are_extras(file: Path) -> None:
 def test_the_base_images_are_of_releases_that_were_read() -> None:
     """versions/recorded has what this package needs of each."""
     recorded = {each.stem for each in (ROOT / "versions" / "recorded").glob("*.json")}
-    for name, argument, distribution in (("cuda", "VLLM", "vllm"), ("ascend", "VLLM_ASCEND", "vllm-ascend")):
+    for name, argument, distribution in (
+        ("cpu", "VLLM", "vllm"),
+        ("cuda", "VLLM", "vllm"),
+        ("ascend", "VLLM_ASCEND", "vllm-ascend"),
+    ):
         version = Version(arguments(name)[argument].removeprefix("v"))
         assert f"{distribution}-{version}" in recorded
 
@@ -88,7 +92,7 @@ def test_the_planners_image_runs_as_the_user_of_the_chart() -> None:
     assert "EXPOSE 1223" in text
 
 
-@pytest.mark.parametrize("name", ["cuda", "ascend"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "ascend"])
 def test_workers_images_keep_the_entry_point_and_versions_of_vllm(name: str) -> None:
     text = text_of(name)
     assert not re.search(r"^(ENTRYPOINT|CMD|USER)\b", text, re.MULTILINE)
