@@ -1,14 +1,18 @@
-"""docs/operations.md has every command, and docs/metrics.md every metric of a worker with its labels."""
+"""docs/operations.md has every command, and docs/metrics.md every metric of a worker, and every alert."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import yaml
+
 from vllm_rfork.cli.main import COMMANDS
 from vllm_rfork.metrics.families import FAMILIES
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+RULES = ROOT / "deploy" / "helm" / "vllm-rfork" / "files" / "rules.yaml"
 
 
 def test_the_table_of_commands_is_the_commands() -> None:
@@ -23,3 +27,12 @@ def test_the_table_of_metrics_is_the_metrics() -> None:
     assert dict((name, tuple(re.findall(r"`(\w+)`", labels))) for name, labels in rows) == {
         family.name: tuple(family.labels) for family in FAMILIES
     }
+
+
+def test_the_table_of_alerts_is_the_rules() -> None:
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    alerts = [
+        (rule["alert"], rule["labels"]["severity"]) for group in groups for rule in group["rules"] if "alert" in rule
+    ]
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(RFork\w+)` \| (\w+) \|", page, re.MULTILINE) == alerts
