@@ -56,12 +56,13 @@ async def test_the_policy_lets_the_page_run_its_own_texts_and_reach_its_own_plan
 def test_the_page_has_no_assets_of_others_and_writes_no_html_from_data() -> None:
     folder = resources.files("vllm_rfork.planner.http") / "page"
     texts = {each.name: each.read_text(encoding="utf-8") for each in folder.iterdir()}
-    assert set(texts) == {"index.html", "style.css", "elements.js", "script.js"}
+    scripts = {"elements.js", "help.js", "columns.js", "script.js", "asking.js"}
+    assert set(texts) == {"index.html", "style.css"} | scripts
     everything = "".join(texts.values()).replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]{2,}/|@import|url\(", everything)
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|localStorage",
-        texts["elements.js"] + texts["script.js"],
+        "".join(texts[name] for name in scripts),
     )
     assert not re.search(r"\son[a-z]+=|\sstyle=", texts["index.html"])
 

@@ -90,7 +90,7 @@ async def workers(url: str, token: str = "") -> AsyncIterator[Workers]:
 def complains_of_nothing(page: Page, url: str) -> bool:
     """It asked its own planner alone, and neither it nor the browser found fault."""
     assert page.errors == []
-    assert {each.split("#")[0] for each in page.requests if not each.startswith("data:")} <= {
+    assert {each.split("#")[0].split("?")[0] for each in page.requests if not each.startswith("data:")} <= {
         f"{url}/",
         f"{url}/dashboard.json",
     }
@@ -152,12 +152,12 @@ async def test_ages_go_on_and_a_key_can_be_looked_at_alone(chromium: Chromium) -
             await fleet.announce(key, 6000)
             held = await fleet.lease(key)
             await page.go(process.url)
-            await page.shows("#keys", key, "Show 94 more", "100 of 131 keys are listed")
+            await page.shows("#keys", key, "Show 94 more", "100 of 131 models are listed")
             await page.shows("#seeds", "of 131 are listed, those in trouble first")
             age = "document.querySelector('#leases [data-zero]').textContent"
             first = await page.run(age)
             await page.until(f"{age} !== {first!r}", "the lease's age stands still")
-            await page.click("#keys button")
+            await page.click("#keys .more button")
             assert await page.run("document.querySelectorAll('#keys tbody tr').length") == 100
             await page.until(FITS.format(PHONE[0]), "long keys make it scroll sideways")
 
@@ -194,7 +194,7 @@ async def test_enter_opens_the_key_that_is_meant_and_never_an_empty_one(chromium
             await page.click("#chosen a")
             await page.until("document.querySelector('#chosen').hidden")
             await page.type("#filter", "mistral")  # of none, and all keys are listed
-            await page.shows("#keys", "No key contains this text")
+            await page.shows("#keys", "no key contains this text")
             assert await page.run("location.hash") == ""
 
             await page.go(f"{process.url}/#key={quote('/models/new')}")  # from a bookmark, say
@@ -222,7 +222,7 @@ async def test_no_number_is_shown_twice_and_one_is_no_plural(chromium: Chromium)
             await page.go(process.url)
             await page.shows("#tile-leases", "1", "4 slots, 25 % in use; longest for")
             assert await page.run("[...document.querySelectorAll('#tiles dt')].map((e) => e.textContent).join()") == (
-                "Seeds,Forking now,Waiting,Loading from storage,Last forks, median"
+                "Seeds,Forking now,Waiting,Loading from storage,Hit rate,Last forks, median"
             )
             await page.shows("#history", "of the lease", "≥", "1.25 s", "12.0", "nixl/rdma", "cuda_ipc")
             await page.shows("#tile-forks", "12.0 GB/s")
@@ -283,6 +283,83 @@ async def test_without_the_token_nothing_is_shown_and_it_is_kept_in_the_tab_alon
             assert await page.run("sessionStorage.length") == 0
             assert KEY not in await page.run("document.documentElement.outerHTML")
             assert page.errors == []
+
+
+async def test_operators_drain_a_seed_by_two_presses_and_undo_it(chromium: Chromium) -> None:
+    async with test_api.planner({"RFORK_TOKEN": TOKEN}) as client:
+        process = client.planner
+        async with workers(process.url, TOKEN) as fleet, chromium.page(DESKTOP) as page:
+            await fleet.announce(KEY, 5000, **{"RFORK-EPOCH": "e"})
+            await page.go(process.url)
+            await page.shows("#login", "requires a token")
+            await page.type("#token", TOKEN)
+            await page.shows("#seeds button.act", "Drain")
+            await page.click("#seeds button.act")
+            await page.shows("#seeds button.act", "Drain: sure?")
+            assert (await process.store.totals())[KEY].draining == 0, "one press is not enough"
+            await page.click("#seeds button.act")
+            await page.shows("#seeds", "drained", "by an operator", "Undo drain")
+            assert (await process.store.totals())[KEY].draining == 1
+            for _ in range(2):
+                await page.click("#seeds button.act")
+            await page.shows("#seeds", "free")
+            assert (await process.store.totals())[KEY].draining == 0
+            assert page.errors == []
+
+
+async def test_an_empty_fleet_shows_how_to_connect_and_every_term_has_help(chromium: Chromium) -> None:
+    async with test_api.planner() as client:
+        process = client.planner
+        async with workers(process.url) as fleet, chromium.page(PHONE) as page:
+            await page.go(process.url)
+            lines = await page.shows("#welcome-lines", "vllm serve MODEL --load-format rfork")
+            assert f"RFORK_SCHEDULER_URL={process.url}" in lines
+            assert len(lines.splitlines()) == 3
+            await page.until(FITS.format(PHONE[0]))
+            labels = {"RFORK-LABELS": "pod=pod-7,host=node-1", "RFORK-MODEL": "m", "RFORK-STRATEGY": "s"}
+            for port, parent in ((5000, ""), (5001, "127.0.0.1:5000:0")):
+                own = {"RFORK-FINGERPRINT": f"print{port}", "RFORK-DIFFERS": "dtype: float16 here"}
+                await fleet.announce(KEY, port, **labels, **own, **({"RFORK-PARENT": parent} if parent else {}))
+            await page.shows("#keys", "m", "s · 1 rank")
+            assert not await page.text("#welcome")
+            assert not await page.text("#seeds button.act"), "no token, no action"
+            await page.shows("#fingerprints", "print5000", "dtype: float16 here", "vllm-rfork explain --model-url m")
+            words = (
+                "[...document.querySelectorAll('section:not(#welcome) > h2, th, #tiles dt')].filter(e => e.textContent)"
+            )
+            explained = "e => (e.querySelector('.term')?.click(), document.querySelector('#help').textContent)"
+            helps = await page.run(f"{words}.map({explained})")
+            assert len(helps) > 50
+            assert all(len(each) > 20 for each in helps), helps
+            assert await page.run(f"{words}.every(e => e.querySelector('.term'))")
+            await page.click("#seeds h2 .term")
+            await page.shows("#help", "Worker ranks that hold final weights")
+            await page.click("#terms")
+            await page.shows("#glossary", "Slots in use", "Fork tree")
+            await page.run("document.querySelector('#glossary').close()")
+
+            await page.click("#keys a")
+            await page.shows("#chosen", "Only the model", "m · s")
+            await page.shows("#tree", "pod-7", "127.0.0.1:5001:0", "1 below")
+            await page.shows("#keys", "Keys", KEY)
+            assert complains_of_nothing(page, process.url)
+
+
+async def test_a_search_shows_what_contains_the_text_and_nothing_else(chromium: Chromium) -> None:
+    async with test_api.planner() as client:
+        process = client.planner
+        async with workers(process.url) as fleet, chromium.page(DESKTOP) as page:
+            for number in range(120):
+                await fleet.announce(f"key-{number:03d}", 5000 + number, **{"RFORK-LABELS": f"pod=pod-{number:03d}"})
+            await page.go(process.url)
+            await page.shows("#seeds", "100 of 120 are listed")
+            await page.run("document.querySelector('#filter').focus()")
+            await page.command("Input.insertText", text="POD-117")
+            await page.until("document.querySelectorAll('#seeds tbody tr').length === 1")
+            await page.shows("#seeds", "pod=pod-117")
+            await page.shows("#keys", "key-117")
+            assert not await page.text("#waiting")
+            assert complains_of_nothing(page, process.url)
 
 
 async def test_a_planner_that_goes_away_is_said_and_comes_back_by_itself(chromium: Chromium) -> None:

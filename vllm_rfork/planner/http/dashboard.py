@@ -36,6 +36,8 @@ ANSWERS_PER_S = 40.0
 MAX_VIEWS = 16
 
 _FOLDER = "page"
+#: In this order: each uses what the earlier ones define.
+_SCRIPTS = ("elements.js", "help.js", "columns.js", "script.js", "asking.js")
 
 
 class View(NamedTuple):
@@ -65,11 +67,10 @@ def load_page() -> Page:
     ``require-trusted-types-for`` makes the browser refuse data that is about to be parsed as HTML.
     """
     folder = resources.files(__package__).joinpath(_FOLDER)
-    html, style, elements, script = (
-        folder.joinpath(name).read_text(encoding="utf-8")
-        for name in ("index.html", "style.css", "elements.js", "script.js")
+    html, style, *scripts = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("index.html", "style.css", *_SCRIPTS)
     )
-    script = f'"use strict";\n{{\n{elements}{script}}}\n'
+    script = f'"use strict";\n{{\n{"".join(scripts)}}}\n'
     body = html.replace("/*style*/", style).replace("/*script*/", script)
     policy = (
         "default-src 'none'",

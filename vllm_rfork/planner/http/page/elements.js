@@ -1,6 +1,6 @@
 // Text, cells and tables of the dashboard. Everything that the planner sends is text that others chose: it reaches the
-// page through textContent only. `load_page` puts this file and script.js into one block of the page.
-const ROWS = matchMedia("(max-width: 46rem)").matches ? 6 : 12; // of a list, until all are asked for
+// page through textContent only. `load_page` puts all scripts into one block of the page, this one first.
+const ROWS = matchMedia("(max-width: 46rem)").matches ? 6 : 8; // of a list, until all are asked for
 const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
 const counted = (value, noun) => `${count.format(value)} ${noun}${value === 1 ? "" : "s"}`;
@@ -40,7 +40,7 @@ function element(tag, className, text) {
   return made;
 }
 
-// --- cells: { text, sub, badge, bar, age, until, link, mono, tone } ------------------------------------------------
+// --- cells: { text, sub, badge, bar, age, until, link, mono, tone, acts } ------------------------------------------------
 // Ages go on counting between two answers: an element with data-zero shows its distance from that moment.
 const clock = () => performance.now() / 1000;
 
@@ -73,7 +73,7 @@ function paint(td, cell) {
   td.replaceChildren();
   td.classList.remove("warn", "bad", "blank");
   if (cell.tone && !cell.badge) td.classList.add(cell.tone);
-  if (zero === undefined && !cell.text && !cell.sub) td.classList.add("blank");
+  if (zero === undefined && !cell.text && !cell.sub && !cell.acts?.length) td.classList.add("blank");
   const className = [cell.mono && "mono", cell.badge && "badge", cell.badge && cell.tone].filter(Boolean).join(" ");
   let main;
   if (zero !== undefined) {
@@ -92,20 +92,44 @@ function paint(td, cell) {
     td.append(bar);
   }
   if (cell.sub) td.append(element("span", "sub", cell.sub));
+  for (const [label, run] of cell.acts ?? []) td.append(action(label, run));
+}
+
+// A button that acts when it is pressed twice: the second press confirms.
+function action(label, run) {
+  const made = element("button", "act", label);
+  made.type = "button";
+  let asked = 0;
+  made.addEventListener("click", () => {
+    clearTimeout(asked);
+    if (made.textContent === label) {
+      made.textContent = `${label}: sure?`;
+      asked = setTimeout(() => (made.textContent = label), 5000);
+    } else {
+      made.disabled = true;
+      run().finally(() => {
+        made.disabled = false;
+        made.textContent = label;
+      });
+    }
+  });
+  return made;
 }
 
 // --- tables ------------------------------------------------------------------------------------------------------
 class Table {
-  constructor(id, columns, nameOf, empty) {
+  constructor(id, columns, nameOf, empty, rows = ROWS) {
     this.section = $(id);
     this.columns = columns;
     this.nameOf = nameOf;
     this.rows = new Map();
+    this.closed = rows; // rows that are shown until all are asked for
     this.open = false;
     this.table = element("table");
     const head = element("tr");
     for (const [label, className] of columns) {
-      const th = element("th", className, label);
+      const th = element("th", className);
+      if (label) th.append(term(label));
       th.scope = "col";
       head.append(th);
     }
@@ -126,7 +150,7 @@ class Table {
 
   fill(entries, note, empty) {
     this.last = [entries, note, empty];
-    const shown = this.open ? entries : entries.slice(0, ROWS);
+    const shown = this.open ? entries : entries.slice(0, this.closed);
     const rows = new Map();
     for (const entry of shown) {
       let name = this.nameOf(entry);
@@ -145,8 +169,8 @@ class Table {
     this.table.hidden = !entries.length;
     this.empty.hidden = !!entries.length;
     if (empty) this.empty.textContent = empty;
-    this.button.hidden = entries.length <= ROWS;
-    this.button.textContent = this.open ? "Show less" : `Show ${entries.length - ROWS} more`;
+    this.button.hidden = entries.length <= this.closed;
+    this.button.textContent = this.open ? "Show less" : `Show ${entries.length - this.closed} more`;
     this.note.textContent = note ?? "";
     this.more.hidden = this.button.hidden && !note;
   }
