@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 PYTEST_PROCESSES ?= 2
 # Make vLLM use its other code paths on CPU: make test TEST_CPU=avx512 (no AMX) or avx2; see tests/processor
 TEST_CPU ?=
+# More arguments for the demo: make demo DEMO_ARGS="--storage-mb-per-s 1000"
+DEMO_ARGS ?=
 # More arguments for the benchmarks
 BENCH_ARGS ?=
 # Arguments for the model zoo: make zoo ZOO_ARGS="--only llama,qwen3" writes no document
@@ -124,7 +126,7 @@ versions: setup ## read published vLLM and vLLM-Ascend wheels and check what thi
 
 demo: setup ## a vLLM server forks its weights from a running one: make demo [ENGINE=nixl|yuanrong]
 	@if [ "$(ENGINE)" = yuanrong ]; then $(MAKE) --no-print-directory standin; fi
-	@$(BIN)/python -m demo --engine $(ENGINE)
+	@$(BIN)/python -m demo --engine $(ENGINE) $(DEMO_ARGS)
 
 clean: ## remove build results
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: How often, in seconds: one line that is rewritten in a terminal, a line each elsewhere.
-TERMINAL_S, PIPE_S = 1.0, 15.0
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+#: Interval between two lines where the output is not a terminal, in seconds.
+PIPE_S = 15.0
 
 
 @contextmanager
-def elapsed(what: str) -> Iterator[None]:
-    """Show ``what`` and its elapsed seconds on standard output, from time to time, until the block ends.
+def elapsed(what: str, console: Console) -> Iterator[None]:
+    """Show ``what`` and its elapsed time until the block ends: a spinner on a terminal, a line from time to time else.
 
     Nothing else may print inside the block.
     """
-    terminal = sys.stdout.isatty()
+    # A console may be forced to treat a pipe as a terminal (FORCE_COLOR), in which a spinner would fill the log.
+    with _spinner(what, console) if console.is_interactive and console.file.isatty() else _lines(what, console):
+        yield
+
+
+@contextmanager
+def _spinner(what: str, console: Console) -> Iterator[None]:
+    columns = (TextColumn("  "), SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+@contextmanager
+def _lines(what: str, console: Console) -> Iterator[None]:
     start = time.monotonic()
     ended = threading.Event()
 
     def show() -> None:
-        while not ended.wait(TERMINAL_S if terminal else PIPE_S):
-            line = f"   {what}: {time.monotonic() - start:.0f} s so far"
-            print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
-        if terminal:
-            print("\r\x1b[2K", end="", flush=True)  # clear the line
+        while not ended.wait(PIPE_S):
+            console.print(f"   {what}: {time.monotonic() - start:.0f} s so far", markup=False)
 
     shows = threading.Thread(target=show, daemon=True)
     shows.start()

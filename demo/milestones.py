@@ -12,7 +12,7 @@ from typing import Literal
 from demo.processes import DemoError
 
 FORKED = re.compile(r"RFork: forked (\d+) bytes .*? in ([\d.]+) s .*?from seed (\S+?:\d+:\d+)")
-LOADED = re.compile(r"RFork: loaded (\d+) bytes .*?from storage in ([\d.]+) s")
+LOADED = re.compile(r"RFork: loaded (\d+) bytes .*?from storage in ([\d.]+) s .*?load_format=(\w+)")
 ANNOUNCED = re.compile(r"RFork: seed (\S+?:\d+:\d+) announced")
 FELL_BACK = re.compile(r"WARNING.*(RFork: .*)")
 
@@ -26,12 +26,14 @@ class Weights:
         seed: ip:port:rank of the seed that was read; ``None`` from storage.
         nbytes: bytes of weights.
         weights_s: seconds of the weights phase.
+        load_format: vLLM's load format that read the files; ``None`` for a fork.
     """
 
     source: Literal["storage", "fork"]
     seed: str | None
     nbytes: int
     weights_s: float
+    load_format: str | None = None
 
 
 def weights(log: str) -> Weights:
@@ -41,7 +43,7 @@ def weights(log: str) -> Weights:
         DemoError: the log has no such line, or more than one.
     """
     found = [Weights("fork", match[3], int(match[1]), float(match[2])) for match in FORKED.finditer(log)]
-    found += [Weights("storage", None, int(match[1]), float(match[2])) for match in LOADED.finditer(log)]
+    found += [Weights("storage", None, int(match[1]), float(match[2]), match[3]) for match in LOADED.finditer(log)]
     if len(found) != 1:
         raise DemoError(f"the log has {len(found)} lines that say where the weights came from, instead of one")
     return found[0]

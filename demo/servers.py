@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from demo import milestones
+from demo import milestones, throttle
 from demo.processes import DemoError, Process, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,9 @@ SERVED_NAME = "demo"
 #: A server is ready within a minute on two idle cores. Machines are busy, and a first start compiles Python.
 READY_DEADLINE_S = 600.0
 PLANNER_DEADLINE_S = 60.0
+#: The programs that serve a model: vLLM's own command, and the same with throttled storage.
+VLLM = (str(Path(sys.executable).with_name("vllm")),)
+THROTTLED_VLLM = (sys.executable, "-m", "demo.throttled_server")
 
 
 def is_up(url: str) -> bool:
@@ -112,9 +116,9 @@ def environment(slot: int, engine: str) -> dict[str, str]:
     return env
 
 
-def rfork_options(planner_url: str, engine: str) -> list[str]:
-    """The arguments of docs/options.md, for this machine only."""
-    config = {
+def rfork_options(planner_url: str, engine: str, mb_per_s: float | None = None) -> list[str]:
+    """The arguments of docs/options.md, for this machine only; ``mb_per_s`` throttles storage."""
+    config: dict[str, Any] = {
         "model_url": "demo-model",
         "model_deploy_strategy_name": "demo",
         "rfork_scheduler_url": planner_url,
@@ -122,16 +126,27 @@ def rfork_options(planner_url: str, engine: str) -> list[str]:
         "rfork_seed_bind_host": "127.0.0.1",
         "rfork_seed_advertise_host": "127.0.0.1",
     }
+    if mb_per_s is not None:
+        config |= {"rfork_fallback_load_format": throttle.FORMAT, throttle.RATE: mb_per_s}
     return ["--load-format", "rfork", "--model-loader-extra-config", json.dumps(config)]
 
 
 @contextmanager
-def server(name: str, model: Path, *, slot: int, engine: str, load_options: list[str], logs: Path) -> Iterator[Server]:
+def server(
+    name: str,
+    model: Path,
+    *,
+    slot: int,
+    engine: str,
+    load_options: Sequence[str],
+    logs: Path,
+    program: Sequence[str] = VLLM,
+) -> Iterator[Server]:
     """`vllm serve` on ``model``, ready; its whole tree is ended on the way out."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
-        str(Path(sys.executable).with_name("vllm")),
+        *program,
         *("serve", str(model)),
         *("--served-model-name", SERVED_NAME),
         *("--host", "127.0.0.1", "--port", str(port)),

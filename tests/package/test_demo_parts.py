@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,17 +12,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import psutil
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from demo import __main__ as story
-from demo import elapsed, milestones, servers
+from demo import __main__ as command
+from demo import elapsed, milestones, servers, throttle
 from demo.asking import ANSWER_TOKENS, Answer, sha256
 from demo.milestones import Weights
 from demo.processes import DemoError, Process, wait_until
-from demo.verdict import ServerResult, are_identical, complaints, report, why_forks_are_slower
+from demo.screen import Screen
+from demo.story import Story
+from demo.verdict import ServerResult, are_identical, complaints, explanation, report
 
 A_SEED, B_SEED, C_SEED, D_SEED = (f"127.0.0.1:{port}:0" for port in (9001, 9002, 9003, 9004))
 
@@ -42,10 +47,10 @@ def answers(salt: int = 0) -> tuple[Answer, ...]:
 def four() -> list[ServerResult]:
     """The demo as it should go."""
     return [
-        ServerResult("A", Weights("storage", None, 1000, 0.5), A_SEED, answers()),
-        ServerResult("B", Weights("fork", A_SEED, 1000, 0.1), B_SEED, answers()),
-        ServerResult("C", Weights("fork", B_SEED, 1000, 0.1), C_SEED, answers()),
-        ServerResult("D", Weights("storage", None, 1000, 0.5), D_SEED, answers()),
+        ServerResult("A", Weights("storage", None, 10**8, 0.8, throttle.FORMAT), A_SEED, answers(), 125),
+        ServerResult("B", Weights("fork", A_SEED, 10**8, 0.1), B_SEED, answers()),
+        ServerResult("C", Weights("fork", B_SEED, 10**8, 0.2), C_SEED, answers()),
+        ServerResult("D", Weights("storage", None, 10**8, 0.1, "auto"), D_SEED, answers()),
     ]
 
 
@@ -93,10 +98,10 @@ def test_a_logprob_that_differs_in_its_last_bit_is_a_difference() -> None:
 @pytest.mark.parametrize(
     ("index", "weights"),
     [
-        (0, Weights("fork", B_SEED, 1000, 0.1)),
-        (1, Weights("storage", None, 1000, 0.5)),
-        (2, Weights("storage", None, 1000, 0.5)),
-        (3, Weights("fork", C_SEED, 1000, 0.1)),
+        (0, Weights("fork", B_SEED, 10**8, 0.2)),
+        (1, Weights("storage", None, 10**8, 0.5)),
+        (2, Weights("storage", None, 10**8, 0.5)),
+        (3, Weights("fork", C_SEED, 10**8, 0.1)),
     ],
 )
 def test_weights_from_elsewhere_are_wrong(index: int, weights: Weights) -> None:
@@ -107,7 +112,7 @@ def test_weights_from_elsewhere_are_wrong(index: int, weights: Weights) -> None:
 
 def test_a_fork_from_another_seed_than_the_story_tells_is_wrong() -> None:
     results = four()
-    with_weights(results, 2, Weights("fork", A_SEED, 1000, 0.1))
+    with_weights(results, 2, Weights("fork", A_SEED, 10**8, 0.1))
     assert complaints(results, answers(7)) == [f"C forked from {A_SEED}, and B is {B_SEED}"]
 
 
@@ -150,8 +155,9 @@ def test_the_report_has_the_published_fields_and_no_others() -> None:
     assert list(document) == ["engine", "identical", "servers"]
     assert document["identical"] is True
     assert [list(entry) for entry in document["servers"]] == [
-        ["name", "source", "seed", "nbytes", "weights_s", "answers_sha256"]
+        ["name", "source", "seed", "nbytes", "weights_s", "throttled_mb_per_s", "answers_sha256"]
     ] * 4
+    assert [entry["throttled_mb_per_s"] for entry in document["servers"]] == [125, None, None, None]
     assert [(entry["name"], entry["source"], entry["seed"]) for entry in document["servers"]] == [
         ("A", "storage", None),
         ("B", "fork", A_SEED),
@@ -162,42 +168,115 @@ def test_the_report_has_the_published_fields_and_no_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fork_s", "explained"),
-    [(0.1, False), (0.5, False), (0.51, True)],
+    "weights",
+    [
+        Weights("storage", None, 10**8, 0.7, throttle.FORMAT),  # 125 MB/s take 0.8 s
+        Weights("storage", None, 10**8, 0.8, "auto"),
+    ],
 )
-def test_the_table_is_explained_if_a_fork_is_slower_than_storage(
-    fork_s: float, explained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_that_was_not_throttled_as_labelled_is_wrong(weights: Weights) -> None:
     results = four()
-    with_weights(results, 2, Weights("fork", B_SEED, 1000, fork_s))
-    monkeypatch.setattr(story, "play", lambda engine: (results, answers(salt=7)))
-    monkeypatch.setattr(story, "RESULT", tmp_path / "demo.json")
-    monkeypatch.setattr(story, "ROOT", tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    outcome = CliRunner().invoke(story.main, [])
-    assert outcome.exit_code == 0
-    assert ("page cache" in outcome.output) is explained
-    assert len((why_forks_are_slower(results) or "").split(". ")) == 1, "one sentence"
+    with_weights(results, 0, weights)
+    (complaint,) = complaints(results, answers(7))
+    assert complaint.startswith("A read storage in ")
+    assert "125 MB/s" in complaint
 
 
-def test_nothing_is_explained_where_nothing_was_compared() -> None:
-    assert why_forks_are_slower([ServerResult("A", Weights("storage", None, 1000, 0.5), A_SEED, answers())]) is None
-    assert why_forks_are_slower([ServerResult("B", Weights("fork", A_SEED, 1000, 0.5), B_SEED, answers())]) is None
+def test_throttled_tensors_come_no_sooner_than_their_rate() -> None:
+    class Tensor:
+        nbytes = 50 * 10**6
+
+    now = [100.0]
+    came = []
+    tensors = ((str(index), Tensor()) for index in range(3))
+    for name, _tensor in throttle.throttled(
+        tensors, 125, clock=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)
+    ):
+        came.append((name, round(now[0] - 100, 6)))
+        now[0] += 0.1  # copying counts as time that the read took
+    assert came == [("0", 0.4), ("1", 0.8), ("2", 1.2)]
 
 
-def test_the_elapsed_time_is_shown_while_a_step_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_that_is_slower_than_the_rate_is_not_delayed() -> None:
+    class Tensor:
+        nbytes = 10**6
+
+    slept: list[float] = []
+    now = iter([0.0, 5.0])
+    assert len(list(throttle.throttled([("a", Tensor())], 125, clock=lambda: next(now), sleep=slept.append))) == 1
+    assert slept == [0.0]
+
+
+def test_the_throttled_server_alone_has_another_loader() -> None:
+    plain, throttled = (servers.rfork_options("http://planner", "nixl", rate) for rate in (None, 125))
+    assert throttle.FORMAT not in plain[-1]
+    assert json.loads(throttled[-1]) == json.loads(plain[-1]) | {
+        "rfork_fallback_load_format": throttle.FORMAT,
+        throttle.RATE: 125,
+    }
+
+
+def test_the_table_is_explained_in_one_sentence_by_its_own_figures() -> None:
+    sentence = explanation(four()) or ""
+    assert len(sentence.split(". ")) == 1
+    assert "at most 0.20 s: 4.0 times as fast as storage that delivers 125 MB/s" in sentence
+    assert "0.5 times as fast as this machine's page cache" in sentence
+
+
+@pytest.mark.parametrize("index", [1, 3])
+def test_nothing_is_explained_where_the_sources_are_others(index: int) -> None:
+    results = four()
+    with_weights(results, index, Weights("storage", None, 10**8, 0.5) if index == 1 else results[1].weights)
+    assert explanation(results) is None
+
+
+class Output(io.StringIO):
+    """A file that is a terminal or is not."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def test_the_elapsed_time_is_a_line_from_time_to_time_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elapsed, "PIPE_S", 0.01)
-    shown = ""
-    with elapsed.elapsed("A starts"):
-        while "so far\n" not in shown:
-            shown += capsys.readouterr().out
-    assert re.fullmatch(r"   A starts: \d+ s so far", shown.splitlines()[0])
-    capsys.readouterr()
-    with elapsed.elapsed("quick"):
+    pipe = Output(terminal=False)
+    with elapsed.elapsed("A starts", Console(file=pipe)):
+        wait_until("a line", lambda: "so far\n" in pipe.getvalue(), deadline_s=60)
+    assert re.fullmatch(r"   A starts: \d+ s so far", pipe.getvalue().splitlines()[0])
+    quick = Output(terminal=False)
+    with elapsed.elapsed("quick", Console(file=quick)):
         pass
-    assert capsys.readouterr().out == ""
+    assert quick.getvalue() == ""
+
+
+def test_the_elapsed_time_is_a_spinner_on_a_terminal_alone() -> None:
+    terminal = Output(terminal=True)
+    with elapsed.elapsed("A starts", Console(file=terminal, force_terminal=True, _environ={"TERM": "xterm"})):
+        wait_until("the spinner", lambda: "A starts" in terminal.getvalue(), deadline_s=60)
+    assert "0:00:0" in terminal.getvalue()
+    assert terminal.getvalue().rstrip("\n").endswith("\x1b[2K"), "the line is cleared"
+    coloured = Output(terminal=False)
+    with elapsed.elapsed("A starts", Console(file=coloured, force_terminal=True)):
+        pass
+    assert coloured.getvalue() == "", "FORCE_COLOR makes no terminal of a pipe"
+
+
+def test_the_picture_has_what_was_printed_and_loads_nothing(tmp_path: Path) -> None:
+    screen = Screen()
+    screen.console.file = io.StringIO()
+    screen.say("[bold]A[/bold]: " + "vllm serve " * 20)
+    screen.show(command.table(four()))
+    screen.save(tmp_path / "assets" / "demo.svg", title="make demo")
+    root = ElementTree.parse(tmp_path / "assets" / "demo.svg").getroot()
+    text = " ".join("".join(root.itertext()).split())
+    assert "make demo" in text
+    assert text.count("vllm") == 20, "long lines are broken, not cut"
+    assert "storage throttled to 125 MB/s" in text.replace("\xa0", " ")
+    assert not re.search(r"url\(\W*http|(?:src|href)=", (tmp_path / "assets" / "demo.svg").read_text())
 
 
 Played = tuple[list[ServerResult], Sequence[Answer]]
@@ -219,18 +298,18 @@ def test_the_exit_code_tells(
     result = tmp_path / "demo.json"
     result.write_text("of an earlier run")
 
-    def play(engine: str) -> Played:
-        assert engine == "nixl"
+    def play(story: Story) -> Played:
+        assert vars(story)["_engine"] == "nixl"
         if isinstance(played, BaseException):
             raise played
         return played
 
-    monkeypatch.setattr(story, "play", play)
-    monkeypatch.setattr(story, "RESULT", result)
-    monkeypatch.setattr(story, "ROOT", tmp_path)
+    monkeypatch.setattr(Story, "play", play)
+    monkeypatch.setattr(command, "RESULT", result)
+    monkeypatch.setattr(command, "ROOT", tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        outcome = CliRunner().invoke(story.main, [])
+        outcome = CliRunner().invoke(command.main, [])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -252,7 +331,7 @@ ANNOUNCED = "(EngineCore pid=12) INFO 11-22 16:24:18 [loader.py:10] RFork: seed 
 def test_milestone_lines_are_read() -> None:
     noise = "INFO RFork: forking 5 bytes\n"
     assert milestones.weights(noise + FORKED + ANNOUNCED) == Weights("fork", "127.0.0.1:40001:0", 397410304, 0.114)
-    assert milestones.weights(LOADED + ANNOUNCED) == Weights("storage", None, 397410304, 1.25)
+    assert milestones.weights(LOADED + ANNOUNCED) == Weights("storage", None, 397410304, 1.25, "auto")
     assert milestones.announced(LOADED) is None
     assert milestones.announced(LOADED + ANNOUNCED) == "127.0.0.1:40002:0"
 
