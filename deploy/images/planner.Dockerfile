@@ -6,8 +6,10 @@ FROM python:${PYTHON} AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY vllm_rfork vllm_rfork
+COPY requirements/lock.txt requirements/lock.txt
+# The versions that the tests of this release ran with.
 RUN python -m venv /opt/rfork \
-    && /opt/rfork/bin/pip install --no-cache-dir '.[planner]' \
+    && /opt/rfork/bin/pip install --no-cache-dir --constraint requirements/lock.txt '.[planner]' \
     && /opt/rfork/bin/pip uninstall --yes pip
 
 FROM python:${PYTHON}

@@ -68,6 +68,13 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "rdma for NPUs": ({"workers.a": {"platform": "ascend-a2", "rdma": {"enabled": True}}}, "hccn.conf"),
     "a worker that the planner's policy rejects": ({"workers.a.hostNetwork": True}, "networkPolicy.plannerFrom"),
     "caches of code without TLS": ({"workers.a.options.rfork_caches": "code"}, "tls.seeds=require"),
+    "caches of code over http": (
+        {
+            "workers.a.options.rfork_caches": "code",
+            "tls": {"enabled": True, "issuerRef": {"name": "ca"}, "seeds": "prefer"},
+        },
+        "tls.seeds=require",
+    ),
 }
 
 

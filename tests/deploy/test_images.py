@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from tests.deploy.rendering import container, of_kind, rendered
+from tests.deploy.rendering import container, of_kind, pods, rendered
 from tests.deploy.tools import ROOT, hadolint, run
 
 FILES = sorted((ROOT / "deploy" / "images").glob("*.Dockerfile"))
@@ -90,6 +90,18 @@ def test_the_planners_image_runs_as_the_user_of_the_chart() -> None:
     assert container(pod)["command"] == ["vllm-rfork", "planner"]
     assert 'ENTRYPOINT ["vllm-rfork"]' in text
     assert "EXPOSE 1223" in text
+
+
+def test_the_images_have_the_names_that_the_chart_uses() -> None:
+    built = {
+        name for file in FILES for name in re.findall(r"docker build .* -t (\S+) ", file.read_text(encoding="utf-8"))
+    }
+    used = {
+        container(pod)["image"].partition("/")[2]
+        for example in ("cuda", "ascend-a2", "ascend-a3")
+        for _, pod in pods(rendered(example))
+    }
+    assert built - {"vllm-rfork-cpu:0.1.0"} == used, "the one for CPUs is compose.yaml's"
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "ascend"])
