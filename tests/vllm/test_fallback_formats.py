@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from tests.vllm import models
 from tests.vllm.conftest import LogRecords, Planner, SeedProcess, eventually, extra_for
 from tests.vllm.engine_process import distributed, load, load_digested, vllm_config
+from tests.vllm.sources import folder
 from vllm_rfork.errors import ConfigError
 from vllm_rfork.vllm_compat import fallback_format
 
@@ -24,10 +26,13 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def formats() -> list[str]:
-    """Every load format of the installed vLLM."""
-    from vllm.model_executor.model_loader import LoadFormats
-
-    return list(get_args(LoadFormats))
+    """Every load format of the installed vLLM, from its source: each test process would import vLLM."""
+    source = folder("vllm") / "model_executor" / "model_loader" / "__init__.py"
+    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="LoadFormats")], value=ast.Subscript(slice=names)):
+                return list(ast.literal_eval(names))
+    raise AssertionError(f"{source} defines no LoadFormats")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +105,9 @@ def test_the_configuration_and_the_loader_are_those_of_the_format_alone(load_for
         own = {name: value for name, value in vars(storage).items() if name != "load_config"}
         return [*found, type(storage), own, storage.load_config]
 
-    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader import LoadFormats, get_model_loader
 
+    assert get_args(LoadFormats) == tuple(formats())
     alone = vllm_config(sharded, load_format=load_format, extra=dict(keys))
     extra = extra_for(NOWHERE, rfork_fallback_load_format=load_format.upper(), **keys)
     ours = vllm_config(sharded, load_format="rfork", extra=extra)

@@ -11,7 +11,6 @@ import pytest
 
 from tests.vllm.conftest import Planner, eventually, extra_for
 from tests.vllm.engine_process import load, vllm_config
-from vllm_rfork import loader
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.load import capture, from_fork, from_storage
@@ -46,6 +45,8 @@ def happened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages of each load, in order."""
     from vllm.model_executor.model_loader import base_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from vllm_rfork import loader
 
     found: list[str] = []
 

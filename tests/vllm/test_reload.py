@@ -19,7 +19,6 @@ from torch import nn
 from tests.vllm.conftest import LogRecords, Planner, eventually, extra_for
 from tests.vllm.engine_process import digests_of, distributed, load, vllm_config
 from tests.vllm.faults import scrambled
-from vllm_rfork import loader
 from vllm_rfork.engines.memory import MemoryEngine
 from vllm_rfork.load import context
 from vllm_rfork.load.reload import reloads
@@ -95,6 +94,8 @@ def options(planner: Planner, name: str, **more: Any) -> dict[str, Any]:
 def seed_of(seeds: SeedManager, model: Path, extra: dict[str, Any], planner: Planner) -> nn.Module:
     """Another worker's model, once its seed is announced."""
     from vllm.model_executor.layers import rotary_embedding
+
+    from vllm_rfork import loader
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "manager", lambda: seeds)

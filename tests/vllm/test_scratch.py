@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import transformers
-import vllm
-
+from tests.vllm.sources import folder
 from vllm_rfork.vllm_compat.model_rules import VLLM_RULES
 
 
@@ -17,10 +14,8 @@ def test_every_rule_about_a_class_is_about_one_that_vllm_has() -> None:
     text_of: dict[str, str] = {}
     flagged = ""
     # Models hold some of what transformers makes.
-    theirs = [
-        Path(transformers.__file__).parent / name for name in ("tokenization_utils_base.py", "processing_utils.py")
-    ]
-    for file in (*Path(vllm.__file__).parent.rglob("*.py"), *theirs):
+    theirs = [folder("transformers") / name for name in ("tokenization_utils_base.py", "processing_utils.py")]
+    for file in (*folder("vllm").rglob("*.py"), *theirs):
         text = file.read_text()
         for kind in defined.findall(text):
             text_of[kind] = text_of.get(kind, "") + text
