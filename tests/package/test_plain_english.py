@@ -53,9 +53,9 @@ def prose(text: str) -> str:
     return re.sub(r"`[^`\n]+`|\"[^\"\n]+\"", "…", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_pages_are_written_in_plain_english(page: Path) -> None:
-    assert complaints(prose(page.read_text(encoding="utf-8"))) == []
+def test_pages_are_written_in_plain_english() -> None:
+    found = {page.relative_to(ROOT): complaints(prose(page.read_text(encoding="utf-8"))) for page in PAGES}
+    assert [f"{page}: {each}" for page, each_of in found.items() for each in each_of] == []
 
 
 def complaints(text: str) -> list[str]:
@@ -68,16 +68,19 @@ def complaints(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
-def test_sources_are_written_in_plain_english(source: Path) -> None:
+def test_sources_are_written_in_plain_english() -> None:
+    assert [f"{source.relative_to(ROOT)}: {each}" for source in SOURCES for each in faults(source)] == []
+
+
+def faults(source: Path) -> list[str]:
+    """What is wrong with the docstrings, comments and messages of one file, one line each."""
     found = [f"line {line}: {each}" for line, text in texts(source) for each in complaints(text)]
     tree = ast.parse(source.read_text(encoding="utf-8"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-    found += [
+    return found + [
         f"write a noun phrase or an imperative: {text.splitlines()[0]}" for text in docstrings if QUESTION.match(text)
     ]
-    assert found == []
 
 
 def texts(source: Path) -> Iterator[tuple[int, str]]:
