@@ -1,4 +1,4 @@
-"""Group the tests for pytest-xdist, so that two processes are busy all the time and share no expensive fixture.
+"""Group the tests for pytest-xdist, so that its processes are busy all the time and share no expensive fixture.
 
 Two groups load models: one in the test process, and one in processes that a fork server starts. They begin first, one
 in each process. Every other file is a group of its own and fills the time that remains.
@@ -8,6 +8,8 @@ TEST_CPU emulates a lesser processor in all of them: see ``processor/sitecustomi
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -58,6 +60,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the two groups that take longest first."""
     items.sort(key=lambda item: FIRST.get(group(item.nodeid), len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was collected out of all that collects garbage from here on: looking at it takes a second each."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else native modules complain of leaks
 
 
 @pytest.fixture(autouse=True)
