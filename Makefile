@@ -4,8 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENGINE ?= nixl
 # More arguments for pytest: make unit PYTEST_ARGS="-k key"
 PYTEST_ARGS ?=
-# Number of processes for the tests of `make test`; tests/conftest.py distributes them
-PYTEST_PROCESSES ?= 2
+# Number of processes for the tests of `make test`; tests/conftest.py distributes them. One more than two processors have
+# use for at a time: many tests wait, for a time-out or for a process that starts.
+PYTEST_PROCESSES ?= 3
 # Make vLLM use its other code paths on CPU: make test TEST_CPU=avx512 (no AMX) or avx2; see tests/processor
 TEST_CPU ?=
 # More arguments for the demo: make demo DEMO_ARGS="--storage-mb-per-s 1000"
@@ -23,7 +24,8 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
 TOOLS := .venv-docs/bin
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
-# Branches of the package that the tests of `make test` reach, with those of its processes; the floor is a little below
+# Branches of the package that the tests of `make test` reach, with those of its processes; the floor is a little below.
+# A test takes a quarter to a half longer with it: the tracer of Python 3.11 is called for lines of other packages, too.
 COVERAGE := --cov --cov-report= --cov-fail-under=94
 
 # No access to a model hub, no usage reports, and no influence of the caller's Python.
@@ -34,7 +36,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup tools test test-long lint types contracts standin wheel unit vllm-tests chart kustomize docs release-check bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup tools checks test coverage test-long lint types contracts standin wheel unit vllm-tests chart kustomize docs release-check bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,11 +45,17 @@ help: ## list the targets
 setup: ## install requirements/lock.txt into .venv; every other target does this first
 	@$(PYTHON) scripts/set_up.py
 
-test: lint types contracts standin ## lint, types, import contracts and every test that is not marked long
-	$(PYTEST) -m "not long" $(if $(PYTEST_ARGS),,$(COVERAGE)) $(PYTEST_ARGS)
+test: checks ## lint, types, import contracts and every test that is not marked long
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-test-long: setup standin ## the tests marked long: slow, and seldom the first to fail; CI runs them after `make test`
+coverage: checks ## `make test` with branch coverage and its floor, which take longer; CI runs it
+	$(PYTEST) -m "not long" $(COVERAGE)
+
+test-long: setup standin ## the tests marked long: slow, and seldom the first to fail; CI runs them after `make coverage`
 	$(PYTEST) -m long $(PYTEST_ARGS)
+
+checks: setup
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint types contracts standin
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
