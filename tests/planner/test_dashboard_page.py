@@ -97,7 +97,10 @@ def complains_of_nothing(page: Page, url: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("store", "sizes"), [("memory", [DESKTOP, PHONE]), ("redis", [DESKTOP])])
+@pytest.mark.parametrize(
+    ("store", "sizes"),
+    [("memory", [DESKTOP, PHONE]), pytest.param("redis", [DESKTOP], marks=pytest.mark.long)],
+)
 async def test_a_fleet_comes_into_view_without_a_reload(
     chromium: Chromium, store: str, sizes: list[tuple[int, int]], request: pytest.FixtureRequest
 ) -> None:

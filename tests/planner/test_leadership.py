@@ -187,7 +187,9 @@ async def nothing_leaked(replicas: Replicas) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("fault", [killed, stopped, pytest.param(silently_cut_off, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "fault", [killed, *(pytest.param(fault, marks=pytest.mark.long) for fault in (stopped, silently_cut_off))]
+)
 async def test_of_two_replicas_the_other_leads(replicas: Callable[[], Replicas], fault: Callable[..., object]) -> None:
     await fail(replicas(), 2, [fault])
 
