@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -278,14 +281,28 @@ def test_the_ranks_that_load_a_model_together(
     assert list(members_of(parallel(**sizes), rank, world_size, draft=True)) == draft
 
 
-_RANK = """
+#: Three ranks as forks of one process: the imports take longer than all that they do.
+_RANKS = """
 import os, sys
 from types import SimpleNamespace
 import torch.distributed as dist
 from vllm_rfork.load.consensus import Consensus
 from vllm_rfork.vllm_compat.rank_groups import rank_group
 
-rank, port = int(sys.argv[1]), sys.argv[2]
+children = []
+for rank in range(3):
+    children.append(os.fork())
+    if not children[-1]:
+        break
+else:
+    for child in children:
+        os.waitpid(child, 0)
+    os._exit(0)
+
+def say(*words):  # in one write, since the ranks share the pipe
+    os.write(1, f"{rank} {' '.join(words)}\\n".encode())
+
+port = sys.argv[1]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
 parallel = SimpleNamespace(tensor_parallel_size=3, pipeline_parallel_size=1, data_parallel_size=1)
 draft_config = object()
@@ -293,10 +310,10 @@ config = SimpleNamespace(
     parallel_config=parallel, speculative_config=SimpleNamespace(draft_model_config=draft_config)
 )
 target, draft = Consensus(rank_group(config, object())), Consensus(rank_group(config, draft_config))
-print(repr(target.decide("fork", None, 60)), repr(draft.decide("fork", None if rank else "no draft", 60)), flush=True)
+say(repr(target.decide("fork", None, 60)), repr(draft.decide("fork", None if rank else "no draft", 60)))
 if rank == 2:
     os._exit(0)  # dead, without a word
-print(repr(draft.decide("forked", None, 0.5)), flush=True)
+say(repr(draft.decide("forked", None, 0.5)))
 # Rank 0 holds the store: it stays until the other has read its answer.
 if rank == 0:
     dist.distributed_c10d._get_default_store().wait(["done"])
@@ -307,22 +324,19 @@ os._exit(0)
 
 
 def test_processes_agree_over_the_store_of_their_process_group() -> None:
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(rank), port],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0].splitlines() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    with subprocess.Popen(
+        [sys.executable, "-c", _RANKS, str(free_port())],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as ranks:
+        try:
+            lines = [line.split(" ", 1) for line in ranks.communicate(timeout=240)[0].splitlines()]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
+    said = [[text for rank, text in lines if rank == str(number)] for number in range(3)]
     assert [lines[0] for lines in said] == ["None 'rank 0: no draft'"] * 3
     assert said[0][1] == said[1][1]
     assert "rank 2: no vote within 0.5 s" in said[0][1] or "ranks" in said[0][1]

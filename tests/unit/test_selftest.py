@@ -13,9 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_rfork.cli.main import main
 from vllm_rfork.selftest import connecting, offer
 from vllm_rfork.selftest.attempts import Attempt, Outcome, in_order
 from vllm_rfork.selftest.report import CODES, FAILED, GOOD, TOO_LATE, WRONG_BYTES, report
@@ -70,7 +72,7 @@ def test_a_host_that_the_engine_would_ignore_is_refused(engine: str, hint: str) 
     assert hint in done.stderr
 
 
-@pytest.mark.parametrize("engine", ["memory", "nixl"])
+@pytest.mark.parametrize("engine", ["memory", pytest.param("nixl", marks=pytest.mark.long)])
 def test_an_altered_seed_is_exit_1(engine: str) -> None:
     """One bit of one byte, after the digest was taken."""
     done = selftest("--engine", engine, "--size", "8M", "--corrupt")
@@ -84,7 +86,15 @@ def test_bytes_damaged_on_the_way_are_exit_1(fault: str) -> None:
     assert done.returncode == WRONG_BYTES, done.stderr
 
 
-@pytest.mark.parametrize("fault", ["open_fails", "register_fails", "connect_fails", "fail_read=1"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "open_fails",
+        pytest.param("register_fails", marks=pytest.mark.long),
+        pytest.param("connect_fails", marks=pytest.mark.long),
+        "fail_read=1",
+    ],
+)
 def test_an_engine_that_fails_is_exit_3_and_named(fault: str) -> None:
     done = selftest("--engine", "memory", "--size", "1M", RFORK_MEMORY_FAULT=fault)
     assert done.returncode == FAILED
@@ -132,7 +142,9 @@ def test_a_missing_package_is_said_with_how_to_install_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("size", ["0", "-1", "12x", "", "1.5G"])
 def test_a_size_that_is_none_is_a_usage_error(size: str) -> None:
-    assert selftest("--engine", "memory", "--size", size).returncode == 2
+    done = CliRunner().invoke(main, ["selftest", "--engine", "memory", "--size", size])
+    assert done.exit_code == 2, done.output
+    assert "Invalid value for '--size'" in done.output
 
 
 def test_the_first_engine_that_works_ends_the_search() -> None:
