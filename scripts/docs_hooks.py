@@ -24,6 +24,8 @@ INCLUDED = {
 }
 #: A link or an image with a relative target: its text, the target, and the anchor with its ``#``.
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+#: The line that leads to a page in another language; the site has a menu for that.
+LANGUAGES = re.compile(r"^\[(?:English|简体中文)\]\(\S+\)\n\n", re.MULTILINE)
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 
 
@@ -58,7 +60,7 @@ def on_page_markdown(markdown: str, *, page: _Page, **_: object) -> str:
     """
     here = posixpath.join("docs", page.file.src_uri)
     if name := page.meta.get("include"):
-        markdown, here = (ROOT / name).read_text(encoding="utf-8"), name
+        markdown, here = LANGUAGES.sub("", (ROOT / name).read_text(encoding="utf-8"), count=1), name
     parts = FENCE.split(markdown)
     parts[::2] = [LINK.sub(lambda link: _resolved(link, here, page.file.src_uri), part) for part in parts[::2]]
     return "".join(parts)

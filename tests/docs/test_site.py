@@ -84,6 +84,12 @@ def test_links_of_an_included_file_start_at_the_root() -> None:
     assert "](docs/" not in text
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_site_has_a_menu_instead_of_links_between_languages(name: str) -> None:
+    text = on_page_markdown("in the repository", page=Page(File("index.md"), {"include": name}))
+    assert text.startswith("# vllm-rfork\n\n[vLLM]") or text.startswith("# vllm-rfork\n\nA plugin")
+
+
 def test_links_of_translations_name_the_english_file() -> None:
     assert on_the_site("[a](../options.zh.md)", "quick-start/cpu.zh.md") == "[a](../options.md)"
 
