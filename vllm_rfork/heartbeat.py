@@ -38,8 +38,8 @@ class Heartbeat:
     Args:
         client: of the planner to announce to.
         interval_s: longest time between two heartbeats in seconds.
-        fingerprint, epoch, slots, labels, intent: see :meth:`PlannerClient.announce`.
-        caches: returns the text of that name: a start's results are known after the first announcement.
+        fingerprint, epoch, slots, labels, intent, parent: see :meth:`PlannerClient.announce`.
+        caches, differs: return the texts of these names, which may be known only after the first announcement.
         served: called with the number of further forks from the seed, and their bytes, when the planner reports some.
         clock, sleep, jitter: replaced in tests; ``jitter()`` is a number from 0 to 1.
     """
@@ -57,6 +57,8 @@ class Heartbeat:
         labels: str = "",
         intent: str = "",
         caches: Callable[[], str] = str,
+        parent: str = "",
+        differs: Callable[[], str] = str,
         served: Callable[[int, int], object] = lambda forks, nbytes: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
@@ -72,6 +74,8 @@ class Heartbeat:
         self._labels = labels
         self._intent = intent
         self._caches = caches
+        self._parent = parent
+        self._differs = differs
         self._served = served
         self._reported = Served(0, 0)
         self._clock = clock
@@ -188,6 +192,8 @@ class Heartbeat:
                 epoch=self._epoch,
                 intent=self._intent,
                 caches=self._caches(),
+                parent=self._parent,
+                differs=self._differs(),
             )
         except PlannerError as error:
             self._announced = False

@@ -9,6 +9,8 @@ import pytest
 
 from tests.planner.conftest import Fleet, MakeFleet, seed
 from tests.planner.test_api import Client, planner
+from vllm_rfork.clients import PlannerClient
+from vllm_rfork.messages import SeedAddress
 from vllm_rfork.planner.policy import policy_named
 from vllm_rfork.planner.store import fork_tree
 from vllm_rfork.planner.store.base import Announcement, Outcome, Queued, Rules
@@ -205,6 +207,19 @@ async def test_views_are_asked_for_by_parameters() -> None:
         whole = {each["key"]: each["parent"] for each in (await asked(client, ""))["seeds"]}
         assert whole == {"a": "10.9.9.9:1:0", "b": ""}
         assert await client.status("GET", f"/dashboard.json?find={'x' * 201}") == 400
+
+
+async def test_a_worker_announces_its_parent_and_its_differences_cut_to_their_bound() -> None:
+    async with planner() as client:
+        worker = PlannerClient(client.planner.url)
+        await worker.announce(
+            "k", SeedAddress("127.0.0.1", 5000, 0), fingerprint="f", parent=str(seed(2)), differs="é" * 2000
+        )
+        (shown,) = (await asked(client, ""))["seeds"]
+        assert shown["parent"] == str(seed(2))
+        async with client.session.get(f"{client.planner.url}/dashboard.json", headers={"SEED_KEY": "k"}) as answer:
+            (print_,) = (await answer.json())["fingerprints"]
+        assert print_["differs"] == "é" * 1000
 
 
 async def test_an_overview_of_5000_seeds_takes_less_than_a_second_of_cpu() -> None:

@@ -99,7 +99,8 @@ async def running(beat: Heartbeat, virtual: VirtualTime) -> AsyncIterator[asynci
 async def test_it_announces_at_once_and_then_once_an_interval() -> None:
     planner, virtual = FakePlanner(), VirtualTime()
     caches = [""]  # a start's results are known after the first announcement
-    beat = heartbeat(planner, virtual, slots=4, labels="host=a", intent="i1", caches=lambda: caches[-1])
+    origin = {"parent": "10.0.0.2:5000:0", "differs": lambda: "dtype" if caches[-1] else ""}
+    beat = heartbeat(planner, virtual, slots=4, labels="host=a", intent="i1", caches=lambda: caches[-1], **origin)
     async with running(beat, virtual):
         assert planner.calls == ["announce"]
         assert planner.announced_with["caches"] == ""
@@ -116,6 +117,8 @@ async def test_it_announces_at_once_and_then_once_an_interval() -> None:
         "epoch": "e1",
         "intent": "i1",
         "caches": "triton=hit;saved=2",
+        "parent": "10.0.0.2:5000:0",
+        "differs": "dtype",
     }
 
 

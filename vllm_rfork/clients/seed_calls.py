@@ -47,6 +47,8 @@ class SeedCalls(PlannerCalls):
         epoch: str = "",
         intent: str = "",
         caches: str = "",
+        parent: str = "",
+        differs: str = "",
     ) -> Served | None:
         """Announce ``seed`` under ``seed_key``; the same call is the heartbeat.
 
@@ -54,6 +56,7 @@ class SeedCalls(PlannerCalls):
             slots: leases that the seed carries at once; None: the planner decides.
             intent: the id of this worker's intent, which this call fulfils.
             caches: the text of this worker's :class:`~vllm_rfork.messages.CacheResults`.
+            parent, differs: the seed that this one was forked from, and its differences to others; for people.
 
         Returns:
             What receivers reported of this seed in its present epoch; None if the planner does not say.
@@ -67,6 +70,8 @@ class SeedCalls(PlannerCalls):
             **given(messages.SLOTS, "" if slots is None else str(slots)),
             **given(messages.INTENT, intent),
             **given(messages.CACHES, caches),
+            **given(messages.PARENT, parent),
+            **given(messages.DIFFERS, differs[: messages.MAX_DIFFERS_LENGTH]),
             **given(messages.STATE, self._states.get(seed, "")),
         }
         answer = await self.call(

@@ -29,19 +29,23 @@ class OtherFingerprints:
     def __init__(self, client: SeedClient, seed_key: str, facts: Mapping[str, str]) -> None:
         self._client, self._seed_key, self._facts = client, seed_key, facts
         self._warned = False
+        #: the differences, once they are known
+        self.text = ""
 
     def warn(self, others: Sequence[OtherSeeds]) -> None:
         """Ask ``others`` for their facts in the background and log what differs; later calls do nothing."""
         if others and not self._warned:
             self._warned = True
-            warning = warn_of_other_fingerprints(self._client, self._seed_key, self._facts, others)
-            background().spawn(warning, "rfork-differing-facts")
+            background().spawn(self._warn(others), "rfork-differing-facts")
+
+    async def _warn(self, others: Sequence[OtherSeeds]) -> None:
+        self.text = await warn_of_other_fingerprints(self._client, self._seed_key, self._facts, others)
 
 
 async def warn_of_other_fingerprints(
     client: SeedClient, seed_key: str, own: Mapping[str, str], others: Sequence[OtherSeeds]
-) -> None:
-    """Ask one seed of each fingerprint for its facts and log what differs; bounded by the client's timeout.
+) -> str:
+    """Ask one seed of each fingerprint for its facts, log what differs and return it; bounded by the client's timeout.
 
     Args:
         own: this worker's facts.
@@ -60,12 +64,13 @@ async def warn_of_other_fingerprints(
     texts = differences(own, known)
     if known and not texts:
         unknown.append("the facts that differ are not among those that seeds publish")
-    count = sum(each.seeds for each in others)
+    count, text = sum(each.seeds for each in others), "; ".join(filter(None, [described(texts), *unknown]))
     logger.warning(
         "%d seed%s of key %s cannot be forked from, because %s built with other facts: %s",
         count,
         "" if count == 1 else "s",
         seed_key,
         "it was" if count == 1 else "they were",
-        "; ".join(filter(None, [described(texts), *unknown])),
+        text,
     )
+    return text

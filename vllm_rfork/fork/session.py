@@ -231,6 +231,10 @@ class ForkSession:
             self.seed = held.seed
             return manifest
 
+    def differs(self) -> str:
+        """The differences to seeds with other fingerprints, as they were logged; empty if there are none."""
+        return self._others.text
+
     def left_s(self) -> float:
         """Seconds that this fork may still take (``rfork_fork_timeout_sec``).
 

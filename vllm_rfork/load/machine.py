@@ -271,6 +271,7 @@ class LoadMachine:
             session.logged.once(error),  # not the error: log records that are kept would keep the model
         )
         self._vote.abandon(error)
+        session.seed = None  # its weights are not used
         session.cancel_reservation()
         session.engines.discard()
         session.drop_tracebacks(error)

@@ -72,4 +72,6 @@ def _seed_config(context: LoadContext, session: ForkSession, host: str) -> SeedC
         facts=session.facts,
         model=settings.model_url,
         strategy=settings.model_deploy_strategy_name,
+        parent="" if session.seed is None else str(session.seed),
+        differs=session.differs,
     )

@@ -29,7 +29,8 @@ class SeedConfig:
     """Addresses, limits and times of one seed; all times in seconds.
 
     ``port`` 0 means random; ``other_ports`` are tried in order if it is in use. ``slots`` None leaves the number to
-    the planner. ``model`` and ``strategy`` are behind the seed key.
+    the planner. ``model`` and ``strategy`` are behind the seed key. ``parent`` is the seed that the weights were forked
+    from, and ``differs`` returns the differences to seeds of the key with other fingerprints; both for people.
     """
 
     planner_url: str
@@ -47,6 +48,8 @@ class SeedConfig:
     other_ports: tuple[int, ...] = ()
     model: str = ""
     strategy: str = ""
+    parent: str = ""
+    differs: Callable[[], str] = str
 
 
 class PublishedTensors(Protocol):

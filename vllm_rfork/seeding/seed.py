@@ -168,6 +168,8 @@ class Seed:
             labels=config.labels,
             intent=self.intent,
             caches=partial(report.announced, self.manifest.seed_key),
+            parent=config.parent,
+            differs=config.differs,
             served=metrics.served,
         )
         self._parts.beat_task = background().spawn(self._parts.beat.run(), f"rfork-heartbeat {address}")
