@@ -22,6 +22,8 @@ PAGES = {
 TRANSLATIONS = {english: chinese for chinese, english in PAGES.items()}
 #: A comment of a shell, YAML or text block: all that may differ between the code of two pages.
 COMMENT = re.compile(r"(^|\s)# .*$", re.MULTILINE)
+#: The mark of a block of code that a test executes.
+RUN = re.compile(r"<!-- run -->")
 HEADING = re.compile(r"^(#+) (.+)$")
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)|<(https?:[^>]+)>")
 CODE = re.compile(r"`[^`\n]+`")
@@ -89,6 +91,7 @@ def test_code_is_equal_but_for_comments(page: Path) -> None:
         assert [COMMENT.sub(r"\1#", code) for code in chinese.code] == [
             COMMENT.sub(r"\1#", code) for code in english.code
         ], english.heading
+        assert RUN.findall(chinese.prose) == RUN.findall(english.prose), english.heading
 
 
 @each_page
