@@ -24,9 +24,11 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
 TOOLS := .venv-docs/bin
 STANDIN := build/standin
 TYPED := vllm_rfork demo scripts examples bench zoo versions
-# Branches of the package that the tests of `make test` reach, with those of its processes; the floor is a little below.
-# A test takes a quarter to a half longer with it: the tracer of Python 3.11 is called for lines of other packages, too.
-COVERAGE := --cov --cov-report= --cov-fail-under=94
+# With `make test COVERAGE=yes`, as CI runs it: branches of the package that the tests reach, with those of its processes;
+# the floor is a little below. A test takes a quarter to a half longer: the tracer of Python 3.11 is called for lines of
+# other packages, too.
+COVERAGE ?=
+COVERAGE_ARGS := --cov --cov-report= --cov-fail-under=94
 
 # No access to a model hub, no usage reports, and no influence of the caller's Python.
 export HF_HUB_OFFLINE := 1
@@ -36,7 +38,7 @@ export PYTHONUNBUFFERED := 1
 export TEST_CPU
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
 
-.PHONY: help setup tools checks test coverage test-long lint types contracts standin wheel unit vllm-tests chart kustomize docs release-check bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
+.PHONY: help setup tools checks test test-long lint types contracts standin wheel unit vllm-tests chart kustomize docs release-check bench bench-engines bench-start-up bench-planner bench-digest zoo events versions demo format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,12 +48,9 @@ setup: ## install requirements/lock.txt into .venv; every other target does this
 	@$(PYTHON) scripts/set_up.py
 
 test: checks ## lint, types, import contracts and every test that is not marked long
-	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+	$(PYTEST) -m "not long" $(if $(COVERAGE),$(COVERAGE_ARGS)) $(PYTEST_ARGS)
 
-coverage: checks ## `make test` with branch coverage and its floor, which take longer; CI runs it
-	$(PYTEST) -m "not long" $(COVERAGE)
-
-test-long: setup standin ## the tests marked long: slow, and seldom the first to fail; CI runs them after `make coverage`
+test-long: setup standin ## the tests marked long: slow, and seldom the first to fail; CI runs them after `make test`
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
 checks: setup
