@@ -28,6 +28,8 @@ HEADING = re.compile(r"^(#+) (.+)$")
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)|<(https?:[^>]+)>")
 CODE = re.compile(r"`[^`\n]+`")
 FIGURE = re.compile(r"\d[\d.,]*\d|\d")
+#: A Chinese character or full-width punctuation.
+CHINESE = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 #: One Chinese word per concept: other words for the same → the word that these pages use.
 WORDS = {r"接收(?:方|者|器)|接受端": "接收端", r"规划(?:器|者)|计划器|调度器": "planner", r"(?<!播)种源|源实例": "种子"}
 #: English words that a sentence may have in a row before it counts as not translated.
@@ -169,6 +171,13 @@ def test_github_shows_bold_text(page: Path) -> None:
     text = "".join(FENCE.split(page.read_text(encoding="utf-8"))[::2])
     bold = re.findall(r"\*\*([^*]+)\*\*(.?)", CODE.sub("`", text))
     assert [words for words, after in bold if re.search(r"\W$", words) and re.match(r"\w", after)] == []
+
+
+@each_page
+def test_no_line_breaks_between_chinese_characters(page: Path) -> None:
+    """Browsers show a line break as a space, which does not belong there."""
+    text = "".join(FENCE.split(page.read_text(encoding="utf-8"))[::2])
+    assert re.findall(rf".*{CHINESE}\n *{CHINESE}.*", text) == []
 
 
 @each_page
