@@ -186,6 +186,12 @@ def test_a_concept_has_one_word(page: Path) -> None:
     assert {word: found for word, better in WORDS.items() if (found := re.findall(word, text))} == {}
 
 
+def test_the_pages_of_a_first_start_are_translated() -> None:
+    starts = {page for page in (DOCS / "quick-start").glob("*.md") if not page.name.endswith(".zh.md")}
+    needed = {ROOT / "README.md", *starts, *(DOCS / f"{name}.md" for name in ("ascend", "options", "troubleshooting"))}
+    assert needed - set(TRANSLATIONS) == set()
+
+
 def test_a_reader_finds_the_other_language() -> None:
     for page, other in (("README.md", "README.zh-CN.md"), ("README.zh-CN.md", "README.md")):
         assert f"]({other})" in (ROOT / page).read_text(encoding="utf-8").split("\n## ")[0]
