@@ -39,12 +39,12 @@ def table(results: list[ServerResult]) -> Table:
         shown.add_column(heading)
     for heading in ("MB", "seconds", "GB/s"):
         shown.add_column(heading, justify="right")
-    shown.add_column("same answers?")
+    shown.add_column("answers")
     names = {result.own_seed: result.name for result in results}
     for result in results:
         weights = result.weights
         rate = weights.nbytes / weights.weights_s / 1e9 if weights.weights_s > 0 else float("inf")
-        same = "-" if result is results[0] else "yes" if result.answers == results[0].answers else "NO"
+        same = "-" if result is results[0] else "equal" if result.answers == results[0].answers else "DIFFER"
         storage = "storage, page cache" if result.mb_per_s is None else f"storage throttled to {result.mb_per_s:g} MB/s"
         source = f"fork from {names.get(weights.seed, weights.seed)}" if weights.seed else storage
         shown.add_row(

@@ -279,6 +279,13 @@ def test_the_picture_has_what_was_printed_and_loads_nothing(tmp_path: Path) -> N
     assert not re.search(r"url\(\W*http|(?:src|href)=", (tmp_path / "assets" / "demo.svg").read_text())
 
 
+def test_the_table_has_a_line_for_each_server_in_80_columns() -> None:
+    pipe = Output(terminal=False)
+    Console(file=pipe, width=80).print(command.table(four()))
+    assert len(re.findall(r"^. [A-D] .*(?:-|equal) +.$", pipe.getvalue(), re.MULTILINE)) == 4
+    assert "storage throttled to 125 MB/s" in pipe.getvalue()
+
+
 Played = tuple[list[ServerResult], Sequence[Answer]]
 
 
