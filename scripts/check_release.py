@@ -18,6 +18,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Sentences that become wrong with the first release. The package index shows the README of the upload for good.
+UNRELEASED = re.compile(
+    r"\b[Nn]o (?:release|version has been released)\b|until there is a release|还没有发布版本|发布之前：在克隆"
+)
 
 
 def metadata(folder: Path) -> Message:
@@ -39,13 +43,25 @@ def missing_materials(bill: str, wheel: Message) -> list[str]:
     return sorted(missing)
 
 
-def steps_left(wheel: Message, changelog: str) -> list[str]:
+def unreleased_pages(root: Path) -> list[str]:
+    """Pages below ``root`` that say that there is no release, relative to it."""
+    pages = [*root.glob("README*.md"), *(root / "docs").rglob("*.md")]
+    return sorted(
+        page.relative_to(root).as_posix()
+        for page in pages
+        if UNRELEASED.search(" ".join(page.read_text(encoding="utf-8").split()))
+    )
+
+
+def steps_left(wheel: Message, changelog: str, root: Path = ROOT) -> list[str]:
     """Steps of RELEASING.md that this tree has not taken yet."""
     steps = []
     if any(".example/" in str(url) for url in wheel.get_all("Project-URL") or []):
         steps.append("the repository's address in pyproject.toml is a placeholder")
     if not re.search(rf"^## \[{re.escape(wheel['Version'])}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         steps.append(f"CHANGELOG.md has no section [{wheel['Version']}] with a date")
+    if pages := unreleased_pages(root):
+        steps.append(f"these pages say that there is no release: {', '.join(pages)}")
     return steps
 
 
