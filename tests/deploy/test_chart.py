@@ -439,7 +439,7 @@ def test_an_instance_of_several_nodes_has_one_api() -> None:
 
 
 def test_certificates_are_for_the_names_that_are_used() -> None:
-    things = rendered("tls")
+    things = rendered("tls", json.dumps({"monitoring.enabled": True, "planner.store": "redis", "planner.replicas": 2}))
     planner = named(things, "Certificate", f"{RELEASE}-rfork-planner")["spec"]
     assert f"*.{RELEASE}-rfork-planner.{NAMESPACE}.svc" in planner["dnsNames"]
     worker = named(things, "Certificate", f"{RELEASE}-rfork-worker")["spec"]

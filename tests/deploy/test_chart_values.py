@@ -29,6 +29,8 @@ WRONG: dict[str, tuple[str, Any, str, str]] = {
     "an unknown store": ("planner.store", "etcd", "/planner/store", "memory"),
     "an unknown platform": ("workers.a.platform", "tpu", "/workers/a/platform", "ascend-a2"),
     "a worker's name that no object can have": ("workers.Q_1", {}, "", "Q_1"),
+    "a worker with the name of the planner": ("workers.planner", {}, "", "invalid propertyName 'planner'"),
+    "no name of the token's Secret": ("auth.existingSecret", "", "/auth/existingSecret", "minLength"),
     "tls without an issuer": ("tls.enabled", True, "/tls/issuerRef/name", "minLength"),
     "an unquoted off, which is false in YAML": ("tls.seeds", False, "/tls/seeds", "require"),
     "an argument of the chart": ("workers.a.args", ["--load-format=auto"], "/workers/a/args/0", "not"),
@@ -102,6 +104,25 @@ def test_zero_and_false_are_values_too() -> None:
     assert '"rfork_become_seed":false' in config
     # Kubernetes would expand $(NAME) in an argument; $$( is its escape.
     assert '"rfork_seed_key_separator":"$$("' in config
+
+
+def test_a_worker_can_leave_its_fleet_without_a_new_template() -> None:
+    """A roll-back: vLLM's default loader, which rejects options of this package."""
+    (_, pod) = next(
+        each for each in pods(rendered("cuda", json.dumps({"workers.qwen.fork": False}))) if "qwen" in each[0]
+    )
+    words = container(pod)["args"]
+    assert not [word for word in words if word.startswith(("--load-format", "--model-loader-extra-config"))]
+    assert "--max-model-len=8192" in words
+
+
+def test_vllm_allows_a_start_as_long_as_kubernetes_does() -> None:
+    def limit(**values: Any) -> list[str]:
+        found = dict(pods(rendered("cuda", json.dumps(values))))[f"{RELEASE}-rfork-qwen"]
+        return [each["value"] for each in container(found)["env"] if each["name"] == "VLLM_ENGINE_READY_TIMEOUT_S"]
+
+    assert limit(**{"workers.qwen.startupSeconds": 1800}) == ["1800"]
+    assert limit(**{"workers.qwen.env": [{"name": "VLLM_ENGINE_READY_TIMEOUT_S", "value": "60"}]}) == ["60"]
 
 
 def test_large_numbers_stay_integers() -> None:

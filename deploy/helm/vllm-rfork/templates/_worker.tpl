@@ -93,8 +93,10 @@ spec:
         {{- if eq .role "follower" }}
         - --headless
         {{- end }}
+        {{- if $worker.fork }}
         - --load-format=rfork
         - {{ printf "--model-loader-extra-config=%s" (include "rfork.workerOptions" .) | quote }}
+        {{- end }}
         {{- range $worker.args }}
         - {{ . | quote }}
         {{- end }}
@@ -104,6 +106,11 @@ spec:
             fieldRef: {fieldPath: spec.nodeName}
         {{- with $worker.env }}
         {{- toYaml . | nindent 8 }}
+        {{- end }}
+        {{- $own := false }}
+        {{- range $worker.env }}{{ if eq .name "VLLM_ENGINE_READY_TIMEOUT_S" }}{{ $own = true }}{{ end }}{{ end }}
+        {{- if not $own }}
+        - {name: VLLM_ENGINE_READY_TIMEOUT_S, value: {{ $worker.startupSeconds | quote }}}
         {{- end }}
         - name: RFORK_LABELS
           value: host=$(NODE_NAME){{ with $worker.labels }},{{ . }}{{ end }}
