@@ -78,6 +78,13 @@ def test_a_drain_and_its_end(planner: PlannerUnderTest, lease: Lease) -> None:
     asyncio.run(client(planner).release(lease))
 
 
+@pytest.mark.parametrize("seed", ["x", "127.0.0.1:5000", "127.0.0.1:port:0"])
+def test_what_is_not_a_seed_is_refused_with_the_form_of_one(seed: str) -> None:
+    done = run("drain", seed, "--key", KEY)
+    assert done.exit_code == 2
+    assert "expected ip:port:rank, as `vllm-rfork seeds` prints it" in " ".join(done.stderr.split())
+
+
 def test_a_drain_waits_for_the_last_lease(
     planner: PlannerUnderTest, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_every_command_has_help(name: str) -> None:
     done = CliRunner().invoke(main, [name, "--help"])
     assert done.exit_code == 0, done.output
     assert "Usage" in done.output
+    assert "Exit status" in done.output
 
 
 def test_the_list_of_commands_is_the_table() -> None:

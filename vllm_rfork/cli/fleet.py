@@ -24,9 +24,10 @@ _limit = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="maximum number of entries"
 )
 _key = click.option("--key", help="only this seed key")
+_STATUS = "Exit status: 0 listed; 1 the planner did not answer or refused; 2 wrong usage."
 
 
-@click.command()
+@click.command(epilog=_STATUS)
 @planner_options
 @_key
 @_limit
@@ -61,7 +62,7 @@ def seeds(  # noqa: PLR0917 - click passes them by name
         watch(fetch, show, every_s)
 
 
-@click.command()
+@click.command(epilog=_STATUS)
 @planner_options
 @_key
 @_limit

@@ -50,7 +50,7 @@ def key_of(model_url: str, strategy: str, *, separator: str, **parts: Any) -> st
     return built
 
 
-@click.command()
+@click.command(epilog="Exit status: 0 printed; 1 planners would reject the key as too long; 2 wrong usage.")
 @click.argument("model_url", envvar="MODEL_URL")
 @click.argument("strategy", envvar="MODEL_DEPLOY_STRATEGY_NAME")
 @key_options

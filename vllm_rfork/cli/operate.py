@@ -27,7 +27,7 @@ class SeedName(click.ParamType[SeedAddress]):
         try:
             return parse_seed_address(str(value))
         except BadMessage as error:
-            self.fail(str(error), param, ctx)
+            self.fail(f"expected ip:port:rank, as `vllm-rfork seeds` prints it ({error})", param, ctx)
 
 
 _seed = click.argument("seed", type=SeedName(), metavar="SEED")

@@ -39,7 +39,10 @@ def _source(context: click.Context, name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-@click.command("planner")
+@click.command(
+    "planner",
+    epilog="Exit status: 0 after SIGTERM or SIGINT; 1 it could not start (port in use, no store); 2 wrong settings.",
+)
 @click.pass_context
 def planner(context: click.Context, /, **given: Any) -> None:
     """Run the planner: the service that pairs receivers with seeds.
