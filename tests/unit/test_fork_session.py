@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import time
 import types
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiohttp import web
+from torch import nn
 
 from tests.sockets import deaf
 from tests.unit.interop_planners import free_port, serve
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.config import Settings, parse_config
 from vllm_rfork.engines.base import EngineConfig
-from vllm_rfork.errors import ConfigError, EngineError, ForkError, NoSeedAvailable
+from vllm_rfork.errors import ConfigError, EngineError, ForkError, NoSeedAvailable, SeedError
 from vllm_rfork.fork.engine_set import EngineSet
 from vllm_rfork.fork.session import ForkSession
+from vllm_rfork.load.outcome import _seed_config
 from vllm_rfork.messages import SeedAddress
 from vllm_rfork.net import advertise
 from vllm_rfork.net.advertise import advertise_host
@@ -80,6 +84,45 @@ def test_a_fork_has_its_time_and_then_none(monkeypatch: pytest.MonkeyPatch) -> N
     now += 1.0
     with pytest.raises(ForkError, match=r"took longer than 20 s \(rfork_fork_timeout_sec\)"):
         session.left_s()
+
+
+# --- what a seed keeps of its fork ------------------------------------------------------------------------------------
+
+
+def test_a_fork_that_succeeds_refers_to_nothing_that_an_earlier_attempt_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_at("http://127.0.0.1:1")
+    held = types.SimpleNamespace(seed=SeedAddress("10.0.0.7", 4711, 0))
+    monkeypatch.setattr(session.engines, "await_one", lambda: None)
+    monkeypatch.setattr(session, "_acquire", lambda fingerprint: held)
+    monkeypatch.setattr(session.leases, "release", lambda *lease: None)
+    failures = [SeedError("it has died")]
+
+    def fork_once(held: Any, destination: Any, usage: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return types.SimpleNamespace(nbytes=1)
+
+    monkeypatch.setattr(session, "_fork_once", fork_once)
+    target: Any = types.SimpleNamespace(local=types.SimpleNamespace(fingerprint="f1"))
+    model = target.memory = nn.Linear(1, 1)
+    session.run(target)
+    kept = weakref.ref(model)
+    del target, model
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_seed_keeps_no_fork_session() -> None:
+    session = session_at("http://127.0.0.1:1")
+    identity = types.SimpleNamespace(tp_rank=0, local_rank=0, is_draft=False)
+    context: Any = types.SimpleNamespace(settings=session.settings, identity=identity)
+    config = _seed_config(context, session, "127.0.0.1")
+    kept = weakref.ref(session)
+    session.close()
+    del session
+    gc.collect()
+    assert config.differs() == ""
+    assert kept() is None
 
 
 # --- engines and leases -----------------------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ class OtherFingerprints:
     def __init__(self, client: SeedClient, seed_key: str, facts: Mapping[str, str]) -> None:
         self._client, self._seed_key, self._facts = client, seed_key, facts
         self._warned = False
-        #: the differences, once they are known
-        self.text = ""
+        self._text = ""
 
     def warn(self, others: Sequence[OtherSeeds]) -> None:
         """Ask ``others`` for their facts in the background and log what differs; later calls do nothing."""
@@ -38,8 +37,12 @@ class OtherFingerprints:
             self._warned = True
             background().spawn(self._warn(others), "rfork-differing-facts")
 
+    def known(self) -> str:
+        """The differences as they were logged; empty if there are none, or not yet."""
+        return self._text
+
     async def _warn(self, others: Sequence[OtherSeeds]) -> None:
-        self.text = await warn_of_other_fingerprints(self._client, self._seed_key, self._facts, others)
+        self._text = await warn_of_other_fingerprints(self._client, self._seed_key, self._facts, others)
 
 
 async def warn_of_other_fingerprints(

@@ -93,6 +93,7 @@ class ForkSession:
         leased: a seed was leased, whatever became of it.
         storage_s: how long a load of this key from storage takes, as far as the planner knows.
         logged: the long texts that this load has logged already.
+        others: the differences to seeds with other fingerprints.
     """
 
     def __init__(
@@ -124,10 +125,10 @@ class ForkSession:
             strategy=settings.model_deploy_strategy_name,
         )
         self._seeds = SeedClient(request_timeout_s=timeout_s, credentials=self.credentials)
-        self._others = OtherFingerprints(self._seeds, seed_key, self.facts)
+        self.others = OtherFingerprints(self._seeds, seed_key, self.facts)
         self.intent = Intent(planner, seed_key, wanted=settings.rfork_become_seed)
         self.leases = Leases(
-            settings, planner, seed_key, self.intent, labels=self.labels, warn_of_others=self._others.warn
+            settings, planner, seed_key, self.intent, labels=self.labels, warn_of_others=self.others.warn
         )
         self.engines = engines
         engines.start_opening()
@@ -229,11 +230,8 @@ class ForkSession:
             usage.nbytes = manifest.nbytes
             self.leases.release(held, usage)
             self.seed = held.seed
+            self._last_error = None  # its frames refer to the memory
             return manifest
-
-    def differs(self) -> str:
-        """The differences to seeds with other fingerprints, as they were logged; empty if there are none."""
-        return self._others.text
 
     def left_s(self) -> float:
         """Seconds that this fork may still take (``rfork_fork_timeout_sec``).
@@ -269,7 +267,7 @@ class ForkSession:
         self._last_error = error
         self.leases.failed.append(held.seed)
         if isinstance(error, SeedError) and error.other_fingerprint:  # from a planner that does not compare them
-            self._others.warn([OtherSeeds(error.other_fingerprint, 1, held.seed)])
+            self.others.warn([OtherSeeds(error.other_fingerprint, 1, held.seed)])
         if not error.retry_elsewhere or len(self.leases.failed) == MAX_SEEDS or not self._left_s():
             raise error
         logger.warning("seed %s failed (%s), asking for another", held.seed, self.logged.once(error))

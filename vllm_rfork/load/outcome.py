@@ -73,5 +73,5 @@ def _seed_config(context: LoadContext, session: ForkSession, host: str) -> SeedC
         model=settings.model_url,
         strategy=settings.model_deploy_strategy_name,
         parent="" if session.seed is None else str(session.seed),
-        differs=session.differs,
+        differs=session.others.known,
     )
