@@ -239,6 +239,16 @@ async def test_intents_are_stated_and_taken_back() -> None:
     ]
 
 
+@pytest.mark.parametrize("character", ["x", "é", "模", "\U0001f600"])
+async def test_a_seed_is_announced_however_long_its_differences_are(character: str) -> None:
+    app, seen = scripted(messages.ADD_SEED, 200)
+    async with serve(app) as url:
+        await PlannerClient(url).announce(KEY, SEED, differs=character * 2000)
+    sent = messages.decode_text(seen[0].headers[messages.DIFFERS])
+    assert set(sent) == {character}
+    assert 500 < len(sent) <= messages.MAX_DIFFERS_LENGTH
+
+
 async def test_a_seed_that_is_still_read_is_draining() -> None:
     app, _ = scripted("/remove_seed", 409)
     async with serve(app) as url:

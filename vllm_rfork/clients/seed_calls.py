@@ -10,6 +10,7 @@ from vllm_rfork.clients.calls import PlannerCalls, given, key_headers, seed_head
 from vllm_rfork.errors import PlannerError
 from vllm_rfork.messages import BadMessage, SeedAddress, metering
 from vllm_rfork.messages.metering import Served
+from vllm_rfork.messages.values import shortened
 from vllm_rfork.net.client import Answer
 
 #: Pauses in seconds before each further attempt to withdraw a seed; the caller waits for it.
@@ -71,7 +72,7 @@ class SeedCalls(PlannerCalls):
             **given(messages.INTENT, intent),
             **given(messages.CACHES, caches),
             **given(messages.PARENT, parent),
-            **given(messages.DIFFERS, differs[: messages.MAX_DIFFERS_LENGTH]),
+            **given(messages.DIFFERS, shortened(differs, messages.MAX_DIFFERS_LENGTH)),
             **given(messages.STATE, self._states.get(seed, "")),
         }
         answer = await self.call(

@@ -44,6 +44,18 @@ def decode_text(value: str) -> str:
         raise BadMessage(f"not valid UTF-8 in an RFC 8187 value: {value[:80]!r}") from error
 
 
+def shortened(text: str, length: int) -> str:
+    """The first ``length`` characters of ``text``, or as many as :func:`encode_text` fits into a header.
+
+    For text that no decision depends on: a header that is too long refuses the call, and each character outside ASCII
+    takes up to 12 in it.
+    """
+    text = text[:length]
+    while len(encode_text(text)) > MAX_HEADER_LENGTH:
+        text = text[: len(text) * 9 // 10]
+    return text
+
+
 def header(headers: Mapping[str, str], name: str) -> str | None:
     """Header ``name`` in either spelling (``SEED_KEY``, ``SEED-KEY``), stripped; None if it is missing.
 
