@@ -429,3 +429,10 @@ def test_a_worker_that_takes_no_part_reports_its_load(error: Exception | None, r
         metering.without_fork(load, "disabled")
     assert reports[0] == ("fell_back", "disabled")
     assert reports[1][:3] == (("loaded", "storage", 24) if error is None else ("load_failed", "storage"))
+
+
+@pytest.mark.parametrize("model", [nn.ParameterList([nn.UninitializedParameter()]), object()], ids=["lazy", "wrapper"])
+def test_a_model_whose_bytes_cannot_be_counted_starts(model: Any, reports: Reports) -> None:
+    """A loader of another package may return anything that vLLM can run."""
+    assert metering.without_fork(lambda: model, OTHER) is model
+    assert [report[:3] for report in reports] == [("fell_back", OTHER), ("loaded", "storage", 0)]

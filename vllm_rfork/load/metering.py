@@ -11,10 +11,13 @@ from torch import nn
 from vllm_rfork.errors import ForkError, NoSeedAvailable
 from vllm_rfork.fork.session import ForkSession
 from vllm_rfork.fork.stage_times import STAGES
+from vllm_rfork.logs.worker import worker_logger
 from vllm_rfork.messages.lanes import OTHER
 from vllm_rfork.metrics import worker as metrics
 from vllm_rfork.metrics.families import INELIGIBLE, MEMORY, SEED, STORAGE
 from vllm_rfork.vllm_compat.telemetry import trace_load
+
+logger = worker_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,19 @@ def reason_of(error: Exception) -> str:
 
 
 def whole(load: Callable[[], nn.Module]) -> tuple[nn.Module, Weights]:
-    """The model that ``load``, of a loader that builds and fills it in one go, returns from storage."""
+    """The model that ``load``, of a loader that builds and fills it in one go, returns from storage.
+
+    0 bytes are reported of a model whose bytes cannot be counted.
+    """
     started = time.perf_counter()
     model = load()
-    return model, Weights(STORAGE, model_nbytes(model), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    try:
+        nbytes = model_nbytes(model)
+    except Exception as error:  # noqa: BLE001 - any loader's model, which may have parameters without a size
+        logger.debug("the model's bytes are not counted because of %s: %s", type(error).__name__, error)
+        nbytes = 0
+    return model, Weights(STORAGE, nbytes, seconds)
 
 
 def without_fork(load: Callable[[], nn.Module], reason: str) -> nn.Module:
