@@ -119,6 +119,20 @@ async def test_one_replica_leads_and_the_others_decide_nothing(replica: Replica)
     await leader.release(lease)
 
 
+async def test_every_caller_gets_an_error_of_its_own(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is raised for all callers of an outage keeps the frames, and so the requests, of all of them."""
+    leader = await replica()
+
+    async def write(token: str, changes: list[Change]) -> None:
+        raise StoreUnavailable("Redis is gone")
+
+    monkeypatch.setattr(redis_store(leader).records, "write", write)
+    raised = await asyncio.gather(*(leader.announce(number) for number in range(3)), return_exceptions=True)
+    raised += await asyncio.gather(*(leader.store.totals() for _ in range(3)), return_exceptions=True)
+    assert [str(error) for error in raised] == ["Redis is gone"] * 6
+    assert len({id(error) for error in raised}) == 6
+
+
 async def test_of_many_that_find_no_leader_exactly_one_leads(replica: Replica) -> None:
     fleets = await asyncio.gather(*(replica() for _ in range(8)))
     assert sum(redis_store(each).leads for each in fleets) == 1

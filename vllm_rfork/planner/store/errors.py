@@ -39,3 +39,7 @@ class StoreUnavailable(StoreError):
     def __init__(self, text: str, reason: str = UNREACHABLE) -> None:
         super().__init__(text)
         self.reason = reason
+
+    def again(self) -> StoreUnavailable:
+        """The same error for another caller: an object that is raised often keeps the frames of all its callers."""
+        return StoreUnavailable(str(self), self.reason)

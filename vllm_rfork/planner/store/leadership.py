@@ -55,7 +55,7 @@ class Leadership:
     def leading(self) -> Term:
         """Return the present term. Raises :class:`StoreUnavailable` while this replica does not lead."""
         if self._term is None:
-            raise self._obstacle
+            raise self._obstacle.again()
         return self._term
 
     async def open(self) -> None:
@@ -63,7 +63,7 @@ class Leadership:
         try:
             await self.look()
         except StoreUnavailable as error:
-            self._obstacle = error
+            self._obstacle = error.again()
             raise
         if self._term is None:
             logger.info("This replica stands by: another one leads")
@@ -88,7 +88,7 @@ class Leadership:
     def lose(self, reason: StoreUnavailable) -> None:
         """Forget the term, which has ended: another replica may have changed the fleet."""
         logger.warning("This replica no longer leads: %s", reason)
-        self._term, self._obstacle = None, reason
+        self._term, self._obstacle = None, reason.again()
         self._ended(reason)
 
     async def _campaign_for_ever(self) -> None:
@@ -99,7 +99,7 @@ class Leadership:
             except StoreUnavailable as error:
                 if self._term is None and str(error) != str(self._obstacle):
                     logger.warning("The store is unavailable, trying again: %s", error)
-                    self._obstacle = error
+                    self._obstacle = error.again()
             except Exception:
                 logger.exception("The look for a leader failed, trying again")
 

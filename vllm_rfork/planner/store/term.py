@@ -80,7 +80,7 @@ class Term:
             StoreUnavailable: the term is over.
         """
         if self._over is not None:
-            raise self._over
+            raise self._over.again()
         if len(self._calls) >= MAX_CALLS:
             raise StoreUnavailable("too many calls wait for Redis")
         loop = asyncio.get_running_loop()
@@ -165,4 +165,4 @@ def _resolve(calls: list[asyncio.Future[None]], error: StoreUnavailable | None) 
         if error is None:
             call.set_result(None)
         else:
-            call.set_exception(error)
+            call.set_exception(error.again())
