@@ -25,7 +25,7 @@ from tests.deploy.rendering import (
     rendered,
     walk,
 )
-from tests.deploy.tools import run, tool
+from tests.deploy.tools import ROOT, run, tool
 from vllm_rfork import __version__
 from vllm_rfork.config import ENVIRONMENT, parse_config
 from vllm_rfork.engines.registry import engine_order
@@ -168,6 +168,27 @@ def test_everything_that_pods_refer_to_exists(example: str) -> None:
             assert {item["key"] for item in node["items"]} <= SECRETS[node["secretName"]]
         if "persistentVolumeClaim" in node:
             assert node["persistentVolumeClaim"]["claimName"] == "models"
+
+
+#: Group of foreign kinds → what the quick start calls that which brings them.
+FOREIGN = {
+    "cert-manager.io": "cert-manager",
+    "monitoring.coreos.com": "Prometheus operator",
+    "leaderworkerset.x-k8s.io": "LeaderWorkerSet",
+}
+
+
+@pytest.mark.parametrize("example", NAMES)
+def test_the_quick_start_says_what_an_example_needs_before(example: str) -> None:
+    page = (ROOT / "docs" / "quick-start" / "kubernetes.md").read_text(encoding="utf-8")
+    section = page.split("## 2.")[1].split("\n## ")[0]
+    row = "".join(re.findall(rf"^\| `{example}\.yaml` \| (.+) \|$", section, re.MULTILINE))
+    things = rendered(example)
+    needed = {FOREIGN[group] for each in things if (group := each["apiVersion"].partition("/")[0]) in FOREIGN}
+    refers = {node["secretKeyRef"]["name"] for node in walk(list(things)) if "secretKeyRef" in node}
+    needed |= {"Secret" if name == "our-redis" else name for name in refers}
+    assert [each for each in needed if each not in row] == []
+    assert bool(row) == bool(needed)
 
 
 def undefined(box: Thing) -> list[str]:
