@@ -71,6 +71,12 @@ def test_pages_that_deny_a_release_are_named(tmp_path: Path) -> None:
     assert step.endswith(": " + ", ".join(pages))
 
 
+def test_the_first_release_has_no_history_of_builds_that_nobody_has() -> None:
+    changelog = (check_release.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    if not re.search(r"^## \[\d", changelog, re.MULTILINE):
+        assert re.findall(r"^### (.+)$", changelog, re.MULTILINE) == ["Added", "Security"]
+
+
 def test_a_page_and_its_translation_say_the_same_of_releases() -> None:
     found = set(check_release.unreleased_pages(check_release.ROOT))
     docs = check_release.ROOT / "docs"
