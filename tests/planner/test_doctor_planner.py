@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,25 @@ def test_a_port_in_use_is_a_failure_unless_a_planner_has_it() -> None:
         assert found(done)["planner ready"][0] == "ok"
     finally:
         running.kill()
+
+
+def test_a_program_on_the_port_gets_no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(404)
+
+    monkeypatch.setenv("RFORK_TOKEN_FILE", str(tmp_path / "none"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever).start()
+        unreadable = doctor(PORT=str(server.server_port))
+        monkeypatch.delenv("RFORK_TOKEN_FILE")
+        doctor(token="hunter2", PORT=str(server.server_port))
+        server.shutdown()
+    assert (unreadable.exit_code, found(unreadable)["port"][0]) == (1, "fail")
+    assert asked == [None, None]
 
 
 def test_a_planner_has_no_engine() -> None:

@@ -89,6 +89,7 @@ def test_secrets_are_not_printed() -> None:
     assert found["rfork_token"] == ("ok", "set")
     assert found["rfork_scheduler_url"] == ("ok", "http://a:1,http://b:1")
     assert "hunter2" not in check({**config, "rfork_token": "hunter2\nx"}).output
+    assert rows(check({**WHOLE, "model_url": "s3://a:hunter2@b/c"}, "--json"))["model_url"] == ("ok", "s3://b/c")
 
 
 def test_the_environment_counts_only_if_it_is_asked_for() -> None:

@@ -143,6 +143,8 @@ def _right(name: str, examined: ExaminedConfig, *, files: bool) -> Row:
         text = "set" if value else "not set"
     elif name == "rfork_scheduler_url":
         text = ",".join(map(without_credentials, value.split(",")))
+    elif name == "model_url":
+        text = without_credentials(value)
     else:
         text = value if isinstance(value, str) else json.dumps(value)
     if name in _FILES and value and not files:

@@ -6,6 +6,8 @@ import asyncio
 import socket
 from collections.abc import Mapping
 
+import click
+
 from vllm_rfork.cli.findings import FAIL, NOTE, OK, Check, Finding, find_all
 from vllm_rfork.cli.planner_api import ask
 from vllm_rfork.errors import ConfigError, PlannerError
@@ -108,6 +110,6 @@ def _planner_answers(settings: Settings) -> bool:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
     url = f"{'http' if settings.tls_cert is None else 'https'}://{f'[{host}]' if ':' in host else host}:{settings.port}"
     try:
-        return ask(url, HEALTHZ, timeout_s=_PORT_S).status == 200
-    except PlannerError:
+        return ask(url, HEALTHZ, timeout_s=_PORT_S, with_token=False).status == 200
+    except (PlannerError, click.UsageError):
         return False

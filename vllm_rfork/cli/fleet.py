@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options
-from vllm_rfork.cli.seed_entries import duration, lists_of, seed_state
+from vllm_rfork.cli.seconds import Seconds
+from vllm_rfork.cli.seed_entries import duration, lists_of, seconds_of, seed_state
 from vllm_rfork.cli.tables import on_terminal, print_table
 from vllm_rfork.cli.watch import watch
 from vllm_rfork.logs.quoting import counted
@@ -36,7 +37,7 @@ _STATUS = "Exit status: 0 listed; 1 the planner did not answer or refused; 2 wro
     "every_s",
     is_flag=False,
     flag_value=2.0,
-    type=click.FloatRange(0.5, 3600),
+    type=Seconds(0.5, 3600),
     metavar="[SECONDS]",
     help="repeat every SECONDS until Ctrl-C  [2 without a number]",
 )
@@ -105,8 +106,8 @@ def _plain(name: str) -> Callable[[_Row], object]:
 
 def _age(name: str) -> Callable[[_Row], object]:
     def age(row: _Row) -> object:
-        seconds = row.get(name)
-        return duration(seconds) if isinstance(seconds, (int, float)) else None
+        seconds = seconds_of(row, name)
+        return None if seconds is None else duration(seconds)
 
     return age
 

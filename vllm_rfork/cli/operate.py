@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from vllm_rfork.cli.planner_api import ask_json, echo_json, json_option, planner_options
-from vllm_rfork.cli.seed_entries import duration, lists_of
+from vllm_rfork.cli.seconds import Seconds
+from vllm_rfork.cli.seed_entries import duration, lists_of, whole
 from vllm_rfork.clients.calls import key_headers
 from vllm_rfork.logs.quoting import counted, printable
 from vllm_rfork.messages import DEBUG_SNAPSHOT, DRAIN, LIFT, UNDO, BadMessage, SeedAddress, parse_seed_address
@@ -42,7 +43,7 @@ _key = click.option("--key", required=True, help="seed key under which the seed 
 @click.option(
     "--within",
     "within_s",
-    type=click.FloatRange(0, 86_400),
+    type=Seconds(0, 86_400),
     default=900.0,
     show_default=True,
     help="seconds to wait at most, with --wait",
@@ -70,7 +71,7 @@ def drain(  # noqa: PLR0917 - click passes them by name
     leases = found.get("leases")
     state = "not draining any more" if undo else "draining"
     if not as_json:
-        left = counted(leases, "lease") if isinstance(leases, int) else "an unknown number of leases"
+        left = "an unknown number of leases" if (number := whole(leases)) is None else counted(number, "lease")
         click.echo(f"seed {seed} is {state}, {left} left")
     if wait and leases != 0:
         leases = _wait(url, seed, key, timeout_s, within_s)

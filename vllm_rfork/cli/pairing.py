@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_rfork.cli.seed_entries import seed_state
+from vllm_rfork.cli.seed_entries import seed_state, whole
 from vllm_rfork.clients import SeedClient
 from vllm_rfork.errors import SeedError
 from vllm_rfork.logs.quoting import counted
@@ -75,14 +75,14 @@ async def compare(worker: Worker, entries: Sequence[Mapping[str, Any]], seeds: S
     read = {} if worker.facts is None else await _facts_of(_to_read(worker, entries), worker.key, seeds)
     known: dict[str, Mapping[str, str]] = {}
     for entry in entries:
-        found = read.get(_name(entry))
+        found = read.get(_place(_name(entry)))
         if isinstance(found, Mapping):
             known.setdefault(_fingerprint(entry), found)
     return [_compared(worker, entry, read, known) for entry in entries]
 
 
 def _to_read(worker: Worker, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The seeds to ask: one of each other fingerprint, then a second one of each, and so on."""
+    """The seeds to ask: one of each other fingerprint, then a second one of each, and so on; each address once."""
     seen: Counter[str] = Counter()
     ranked: list[tuple[int, int, str]] = []
     for entry in entries:
@@ -90,11 +90,14 @@ def _to_read(worker: Worker, entries: Sequence[Mapping[str, Any]]) -> list[str]:
         if print_ and print_ != worker.fingerprint and not _is_itself(worker, entry):
             ranked.append((seen[print_], len(ranked), _name(entry)))
             seen[print_] += 1
-    return [name for _, _, name in sorted(ranked)[:MAX_READ]]
+    names: dict[str, str] = {}
+    for _, _, name in sorted(ranked):
+        names.setdefault(_place(name), name)
+    return list(names.values())[:MAX_READ]
 
 
 async def _facts_of(names: Sequence[str], seed_key: str, seeds: SeedClient) -> dict[str, _Read]:
-    """The facts of each seed."""
+    """The facts of each seed, by its place."""
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def facts_of(name: str) -> _Read:
@@ -104,7 +107,7 @@ async def _facts_of(names: Sequence[str], seed_key: str, seeds: SeedClient) -> d
             except (SeedError, BadMessage) as error:
                 return error
 
-    return dict(zip(names, await asyncio.gather(*map(facts_of, names)), strict=True))
+    return dict(zip(map(_place, names), await asyncio.gather(*map(facts_of, names)), strict=True))
 
 
 def _compared(worker: Worker, entry: Mapping[str, Any], read: Mapping[str, _Read], known: _Known) -> Compared:
@@ -125,7 +128,7 @@ def _compared_by_facts(worker: Worker, entry: Mapping[str, Any], read: Mapping[s
     differs: Result = "differs" if worker.fingerprint else "unknown"
     if worker.facts is None:
         return Compared(name, differs, f"{seed_state(entry)}, fingerprint {print_[:12]}; facts were not compared")
-    found = read.get(name)
+    found = read.get(_place(name))
     theirs = found if isinstance(found, Mapping) else known.get(print_)
     if theirs is None:
         reason = f"not more than {MAX_READ} seeds are asked" if found is None else found
@@ -171,12 +174,17 @@ def _is_itself(worker: Worker, entry: Mapping[str, Any]) -> bool:
 
 
 def _has_free_slot(entry: Mapping[str, Any]) -> bool:
-    leases, slots = entry.get("leases"), entry.get("slots")
-    return not (isinstance(leases, int) and isinstance(slots, int)) or leases < slots
+    leases, slots = whole(entry.get("leases")), whole(entry.get("slots"))
+    return leases is None or slots is None or leases < slots
 
 
 def _name(entry: Mapping[str, Any]) -> str:
     return str(entry.get("seed", ""))
+
+
+def _place(name: str) -> str:
+    """The address of the seed called ``name``, without its rank."""
+    return name.rpartition(":")[0]
 
 
 def _fingerprint(entry: Mapping[str, Any]) -> str:

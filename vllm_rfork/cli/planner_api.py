@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import click
 
+from vllm_rfork.cli.seconds import Seconds
 from vllm_rfork.clients.answers import json_object
 from vllm_rfork.clients.calls import MAX_JSON_NBYTES, PlannerCalls
-from vllm_rfork.config import parse_config, planner_urls
+from vllm_rfork.config import Settings, parse_config, planner_urls
 from vllm_rfork.errors import ConfigError, PlannerError
 from vllm_rfork.net.client import Answer
 from vllm_rfork.net.credentials import Credentials
@@ -31,7 +32,7 @@ def planner_options(command: _F) -> _F:
     command = click.option(
         "--timeout",
         "timeout_s",
-        type=click.FloatRange(0.1, 600),
+        type=Seconds(0.1, 600),
         default=10.0,
         show_default=True,
         help="bound of one call, in seconds",
@@ -59,14 +60,20 @@ def checked_url(url: str | None) -> str:
         raise click.UsageError(f"the planner's URL is unusable: {error}; it must look like http://host:1223") from error
 
 
-def credentials() -> Credentials:
+def credentials(*, with_token: bool = True) -> Credentials:
     """Token and TLS of a worker with this environment.
+
+    Args:
+        with_token: False leaves the token out, and does not read its file.
 
     Raises:
         click.UsageError: a variable is wrong, or a file that it names cannot be used.
     """
     try:
-        return Credentials.of(parse_config({}).settings)
+        settings: Settings = parse_config({}).settings
+        if not with_token:
+            settings = settings.model_copy(update={"rfork_token": "", "rfork_token_file": ""})
+        return Credentials.of(settings)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
 
@@ -79,14 +86,15 @@ def ask(
     method: str = "GET",
     params: dict[str, str] | None = None,
     headers: dict[str, str] | None = None,
+    with_token: bool = True,
 ) -> Answer:
-    """The planner's answer to one call, with the environment's token and TLS files.
+    """The planner's answer to one call, with the environment's TLS files and, unless it is left out, its token.
 
     Raises:
         PlannerError: no HTTP answer in time from any of the URLs.
         click.UsageError: a variable is wrong, or a file that it names cannot be used.
     """
-    planner = PlannerCalls(url, request_timeout_s=timeout_s, credentials=credentials())
+    planner = PlannerCalls(url, request_timeout_s=timeout_s, credentials=credentials(with_token=with_token))
     return asyncio.run(planner.call(method, path, headers or {}, params=params, max_body_nbytes=MAX_JSON_NBYTES))
 
 

@@ -9,6 +9,9 @@ import click
 
 from vllm_rfork.messages import DEBUG_SNAPSHOT
 
+#: A century, and the most things that are counted: larger numbers are shown as missing.
+_MAX_SECONDS, _MAX_COUNT = 100 * 366 * 86_400.0, 10**9
+
 
 def lists_of(found: Mapping[str, Any], *names: str) -> dict[str, list[dict[str, Any]]]:
     """The lists called ``names`` in a snapshot.
@@ -31,11 +34,23 @@ def seed_state(entry: Mapping[str, Any]) -> str:
         return "absent"
     if entry.get("draining"):
         return "draining"
-    if aside_s := entry.get("aside_s"):
+    if aside_s := seconds_of(entry, "aside_s"):
         return f"quarantined for {duration(aside_s)}"
-    if held_s := entry.get("held_s"):
+    if held_s := seconds_of(entry, "held_s"):
         return f"held for {duration(held_s)}"
     return "serving"
+
+
+def seconds_of(entry: Mapping[str, Any], name: str) -> float | None:
+    """The seconds called ``name`` in an entry; None for a value of another form."""
+    value = entry.get(name)
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MAX_SECONDS
+    return value if usable else None
+
+
+def whole(value: object) -> int | None:
+    """``value`` as a number of things; None for a value of another form."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT else None
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from vllm_rfork.cli import selftest_hosts
+from vllm_rfork.cli.seconds import Seconds
 from vllm_rfork.cli.selftest_hosts import Serving
 from vllm_rfork.engines.registry import AUTO, ENGINES, engine_order
 from vllm_rfork.errors import ConfigError
@@ -56,7 +57,7 @@ class Size(click.ParamType[int]):
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(1, 86_400),
+    type=Seconds(1, 86_400),
     default=None,
     help=f"bound of the whole run, in seconds  [default: {_RUN_S:g}; with --serve {_SERVE_S:g}]",
 )
