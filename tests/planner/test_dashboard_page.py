@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -254,6 +255,13 @@ async def test_what_others_chose_is_text_and_nothing_else(chromium: Chromium) ->
             assert await page.run("document.querySelectorAll('script').length") == 1
             assert await page.run("window.hacked === undefined")
             assert complains_of_nothing(page, process.url)
+            command_key = "it's; $(touch x) `x` # a\\b"
+            for number in range(2):
+                await fleet.announce(command_key, 6000 + number, **{"RFORK-FINGERPRINT": f"print{number}"})
+            await page.go(f"{process.url}/?;$(x)#key={quote(command_key)}")
+            words = shlex.split(await page.shows("#command", "touch x"), comments=True)
+            expected = ["vllm-rfork", "command", "--url", process.url, "--key", command_key, "--worker"]
+            assert words == [*expected, "127.0.0.1:6000"]
             # Even a page that went wrong could not run it: the browser refuses to parse text as HTML here.
             refused = "(() => { try { document.body.innerHTML = 'x'; return 'parsed' } catch (e) { return e.name } })()"
             assert await page.run(refused) == "TypeError"
@@ -326,7 +334,9 @@ async def test_an_empty_fleet_shows_how_to_connect_and_every_term_has_help(chrom
             await page.shows("#keys", "m", "s · 1 rank")
             assert not await page.text("#welcome")
             assert not await page.text("#seeds button.act"), "no token, no action"
-            await page.shows("#fingerprints", "print5000", "dtype: float16 here", "vllm-rfork explain --model-url m")
+            await page.shows("#fingerprints", "print5000", "dtype: float16 here", "never paired")
+            command = await page.shows("#command", "vllm-rfork explain")
+            assert command == f"vllm-rfork explain --url {process.url} --key '{KEY}' --worker 127.0.0.1:5000"
             words = (
                 "[...document.querySelectorAll('section:not(#welcome) > h2, th, #tiles dt')].filter(e => e.textContent)"
             )

@@ -109,7 +109,7 @@ function askForToken() {
   sessionStorage.removeItem(TOKEN);
   data = null;
   for (const each of Object.values(tables)) each.fill([]);
-  for (const each of document.querySelectorAll("#tiles dd, #about, #kinds, #apart, #tree ul, #chosen-key")) each.replaceChildren();
+  for (const each of document.querySelectorAll("#tiles dd, #about, #kinds, #apart, #command, #tree ul, #chosen-key")) each.replaceChildren();
   $("board").hidden = true;
   $("forget").hidden = true;
   document.title = "RFork planner";

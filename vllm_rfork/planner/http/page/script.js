@@ -65,10 +65,13 @@ function showTiles(all) {
     forks.count ? `${count.format(forks.ok)} ok${lost ? `, ${count.format(lost)} failed` : ""}${forks.nbytes ? ` · ${bytes(forks.nbytes)}` : ""}` : "", lost ? "bad" : "");
 }
 
+// The planner's URL, and a text as one word of a shell's command line: others chose keys, and what follows a "?".
+const base = () => (location.origin + location.pathname).replace(/\/$/, "");
+const word = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${plain(text).replaceAll("'", "'\\''")}'`);
+
 function welcome(empty) {
   $("welcome").hidden = !empty;
-  const base = location.href.split("#")[0].replace(/\/$/, "");
-  $("welcome-lines").textContent = `pip install 'vllm-rfork[nixl]'\nexport RFORK_SCHEDULER_URL=${base} MODEL_URL=MODEL MODEL_DEPLOY_STRATEGY_NAME=prod\nvllm serve MODEL --load-format rfork`;
+  $("welcome-lines").textContent = `pip install 'vllm-rfork[nixl]'\nexport RFORK_SCHEDULER_URL=${word(base())} MODEL_URL=MODEL MODEL_DEPLOY_STRATEGY_NAME=prod\nvllm serve MODEL --load-format rfork`;
   $("welcome-token").textContent = data.planner.takes_orders ? "Set RFORK_TOKEN to the token of this planner as well." : "";
 }
 
@@ -82,10 +85,12 @@ function showFingerprints() {
   const shown = data.fingerprints;
   $("fingerprints").hidden = !shown.length;
   tables.fingerprints.fill(shown);
-  const apart = new Set(shown.map((each) => each.key)).size < shown.length;
-  const named = data.keys.find((each) => each.key === shown[0]?.key);
-  const command = named?.model ? ` --model-url ${named.model} --strategy ${named.strategy}` : "";
-  $("apart").textContent = plain(apart ? `Workers with different fingerprints are never paired. To see all facts that differ, run on a worker: vllm-rfork explain${command}` : "All workers have the same fingerprint.");
+  const apart = shown.filter((each) => shown.some((other) => other !== each && other.key === each.key));
+  const one = apart.find((each) => each.example);
+  const command = one ? " To see all facts that differ, run this on a worker:" : "";
+  $("apart").textContent = apart.length ? `Workers with different fingerprints are never paired.${command}` : "All workers have the same fingerprint.";
+  $("command").hidden = !one;
+  $("command").textContent = one ? `vllm-rfork explain --url ${word(base())} --key ${word(one.key)} --worker ${word(one.example.replace(/:[^:]*$/, ""))}` : "";
 }
 
 function showTree() {
