@@ -37,13 +37,16 @@ def directory() -> Path | None:
 
 def show_workers() -> None:
     """Show the metrics of the workers that this process will start. Idempotent; a failure is logged once."""
-    if _Shown.by is not None or os.environ.get(VLLMS_DIRECTORY):
+    if _Shown.tried or os.environ.get(VLLMS_DIRECTORY):
         return
+    _Shown.tried = True
+    made = None
     try:
         made = Path(tempfile.mkdtemp(prefix="rfork-metrics-"))
-        _Shown.by = _Workers(made)
-        REGISTRY.register(_Shown.by)
+        REGISTRY.register(_Workers(made))
     except Exception as error:  # noqa: BLE001 - a start without metrics is a start
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
         logger.warning(
             "/metrics shows no rfork_ metrics because of %s: %s; set TMPDIR to a directory that can be written to",
             type(error).__name__,
@@ -55,7 +58,7 @@ def show_workers() -> None:
 
 
 class _Shown:
-    by: _Workers | None = None
+    tried = False
 
 
 class _Workers(Collector):

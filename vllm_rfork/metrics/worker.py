@@ -30,7 +30,6 @@ class _Process:
     """The values of this process, and their files."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self.values = Values(self._write)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self.values)
@@ -86,9 +85,17 @@ class _Present:
 
 def _process() -> _Process:
     with _Present.lock:
-        if _Present.process is None or _Present.process.pid != os.getpid():  # another one after a fork(2)
+        if _Present.process is None:
             _Present.process = _Process()
         return _Present.process
+
+
+def _begin_again() -> None:
+    """Begin values of its own for a forked child: a thread that it does not have may hold the locks."""
+    _Present.lock, _Present.process = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_begin_again)
 
 
 def harmless(report: Callable[P, None]) -> Callable[P, None]:

@@ -90,9 +90,26 @@ def test_a_front_end_without_a_directory_starts(
 
     for variable in (OWN_DIRECTORY, VLLMS_DIRECTORY):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(front_end._Shown, "by", None)
+    monkeypatch.setattr(front_end._Shown, "tried", False)
     monkeypatch.setattr(front_end.tempfile, "mkdtemp", refused)
-    front_end.show_workers()
+    for _ in range(2):
+        front_end.show_workers()
     assert OWN_DIRECTORY not in os.environ
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "TMPDIR" in caplog.text
+
+
+def test_a_front_end_that_cannot_show_its_workers_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(collector: object) -> None:
+        raise ValueError("there is one already")
+
+    for variable in (OWN_DIRECTORY, VLLMS_DIRECTORY):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(front_end._Shown, "tried", False)
+    monkeypatch.setattr(front_end.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(front_end.REGISTRY, "register", refused)
+    front_end.show_workers()
+    assert list(tmp_path.iterdir()) == []
+    assert OWN_DIRECTORY not in os.environ

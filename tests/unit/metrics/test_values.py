@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_vllms_own_directory_is_preferred(
     assert list(directory.iterdir()) == []
     assert len(list(vllms.iterdir())) == 4
     front_end.show_workers()
-    assert front_end._Shown.by is None, "vLLM's collector reads that directory"
+    assert not front_end._Shown.tried, "vLLM's collector reads that directory"
 
 
 def test_an_earlier_processs_file_of_the_same_number_is_emptied(directory: Path) -> None:
@@ -197,3 +198,21 @@ def test_names_and_texts_are_as_prometheus_wants_them() -> None:
     assert promtool is not None, "promtool is missing (Debian: apt-get install prometheus)"
     done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    worker.served(1, 1)
+    assert worker._Present.process is not None
+    with worker._Present.lock, worker._Present.process.values._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # ends a child that waits
+            worker.served(2, 2)
+            os._exit(0 if b"rfork_served_forks_total 2.0" in worker.page() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_fork_that_took_longer_than_storage_saves_nothing() -> None:
+    worker.saved(2.0)
+    worker.saved(-1.0)
+    assert b"rfork_saved_seconds_total 2.0" in worker.page()
