@@ -80,6 +80,35 @@ class _Late(MemoryStore):
             raise StoreUnavailable(f"{self.left} attempts left")
 
 
+class _Silent(MemoryStore):
+    """A store that does not answer until ``answers`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(Rules(policy=policy_named("least-loaded")))
+        self.answers = asyncio.Event()
+        self.opened = False
+
+    async def open(self) -> None:
+        await self.answers.wait()
+        self.opened = True
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_silent_store_does_not_keep_the_planner_from_listening(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_rfork.planner.store_opening.FIRST_ATTEMPT_S", 0.01)
+    store = _Silent()
+    opening = StoreOpening(store, 0.0, lambda: None)
+    await asyncio.wait_for(opening.begin(), 20)
+    assert not store.opened
+    if answers:
+        store.answers.set()
+        await eventually(lambda: store.opened)
+    await asyncio.wait_for(opening.close(), 20)
+    opening.check()
+
+
 async def test_pauses_between_attempts_grow_up_to_a_bound() -> None:
     pauses: list[float] = []
 

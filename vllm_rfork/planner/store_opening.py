@@ -12,6 +12,8 @@ from vllm_rfork.planner.store.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
+#: The planner begins to listen after the first attempt, and after this many seconds at the latest.
+FIRST_ATTEMPT_S = 1.0
 #: Pauses between two attempts, in seconds: the first one, and the longest; each is twice as long as the one before.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
@@ -41,13 +43,19 @@ class StoreOpening:
         self._error: BaseException | None = None
 
     async def begin(self) -> None:
-        """Open the store, or go on trying in the background if it is unavailable."""
+        """Open the store, or go on trying in the background if it is unavailable, or does not answer soon."""
         started_at = asyncio.get_running_loop().time()
+        first = asyncio.ensure_future(self._store.open())
         try:
-            await self._store.open()
-        except StoreUnavailable as error:
-            self._attempts = asyncio.create_task(self._try_again(error, started_at))
+            done, _ = await asyncio.wait({first}, timeout=FIRST_ATTEMPT_S)
+        except asyncio.CancelledError:
+            first.cancel()
+            raise
+        if not done or isinstance(first.exception(), StoreUnavailable):
+            self._attempts = asyncio.create_task(self._go_on(first, started_at))
             self._attempts.add_done_callback(self._ended)
+        else:
+            first.result()
 
     async def close(self) -> None:
         """End the attempts."""
@@ -67,20 +75,21 @@ class StoreOpening:
             self._error = error
             self._failed()
 
-    async def _try_again(self, error: StoreUnavailable, started_at: float) -> None:
+    async def _go_on(self, attempt: Awaitable[None], started_at: float) -> None:
+        """Wait for ``attempt``, and for further ones until one succeeds."""
         loop = asyncio.get_running_loop()
         pause_s = FIRST_PAUSE_S
         while True:
-            self._seldom.warning("wait", "The planner waits for its store: %s", error)
-            waited_s = loop.time() - started_at
-            if self._limit_s and waited_s + pause_s > self._limit_s:
-                raise error
+            try:
+                await attempt
+            except StoreUnavailable as error:
+                self._seldom.warning("wait", "The planner waits for its store: %s", error)
+                waited_s = loop.time() - started_at
+                if self._limit_s and waited_s + pause_s > self._limit_s:
+                    raise
+            else:
+                logger.info("The store is available, after %.1f s", loop.time() - started_at)
+                return
             await self._sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            try:
-                await self._store.open()
-            except StoreUnavailable as again:
-                error = again
-                continue
-            logger.info("The store is available, after %.1f s", loop.time() - started_at)
-            return
+            attempt = self._store.open()
