@@ -25,6 +25,18 @@ async def test_any_call_of_a_worker_names_its_key(fleet: Fleet) -> None:
     assert fleet.store.names_of("unknown") == KeyNames()
 
 
+async def test_no_receiver_renames_a_key(fleet: Fleet) -> None:
+    await fleet.ask(names=KeyNames("first", "s"))
+    await fleet.ask(names=KeyNames("evil", "s"))
+    assert fleet.store.names_of("k").model == "first"
+    await fleet.announce(1, names=NAMES)
+    assert fleet.store.names_of("k") == NAMES, "its first seed knows better"
+    await fleet.ask(names=KeyNames("evil", "s"))
+    await fleet.store.intend("k", "i", "", 60, names=KeyNames("evil", "s"))
+    await fleet.announce(2, names=KeyNames("evil", "s"))
+    assert fleet.store.names_of("k") == NAMES
+
+
 async def test_the_names_of_forgotten_keys_make_room_first(make_fleet: MakeFleet) -> None:
     fleet = await make_fleet(max_keys=2)
     await fleet.announce(1, key="stays", names=NAMES)
@@ -59,5 +71,8 @@ async def test_names_are_read_from_every_call_and_are_bounded(call: tuple[str, s
         names = {"RFORK-MODEL": encode_text("modèle"), "RFORK-STRATEGY": "prod"}
         await client.status(*call, **sent, **names)
         assert client.planner.store.names_of("k") == KeyNames("modèle", "prod")
-        await client.status(*call, **sent, **{"RFORK-MODEL": "x" * 256})
-        assert client.planner.store.names_of("k") == KeyNames("x" * 255)
+        await client.status(*call, **sent | {"SEED_KEY": "long", "RFORK-MODEL": "x" * 256})
+        assert client.planner.store.names_of("long") == KeyNames("x" * 255)
+        unusable = dict.fromkeys(["RFORK-MODEL", "RFORK-STRATEGY", "RFORK-DIFFERS"], "UTF-8''%ff")
+        assert await client.status(*call, **sent | {"SEED_KEY": "unusable"} | unusable) != 400
+        assert client.planner.store.names_of("unusable") == KeyNames()

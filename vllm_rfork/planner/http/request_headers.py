@@ -80,7 +80,7 @@ def announcement(headers: Mapping[str, str], settings: Settings) -> Announcement
         caches=_caches(headers),
         names=key_names(headers),
         parent=_parent(headers),
-        differs=messages.decode_text(header(headers, messages.DIFFERS) or "")[: messages.MAX_DIFFERS_LENGTH],
+        differs=_shown(headers, messages.DIFFERS, messages.MAX_DIFFERS_LENGTH),
     )
 
 
@@ -93,9 +93,16 @@ def _parent(headers: Mapping[str, str]) -> str:
 
 
 def key_names(headers: Mapping[str, str]) -> KeyNames:
-    """Return the names of the key, cut if they are too long; empty ones if they are missing."""
-    found = (messages.decode_text(header(headers, each) or "") for each in (messages.MODEL, messages.STRATEGY))
-    return KeyNames(*(each[: messages.MAX_LABEL_LENGTH] for each in found))
+    """Return the names of the key; empty ones if they are missing."""
+    return KeyNames(*(_shown(headers, each, messages.MAX_LABEL_LENGTH) for each in (messages.MODEL, messages.STRATEGY)))
+
+
+def _shown(headers: Mapping[str, str], name: str, max_length: int) -> str:
+    """Return text for people, cut if it is too long; empty if it is missing or unusable, which refuses no call."""
+    try:
+        return messages.decode_text(header(headers, name) or "")[:max_length]
+    except BadMessage:
+        return ""
 
 
 def _caches(headers: Mapping[str, str]) -> CacheResults | None:

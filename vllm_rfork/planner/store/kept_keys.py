@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_rfork.planner.store.estimates import KeyTimes
 from vllm_rfork.planner.store.fleet_state import FleetState
-from vllm_rfork.planner.store.key_use import KeyUse
+from vllm_rfork.planner.store.key_use import KeyNames, KeyUse
 
 
 def times_of(fleet: FleetState, key: str) -> KeyTimes:
@@ -32,3 +32,15 @@ def use_of(fleet: FleetState, key: str) -> KeyUse:
             del fleet.use[unused]
         fleet.use[key] = use
     return use
+
+
+def name_key(fleet: FleetState, key: str, names: KeyNames, *, by_seed: bool = False) -> None:
+    """Give ``key`` the names that a worker sent; the first ones stay, and only the key's first seed replaces them.
+
+    Otherwise any caller could rename a key for everybody, and each name would begin other series of metrics.
+    """
+    if not names.model:
+        return
+    use = use_of(fleet, key)
+    if not use.model or (by_seed and len(fleet.keys[key].seeds) == 1):
+        use.name(names)

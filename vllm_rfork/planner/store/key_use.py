@@ -41,9 +41,8 @@ class KeyUse(Record):
         return KeyNames(self.model, self.strategy)
 
     def name(self, names: KeyNames) -> None:
-        """Set the names, unless the worker sent none."""
-        if names.model:
-            self.model, self.strategy = names
+        """Set the names."""
+        self.model, self.strategy = names
 
     def add_fork(self, reported_s: float, load_s: float) -> float:
         """Count a fork, and return the seconds that it saved.

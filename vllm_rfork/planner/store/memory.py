@@ -35,7 +35,7 @@ from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import STALE_BATCH, Grants
 from vllm_rfork.planner.store.history import FailedFork, History, PastFork
 from vllm_rfork.planner.store.journal import Journal
-from vllm_rfork.planner.store.kept_keys import use_of
+from vllm_rfork.planner.store.kept_keys import name_key
 from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames, KeyUse
 from vllm_rfork.planner.store.operators import Operators
 from vllm_rfork.planner.store.queue import Queue
@@ -158,8 +158,7 @@ class MemoryStore(Store):
     ) -> None:
         """See the port."""
         with self._decision as fleet:
-            if names.model:
-                use_of(fleet, key).name(names)
+            name_key(fleet, key, names)
             if ttl_s <= 0:
                 fleet.drop_intent(key, intent)
             elif not fleet.add_intent(Intent(key, intent, fingerprint, ttl_s, fleet.now, address)):

@@ -14,7 +14,7 @@ from vllm_rfork.planner.store.base import Ask, Granted, Missed, Queued
 from vllm_rfork.planner.store.estimates import Verdict
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import Grants
-from vllm_rfork.planner.store.kept_keys import use_of
+from vllm_rfork.planner.store.kept_keys import name_key
 from vllm_rfork.planner.store.prospects import prospects
 from vllm_rfork.planner.store.records import Waiter
 
@@ -34,8 +34,7 @@ class Queue:
         """Give ``ask`` a seed, a place in the queue, or neither."""
         if ask.keeps and (answer := self._asked_before(ask)) is not None:
             return answer
-        if ask.names.model:
-            use_of(self._fleet, ask.key).name(ask.names)
+        name_key(self._fleet, ask.key, ask.names)
         seed = self._grants.best_seed(ask)
         if seed is not None:
             return self._grants.grant(seed, ask)

@@ -12,7 +12,7 @@ from vllm_rfork.planner.store.earlier_leases import EarlierLeases
 from vllm_rfork.planner.store.errors import StillLeased, UnknownSeed
 from vllm_rfork.planner.store.fleet_state import FleetState
 from vllm_rfork.planner.store.grants import Grants
-from vllm_rfork.planner.store.kept_keys import times_of, use_of
+from vllm_rfork.planner.store.kept_keys import name_key, times_of
 from vllm_rfork.planner.store.key_state import ANY
 from vllm_rfork.planner.store.misses import EXAMINED
 from vllm_rfork.planner.store.operators import Operators
@@ -55,8 +55,7 @@ class SeedLifecycle:
         else:
             fleet.update_seed(seed, announcement)
         self._seen(seed)
-        if announcement.names.model:
-            use_of(fleet, seed.key).name(announcement.names)
+        name_key(fleet, seed.key, announcement.names, by_seed=True)
         # A heartbeat soon after the connection broke may be one that the process had sent before it died.
         if seed.absent and fleet.now >= seed.absent_at + self._rules.return_s:
             self._returned(seed)
