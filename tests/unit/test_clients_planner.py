@@ -243,7 +243,8 @@ async def test_intents_are_stated_and_taken_back() -> None:
 async def test_a_seed_is_announced_however_long_its_differences_are(character: str) -> None:
     app, seen = scripted(messages.ADD_SEED, 200)
     async with serve(app) as url:
-        await PlannerClient(url).announce(KEY, SEED, differs=character * 2000)
+        await PlannerClient(url).announce(KEY, SEED, differs=character * 2000, parent="10.0.0.7:4711:0")
+    assert seen[0].headers[messages.PARENT] == "10.0.0.7:4711:0"
     sent = messages.decode_text(seen[0].headers[messages.DIFFERS])
     assert set(sent) == {character}
     assert 500 < len(sent) <= messages.MAX_DIFFERS_LENGTH

@@ -116,12 +116,14 @@ def test_a_seed_keeps_no_fork_session() -> None:
     session = session_at("http://127.0.0.1:1")
     identity = types.SimpleNamespace(tp_rank=0, local_rank=0, is_draft=False)
     context: Any = types.SimpleNamespace(settings=session.settings, identity=identity)
+    session.seed = SeedAddress("10.0.0.7", 4711, 0)
+    session.others._text = "dtype: bfloat16 here, float16 on 1 seed"
     config = _seed_config(context, session, "127.0.0.1")
     kept = weakref.ref(session)
     session.close()
     del session
     gc.collect()
-    assert config.differs() == ""
+    assert (config.parent, config.differs()) == ("10.0.0.7:4711:0", "dtype: bfloat16 here, float16 on 1 seed")
     assert kept() is None
 
 

@@ -262,6 +262,7 @@ def test_a_fork_that_fails_later_is_replaced_by_another_model_from_storage(
     assert len(load.built) == 2
     assert load.happened[-4:] == ["engine closed", "registries restored", "storage", "post-process again"]
     assert load.machine.phase is Phase.STORAGE
+    assert load.session.seed is None, "a seed names the one that its weights come from"
 
 
 def test_dummies_that_may_have_been_written_cost_the_model() -> None:
