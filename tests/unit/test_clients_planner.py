@@ -814,6 +814,17 @@ async def test_a_planner_that_nobody_can_reach_costs_one_request_timeout_however
     assert passing.now - 1000 <= 10, "a receiver that does not wait is not made to"
 
 
+@pytest.mark.parametrize(("wait_s", "asks_again"), [(None, False), (0.0, False), (60.0, True)])
+async def test_a_refused_first_question_is_repeated_only_if_the_worker_states_a_wait(
+    wait_s: float | None, asks_again: bool
+) -> None:
+    """docs/planner.md: a planner that is gone delays no start, and a restart of the only one costs some forks."""
+    passing = Time()
+    with pytest.raises(PlannerError):
+        await passing.client(f"http://127.0.0.1:{free_port()}").ask(KEY, "a-ticket", wait_s=wait_s)
+    assert bool(passing.paused_s) is asks_again
+
+
 async def test_a_planner_that_drains_and_one_that_comes_after_it_serve_a_waiting_receiver() -> None:
     """The real one: it sends a waiting receiver away, and is gone; its successor has the seed."""
     port = free_port()
