@@ -263,6 +263,21 @@ async def test_a_drain_outlives_the_leader_that_received_it(replica: Replica) ->
     assert (await successor.seed_entry(3))["drained"], "the order was for a seed that was away"
 
 
+async def test_a_drain_outlives_a_leader_of_a_version_without_drains(replica: Replica) -> None:
+    """Such a leader grants the seed, and writes it without its drain."""
+    leader = await replica()
+    for name in (1, 2):
+        await leader.announce(name, epoch="e")
+    await leader.store.drain("k", seed(1), undo=False)
+    term = redis_store(leader).leadership.leading()
+    term.memory._fleet.seeds[str(seed(1))].drained = False
+    await leader.announce(2, epoch="e")
+    successor = await successor_of(leader, replica)
+    assert (await successor.seed_entry(1))["drained"]
+    assert (await successor.lease()).seed == seed(2)
+    assert isinstance(await successor.ask(), Missed)
+
+
 # --- what a successor finds ------------------------------------------------------------------------------------------
 
 

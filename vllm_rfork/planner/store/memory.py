@@ -40,7 +40,7 @@ from vllm_rfork.planner.store.key_use import UNNAMED, KeyNames, KeyUse
 from vllm_rfork.planner.store.operators import Operators
 from vllm_rfork.planner.store.queue import Queue
 from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed
-from vllm_rfork.planner.store.restore import restore_intent, restore_lease, restore_seed
+from vllm_rfork.planner.store.restore import restore_drain, restore_intent, restore_lease, restore_seed
 from vllm_rfork.planner.store.search import Found
 from vllm_rfork.planner.store.seed_lifecycle import SeedLifecycle
 from vllm_rfork.planner.store.tally import Tally
@@ -214,7 +214,7 @@ class MemoryStore(Store):
             elif isinstance(record, Lease):
                 restore_lease(fleet, record)
             elif isinstance(record, Drain):
-                fleet.drains[name] = record
+                restore_drain(fleet, name, record)
             elif isinstance(record, Intent):
                 restore_intent(fleet, record)
             elif isinstance(record, KeyTimes):

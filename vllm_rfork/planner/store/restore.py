@@ -6,7 +6,7 @@ import dataclasses
 
 from vllm_rfork.planner.store.base import Announcement
 from vllm_rfork.planner.store.fleet_state import FleetState
-from vllm_rfork.planner.store.records import Intent, Lease, Seed
+from vllm_rfork.planner.store.records import Drain, Intent, Lease, Seed
 
 #: Fields of a seed that are not taken over: :meth:`FleetState.add_seed` computes them, or they ended with the
 #: earlier leader's connections.
@@ -51,6 +51,15 @@ def restore_lease(fleet: FleetState, lease: Lease) -> None:
     fleet.add_lease(lease)
     if lease.name in fleet.seeds:
         fleet.rank(fleet.seeds[lease.name])
+
+
+def restore_drain(fleet: FleetState, name: str, drain: Drain) -> None:
+    """Add a drain, and apply it to its seed, which a leader of a version without drains may have written meanwhile."""
+    fleet.drains[name] = drain
+    seed = fleet.seeds.get(name)
+    if seed is not None and seed.epoch and (drain.key, drain.epoch) == (seed.key, seed.epoch):
+        seed.drained = True
+        fleet.rank(seed)
 
 
 def restore_intent(fleet: FleetState, intent: Intent) -> None:
