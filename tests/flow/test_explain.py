@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.flow.memory_seed import KEY, NBYTES, manifest_of
-from vllm_rfork.cli import pairing
+from vllm_rfork.cli import pairing, predicted
 from vllm_rfork.cli.main import main
 from vllm_rfork.clients import PlannerClient
 from vllm_rfork.manifest.schema import Manifest
@@ -206,3 +206,50 @@ def test_wrong_usage_and_peers_that_do_not_answer_are_not_an_answer(wrong: list[
     done = explain(*wrong)
     assert done.exit_code == 2
     assert isinstance(done.exception, SystemExit)
+
+
+PREDICTED = {"key": KEY, "fingerprint": "f1", "facts": FACTS}
+
+
+def predicting(monkeypatch: pytest.MonkeyPatch, program: str, tmp_path: Path) -> None:
+    """Run ``program`` in place of vLLM."""
+    (tmp_path / "as_if_vllm.py").write_text(f"import json, os, sys\n{program}")
+    monkeypatch.setattr(predicted, "_MODULE", "as_if_vllm")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_worker_that_would_be_started_is_compared(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.announce(fleet.other, "f2")
+    found = {**PREDICTED, "planner": fleet.url}
+    predicting(monkeypatch, f"print('a log line of', sys.argv)\nprint(json.dumps({found!r}))", tmp_path)
+    done = explain("--", "/models/q", "--dtype", "bfloat16")
+    assert done.exit_code == 1, done.output
+    assert "fingerprint\tf1  (facts of vllm serve /models/q)" in done.stdout.splitlines()
+    assert "dtype: bfloat16 here, float16 there" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "text"),
+    [
+        ("print('log')\nprint('--load-format: is auto')\nsys.exit(3)", "Error: --load-format: is auto\n"),
+        ("sys.exit('vllm serve: error: unrecognized arguments')", "unrecognized arguments"),
+        ("print('log')", "made no configuration"),
+        ("import time\ntime.sleep(60)", "no configuration within 1 s"),
+    ],
+)
+def test_arguments_without_a_configuration_are_not_an_answer(
+    program: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicting(monkeypatch, program, tmp_path)
+    monkeypatch.setattr(predicted, "BOUND_S", 1.0 if "sleep" in program else 60.0)
+    done = explain("--", "/models/q")
+    assert done.exit_code == 2
+    assert text in done.stderr
+
+
+def test_without_vllm_nothing_can_be_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predicted, "is_worker_host", lambda: False)
+    done = explain("--", "/models/q")
+    assert (done.exit_code, "vLLM is not installed" in done.stderr) == (2, True)

@@ -16,6 +16,7 @@ import msgspec
 from vllm_rfork.cli.key import key_of, key_options
 from vllm_rfork.cli.pairing import Answer, Compared, Worker, answer, compare
 from vllm_rfork.cli.planner_api import URL_VARIABLE, ask_json, credentials, echo_json, json_option, planner_options
+from vllm_rfork.cli.predicted import predicted
 from vllm_rfork.cli.seed_entries import lists_of
 from vllm_rfork.cli.tables import print_lines
 from vllm_rfork.clients import SeedClient
@@ -48,30 +49,29 @@ class _Saved(msgspec.Struct):
 @click.option("--key", help="its seed key, instead of the parts")
 @click.option("--worker", "at", metavar="HOST:PORT", help="compare the running worker with this seed service")
 @click.option("--facts", "file", metavar="FILE", help="compare the worker that FILE describes: output of --json")
+@click.argument("serve", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENTS OF VLLM SERVE]")
 @json_option
 @click.pass_context
-def explain(
-    ctx: click.Context, /, url: str | None, timeout_s: float, at: str | None, file: str | None, **given: Any
-) -> None:
+def explain(ctx: click.Context, /, **given: Any) -> None:
     """Explain why a worker pairs with the seeds of its key, or does not.
 
-    The worker is a running one (--worker), or a file describes it (--facts). Each seed with another fingerprint is
-    asked for its facts, and those that differ are named. Without a planner, --json prints the description of the
-    worker for --facts.
+    The worker is a running one (--worker), a file describes it (--facts), or it is the first worker that "vllm serve"
+    would start here with the ARGUMENTS after "--": vLLM makes its configuration, and no engine is started. Each seed
+    with another fingerprint is asked for its facts, and those that differ are named. Without a planner, --json prints
+    the description of the worker for --facts.
     """
     try:
-        ctx.exit(_explain(url, timeout_s, at, file, **given))
+        ctx.exit(_explain(**given))
     except click.UsageError:
         raise
     except click.ClickException as error:
         raise _CannotTell(error.message) from error
 
 
-def _explain(
-    url: str | None, timeout_s: float, at: str | None, file: str | None, *, as_json: bool, **given: Any
-) -> int:
+def _explain(*, url: str | None, timeout_s: float, as_json: bool, **given: Any) -> int:
     """Print the comparison; returns the exit status."""
-    worker = _worker(at, file, timeout_s, **given)
+    worker = _worker(timeout_s, **given)
+    url = url or worker.planner
     if not url and not as_json:
         raise click.UsageError(f"no planner is given; use --url http://host:1223, or set {URL_VARIABLE}")
     if not url:
@@ -90,7 +90,15 @@ def _explain(
 
 
 def _worker(
-    at: str | None, file: str | None, timeout_s: float, *, key: str | None, model_url: str, strategy: str, **parts: Any
+    timeout_s: float,
+    *,
+    serve: Sequence[str],
+    at: str | None,
+    file: str | None,
+    key: str | None,
+    model_url: str,
+    strategy: str,
+    **parts: Any,
 ) -> Worker:
     """The worker that the options describe.
 
@@ -98,8 +106,10 @@ def _worker(
         click.UsageError: its key is missing, or the options contradict each other.
         click.ClickException: the worker or the file cannot be read.
     """
-    if at is not None and file is not None:
-        raise click.UsageError("--worker and --facts are two descriptions of one worker; give one of them")
+    if sum(map(bool, (at, file, serve))) > 1:
+        raise click.UsageError("--worker, --facts and arguments of vllm serve describe one worker; give one of them")
+    if serve:
+        return predicted(serve)
     saved = None if file is None else _saved(file)
     if key is None and model_url and strategy:
         key = key_of(model_url, strategy, **parts)

@@ -37,6 +37,7 @@ class Worker:
         facts: as seeds publish them; None if they are not known.
         source: where both are from.
         address, epoch: of its seed service, if it has one.
+        planner: base URLs of the planner in its options, if they are known.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Worker:
     source: str = ""
     address: SeedAddress | None = None
     epoch: str = ""
+    planner: str = ""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def describe(
     engines = engine_order(settings.rfork_engine, device.type)
     identity = worker_identity(vllm_config, model_config)
     early.await_records()
-    facts = _facts(settings, vllm_config, model_config, device=device, identity=identity, layout=layout)
+    facts = worker_facts(settings, vllm_config, model_config, device=device, identity=identity, layout=layout)
     seed_key, fingerprint = _seed_key(settings, identity), build_fingerprint(facts)
     logger.info("seed key %s, fingerprint %s, engine %s", seed_key, fingerprint, ",".join(engines))
     logger.debug("the fingerprint covers %s", facts)
@@ -182,7 +182,7 @@ def layout_for(settings: Settings, device: torch.device) -> Layout:
     return settings.rfork_layout
 
 
-def _facts(
+def worker_facts(
     settings: Settings,
     vllm_config: Any,
     model_config: Any,

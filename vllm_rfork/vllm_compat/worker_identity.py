@@ -21,19 +21,38 @@ def worker_identity(vllm_config: Any, model_config: Any) -> WorkerIdentity:
     from vllm.distributed import parallel_state
 
     parallel = vllm_config.parallel_config
-    kv_transfer = getattr(vllm_config, "kv_transfer_config", None)
-    role = getattr(kv_transfer, "kv_role", None)
-    with_experts = parallel.enable_expert_parallel and _has_experts(model_config)
     return WorkerIdentity(
-        kv_mode=str(role) if role else KV_BOTH,
+        kv_mode=_kv_mode(vllm_config),
         node_rank=int(getattr(parallel, "node_rank", 0) or 0),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pp_group().rank_in_group if parallel.pipeline_parallel_size > 1 else None,
-        ep_rank=parallel_state.get_ep_group().rank_in_group if with_experts else None,
+        ep_rank=parallel_state.get_ep_group().rank_in_group if _splits_experts(parallel, model_config) else None,
         is_draft=is_draft(vllm_config, model_config),
         local_rank=_local_rank(parallel, parallel_state),
         context_rank=_context_rank(parallel, parallel_state),
     )
+
+
+def first_identity(vllm_config: Any, model_config: Any) -> WorkerIdentity:
+    """The identity of the first worker of an instance, before there is one: every rank that it has is 0."""
+    parallel = vllm_config.parallel_config
+    return WorkerIdentity(
+        kv_mode=_kv_mode(vllm_config),
+        node_rank=int(getattr(parallel, "node_rank", 0) or 0),
+        tp_rank=0,
+        pp_rank=0 if parallel.pipeline_parallel_size > 1 else None,
+        ep_rank=0 if _splits_experts(parallel, model_config) else None,
+        is_draft=is_draft(vllm_config, model_config),
+    )
+
+
+def _kv_mode(vllm_config: Any) -> str:
+    role = getattr(getattr(vllm_config, "kv_transfer_config", None), "kv_role", None)
+    return str(role) if role else KV_BOTH
+
+
+def _splits_experts(parallel: Any, model_config: Any) -> bool:
+    return bool(parallel.enable_expert_parallel and _has_experts(model_config))
 
 
 def _context_rank(parallel: Any, parallel_state: Any) -> int:
