@@ -146,6 +146,7 @@ def test_a_seed_that_drains_pairs_but_is_not_granted(fleet: Fleet) -> None:
 
 
 def test_a_description_of_a_worker_can_be_saved_and_compared_elsewhere(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.announce(fleet.own, "f1", "e1")
     fleet.announce(fleet.other, "f2")
     saved = explain(*NAMED, "--worker", f"127.0.0.1:{fleet.own.port}", "--json")
     assert saved.exit_code == 0, saved.output
@@ -156,8 +157,9 @@ def test_a_description_of_a_worker_can_be_saved_and_compared_elsewhere(fleet: Fl
     found = json.loads(done.stdout)
     assert (found["key"], found["fingerprint"], found["facts"]) == (KEY, "f1", FACTS)
     assert found["answer"] == {"pairs": False, "text": "it would load from storage (fingerprint)"}
-    assert [(each["seed"], each["result"]) for each in found["seeds"]] == [(str(fleet.other), "differs")]
-    assert found["seeds"][0]["differences"] == [
+    results = {each["seed"]: each for each in found["seeds"]}
+    assert results[str(fleet.own)]["result"] == "itself", "the file has the epoch of the worker's own seed"
+    assert results[str(fleet.other)]["differences"] == [
         {"fact": "dtype", "here": "bfloat16", "there": "float16"},
         {"fact": "vllm", "here": "0.26.0", "there": "0.25.1"},
     ]

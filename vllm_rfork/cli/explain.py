@@ -39,6 +39,7 @@ class _Saved(msgspec.Struct):
     facts: dict[str, str]
     fingerprint: str = ""
     key: str = ""
+    epoch: str = ""
 
 
 @click.command(epilog="Exit status: 0 the worker pairs with a seed; 1 it does not; 2 cannot tell, or wrong usage.")
@@ -117,7 +118,7 @@ def _worker(
     if not key:
         raise click.UsageError("the worker's key is missing; give --model-url and --strategy, or --key")
     if saved is not None:
-        return Worker(key, saved.fingerprint, saved.facts, f"facts in {file}")
+        return Worker(key, saved.fingerprint, saved.facts, f"facts in {file}", epoch=saved.epoch)
     return Worker(key) if at is None else _running(at, key, timeout_s)
 
 
@@ -181,7 +182,13 @@ def _seed(compared: Compared) -> dict[str, Any]:
 
 
 def _described(worker: Worker) -> dict[str, Any]:
-    return {"key": worker.key, "fingerprint": worker.fingerprint, "source": worker.source, "facts": worker.facts}
+    return {
+        "key": worker.key,
+        "fingerprint": worker.fingerprint,
+        "epoch": worker.epoch,
+        "source": worker.source,
+        "facts": worker.facts,
+    }
 
 
 def _print(worker: Worker, compared: Sequence[Compared], conclusion: Answer, near: Sequence[str]) -> None:
