@@ -6,7 +6,9 @@ into memory, and a file never grows: writing to a page that a full disk does not
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -19,8 +21,16 @@ FILE_NBYTES = 256 * 1024
 _ENTRY_NBYTES = 32
 
 
+def is_stale(name: str) -> bool:
+    """True for the gauges of a process of this package that has ended."""
+    found = re.search(r"/gauge_live[a-z]+_rfork-([0-9]+)\.db\Z", name)
+    return found is not None and not os.path.exists(f"/proc/{found[1]}")
+
+
 class ValueFiles:
     """The files of this process in ``directory``: one for each kind of metric.
+
+    Gauges of processes that have ended are removed: vLLM's own collector would go on showing them.
 
     Raises:
         OSError: one cannot be made; none is left.
@@ -28,6 +38,9 @@ class ValueFiles:
 
     def __init__(self, directory: Path) -> None:
         self._files: dict[str, _File] = {}
+        for stale in filter(is_stale, map(str, directory.glob("gauge_live*.db"))):
+            with contextlib.suppress(OSError):
+                os.unlink(stale)
         try:
             for kind in sorted({_kind(family) for family in FAMILIES}):
                 self._files[kind] = _File(directory / f"{kind}_rfork-{os.getpid()}.db")

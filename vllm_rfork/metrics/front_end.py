@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import glob
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from vllm_rfork.logs.worker import worker_logger
+from vllm_rfork.metrics.files import is_stale
 
 logger = worker_logger(__name__)
 
@@ -74,7 +74,7 @@ class _Workers(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics; none, and a WARNING once, if the files cannot be read."""
-        files = [name for name in glob.glob(f"{glob.escape(str(self._directory))}/*.db") if not _is_stale(name)]
+        files = [name for name in glob.glob(f"{glob.escape(str(self._directory))}/*.db") if not is_stale(name)]
         try:
             return list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
         except Exception as error:  # noqa: BLE001 - vLLM's own metrics are on the same page
@@ -82,12 +82,6 @@ class _Workers(Collector):
                 logger.warning("rfork_ metrics cannot be read from %s: %s", self._directory, error)
             self._failed = True
             return []
-
-
-def _is_stale(name: str) -> bool:
-    """True for the gauges of a process that has ended."""
-    found = re.search(r"/gauge_live[a-z]+_rfork-([0-9]+)\.db\Z", name)
-    return found is not None and not os.path.exists(f"/proc/{found[1]}")
 
 
 def _remove(made: Path, owner: int) -> None:

@@ -224,3 +224,14 @@ def test_a_fork_that_took_longer_than_storage_saves_nothing() -> None:
     worker.saved(2.0)
     worker.saved(-1.0)
     assert b"rfork_saved_seconds_total 2.0" in worker.page()
+
+
+def test_gauges_of_ended_workers_are_removed_by_the_next_one(directory: Path) -> None:
+    """vLLM's collector shows every file of its directory, and this package's names are not those that it removes."""
+    gone, alive = 2**30, os.getppid()
+    kept = [f"gauge_livesum_rfork-{alive}.db", f"gauge_livesum_{gone}.db", f"counter_rfork-{gone}.db"]
+    for name in (*kept, f"gauge_livesum_rfork-{gone}.db"):
+        (directory / name).touch()
+    worker.seed_state("serving")
+    found = {path.name for path in directory.iterdir()}
+    assert found - {path for path in found if f"rfork-{os.getpid()}" in path} == set(kept)
