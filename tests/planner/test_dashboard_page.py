@@ -260,7 +260,7 @@ async def test_what_others_chose_is_text_and_nothing_else(chromium: Chromium) ->
                 await fleet.announce(command_key, 6000 + number, **{"RFORK-FINGERPRINT": f"print{number}"})
             await page.go(f"{process.url}/?;$(x)#key={quote(command_key)}")
             words = shlex.split(await page.shows("#command", "touch x"), comments=True)
-            expected = ["vllm-rfork", "command", "--url", process.url, "--key", command_key, "--worker"]
+            expected = ["vllm-rfork", "explain", "--url", process.url, "--key", command_key, "--worker"]
             assert words == [*expected, "127.0.0.1:6000"]
             # Even a page that went wrong could not run it: the browser refuses to parse text as HTML here.
             refused = "(() => { try { document.body.innerHTML = 'x'; return 'parsed' } catch (e) { return e.name } })()"
