@@ -131,7 +131,7 @@ def test_state_that_cannot_be_set_rebuilds_the_model(planner: Planner) -> None:
     settings = parse_config(extra_for(planner.url)).settings
     one = ForkSession(settings, "key", EngineSet(["memory"], EngineConfig(device="cpu")))
     local = SimpleNamespace(fingerprint="f", regions=())
-    lease = SimpleNamespace(seed="127.0.0.1:1:0", ttl_s=None)
+    lease = SimpleNamespace(seed="127.0.0.1:1:0", ttl_s=None, storage_s=None)
 
     def read(request: Any, *others: Any) -> Any:
         assert not one.has_written

@@ -40,7 +40,7 @@ def test_metrics_survive_several_api_servers(servers: int, tmp_path: Path, monke
     monkeypatch.delenv(VLLMS_DIRECTORY, raising=False)
     if servers > 1:
         monkeypatch.setenv(VLLMS_DIRECTORY, str(tmp_path))
-    elif front_end._Shown.by is None:
+    elif not front_end._Shown.tried:
         monkeypatch.setenv(OWN_DIRECTORY, "")  # is set again below, and undone with the test
         front_end.show_workers()
     subprocess.run([sys.executable, "-c", WORKER], check=True)
