@@ -286,6 +286,17 @@ def test_the_table_has_a_line_for_each_server_in_80_columns() -> None:
     assert "storage throttled to 125 MB/s" in pipe.getvalue()
 
 
+def test_the_recording_in_the_docs_is_of_a_run_that_went_as_promised() -> None:
+    root = ElementTree.parse(servers.ROOT / "docs" / "assets" / "demo.svg").getroot()
+    text = " ".join("".join(root.itertext()).split())
+    assert [text.count(f"{name}: vllm serve") for name in "ABCD"] == [1] * 4
+    assert text.count("fork from") == 2
+    assert f"storage throttled to {throttle.DEFAULT_RATE} MB/s" in text
+    assert "A fork took at most" in text
+    assert "All four answers are equal, to the last bit" in text
+    assert "WRONG" not in text
+
+
 Played = tuple[list[ServerResult], Sequence[Answer]]
 
 
