@@ -50,7 +50,7 @@ async def _metrics(session: aiohttp.ClientSession, url: str) -> list[str]:
 async def test_a_standby_answers_503_and_takes_over_what_a_killed_leader_granted(
     redis_server: RedisServer, started: list[PlannerUnderTest]
 ) -> None:
-    flags = ("--store", redis_server.url, "--redis-prefix", "standby", "--leader-ttl-sec", "1")
+    flags = ("--store", redis_server.url, "--redis-prefix", "standby", "--leader-ttl-sec", "3")
     replicas = [start(started, *flags).until_ready() for _ in range(2)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
         leader = await leader_of(session, replicas)

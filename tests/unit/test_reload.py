@@ -41,6 +41,7 @@ class Fork:
 
     def __init__(self, error: Exception | None, runs: list[str]) -> None:
         self.error, self.runs = error, runs
+        self.session, self.read_nbytes = SimpleNamespace(lane="memory", leased=False), 0
 
     def run(self) -> str:
         self.runs.append("read")
